@@ -1,0 +1,388 @@
+"""What the gRPC side and the engine's loop thread say to each other. Plain data: no grpc, no torch.
+
+The gRPC side submits commands; the loop thread owns all engine state and answers each `reply` exactly once. Effects
+on the KV transfer service go out through a KvPort and come back as commands. Nothing here blocks: replies, listener
+and port methods are called on the loop thread and must only hand over.
+
+To the gRPC side:
+- Request ids are unique over all verbs of an owner: one id for PrepRecv and StartGenerate is REQUEST_ID_REUSED.
+- Send Cancel when a handler was cancelled before its answer, once for each such call. Calls that joined by a retry are
+  counted: the work ends when the last of them is cancelled. A Cancel that crosses the answer of PrepRecv ends the
+  reservation, because nobody has its address.
+- A second StartGenerate with the key of a live sequence is refused through the listener under its own `call_id`, so
+  that it is not taken for the end of the live one. A sequence whose deadline passes ends with `error`
+  DEADLINE_EXCEEDED; a cancelled or aborted one with `finish_reason` CANCELLED.
+- prompt_token_count 0 means the whole prompt. Lease and wait lengths are capped by the core; zero, negative or absurd
+  values of anything are refused there, so that handlers need no checks of their own.
+- Before each push with a ready slot the core calls raise_ready(slot, 0), which must take effect before the service can
+  read the slot for that push. Slots 0 .. TransferServiceReady.ready_slots-1 are handed out by the core alone.
+- After TransferServiceLost the core counts every grant as drained and every push as ended; late answers about them are
+  ignored. Answers of one port must arrive in order, TransferServiceLost after all of the incarnation it is about.
+- cancel_push may be called for a push that has ended; end_attempt for an attempt that is committed: both do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, TypeVar
+
+from services.engine.sampling.params import SamplingParams
+from services.protocol.address import KvAddress
+from services.protocol.errors import ServiceError
+from services.protocol.pages import PageCounts as PageCounts
+from services.protocol.ranges import RangeSet, TokenRange
+
+T = TypeVar("T")
+Reply: TypeAlias = Callable[[T | ServiceError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """A verb call: who asked, and their name for it."""
+
+    owner_id: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRef:
+    """A reservation and the proof of the right to it."""
+
+    reservation_id: str
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A verb's account on this engine; seconds, tokens, bytes. See types.v1.Timing."""
+
+    matched_tokens: int = 0
+    transferred_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    transferred_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    total_s: float = 0.0
+    preemptions: int = 0
+
+
+# --- verbs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Answer to PrepRecv."""
+
+    address: KvAddress
+    matched_tokens: int
+    lease_s: float
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class PrepRecv:
+    """Reserve room for KV of prompt[:end]."""
+
+    key: RequestKey
+    prompt: tuple[int, ...]
+    end: int
+    cache_salt: str
+    lease_s: float | None
+    max_wait_s: float | None
+    reply: Reply[Reserved]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSend:
+    """Put KV of prompt[range] into a peer's reservation. `deadline` is on the engine's clock, in seconds."""
+
+    key: RequestKey
+    prompt: tuple[int, ...]
+    range: TokenRange
+    address: KvAddress
+    attempt: int
+    cache_salt: str
+    deadline: float | None
+    reply: Reply[Timing]
+
+
+@dataclass(frozen=True, slots=True)
+class StartGenerate:
+    """Generate from a prompt. Everything about it, refusals too, comes out through the listener.
+
+    `deadline` is on the engine's clock, in seconds. `call_id` is the gRPC side's own and comes back in every output.
+    """
+
+    key: RequestKey
+    prompt: tuple[int, ...]
+    begin: int
+    prompt_token_count: int
+    sampling: SamplingParams
+    reservation: ReservationRef | None
+    cache_salt: str
+    deadline: float | None
+    forced: tuple[int, ...] = ()
+    call_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The caller of a verb is gone or has lost interest. Unknown keys are ignored."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """End a reservation; answers the number of tokens published."""
+
+    reservation: ReservationRef
+    publish: bool
+    reply: Reply[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Extend a lease; answers the granted length in seconds from now."""
+
+    reservation: ReservationRef
+    lease_s: float | None
+    reply: Reply[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Cancel whatever a request holds: its reservation, send or sequence."""
+
+    key: RequestKey
+    reply: Reply[None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationInfo:
+    """A live reservation, without its secret."""
+
+    reservation_id: str
+    key: RequestKey
+    state: str
+    window: TokenRange
+    committed: RangeSet
+    lease_remaining_s: float
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListReservations:
+    """List live reservations, oldest first; of one owner unless it is empty."""
+
+    owner_id: str
+    reply: Reply[tuple[ReservationInfo, ...]]
+
+
+# --- answers of the KV transfer service --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GrantOpened:
+    """The window is open for writing."""
+
+    reservation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrantFailed:
+    """The window could not be opened; certain that nothing writes."""
+
+    reservation_id: str
+    error: ServiceError
+
+
+@dataclass(frozen=True, slots=True)
+class GrantProgress:
+    """What is committed under a grant, and whether a sender is at work."""
+
+    reservation_id: str
+    committed: RangeSet
+    writing: bool
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantDrained:
+    """Nothing writes under the grant any more, ever."""
+
+    reservation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PushEnded:
+    """A push is over: the source pages are read no more. `error` is None if all its bytes are in place."""
+
+    push_id: int
+    bytes: int
+    committed: bool
+    exposed_s: float
+    error: ServiceError | None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferServiceLost:
+    """The service's process is known gone: nothing it was asked to write or read goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferServiceReady:
+    """A (new) incarnation of the service has the pool; grants of the old one do not exist in it."""
+
+    endpoint: str
+    pool_id: str
+    epoch: bytes
+    ready_slots: int
+
+
+# --- state of the engine -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new work; reply when the last sequence and send have ended."""
+
+    reply: Reply[None]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchCache:
+    """Deliver a snapshot of the prefix cache now and its changes from then on to `on_event`."""
+
+    watcher_id: int
+    on_event: Callable[[CacheEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class UnwatchCache:
+    """Deliver no more."""
+
+    watcher_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """Blocks that entered and left the prefix cache; sequence numbers of one engine are consecutive."""
+
+    sequence: int
+    snapshot: bool
+    stored: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
+Command: TypeAlias = (
+    PrepRecv | RemoteSend | StartGenerate | Cancel | Release | Renew | Abort | ListReservations
+    | GrantOpened | GrantFailed | GrantProgress | GrantDrained | PushEnded
+    | TransferServiceLost | TransferServiceReady | Drain | WatchCache | UnwatchCache
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The engine's load after a step or command; see engine.v1.WatchLoadResponse."""
+
+    running_sequences: int
+    waiting_sequences: int
+    waiting_for_kv: int
+    queued_tokens: int
+    context_tokens: int
+    reservations: int
+    pages: PageCounts
+    steps: int
+    draining: bool
+
+
+class FinishReason:
+    """Names of engine.v1 finish reasons without the prefix."""
+
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities of the chosen token and of the best ones."""
+
+    chosen: tuple[int, float]
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one sequence produced in one step. The last one has `finish_reason` or `error`, and then `timing`."""
+
+    key: RequestKey
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    error: ServiceError | None = None
+    timing: Timing | None = None
+    call_id: int = 0
+
+
+class EngineListener(Protocol):
+    """The gRPC side as the loop thread sees it."""
+
+    def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
+        """Takes over what one step produced, at most one entry a sequence."""
+
+    def on_load(self, load: Load) -> None:
+        """Takes over the newest load; earlier ones may be forgotten."""
+
+    def on_fatal(self, error: BaseException) -> None:
+        """The loop cannot go on; every open request has been answered UNAVAILABLE."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantSpec:
+    """A window to open in this engine's pool."""
+
+    reservation_id: str
+    secret: bytes = field(repr=False)
+    window: TokenRange
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PushSpec:
+    """One contiguous piece of an attempt to move. `ready_slot` is None if all layers are computed already."""
+
+    push_id: int
+    page_ids: tuple[int, ...]
+    range: TokenRange
+    target: KvAddress
+    attempt: int
+    attempt_range: TokenRange
+    writer_id: str
+    ready_slot: int | None
+
+
+class KvPort(Protocol):
+    """The KV transfer service as the loop thread sees it. Each request is answered by one command."""
+
+    def grant(self, spec: GrantSpec) -> None:
+        """Answered by GrantOpened or GrantFailed, then GrantProgress as things happen."""
+
+    def revoke(self, reservation_id: str) -> None:
+        """Answered by GrantDrained, however long it takes; also after TransferServiceLost."""
+
+    def push(self, spec: PushSpec) -> None:
+        """Answered by PushEnded."""
+
+    def cancel_push(self, push_id: int) -> None:
+        """Makes PushEnded come soon; no answer of its own."""
+
+    def end_attempt(self, target: KvAddress, attempt: int, attempt_range: TokenRange, writer_id: str) -> None:
+        """Gives up an attempt between pushes. No answer: the receiver's fencing does not depend on it."""
+
+    def raise_ready(self, slot: int, layers: int) -> None:
+        """Says through shared memory that `layers` layers are computed. Called from within a step."""

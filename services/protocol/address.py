@@ -1,0 +1,33 @@
+"""A receiver's address for KV, as plain data; types.v1.KvAddress is its form on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.protocol.layout import PageLayout
+from services.protocol.ranges import TokenRange
+
+
+@dataclass(frozen=True, slots=True)
+class KvShard:
+    """Some layers and heads of a receiver's pool and the pages in it, in token order."""
+
+    pool_id: str
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvAddress:
+    """Where to write and the right to do so. The secret is left out of repr, so that it reaches no log."""
+
+    reservation_id: str
+    endpoint: str
+    epoch: bytes
+    secret: bytes = field(repr=False)
+    window: TokenRange
+    shards: tuple[KvShard, ...]
+    layout: PageLayout
+    model_digest: bytes
+    prompt_digest: bytes

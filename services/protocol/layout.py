@@ -1,0 +1,66 @@
+"""How a pool arranges its pages: (layer, page) to byte offset is arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from services.protocol.errors import LayoutMismatch
+
+
+class Dtype(Enum):
+    """Number format of KV values; the value is its name on the wire without the prefix."""
+
+    FLOAT32 = "FLOAT32"
+    FLOAT16 = "FLOAT16"
+    BFLOAT16 = "BFLOAT16"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one value."""
+        return 4 if self is Dtype.FLOAT32 else 2
+
+
+class PageOrder(Enum):
+    """Order of the axes in the part of a page that belongs to one layer."""
+
+    KV_HEAD_TOKEN_DIM = "KV_HEAD_TOKEN_DIM"
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """A pool is `layer_count` blocks of pages; see types.v1.PageLayout. Raises LayoutMismatch if impossible."""
+
+    layer_count: int
+    kv_head_count: int
+    head_dim: int
+    page_size: int
+    dtype: Dtype
+    order: PageOrder = PageOrder.KV_HEAD_TOKEN_DIM
+
+    def __post_init__(self) -> None:
+        if min(self.layer_count, self.kv_head_count, self.head_dim, self.page_size) < 1:
+            raise LayoutMismatch("a page layout needs at least one layer, head, element and token")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys, or values, of one head of one layer."""
+        return self.head_dim * self.dtype.size_bytes
+
+    @property
+    def layer_page_bytes(self) -> int:
+        """Bytes of one page of one layer: keys and values of all heads."""
+        return 2 * self.kv_head_count * self.page_size * self.token_bytes
+
+    @property
+    def token_kv_bytes(self) -> int:
+        """Bytes of one token over all layers, keys and values."""
+        return self.layer_count * 2 * self.kv_head_count * self.token_bytes
+
+    def pool_bytes(self, page_count: int) -> int:
+        """Bytes of a pool of `page_count` pages."""
+        return self.layer_count * page_count * self.layer_page_bytes
+
+    def offset(self, layer: int, page_id: int, page_count: int) -> int:
+        """Byte offset of a page of a layer in a pool of `page_count` pages."""
+        return (layer * page_count + page_id) * self.layer_page_bytes
