@@ -1,0 +1,115 @@
+"""The state of the bounded world: plain data, copied and compared by pickling."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from typing import Self
+
+from services.protocol.grants import Attempt, GrantTable
+from services.protocol.pages import PageLedger
+from services.protocol.ranges import TokenRange
+from services.protocol.reservation import Reservation
+
+POOL = "pool"
+NUM_PAGES = 3
+WINDOW = TokenRange(0, 2)
+LEASE = 2
+POISON, TORN = "poison", "torn"
+
+
+@dataclass
+class Held:
+    """What the receiver's engine knows of a reservation."""
+
+    machine: Reservation
+    pages: tuple[int, ...]
+    secret: bytes
+    epoch: int  # of the service that its address names
+    grant: str = "asked"  # asked, open, revoking, drained
+    quarantined: bool = False
+    prep_answered: bool = False
+    starting: bool = False  # a StartGenerate waits for it or runs on it
+
+
+@dataclass
+class Sender:
+    """A RemoteSend at one of the sending engines."""
+
+    range: TokenRange
+    number: int
+    alive: bool = True
+    asked: bool = False
+    attempt: Attempt | None = None
+    writing: int | None = None
+    done_positions: frozenset[int] = frozenset()
+    answer: str | None = None
+
+
+@dataclass
+class Budget:
+    """How often each disturbance may still happen."""
+
+    ticks: int = 0
+    renewals: int = 0
+    aborts: int = 0
+    releases: int = 0
+    starts: int = 0
+    second_reservation: int = 0
+    prep_retries: int = 0
+    lost_grant_replies: int = 0
+    sender_cancels: int = 0
+    sender_deaths: int = 0
+    receiver_deaths: int = 0
+    service_deaths: int = 0
+
+
+@dataclass
+class WorldState:
+    """State of everything; copied by pickling."""
+
+    senders: dict[str, Sender]
+    budget: Budget
+    clock: int = 0
+    ledger: PageLedger = field(default_factory=lambda: PageLedger(NUM_PAGES))
+    incarnation: int = 1
+    receiver_alive: bool = True
+    held: dict[str, Held] = field(default_factory=dict)
+    table: GrantTable | None = field(default_factory=GrantTable)
+    epoch: int = 1
+    known_epoch: int = 1
+    connected: bool = True  # the engine believes that it has the service of known_epoch
+    content: list[str] = field(default_factory=lambda: [POISON] * NUM_PAGES)
+    calls: tuple[tuple[str, int, int, str], ...] = ()  # (kind, epoch, incarnation, reservation)
+
+    def freeze(self) -> bytes:
+        """The state as a value: for comparing and for copying."""
+        return pickle.dumps(self, protocol=pickle.HIGHEST_PROTOCOL)
+
+    @classmethod
+    def thaw(cls, frozen: bytes) -> Self:
+        """A world of its own in that state."""
+        world = pickle.loads(frozen)
+        assert isinstance(world, cls)
+        return world
+
+    def reachable(self) -> bool:
+        """Whether the engine is connected and the service it is connected to still lives."""
+        return self.connected and self.table is not None and self.known_epoch == self.epoch
+
+    def writes(self) -> list[tuple[str, int]]:
+        """(reservation, page) of every copy under way."""
+        return [
+            (s.attempt.key.reservation_id, self.page_of(s, s.writing))
+            for s in self.senders.values()
+            if s.writing is not None and s.attempt is not None
+        ]
+
+    def page_of(self, sender: Sender, position: int) -> int:
+        assert sender.attempt is not None
+        rid = sender.attempt.key.reservation_id
+        pages = self.held[rid].pages
+        return pages[position - WINDOW.begin]
+
+    def tick(self) -> None:
+        self.clock += 1
