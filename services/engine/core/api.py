@@ -18,6 +18,8 @@ To the gRPC side:
   read the slot for that push. Slots 0 .. TransferServiceReady.ready_slots-1 are handed out by the core alone.
 - After TransferServiceLost the core counts every grant as drained and every push as ended; late answers about them are
   ignored. Answers of one port must arrive in order, TransferServiceLost after all of the incarnation it is about.
+- services/engine/errors.py has leaves for everything that can be refused; front/errors.py may use them.
+- Limits.max_context is CoreConfig.context_limit (a pool smaller than the model's context bounds it too).
 - cancel_push may be called for a push that has ended; end_attempt for an attempt that is committed: both do nothing.
 """
 

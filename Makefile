@@ -1,0 +1,92 @@
+# Microserve. `make help` lists the targets.
+#
+# Needs git, make and python3 (3.11 or later) with venv; everything else comes from the package index that pip
+# is configured for. TORCH_INDEX=URL takes torch alone from another index, for instance one with CPU-only wheels.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+# Seconds that the soak test runs.
+SOAK_SECONDS ?= 120
+# Appended to every pytest command.
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench constraints clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(DEV_STAMP) ## make .venv with everything that tests and checks need
+
+run: $(RUN_STAMP) ## serve the small default model with two engines here, and answer a question
+	@exec $(BIN)/microserve up $(ARGS)
+
+test: $(DEV_STAMP) ## all tests but those below
+	$(PYTEST) -m "not faults and not soak"
+
+test-faults: $(DEV_STAMP) ## tests that kill and stop real processes
+	$(PYTEST) -m faults
+
+soak: $(DEV_STAMP) ## many streams with random cancellations for SOAK_SECONDS
+	SOAK_SECONDS=$(SOAK_SECONDS) $(PYTEST) -m soak
+
+test-gpu: $(DEV_STAMP) ## tests that need a GPU
+	$(PYTEST) -m gpu
+
+lint: $(DEV_STAMP) ## style of Python and of the contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+
+fix: $(DEV_STAMP) ## repair what lint can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(DEV_STAMP) ## strict types of services/
+	$(BIN)/mypy
+
+proto: $(DEV_STAMP) ## rebuild gen/ from protos/
+	$(BIN)/python protos/generate.py
+
+verify-proto: $(DEV_STAMP) ## fail if gen/ is not what protos/ gives
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python protos/generate.py "$$folder" && \
+	diff -r -x __pycache__ "$$folder" gen || { echo "gen/ is out of date: make proto" >&2; exit 1; }
+
+verify: lint type verify-proto ## what CI checks beside the tests
+
+bench: $(DEV_STAMP) ## measure; docs/benchmarks.md says what
+	$(BIN)/python -m bench $(ARGS)
+
+constraints: $(DEV_STAMP) ## write constraints.txt from what is installed in .venv
+	$(BIN)/python deploy/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Alone, so that the other packages still come from the index that pip is configured for.
+define install_torch
+$(if $(TORCH_INDEX),$(PIP) install --quiet --index-url $(TORCH_INDEX) -c constraints.txt torch)
+endef
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(install_torch)
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(install_torch)
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,http,dev]'
+	@touch $@ $(RUN_STAMP)

@@ -1,0 +1,1 @@
+"""The command `microserve`: a launcher for one machine and a client of the router."""

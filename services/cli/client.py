@@ -1,0 +1,189 @@
+"""The router as the commands see it: calls in, plain values out. The only file here that knows the contracts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
+from microserve.types.v1 import sampling_pb2
+
+from services.cli.errors import CliError
+from services.cli.values import Answer, Engine, Leg, Policy, Question
+from services.protocol.errors import Code
+from services.rpc.channel import make_channel
+from services.rpc.status import RemoteError, remote_errors
+
+POLICY_KEY = "x-microserve-policy"
+# For questions about the fleet, which no engine computes on.
+_ADMIN_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterClient:
+    """Calls to one router. Every failure is a CliError of one line."""
+
+    address: str
+    channel: grpc.aio.Channel
+
+    async def generate(self, question: Question, *, timeout_s: float) -> AsyncGenerator[str | Answer, None]:
+        """Pieces of text as they come, and the whole answer last. Leaving it early cancels the request."""
+        stub = router_pb2_grpc.RouterServiceStub(self.channel)
+        metadata = ((POLICY_KEY, question.policy),) if question.policy else ()
+        call = stub.Generate(_request(question), timeout=timeout_s, metadata=metadata)
+        pieces: list[router_pb2.GenerateResponse] = []
+        try:
+            with remote_errors():
+                async for piece in call:
+                    pieces.append(piece)
+                    if piece.text:
+                        yield piece.text
+        finally:
+            call.cancel()
+        yield _answer(pieces)
+
+    async def list_engines(self) -> list[Engine]:
+        """The fleet, by address."""
+        reply = await self._admin.ListEngines(admin_pb2.ListEnginesRequest(), timeout=_ADMIN_TIMEOUT_S)
+        return [_engine(engine) for engine in reply.engines]
+
+    async def list_policies(self) -> list[Policy]:
+        """Programs at hand, by name."""
+        reply = await self._admin.ListPolicies(admin_pb2.ListPoliciesRequest(), timeout=_ADMIN_TIMEOUT_S)
+        return [_policy(policy) for policy in reply.policies]
+
+    async def get_policy(self, name: str) -> tuple[Policy, str]:
+        """A program (empty name: the current one) and its source."""
+        request = admin_pb2.GetPolicyRequest(name=name)
+        reply = await self._admin.GetPolicy(request, timeout=_ADMIN_TIMEOUT_S)
+        return _policy(reply.policy), reply.source
+
+    async def set_policy(self, name: str, source: str = "") -> Policy:
+        """Makes a program the current one; with `source` it is uploaded first."""
+        request = admin_pb2.SetPolicyRequest(name=name, source=source)
+        reply = await self._admin.SetPolicy(request, timeout=_ADMIN_TIMEOUT_S)
+        return _policy(reply.policy)
+
+    @property
+    def _admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
+        return admin_pb2_grpc.AdminServiceStub(self.channel)
+
+
+@asynccontextmanager
+async def router_client(address: str) -> AsyncIterator[RouterClient]:
+    """A client for the time of the block, inside which every failed call becomes a CliError."""
+    async with make_channel(address) as channel:
+        try:
+            with remote_errors():
+                yield RouterClient(address, channel)
+        except RemoteError as error:
+            raise _explain(address, error) from None
+
+
+async def wait_serving(address: str, timeout_s: float) -> None:
+    """Waits until grpc.health says that the whole server serves. CliError if it does not in time."""
+    async with make_channel(address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        try:
+            async for reply in watch:
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+        except grpc.aio.AioRpcError as error:
+            raise CliError(f"{address} is not healthy: {error.details()}") from None
+        finally:
+            watch.cancel()
+
+
+def _explain(address: str, error: RemoteError) -> CliError:
+    # A reason of its own means that the router answered; gRPC's own UNAVAILABLE means that nobody did.
+    if error.code is Code.UNAVAILABLE and error.reason == Code.UNAVAILABLE.name:
+        return CliError(f"no router answers at {address}; start one with: microserve up")
+    sentence = re.sub(r"\s+", " ", error.message)
+    name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"
+    return CliError(f"{sentence} ({name})")
+
+
+def _request(question: Question) -> router_pb2.GenerateRequest:
+    request = router_pb2.GenerateRequest(
+        sampling=sampling_pb2.SamplingParams(
+            temperature=question.temperature, max_tokens=question.max_tokens, seed=question.seed or 0
+        ),
+        seed_given=question.seed is not None,
+    )
+    if question.raw:
+        request.text = question.text
+    else:
+        request.chat.messages.add(role="user", content=question.text)
+    return request
+
+
+def _answer(pieces: list[router_pb2.GenerateResponse]) -> Answer:
+    if not pieces or not pieces[-1].finish_reason:
+        raise CliError("the router ended the answer without saying why")
+    first, last = pieces[0], pieces[-1]
+    return Answer(
+        text="".join(piece.text for piece in pieces),
+        request_id=first.request_id,
+        policy=first.policy,
+        finish_reason=_name(sampling_pb2.FinishReason.Name(last.finish_reason), "FINISH_REASON_"),
+        prompt_tokens=last.usage.prompt_token_count,
+        cached_tokens=last.usage.cached_token_count,
+        output_tokens=last.usage.output_token_count,
+        legs=tuple(_leg(leg) for leg in last.legs),
+    )
+
+
+def _leg(leg: sampling_pb2.Leg) -> Leg:
+    timing = leg.timing
+    return Leg(
+        verb=_name(sampling_pb2.Verb.Name(leg.verb), "VERB_"),
+        engine=leg.engine,
+        begin=leg.range.begin,
+        end=leg.range.end,
+        matched=timing.matched_token_count,
+        transferred=timing.transferred_token_count,
+        computed=timing.computed_token_count,
+        generated=timing.generated_token_count,
+        transferred_bytes=timing.transferred_bytes,
+        elapsed_ms=_milliseconds(leg.elapsed),
+        first_token_ms=_milliseconds(leg.first_token) if leg.HasField("first_token") else None,
+    )
+
+
+def _engine(engine: admin_pb2.EngineStatus) -> Engine:
+    info, load = engine.info, engine.load
+    return Engine(
+        name=info.engine_name,
+        address=engine.address,
+        healthy=engine.healthy,
+        problem=engine.problem,
+        model=info.model,
+        device=info.device,
+        running=load.running_sequence_count,
+        waiting=load.waiting_sequence_count + load.waiting_for_kv_count,
+        reservations=load.reservation_count,
+        pages_free=load.pages.free,
+        pages_cached=load.pages.cached,
+        pages_total=load.pages.total,
+        draining=load.draining,
+    )
+
+
+def _policy(policy: admin_pb2.PolicyInfo) -> Policy:
+    return Policy(policy.name, policy.summary, policy.current, policy.file)
+
+
+def _name(value: str, prefix: str) -> str:
+    return value.removeprefix(prefix).lower()
+
+
+def _milliseconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e6

@@ -1,0 +1,79 @@
+"""The command `microserve`. Whatever goes wrong is one line on stderr; wrong usage exits with code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from services.cli import commands, policy
+from services.cli.errors import CliError, ServiceFailed
+from services.cli.up import UpOptions, up
+from services.engine.model.catalogue import DEFAULT_MODEL
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Serves large language models through sub-request calls composed by router programs.",
+)
+app.command("ask")(commands.ask)
+app.command("engines")(commands.engines)
+app.add_typer(policy.app, name="policy")
+app.add_typer(commands.model_app, name="model")
+
+
+@app.command("up")
+def up_command(
+    engines: Annotated[int, typer.Option(min=1, help="Engine processes to start.")] = 2,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Router program.  [default: disaggregated]")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME|DIR|FILE.gguf|HF-ID", help="What to serve.")] = DEFAULT_MODEL,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router's gRPC; 0: a free one.")] = 50050,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router's HTTP; 0: a free one.")] = 8080,
+    ask: Annotated[
+        str, typer.Option(metavar="TEXT", help="Question to begin with; empty: none.")
+    ] = "What is the capital of France?",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, one event a line.")] = False,
+) -> None:
+    """Starts kvtransfer, engines and a router here, answers a question, and serves until Ctrl-C."""
+    up(
+        UpOptions(
+            engine_count=engines,
+            # One engine alone has nobody to hand its KV to.
+            policy=policy or ("disaggregated" if engines > 1 else "data_parallel"),
+            model=model,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            question=ask,
+            dtype=dtype,
+            device=device,
+            json=json,
+        )
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # gRPC's core writes lines of its own about lost connections; a failed call says it already.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        code = typer.main.get_command(app).main(prog_name="microserve", standalone_mode=False)
+    except TyperException as error:
+        print(f"microserve: {' '.join(error.format_message().split())}", file=sys.stderr)
+        code = 2
+    except CliError as error:
+        print(f"microserve: {error}", file=sys.stderr)
+        if isinstance(error, ServiceFailed) and error.exit_code != 2 and error.log_tail:
+            print(error.log_tail, file=sys.stderr)
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

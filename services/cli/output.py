@@ -1,0 +1,104 @@
+"""Printing: tables and streamed text for people, one JSON value a line for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.values import Answer, Endpoint, Engine, Policy
+
+_PIPE_WIDTH = 200
+
+
+def say(text: str | Table) -> None:
+    """Prints one line with rich's markup, or a table; into a pipe nothing is wrapped at 80 columns."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(text)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout: a dataclass, a sequence of them, or anything JSON has."""
+    plain = [_plain(item) for item in value] if isinstance(value, list | tuple) else _plain(value)
+    print(json.dumps(plain, ensure_ascii=False), flush=True)
+
+
+def print_piece(text: str) -> None:
+    """A piece of a streamed answer, at once and unchanged."""
+    print(text, end="", flush=True)
+
+
+def print_legs(answer: Answer) -> None:
+    """What happened: one row a verb."""
+    table = _table(
+        f"{answer.policy}: {answer.prompt_tokens} prompt tokens, {answer.output_tokens} generated",
+        ["verb", "engine"],
+        ["range", "matched", "sent", "computed", "generated", "bytes", "ms"],
+    )
+    for leg in answer.legs:
+        table.add_row(
+            leg.verb,
+            leg.engine,
+            f"[{leg.begin}, {leg.end})".replace("[", "\\["),
+            str(leg.matched),
+            str(leg.transferred),
+            str(leg.computed),
+            str(leg.generated),
+            f"{leg.transferred_bytes:,}",
+            f"{leg.elapsed_ms:.1f}",
+        )
+    say(table)
+
+
+def print_endpoints(endpoints: Sequence[Endpoint]) -> None:
+    """Where everything listens."""
+    table = _table("Endpoints", ["service", "gRPC", "HTTP"], ["pid"])
+    for endpoint in endpoints:
+        table.add_row(endpoint.name, endpoint.grpc, endpoint.http or "-", str(endpoint.pid))
+    say(table)
+
+
+def print_engines(engines: Sequence[Engine]) -> None:
+    """The fleet as the router sees it."""
+    table = _table(
+        "Engines",
+        ["engine", "address", "state", "model", "device"],
+        ["running", "waiting", "reserved", "free", "cached", "pages"],
+    )
+    for engine in engines:
+        state = engine.problem or ("draining" if engine.draining else "healthy")
+        table.add_row(
+            engine.name or "?",
+            engine.address,
+            state if engine.healthy else f"down: {state}",
+            engine.model,
+            engine.device,
+            *map(str, (engine.running, engine.waiting, engine.reservations)),
+            *map(str, (engine.pages_free, engine.pages_cached, engine.pages_total)),
+        )
+    say(table)
+
+
+def print_policies(policies: Sequence[Policy]) -> None:
+    """Programs at hand; the current one has a star."""
+    table = _table("Policies", ["", "policy", "what it does"], [])
+    for policy in policies:
+        table.add_row("*" if policy.current else "", policy.name, policy.summary)
+    say(table)
+
+
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None)
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

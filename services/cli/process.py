@@ -1,0 +1,152 @@
+"""One service as a child process: its READY line, its log, its death."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+from services.cli.errors import ServiceFailed
+
+_TAIL_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a service said of itself when it was ready."""
+
+    service: str
+    address: str
+    metrics: str | None
+
+
+class ServiceProcess:
+    """A started service. `address` and `metrics` wait for READY; everything else answers at once.
+
+    The process leads a group of its own, so that Ctrl-C reaches only the launcher, and holds the read end of the
+    launcher's lifeline.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log_path: Path, environment: Mapping[str, str], lifeline: int
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self.command = tuple(command)
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=dict(environment),
+                pass_fds=(lifeline,),
+                process_group=0,
+            )
+        self.pid = self._process.pid
+        # Readable once the process has ended, however; never reaped by anybody but us, so never somebody else's.
+        self._pidfd = os.pidfd_open(self.pid)
+        self.ready: Future[Ready] = Future()
+        # Running: who stops waiting for it does not cancel it for the others.
+        self.ready.set_running_or_notify_cancel()
+        # It also keeps the pipe empty, so that a service that prints can never block.
+        self._reader = Thread(target=self._read_stdout, name=f"stdout of {name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC server."""
+        return self.wait_ready().address
+
+    @property
+    def metrics(self) -> str | None:
+        """host:port of its /metrics, None if it serves none."""
+        return self.wait_ready().metrics
+
+    def wait_ready(self, timeout_s: float = 300.0) -> Ready:
+        """Waits for the READY line. ServiceFailed if the process ends first or takes too long."""
+        try:
+            return self.ready.result(timeout_s)
+        except FutureTimeout:
+            raise ServiceFailed(f"{self.name} was not ready in {timeout_s:g} s", self.log_tail()) from None
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when the process ends, for select and event loops."""
+        return self._pidfd
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Waits for the end and returns the exit code. TimeoutError."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if not poller.poll(None if timeout_s is None else timeout_s * 1000):
+            raise TimeoutError(f"{self.name} still runs after {timeout_s:g} s")
+        return self._process.wait()
+
+    def terminate(self) -> None:
+        """Asks it to drain and end (SIGTERM)."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends it and whatever it started, at once (SIGKILL to its group)."""
+        self._signal(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Stops it where it stands (SIGSTOP), as a stuck process would be."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it go on (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Frees what the launcher holds of a process that has ended."""
+        self._reader.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of its log."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+            text = log.read().decode(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def failure(self) -> ServiceFailed:
+        """Why it ended, for the person who started it. Waits for the end, which must be near."""
+        code = self.wait()
+        tail = self.log_tail()
+        if code == 2 and tail:
+            # By the rule for all services: it could not start, and its last line says why.
+            return ServiceFailed(tail.splitlines()[-1], exit_code=2)
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return ServiceFailed(f"{self.name} ended {how}", tail)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not yet reaped (poll is None), so the group still is this process's own.
+        if self.poll() is None:
+            os.killpg(self.pid, number)
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            word, _, rest = line.partition(b" ")
+            if word == b"READY" and not self.ready.done():
+                said = json.loads(rest)
+                self.ready.set_result(Ready(said["service"], said["address"], said.get("metrics")))
+        if not self.ready.done():
+            self.ready.set_exception(self.failure())

@@ -1,0 +1,212 @@
+"""`microserve up`: a whole suite on this machine, one answered question, then service until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from services.cli import output
+from services.cli.client import router_client, wait_serving
+from services.cli.commands import stream_answer
+from services.cli.errors import CliError
+from services.cli.fleet import Fleet, core_count
+from services.cli.models import fetch, require_engine
+from services.cli.policy import is_file
+from services.cli.process import ServiceProcess
+from services.cli.values import Endpoint, Question
+
+HOST = "127.0.0.1"
+# Reading a large model from a slow disk takes minutes.
+_START_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What to start. Port 0 is a free one; after any other gRPC port come those of the engines."""
+
+    engine_count: int
+    policy: str
+    model: str
+    grpc_port: int
+    http_port: int
+    question: str
+    dtype: str
+    device: str
+    json: bool
+
+    @property
+    def engine_ports(self) -> tuple[int, ...]:
+        """The engines' gRPC ports: those after the router's, so that they can be written down."""
+        return tuple(self.grpc_port and self.grpc_port + 1 + number for number in range(self.engine_count))
+
+
+def up(options: UpOptions) -> None:
+    """Runs until Ctrl-C or SIGTERM. CliError if something cannot be had, ServiceFailed if a child dies."""
+    _check(options)
+    model = fetch(options.model, quiet=options.json)
+    asyncio.run(launch(options, model, Fleet()))
+
+
+def _check(options: UpOptions) -> None:
+    """Finds what is wrong before anything is downloaded or started."""
+    require_engine()
+    for port in (options.grpc_port, options.http_port, *options.engine_ports):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+                probe.listen()
+            except OSError as error:
+                raise CliError(f"port {port} cannot be had: {error.strerror}") from None
+    if options.http_port != 0 and options.http_port in (options.grpc_port, *options.engine_ports):
+        raise CliError("--http-port must differ from the gRPC ports of router and engines")
+    if is_file(options.policy) and not Path(options.policy).is_file():
+        raise CliError(f"there is no policy file {options.policy}")
+    if options.dtype not in ("float32", "bfloat16"):
+        raise CliError(f"--dtype {options.dtype} is neither float32 nor bfloat16")
+
+
+async def launch(options: UpOptions, model: Path, fleet: Fleet) -> None:
+    """Starts everything in `fleet` and serves until a signal; the fleet is closed afterwards, whatever happens."""
+    await _Launcher(options, model, fleet).run()
+
+
+class _Launcher:
+    """The fleet on a loop that also hears signals and the deaths of children."""
+
+    def __init__(self, options: UpOptions, model: Path, fleet: Fleet) -> None:
+        self._options = options
+        self._model = model
+        self._fleet = fleet
+        self._interrupted = False
+        self._loop = asyncio.get_running_loop()
+        self._dead: asyncio.Future[ServiceProcess] = self._loop.create_future()
+        self._serving = self._loop.create_task(self._serve())
+
+    async def run(self) -> None:
+        """Serves until a signal. Whatever ends it, no child and no file is left."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._interrupt)
+        failure = None
+        try:
+            either: set[asyncio.Future[Any]] = {self._serving, self._dead}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            failure = self._failure()
+        finally:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+            for process in self._fleet.processes:
+                self._loop.remove_reader(process)
+            with suppress(BrokenPipeError):
+                self._say("stopping", {"event": "stopping"})
+            # In a thread, so that a second Ctrl-C is heard.
+            await asyncio.to_thread(self._fleet.close)
+        if failure is not None:
+            raise failure
+
+    async def _serve(self) -> None:
+        """Starts everything, asks the question, and then waits to be cancelled."""
+        options = self._options
+        self._say(f"starting kvtransfer, {options.engine_count} engines and a router")
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            router = await self._start()
+            processes = self._fleet.processes
+            await asyncio.gather(*(wait_serving(each.address, _START_TIMEOUT_S) for each in processes))
+        self._show_endpoints()
+        if options.question:
+            await self._ask(router.address)
+        self._say(f"serving at {router.address}; Ctrl-C stops it")
+        await asyncio.Event().wait()
+
+    async def _start(self) -> ServiceProcess:
+        """The router, once all are ready. Engines load their model at the same time."""
+        options, fleet = self._options, self._fleet
+        kvtransfer = self._watch(fleet.start_kvtransfer())
+        await asyncio.wrap_future(kvtransfer.ready)
+        threads = max(1, core_count() // options.engine_count)
+        engines = [
+            self._watch(
+                fleet.start_engine(
+                    f"engine-{number}",
+                    self._model,
+                    kvtransfer,
+                    threads=threads,
+                    dtype=options.dtype,
+                    device=options.device,
+                    listen=f"{HOST}:{port}",
+                )
+            )
+            for number, port in enumerate(options.engine_ports)
+        ]
+        await asyncio.gather(*(asyncio.wrap_future(engine.ready) for engine in engines))
+        router = self._watch(
+            fleet.start_router(
+                engines,
+                options.policy,
+                listen=f"{HOST}:{options.grpc_port}",
+                http_listen=f"{HOST}:{options.http_port}",
+            )
+        )
+        await asyncio.wrap_future(router.ready)
+        return router
+
+    async def _ask(self, address: str) -> None:
+        quiet = self._options.json
+        self._say(f"\n[bold]{escape(self._options.question)}[/bold]")
+        async with router_client(address) as router:
+            answer = await stream_answer(router, Question(self._options.question), quiet=quiet)
+        if quiet:
+            output.print_json({"event": "answer", **asdict(answer)})
+        else:
+            output.print_legs(answer)
+
+    def _show_endpoints(self) -> None:
+        endpoints = [
+            Endpoint(each.name, each.pid, each.address, each.metrics, str(each.log_path))
+            for each in self._fleet.processes
+        ]
+        if self._options.json:
+            output.print_json({"event": "ready", "endpoints": [asdict(each) for each in endpoints]})
+        else:
+            output.print_endpoints(endpoints)
+
+    def _watch(self, process: ServiceProcess) -> ServiceProcess:
+        """Hears of its death from now on."""
+        self._loop.add_reader(process, self._child_died, process)
+        return process
+
+    def _child_died(self, process: ServiceProcess) -> None:
+        self._loop.remove_reader(process)
+        if not self._dead.done():
+            self._dead.set_result(process)
+
+    def _interrupt(self) -> None:
+        if self._interrupted:
+            self._fleet.kill()
+        self._interrupted = True
+        self._serving.cancel()
+
+    def _failure(self) -> BaseException | None:
+        """Why it ended, if not because somebody wanted it."""
+        if self._interrupted:
+            return None
+        if self._dead.done():
+            return self._dead.result().failure()
+        error = self._serving.exception()
+        if isinstance(error, TimeoutError):
+            return CliError(f"the services were not ready within {_START_TIMEOUT_S:g} s")
+        return error
+
+    def _say(self, text: str, event: dict[str, object] | None = None) -> None:
+        """Text for people, or the event, if there is one, for programs."""
+        if not self._options.json:
+            output.say(text)
+        elif event is not None:
+            output.print_json(event)

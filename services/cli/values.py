@@ -1,0 +1,88 @@
+"""What the commands ask and show. All of it prints as JSON by dataclasses.asdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to ask a router."""
+
+    text: str
+    policy: str = ""  # empty: the router's current one
+    max_tokens: int = 128
+    temperature: float = 0.0  # greedy
+    seed: int | None = None
+    raw: bool = False  # continue the text as it is, with no chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One verb of a request. Counts are tokens; see microserve.types.v1.Timing."""
+
+    verb: str
+    engine: str
+    begin: int
+    end: int
+    matched: int
+    transferred: int
+    computed: int
+    generated: int
+    transferred_bytes: int
+    elapsed_ms: float
+    first_token_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back."""
+
+    text: str
+    request_id: str
+    policy: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    legs: tuple[Leg, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine as the router sees it."""
+
+    name: str
+    address: str
+    healthy: bool
+    problem: str
+    model: str
+    device: str
+    running: int
+    waiting: int
+    reservations: int
+    pages_free: int
+    pages_cached: int
+    pages_total: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A router program."""
+
+    name: str
+    summary: str
+    current: bool
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a service of the launcher listens."""
+
+    name: str
+    pid: int
+    grpc: str
+    http: str | None
+    log: str

@@ -1,0 +1,23 @@
+"""Addressing of the KV pool in plain torch, shared by the backends that need no kernel of their own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class PagedKv:
+    """The pool (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim) and the scatter of new KV into it."""
+
+    def __init__(self, kv: Tensor) -> None:
+        if kv.dim() != 6 or kv.shape[2] != 2:
+            raise ValueError(f"the KV pool must be (layers, pages, 2, heads, page_size, head_dim), not {kv.shape}")
+        self.kv = kv
+        self.page_size = kv.shape[4]
+        self.head_dim = kv.shape[5]
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Stores key and value, each (num_tokens, num_kv_heads, head_dim), at slots (num_tokens,) int64."""
+        pages, offsets = slots // self.page_size, slots % self.page_size
+        pool = self.kv[layer]
+        pool[pages, 0, :, offsets] = key
+        pool[pages, 1, :, offsets] = value

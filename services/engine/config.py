@@ -1,0 +1,102 @@
+"""Options of an engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.rpc.bind import split_address
+from services.rpc.server import ServerConfig
+
+# Set by test runners, and by nobody else.
+TESTING_VARIABLE = "MICROSERVE_TESTING"
+MAX_NAME_CHARACTERS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(ServerConfig):
+    """An engine: serves one model replica through sub-request calls."""
+
+    model: str = field(metadata={"help": "catalogue name, model folder, GGUF file or hub id"})
+    name: str = field(default="engine", metadata={"help": "name of this engine, stable across restarts"})
+    kvtransfer: str | None = field(
+        default=None, metadata={"help": "host:port of this node's KV transfer service; none: a private pool"}
+    )
+    kvtransfer_ca: Path | None = field(
+        default=None, metadata={"help": "PEM roots of the KV transfer service; with it the link uses TLS"}
+    )
+    threads: int | None = field(default=None, metadata={"help": "threads that compute; none: one a core"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda or cuda:N"})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "number format of weights and KV; auto: float32 on cpu, bfloat16 elsewhere",
+            "choices": ("auto", "float32", "bfloat16", "float16"),
+        },
+    )
+    attention: str | None = field(
+        default=None, metadata={"help": "attention backend; none: the fastest that fits", "env": "MICROSERVE_ATTENTION"}
+    )
+    pages: int | None = field(default=None, metadata={"help": "pages of KV; none: as --kv-memory-mib allows"})
+    kv_memory_mib: int | None = field(
+        default=None,
+        metadata={"help": "MiB of KV where --pages is none; none: 1024 or an eighth of memory on cpu, half on a GPU"},
+    )
+    page_size: int = field(default=16, metadata={"help": "tokens in a page"})
+    max_context: int | None = field(
+        default=None, metadata={"help": "most tokens of a prompt and its output; none: what the model can"}
+    )
+    max_batch_size: int = field(default=64, metadata={"help": "sequences computed in one step"})
+    max_step_tokens: int = field(default=512, metadata={"help": "tokens computed in one step"})
+    max_waiting: int = field(default=256, metadata={"help": "requests that wait; more are refused"})
+    lease_default: float = field(default=30.0, metadata={"help": "seconds a reservation lives by default"})
+    lease_max: float = field(default=600.0, metadata={"help": "longest lease in seconds"})
+    labels: tuple[str, ...] = field(default=(), metadata={"help": "key=value for GetInfo; repeatable"})
+    poison_pages: bool = field(default=False, metadata={"help": "fill freed pages with NaN, to find reads of them"})
+    fault_points: tuple[str, ...] = field(
+        default=(), metadata={"help": "where tests hold or break the engine", "hidden": True}
+    )
+
+    def __post_init__(self) -> None:
+        ServerConfig.__post_init__(self)
+        if not 1 <= len(self.name) <= MAX_NAME_CHARACTERS:
+            raise ValueError(f"--name must have 1 to {MAX_NAME_CHARACTERS} characters")
+        if self.kvtransfer is not None:
+            split_address(self.kvtransfer)
+        for flag, value in (
+            ("--threads", self.threads),
+            ("--pages", self.pages),
+            ("--kv-memory-mib", self.kv_memory_mib),
+            ("--page-size", self.page_size),
+            ("--max-batch-size", self.max_batch_size),
+            ("--max-step-tokens", self.max_step_tokens),
+            ("--max-waiting", self.max_waiting),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1")
+        if self.max_context is not None and self.max_context < 2:
+            raise ValueError("--max-context must be at least 2")
+        if not 0 < self.lease_default <= self.lease_max:
+            raise ValueError("--lease-default must be above 0 and at most --lease-max")
+        if any("=" not in label for label in self.labels):
+            raise ValueError("--labels must be key=value")
+        if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
+            raise ValueError("--fault-points is for tests only")
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """The labels by key."""
+        return dict(label.split("=", 1) for label in self.labels)
+
+    @property
+    def dtype_name(self) -> str:
+        """The number format in force."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    @property
+    def num_threads(self) -> int:
+        """The threads in force."""
+        return self.threads or len(os.sched_getaffinity(0))

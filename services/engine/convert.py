@@ -1,0 +1,172 @@
+"""Messages of types.v1 to the engine's own data and back. What a message cannot mean is refused here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+from microserve.types.v1 import kv_pb2, sampling_pb2
+
+from services.engine.core.api import Timing, TokenLogprobs
+from services.engine.errors import BadRequest
+from services.engine.sampling.params import SamplingParams
+from services.protocol.address import KvAddress, KvShard
+from services.protocol.layout import Dtype, PageLayout, PageOrder
+from services.protocol.ranges import RangeSet, TokenRange
+
+MAX_DURATION_S = 24 * 3600.0
+
+
+def to_duration(seconds: float) -> Duration:
+    """Seconds as a message; what is below zero becomes zero."""
+    duration = Duration()
+    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return duration
+
+
+def from_duration(message: Duration, field: str) -> float:
+    """Seconds. BadRequest, naming `field`, unless it is between zero and a day."""
+    seconds = message.seconds + message.nanos / 1e9
+    if not 0 <= seconds <= MAX_DURATION_S:
+        raise BadRequest(f"{field} must be between 0 and {MAX_DURATION_S:.0f} seconds, not {seconds:g}.")
+    return seconds
+
+
+def to_range(tokens: TokenRange) -> kv_pb2.TokenRange:
+    """A range as a message."""
+    return kv_pb2.TokenRange(begin=tokens.begin, end=tokens.end)
+
+
+def from_range(message: kv_pb2.TokenRange) -> TokenRange:
+    """A range. Raises InvalidRange unless begin <= end."""
+    return TokenRange(message.begin, message.end)
+
+
+def from_ranges(messages: Iterable[kv_pb2.TokenRange]) -> RangeSet:
+    """The union of the ranges."""
+    return RangeSet.of(from_range(message) for message in messages)
+
+
+def to_layout(layout: PageLayout) -> kv_pb2.PageLayout:
+    """A layout as a message."""
+    return kv_pb2.PageLayout(
+        layer_count=layout.layer_count,
+        kv_head_count=layout.kv_head_count,
+        head_dim=layout.head_dim,
+        page_size=layout.page_size,
+        dtype=kv_pb2.Dtype.Value(f"DTYPE_{layout.dtype.value}"),
+        order=kv_pb2.PageOrder.Value(f"PAGE_ORDER_{layout.order.value}"),
+    )
+
+
+def from_layout(message: kv_pb2.PageLayout) -> PageLayout:
+    """A layout. Raises BadRequest for a dtype or order that is unknown, LayoutMismatch for an impossible shape."""
+    try:
+        dtype = Dtype(kv_pb2.Dtype.Name(message.dtype).removeprefix("DTYPE_"))
+        order = PageOrder(kv_pb2.PageOrder.Name(message.order).removeprefix("PAGE_ORDER_"))
+    except ValueError:
+        raise BadRequest("The layout names no known dtype or page order.") from None
+    return PageLayout(message.layer_count, message.kv_head_count, message.head_dim, message.page_size, dtype, order)
+
+
+def to_address(address: KvAddress) -> kv_pb2.KvAddress:
+    """An address as a message, secret included."""
+    return kv_pb2.KvAddress(
+        reservation_id=address.reservation_id,
+        endpoint=address.endpoint,
+        epoch=address.epoch,
+        secret=address.secret,
+        window=to_range(address.window),
+        shards=[_to_shard(shard) for shard in address.shards],
+        layout=to_layout(address.layout),
+        model_digest=address.model_digest,
+        prompt_digest=address.prompt_digest,
+    )
+
+
+def from_address(message: kv_pb2.KvAddress) -> KvAddress:
+    """An address as it stands; whether its parts make sense together is for the caller to check."""
+    return KvAddress(
+        reservation_id=message.reservation_id,
+        endpoint=message.endpoint,
+        epoch=message.epoch,
+        secret=message.secret,
+        window=from_range(message.window),
+        shards=tuple(_from_shard(shard) for shard in message.shards),
+        layout=from_layout(message.layout),
+        model_digest=message.model_digest,
+        prompt_digest=message.prompt_digest,
+    )
+
+
+def from_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
+    """Sampling values, with zero read as the contract says; their bounds are not checked here."""
+    return SamplingParams(
+        temperature=_decimal(message.temperature),
+        top_p=_decimal(message.top_p) or 1.0,
+        top_k=message.top_k,
+        min_p=_decimal(message.min_p),
+        repetition_penalty=_decimal(message.repetition_penalty) or 1.0,
+        presence_penalty=_decimal(message.presence_penalty),
+        frequency_penalty=_decimal(message.frequency_penalty),
+        logit_bias=SamplingParams.bias_pairs({t: _decimal(b) for t, b in message.logit_bias.items()}),
+        seed=message.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        min_tokens=message.min_tokens,
+        max_tokens=message.max_tokens or None,
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def to_timing(timing: Timing) -> sampling_pb2.Timing:
+    """An account as a message."""
+    return sampling_pb2.Timing(
+        matched_token_count=timing.matched_tokens,
+        transferred_token_count=timing.transferred_tokens,
+        computed_token_count=timing.computed_tokens,
+        generated_token_count=timing.generated_tokens,
+        transferred_bytes=timing.transferred_bytes,
+        queue=to_duration(timing.queue_s),
+        prefill=to_duration(timing.prefill_s),
+        transfer=to_duration(timing.transfer_s),
+        total=to_duration(timing.total_s),
+        preemption_count=timing.preemptions,
+    )
+
+
+def to_logprobs(logprobs: TokenLogprobs) -> sampling_pb2.Logprobs:
+    """The log-probabilities of one generated token."""
+    return sampling_pb2.Logprobs(
+        chosen=_to_token_logprob(logprobs.chosen), top=[_to_token_logprob(pair) for pair in logprobs.top]
+    )
+
+
+def _to_token_logprob(pair: tuple[int, float]) -> sampling_pb2.TokenLogprob:
+    return sampling_pb2.TokenLogprob(token_id=pair[0], logprob=pair[1])
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that a float32 of the wire stands for: 0.1, not 0.10000000149."""
+    return float(f"{value:.7g}") if math.isfinite(value) else value
+
+
+def _to_shard(shard: KvShard) -> kv_pb2.KvShard:
+    return kv_pb2.KvShard(
+        pool_id=shard.pool_id,
+        layer_begin=shard.layers[0],
+        layer_end=shard.layers[1],
+        kv_head_begin=shard.kv_heads[0],
+        kv_head_end=shard.kv_heads[1],
+        page_ids=shard.page_ids,
+    )
+
+
+def _from_shard(message: kv_pb2.KvShard) -> KvShard:
+    return KvShard(
+        pool_id=message.pool_id,
+        layers=(message.layer_begin, message.layer_end),
+        kv_heads=(message.kv_head_begin, message.kv_head_end),
+        page_ids=tuple(message.page_ids),
+    )

@@ -1,0 +1,1 @@
+"""Everything that the engine's loop thread owns. No grpc; torch only in runner.py."""

@@ -1,0 +1,92 @@
+"""What a request must satisfy before the engine takes it. Each check raises one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.engine.core.api import PrepRecv, RemoteSend, StartGenerate
+from services.engine.core.config import CoreConfig
+from services.engine.errors import BadRequest, BadSampling, EmptyPrompt, PromptTooLong, TokenOutOfRange
+from services.engine.sampling.params import InvalidSampling
+from services.protocol.address import KvAddress
+from services.protocol.errors import InvalidRange, LayoutMismatch, ModelMismatch, OutsideWindow, PromptMismatch
+from services.protocol.hashes import prompt_digest
+
+
+def check_prompt(tokens: Sequence[int], config: CoreConfig, *, room_for: int = 0) -> None:
+    """Raises EmptyPrompt, TokenOutOfRange, or PromptTooLong if `room_for` more tokens do not fit behind it."""
+    if not tokens:
+        raise EmptyPrompt("The prompt holds no token.")
+    if len(tokens) + room_for > config.context_limit:
+        raise PromptTooLong(
+            f"A prompt of {len(tokens)} tokens and {room_for} to generate exceed the {config.context_limit} tokens "
+            "that this engine can hold for one sequence."
+        )
+    check_tokens(tokens, config)
+
+
+def check_tokens(tokens: Sequence[int], config: CoreConfig) -> None:
+    """Raises TokenOutOfRange for a token that the model does not have."""
+    if tokens and (min(tokens) < 0 or max(tokens) >= config.vocab_size):
+        raise TokenOutOfRange(f"A token id is not among the {config.vocab_size} of the model.")
+
+
+def check_prep_recv(command: PrepRecv, config: CoreConfig) -> None:
+    """Raises what is wrong with a PrepRecv, PromptTooLong too if its pages could never be reserved."""
+    check_prompt(command.prompt, config)
+    if not 0 <= command.end <= len(command.prompt):
+        raise InvalidRange(f"end {command.end} is not within the prompt of {len(command.prompt)} tokens.")
+    if config.num_pages_for(command.end) > config.max_reserved_pages:
+        raise PromptTooLong(
+            f"{command.end} tokens cannot be reserved: of {config.num_pages} pages, those of one longest prompt stay "
+            f"free of reservations, which leaves {config.max_reserved_pages}."
+        )
+    check_lease(command.lease_s)
+    if command.max_wait_s is not None and not command.max_wait_s >= 0:
+        raise BadRequest("max_wait must not be negative.")
+
+
+def check_lease(lease_s: float | None) -> None:
+    """Raises BadRequest for a lease that is not longer than nothing."""
+    if lease_s is not None and not lease_s > 0:
+        raise BadRequest("A lease must be longer than zero.")
+
+
+def check_remote_send(command: RemoteSend, config: CoreConfig) -> None:
+    """Raises what is wrong with a RemoteSend: mismatches between sender and receiver before anything else moves."""
+    check_prompt(command.prompt, config)
+    if command.range.end > len(command.prompt):
+        raise InvalidRange(f"{command.range} is not within the prompt of {len(command.prompt)} tokens.")
+    if command.attempt < 1:
+        raise BadRequest("attempt counts from 1.")
+    check_address(command.address, command, config)
+    if not command.address.window.contains(command.range):
+        raise OutsideWindow(f"{command.range} is not inside the window {command.address.window}.")
+
+
+def check_address(address: KvAddress, command: RemoteSend, config: CoreConfig) -> None:
+    """Raises ModelMismatch, LayoutMismatch or PromptMismatch if what would be sent is not what is expected there."""
+    if address.model_digest != config.model_digest:
+        raise ModelMismatch("The receiver holds other weights, another dtype or other rope parameters.")
+    if address.layout != config.layout:
+        raise LayoutMismatch("The receiver's pages are arranged otherwise, and no conversion is known.")
+    head = command.prompt[: address.window.end]
+    same_length = len(head) == address.window.end
+    if not same_length or prompt_digest(head, command.cache_salt) != address.prompt_digest:
+        raise PromptMismatch("The receiver was given another prompt or cache salt.")
+
+
+def check_start_generate(command: StartGenerate, config: CoreConfig) -> None:
+    """Raises what is wrong with a StartGenerate, its reservation apart."""
+    check_prompt(command.prompt, config, room_for=max(1, len(command.forced)))
+    check_tokens(command.forced, config)
+    if not 0 <= command.prompt_token_count <= len(command.prompt):
+        raise BadRequest(f"prompt_token_count is not within the prompt of {len(command.prompt)} tokens.")
+    if not 0 <= command.begin <= len(command.prompt):
+        raise InvalidRange(f"begin {command.begin} is not within the prompt of {len(command.prompt)} tokens.")
+    if command.reservation is None and command.begin:
+        raise InvalidRange("Without a reservation, begin is 0.")
+    try:
+        command.sampling.validate(config.vocab_size)
+    except InvalidSampling as error:
+        raise BadSampling(error.sentence) from None

@@ -1,0 +1,105 @@
+"""A sequence: tokens, the pages that hold their KV, and how far both are."""
+
+from __future__ import annotations
+
+from array import array
+from enum import Enum
+
+from services.engine.core.account import Account
+from services.engine.core.api import RequestKey
+from services.engine.core.blocks import BlockChain
+from services.engine.core.plan import SampleSpec
+from services.engine.sampling.params import SamplingParams
+
+
+class Phase(Enum):
+    """Where a sequence is. COMPUTED is a send's: all is computed, and not all is moved."""
+
+    WAITING_FOR_KV = "WAITING_FOR_KV"
+    WAITING = "WAITING"
+    RUNNING = "RUNNING"
+    COMPUTED = "COMPUTED"
+    ENDED = "ENDED"
+
+
+class Sequence:
+    """Tokens to compute, page by page. Those of a StartGenerate grow; those of a RemoteSend (`sampling` None) do not.
+
+    pages[i] holds positions [i * page_size, (i + 1) * page_size). A page that is published is never written.
+    """
+
+    __slots__ = (
+        "account", "awaited", "chain", "forced", "goal", "key", "num_computed", "num_given", "num_prompt",
+        "num_published", "number", "pages", "phase", "sampling",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        key: RequestKey,
+        chain: BlockChain,
+        account: Account,
+        *,
+        goal: int,
+        num_prompt: int = 0,
+        sampling: SamplingParams | None = None,
+        forced: tuple[int, ...] = (),
+    ) -> None:
+        self.number = number  # order of arrival in this engine
+        self.key = key
+        self.chain = chain
+        self.account = account
+        self.goal = goal  # positions [0, goal) are to be computed
+        self.num_given = len(chain.tokens)  # tokens that came with the request
+        self.num_prompt = num_prompt  # of those, the prompt; the rest is output generated elsewhere
+        self.sampling = sampling
+        self.forced = forced
+        self.phase = Phase.WAITING
+        self.awaited: bytes | None = None  # the block that it waits for while another sequence computes it
+        self.pages: array[int] = array("i")
+        self.num_computed = 0  # positions [0, num_computed) are in the pages
+        self.num_published = 0  # full pages offered to the prefix cache
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output."""
+        return self.chain.tokens
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens come out of it; otherwise its KV is sent."""
+        return self.sampling is not None
+
+    @property
+    def num_left(self) -> int:
+        """Positions to compute before it is done or the next token is chosen."""
+        return self.goal - self.num_computed
+
+    @property
+    def match_limit(self) -> int:
+        """How much of it may come from the cache: the last token before a choice is always computed (rule 5)."""
+        return self.goal - 1 if self.generates else self.goal
+
+    @property
+    def room_wanted(self) -> int:
+        """Positions that it should have room for when it is admitted."""
+        return self.goal + 1 if self.generates else self.goal
+
+    def sample_spec(self, end: int) -> SampleSpec | None:
+        """What to choose when positions up to `end` are computed, if that is all of them."""
+        if self.sampling is None or end < self.goal:
+            return None
+        num_new = len(self.tokens) - self.num_given
+        forced = self.forced[num_new] if self.forced else None
+        return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced)
+
+    def append(self, token: int) -> None:
+        """Adds a chosen token."""
+        self.tokens.append(token)
+        self.goal += 1
+
+    def take_pages(self) -> array[int]:
+        """Gives up all pages and with them everything computed; the caller releases them."""
+        pages, self.pages = self.pages, array("i")
+        self.num_computed = self.num_published = 0
+        return pages

@@ -1,0 +1,82 @@
+"""One question to the loop thread and its one answer, for handlers of unary calls.
+
+The loop thread answers through a reply function, on its own thread. A handler that is cancelled before the answer
+(the client left, its deadline passed, the server stops) tells the loop thread, so that nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from services.engine.core.api import Cancel, Command, Reply, RequestKey
+from services.protocol.errors import ServiceError
+
+T = TypeVar("T")
+
+# Answered verbs whose duplicates may still be under way; a retry follows its original within seconds.
+MAX_ANSWERED = 4096
+
+
+class Calls:
+    """Belongs to one event loop, which all methods are called on."""
+
+    def __init__(self, submit: Callable[[Command], None]) -> None:
+        self._submit = submit
+        self._open: set[asyncio.Future[Any]] = set()
+        self._answered: OrderedDict[RequestKey, None] = OrderedDict()
+        self._failure: ServiceError | None = None
+
+    async def ask(self, make: Callable[[Reply[T]], Command]) -> T:
+        """Submits the command that `make` builds and returns its answer or raises the error it was answered with.
+
+        Cancelling leaves the command to take effect unheard.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T | ServiceError] = loop.create_future()
+        if self._failure is not None:
+            raise self._failure
+        self._submit(make(lambda value: _post(loop, answer, value)))
+        self._open.add(answer)
+        try:
+            value = await answer
+        finally:
+            self._open.discard(answer)
+        if isinstance(value, ServiceError):
+            raise value
+        return value
+
+    async def ask_for(self, key: RequestKey, make: Callable[[Reply[T]], Command]) -> T:
+        """As ask, for a verb. Cancelling cancels the verb, unless an earlier call of that name has its answer.
+
+        A retry shares what its original got: when a mesh takes the retry back, the original must live on.
+        """
+        try:
+            answer = await self.ask(make)
+        except asyncio.CancelledError:
+            if key not in self._answered:
+                self._submit(Cancel(key))
+            raise
+        self._answered[key] = None
+        if len(self._answered) > MAX_ANSWERED:
+            self._answered.popitem(last=False)
+        return answer
+
+    def fail(self, error: ServiceError) -> None:
+        """The loop thread is gone: every open and every later question is answered with `error`."""
+        self._failure = error
+        for answer in self._open:
+            _settle(answer, error)
+
+
+def _post(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[Any], value: object) -> None:
+    """Called on the loop thread. An event loop that is closed has nobody left who could want the answer."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_settle, answer, value)
+
+
+def _settle(answer: asyncio.Future[Any], value: object) -> None:
+    if not answer.done():
+        answer.set_result(value)

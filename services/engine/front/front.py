@@ -1,0 +1,89 @@
+"""The meeting point of the two threads: commands go to the loop thread, and what it says is handed on.
+
+The loop thread calls the listener's methods; each of them costs it one wake-up of the event loop, whatever the number
+of sequences and readers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from services.engine.core.api import Command, Drain, Load, Reply, SequenceOutput
+from services.engine.errors import EngineDraining, EngineStopped
+from services.engine.front.cache_watch import CacheWatches
+from services.engine.front.calls import Calls
+from services.engine.front.loads import LoadBoard
+from services.engine.front.streams import Streams
+from services.engine.metrics import count_outputs
+
+log = logging.getLogger(__name__)
+
+
+class Front:
+    """Implements EngineListener. Everything but the listener's methods belongs to the event loop it was made on.
+
+    `submit` is the loop thread's inbox. `on_stopped` is called once if the loop thread fails.
+    """
+
+    def __init__(self, submit: Callable[[Command], None], on_stopped: Callable[[], None]) -> None:
+        self.calls = Calls(submit)
+        self.streams = Streams(submit)
+        self.loads = LoadBoard()
+        self.cache = CacheWatches(submit)
+        self._on_stopped = on_stopped
+        self._loop = asyncio.get_running_loop()
+        self._newest_load: Load | None = None
+        self._load_posted = False
+
+    def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
+        """See EngineListener."""
+        self._post(lambda: self._deliver(outputs))
+
+    def on_load(self, load: Load) -> None:
+        """See EngineListener. Loads that come while one is on its way replace it."""
+        self._newest_load = load
+        if not self._load_posted:
+            self._load_posted = True
+            self._post(self._publish_load)
+
+    def on_fatal(self, error: BaseException) -> None:
+        """See EngineListener."""
+        self._post(lambda: self._stopped(error))
+
+    async def drain(self) -> None:
+        """Lets the engine finish what it has and take nothing new; then ends the calls that only watch."""
+        ask: Callable[[Reply[None]], Command] = Drain
+        try:
+            await self.calls.ask(ask)
+        finally:
+            # Also when the grace is over: a watcher would otherwise hold the server up for nothing.
+            self._end_watches(EngineDraining("The engine is shutting down."))
+            self.streams.end_callers()
+
+    def _deliver(self, outputs: Sequence[SequenceOutput]) -> None:
+        count_outputs(outputs)
+        self.streams.deliver(outputs)
+
+    def _publish_load(self) -> None:
+        # Cleared first: a load that comes after this line either is the one read below or posts itself.
+        self._load_posted = False
+        if self._newest_load is not None:
+            self.loads.publish(self._newest_load)
+
+    def _stopped(self, error: BaseException) -> None:
+        log.critical("the engine's loop failed", exc_info=error)
+        stopped = EngineStopped("The engine has failed and serves no more.")
+        self.calls.fail(stopped)
+        self.streams.fail(stopped)
+        self._end_watches(stopped)
+        self._on_stopped()
+
+    def _end_watches(self, error: EngineDraining | EngineStopped) -> None:
+        self.loads.end(error)
+        self.cache.end(error)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)

@@ -1,0 +1,1 @@
+"""Finding, converting, loading and running a language model."""

@@ -1,0 +1,52 @@
+"""The user's cache of models: folders that appear whole or not at all, however many processes fill them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """microserve's part of the user's cache: under XDG_CACHE_HOME, else under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "microserve"
+
+
+def ensure_folder(
+    target: Path,
+    fill: Callable[[Path], None],
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Makes `target` exist, calling fill(folder) on an empty folder beside it that is then renamed.
+
+    A lock next to `target` lets one process work at a time; the others wait, after calling on_wait, as long as that
+    one lives and works, and then find the folder there. What a killed process left is removed first, and what a
+    failed one made is removed at once. Raises whatever `fill` raises.
+    """
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        _lock(lock.fileno(), on_wait)
+        if target.is_dir():
+            return
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir()
+        try:
+            fill(unfinished)
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _lock(descriptor: int, on_wait: Callable[[], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,120 @@
+"""Tensors of a safetensors folder by name, one file or sharded, checked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from services.engine.model.config import read_json
+from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SAMPLES_PER_TENSOR, SAMPLE_BYTES = 16, 256
+
+
+class Checkpoint:
+    """The tensors of one model. Each is read once, into memory the caller owns."""
+
+    def __init__(self, folder: Path, handles: dict[str, tuple[Path, Any]]) -> None:
+        self._folder = folder
+        self._handles = handles  # tensor name -> (file, open safetensors handle)
+        self._unread = set(handles)
+        self._identity = blake2b(digest_size=16)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies a tensor into `target`, converting dtype and device. Raises ModelCorrupt naming file and tensor."""
+        if name not in self._handles:
+            raise ModelCorrupt(f"{self._folder} lacks the tensor {name}.")
+        path, handle = self._handles[name]
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
+        if tensor.shape != target.shape:
+            raise ModelCorrupt(
+                f"{path}: the tensor {name} has shape {tuple(tensor.shape)} where {tuple(target.shape)} is needed."
+            )
+        if not tensor.is_floating_point():
+            raise UnsupportedModel(f"{path}: the tensor {name} holds {tensor.dtype}, which this engine does not read.")
+        self._unread.discard(name)
+        self._identify(name, tensor)
+        target.copy_(tensor)
+
+    def require_all_read(self, ignored_suffixes: tuple[str, ...]) -> None:
+        """Raises ModelCorrupt for a tensor that the model has no use for: its numbers would be wrong without it."""
+        for name in sorted(self._unread):
+            if not name.endswith(ignored_suffixes):
+                raise ModelCorrupt(f"{self._handles[name][0]}: the tensor {name} does not belong to this architecture.")
+
+    def identity(self) -> bytes:
+        """16 bytes that depend on name, shape, dtype and a sample of the values of every tensor read so far.
+
+        16 evenly spread samples of 256 bytes a tensor tell fine-tunes and quantisations apart at no cost; an edit
+        of single weights between the samples goes unseen.
+        """
+        return self._identity.digest()
+
+    def _identify(self, name: str, tensor: Tensor) -> None:
+        self._identity.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        content = tensor.contiguous().view(torch.uint8).flatten().numpy()
+        if content.size <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
+            self._identity.update(content.tobytes())
+            return
+        last = content.size - SAMPLE_BYTES
+        for sample in range(SAMPLES_PER_TENSOR):
+            start = last * sample // (SAMPLES_PER_TENSOR - 1)
+            self._identity.update(content[start : start + SAMPLE_BYTES].tobytes())
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoint in `folder`, its files open until the block ends.
+
+    Raises ModelNotFound or UnsupportedModel without safetensors files, ModelCorrupt for a truncated or missing one.
+    """
+    with ExitStack() as open_files:
+        handles: dict[str, tuple[Path, Any]] = {}
+        for path, expected in _files(folder).items():
+            try:
+                handle = open_files.enter_context(safe_open(path, framework="pt"))
+                names = set(handle.keys())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ModelCorrupt(f"{path} is not a whole safetensors file: {error}.") from error
+            if missing := sorted(expected - names):
+                raise ModelCorrupt(f"{path} lacks the tensor {missing[0]} that {INDEX_FILE} promises.")
+            handles.update((name, (path, handle)) for name in names)
+        yield Checkpoint(folder, handles)
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The files, and the tensors the index promises to be in each."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return {single: set()}
+    if not index.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+            raise UnsupportedModel(f"{folder} holds pickled weights only; this engine reads safetensors.")
+        raise ModelNotFound(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    shards: dict[Path, set[str]] = {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelCorrupt(f"{index} has no weight_map.")
+    for name, file_name in weight_map.items():
+        if Path(file_name).name != file_name:
+            raise ModelCorrupt(f"{index}: the shard {file_name!r} is not a file name.")
+        shards.setdefault(folder / file_name, set()).add(name)
+    for path in shards:
+        if not path.is_file():
+            raise ModelCorrupt(f"{path} is missing, though {INDEX_FILE} names it.")
+    return shards

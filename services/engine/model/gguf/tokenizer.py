@@ -1,0 +1,85 @@
+"""tokenizer.json and its companions from the vocabulary in a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from enum import IntEnum
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from services.engine.model.errors import ModelCorrupt, UnsupportedModel
+from services.engine.model.gguf.byte_level import add_bos_by_default, byte_level_tokenizer
+from services.engine.model.gguf.reader import GgufFile
+from services.engine.model.gguf.sentencepiece import sentencepiece_tokenizer
+from services.engine.model.tokenizer_files import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
+
+
+class TokenType(IntEnum):
+    """Values of tokenizer.ggml.token_type."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
+    """Content by file name. Raises UnsupportedModel naming the kind of tokenizer, ModelCorrupt naming the file."""
+    tokens = file.values("tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        raise ModelCorrupt(f"{file.path} lists a token twice.")
+    kind = file.text("tokenizer.ggml.model")
+    if kind == "gpt2":
+        tokenizer, adds_bos = byte_level_tokenizer(file, tokens), add_bos_by_default(file)
+    elif kind == "llama":
+        tokenizer, adds_bos = sentencepiece_tokenizer(file, tokens), True
+    else:
+        raise UnsupportedModel(f"The tokenizer {kind} of {file.path.name} is not supported.")
+    _mark_added_tokens(file, tokenizer, tokens)
+    stated = file.get("tokenizer.ggml.add_bos_token")
+    bos = _special(file, tokens, "bos")
+    if bos is not None and (adds_bos if stated is None else stated):
+        pair = f"{bos} $A {bos}:1 $B:1"
+        tokenizer.post_processor = TemplateProcessing(f"{bos} $A", pair, [(bos, tokens.index(bos))])
+    files = {TOKENIZER_FILE: tokenizer.to_str().encode(), "tokenizer_config.json": _config(file, tokens)}
+    if (template := file.optional_text("tokenizer.chat_template")) is not None:
+        files[CHAT_TEMPLATE_FILE] = template.encode()
+    return files
+
+
+def _mark_added_tokens(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> None:
+    """Control tokens are special (hidden from decoded text); user-defined ones only match before splitting."""
+    types = file.values("tokenizer.ggml.token_type") if file.get("tokenizer.ggml.token_type") else []
+    unknown = file.optional_count("tokenizer.ggml.unknown_token_id")
+    for index, kind in enumerate(types):
+        if kind == TokenType.CONTROL or (kind == TokenType.UNKNOWN and index == unknown):
+            tokenizer.add_special_tokens([AddedToken(tokens[index], special=True, normalized=False)])
+        elif kind == TokenType.USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(tokens[index], special=False, normalized=False)])
+
+
+def _special(file: GgufFile, tokens: list[str], name: str) -> str | None:
+    index = file.optional_count(f"tokenizer.ggml.{name}_token_id")
+    if index is None:
+        return None
+    if not 0 <= index < len(tokens):
+        raise ModelCorrupt(f"{file.path}: the {name} token {index} is not in its vocabulary.")
+    return tokens[index]
+
+
+def _config(file: GgufFile, tokens: list[str]) -> bytes:
+    """tokenizer_config.json, by which transformers too can load the folder."""
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {key: _special(file, tokens, name) for key, name in names.items()}
+    return json.dumps(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": file.count("llama.context_length"),
+            **{key: text for key, text in special.items() if text is not None},
+        },
+        ensure_ascii=False,
+    ).encode()

@@ -1,0 +1,56 @@
+"""From a model's name to a model that computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from services.engine.model.checkpoint import open_checkpoint
+from services.engine.model.config import ModelConfig, load_config
+from services.engine.model.fetch import fetch_model
+from services.engine.model.gguf.convert import converted_folder
+from services.engine.model.llama import LlamaModel
+from services.engine.model.llama_weights import read_llama_weights
+from services.engine.model.tokenizer_files import TokenizerFiles, load_tokenizer_files
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device, and the digest under which its KV may be exchanged with other engines."""
+
+    config: ModelConfig
+    model: LlamaModel
+    digest: bytes  # 16 bytes; equal digests mean interchangeable KV
+    tokenizer: TokenizerFiles
+
+
+def load_model(source: str | Path, *, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
+
+    Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
+    """
+    folder = model_folder(source)
+    config = load_config(folder)
+    tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
+    with open_checkpoint(folder) as checkpoint, torch.inference_mode():
+        weights = read_llama_weights(checkpoint, config, dtype, torch.device(device))
+        digest = _digest(config, dtype, checkpoint.identity())
+    return LoadedModel(config, LlamaModel(config, weights), digest, tokenizer)
+
+
+def model_folder(source: str | Path) -> Path:
+    """The local transformers folder of a source. Raises ModelError."""
+    path = fetch_model(source)
+    return path if path.is_dir() else converted_folder(path)
+
+
+def _digest(config: ModelConfig, dtype: torch.dtype, weights: bytes) -> bytes:
+    """What KV depends on: the weights (see Checkpoint.identity), how they are computed with, and the rotation."""
+    shape = (config.architecture, config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
+    computation = f"{shape} {config.rope} {dtype}"
+    return blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()

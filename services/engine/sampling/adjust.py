@@ -1,0 +1,46 @@
+"""Changes to single logits that a request asked for: bias, end tokens held back, penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.sampling.params import SamplingParams
+
+
+def needs_adjusting(params: SamplingParams, output_length: int) -> bool:
+    """Whether adjust would change anything."""
+    return bool(params.logit_bias) or params.has_penalties or output_length < params.min_tokens
+
+
+def adjust(
+    logits: Tensor,
+    params: SamplingParams,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    eos_token_ids: Collection[int],
+) -> None:
+    """Changes one row, logits (vocab,) float32, in place. token_ids are prompt and output so far."""
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits[_index(ids, logits)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    if len(token_ids) - num_prompt_tokens < params.min_tokens:
+        held_back = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        logits[_index(sorted(held_back), logits)] = -torch.inf
+    if params.repetition_penalty != 1:
+        seen = _index(np.unique(np.asarray(token_ids, dtype=np.int64)), logits)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output = np.asarray(token_ids[num_prompt_tokens:], dtype=np.int64)
+    if output.size and (params.presence_penalty or params.frequency_penalty):
+        produced, counts = np.unique(output, return_counts=True)
+        amounts = params.presence_penalty + params.frequency_penalty * counts
+        logits[_index(produced, logits)] -= torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
+
+
+def _index(ids: Sequence[int] | np.ndarray, logits: Tensor) -> Tensor:
+    return torch.as_tensor(np.asarray(ids, dtype=np.int64), device=logits.device)

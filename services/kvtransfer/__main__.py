@@ -1,0 +1,47 @@
+"""`python -m services.kvtransfer`: one process a node."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import add_KvTransferServiceServicer_to_server
+from prometheus_client import REGISTRY
+
+from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.service import KvTransfer
+from services.kvtransfer.servicer import KvTransferServicer
+from services.rpc.config import describe, parse_config
+from services.rpc.log import configure
+from services.rpc.main import run_main
+from services.rpc.server import Server
+
+PROG = "microserve-kvtransfer"
+SERVICE = "microserve.kvtransfer.v1.KvTransferService"
+
+log = logging.getLogger("services.kvtransfer")
+
+
+async def serve(config: KvTransferConfig) -> None:
+    """Serves until it is told to stop, then drains."""
+    server = Server(config, "kvtransfer")
+    service = KvTransfer(config, lambda: server.advertised, REGISTRY)
+    try:
+        add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
+        await server.start()
+        await server.set_serving(SERVICE, True)
+        log.info("serving", extra={"fields": describe(config)})
+        server.announce()
+        await server.run(on_drain=service.drain)
+    finally:
+        await service.close()
+
+
+def main() -> None:
+    """Entry point."""
+    configure("kvtransfer")
+    run_main(PROG, serve(parse_config(KvTransferConfig, sys.argv[1:], PROG)))
+
+
+if __name__ == "__main__":
+    main()

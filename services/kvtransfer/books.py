@@ -1,0 +1,141 @@
+"""What was moved, refused and under way: the source of GetStats and of /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.kvtransfer.push import Push, PushState
+from services.protocol.errors import AttemptSuperseded, ProtocolError, ReservationGone
+
+_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+
+
+@dataclass(slots=True)
+class TransportCounters:
+    """Sums over the pushes that a transport carried, since the service began."""
+
+    pushes: int = 0
+    num_bytes: int = 0
+    failures: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCount:
+    """A pool and what goes on in it."""
+
+    pool_id: str
+    engine_name: str
+    size_bytes: int
+    attached: bool
+    grants: int
+    pushes: int
+    received_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Everything that GetStats tells."""
+
+    epoch: bytes
+    pools: tuple[PoolCount, ...]
+    transports: tuple[tuple[str, TransportCounters], ...]
+    refused_writes: int
+    # Pushes for which no transport was found.
+    unroutable_pushes: int
+
+
+class Books:
+    """A PushObserver that keeps counters, by transport."""
+
+    def __init__(self, names: tuple[str, ...], registry: CollectorRegistry) -> None:
+        self.transports = {name: TransportCounters() for name in names}
+        self.refused_pushes = 0
+        self.unroutable = 0
+        self._push_seconds = Histogram(
+            "microserve_kvtransfer_push_seconds",
+            "Time from a push's admission to its last byte.",
+            ["transport"],
+            registry=registry,
+            buckets=_BUCKETS_S,
+        )
+        self._exposed_seconds = Histogram(
+            "microserve_kvtransfer_push_exposed_seconds",
+            "Time from the last layer ready to the last byte in place.",
+            ["transport"],
+            registry=registry,
+            buckets=_BUCKETS_S,
+        )
+
+    def refused(self, error: BaseException) -> None:
+        """A push was refused before it began."""
+        if isinstance(error, ProtocolError):
+            self.refused_pushes += 1
+
+    def opened(self, push: Push) -> None:
+        """See PushObserver."""
+        push.request.source.attempts.add((push.request.address, push.request.claim))
+
+    def moved(self, push: Push, num_bytes: int) -> None:
+        """See PushObserver."""
+        push.request.source.sent_bytes += num_bytes
+        self.transports[push.transport.capabilities.name].num_bytes += num_bytes
+
+    def ended(self, push: Push, failure: BaseException | None) -> None:
+        """See PushObserver."""
+        source, progress = push.request.source, push.progress
+        source.pushes.discard(push)
+        committed = progress is not None and progress.state is PushState.COMMITTED
+        if committed or isinstance(failure, (ReservationGone, AttemptSuperseded)):
+            source.attempts.discard((push.request.address, push.request.claim))
+        name = push.transport.capabilities.name
+        counters = self.transports[name]
+        counters.busy_s += push.busy_s
+        if failure is not None:
+            counters.failures += 1
+            if progress is None:
+                self.refused(failure)
+            return
+        counters.pushes += 1
+        self._push_seconds.labels(name).observe(asyncio.get_running_loop().time() - push.begin_s)
+        if progress is not None and progress.num_bytes:
+            self._exposed_seconds.labels(name).observe(progress.exposed_s)
+
+
+class StatsCollector(Collector):
+    """Shows Stats to Prometheus, read anew at every scrape."""
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """The present numbers; called on the thread of a scrape."""
+        stats, prefix = self._stats(), "microserve_kvtransfer"
+        pushes = CounterMetricFamily(f"{prefix}_pushes", "Pushes ended.", labels=["transport", "outcome"])
+        moved = CounterMetricFamily(f"{prefix}_bytes", "Bytes moved by pushes.", labels=["transport"])
+        busy = CounterMetricFamily(f"{prefix}_busy_seconds", "Time spent copying.", labels=["transport"])
+        for name, counters in stats.transports:
+            pushes.add_metric([name, "done"], counters.pushes)
+            pushes.add_metric([name, "failed"], counters.failures)
+            moved.add_metric([name], counters.num_bytes)
+            busy.add_metric([name], counters.busy_s)
+        yield from (pushes, moved, busy)
+        yield CounterMetricFamily(f"{prefix}_refused_writes", "Writes refused.", value=stats.refused_writes)
+        yield CounterMetricFamily(
+            f"{prefix}_unroutable_pushes", "Pushes with no transport.", value=stats.unroutable_pushes
+        )
+        pools = GaugeMetricFamily(f"{prefix}_pool_bytes", "Bytes of a pool.", labels=["engine", "attached"])
+        grants = GaugeMetricFamily(f"{prefix}_open_grants", "Grants open or draining.", labels=["engine"])
+        live = GaugeMetricFamily(f"{prefix}_live_pushes", "Pushes under way.", labels=["engine"])
+        for pool in stats.pools:
+            pools.add_metric([pool.engine_name, str(pool.attached).lower()], pool.size_bytes)
+            grants.add_metric([pool.engine_name], pool.grants)
+            live.add_metric([pool.engine_name], pool.pushes)
+        yield from (pools, grants, live)

@@ -1,0 +1,51 @@
+"""Options of the transfer service."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from services.rpc.server import ServerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransferConfig(ServerConfig):
+    """The KV transfer service: owns the page pools of a node and moves pages between them."""
+
+    max_pool_bytes: int | None = field(
+        default=None, metadata={"help": "bytes that all pools may take; none: half of the machine's memory"}
+    )
+    pool_keep_s: float = field(
+        default=60.0, metadata={"help": "seconds that a pool without an engine is kept for the next one"}
+    )
+    prefault: bool = field(default=True, metadata={"help": "allocate all memory of a pool when it is made"})
+    ready_slot_count: int = field(default=256, metadata={"help": "ready counters in a pool's control page"})
+    copy_threads: int = field(default=2, metadata={"help": "threads that copy pages"})
+    max_copy_bytes: int = field(
+        default=1 << 20, metadata={"help": "bytes copied under one check; a revoke waits for one such copy"}
+    )
+    push_stall_timeout_s: float = field(
+        default=30.0, metadata={"help": "seconds without progress after which a push fails"}
+    )
+    drain_timeout_s: float = field(
+        default=5.0, metadata={"help": "seconds that a revoke may wait for copies under way"}
+    )
+    watch_interval_s: float = field(
+        default=0.05, metadata={"help": "seconds between two reports of bytes written under a grant"}
+    )
+
+    def __post_init__(self) -> None:
+        ServerConfig.__post_init__(self)
+        if self.copy_threads < 1 or self.max_copy_bytes < 1 or self.ready_slot_count < 1:
+            raise ValueError("--copy-threads, --max-copy-bytes and --ready-slot-count are at least 1")
+        if min(self.pool_keep_s, self.watch_interval_s) < 0:
+            raise ValueError("--pool-keep-s and --watch-interval-s are not negative")
+        if min(self.push_stall_timeout_s, self.drain_timeout_s) <= 0:
+            raise ValueError("--push-stall-timeout-s and --drain-timeout-s are more than 0")
+
+    @property
+    def pool_limit_bytes(self) -> int:
+        """The limit in force."""
+        if self.max_pool_bytes is not None:
+            return self.max_pool_bytes
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

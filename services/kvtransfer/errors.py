@@ -1,0 +1,119 @@
+"""What the transfer service answers when it cannot do what was asked.
+
+    ServiceError
+    └── KvTransferError
+        ├── InvalidRequest       a field is malformed or contradicts another
+        ├── InvalidPool          no pool can have that name, layout or size
+        ├── InvalidPages         page ids out of range, repeated, too few, or not those of the grant
+        ├── UnknownPool          no such pool in this incarnation
+        ├── PoolInUse            its engine is alive
+        ├── NoMemory             larger than the service may allocate
+        ├── NoTransport          no way of moving bytes there
+        ├── PushStalled          the ready counter stood still for too long
+        ├── PushCancelled        nobody waits for the push any more
+        ├── EngineGone           the engine of the pool died or was replaced
+        ├── NotDrained           a copy that was fenced has not ended yet
+        ├── WatchLagged          the watcher reads too slowly
+        └── Draining             the service is about to stop
+
+Rules of reservations, grants and attempts are broken with services.protocol.errors.
+"""
+
+from __future__ import annotations
+
+from services.protocol.errors import Code, ServiceError
+
+
+class KvTransferError(ServiceError):
+    """An error of the KV transfer service."""
+
+
+class InvalidRequest(KvTransferError):
+    """A field is malformed or contradicts another."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class InvalidPool(KvTransferError):
+    """No pool can have that name, layout or number of pages."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_POOL"
+
+
+class InvalidPages(KvTransferError):
+    """Page ids are out of range, repeated, too few or too many, or not those of the grant."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_PAGES"
+
+
+class UnknownPool(KvTransferError):
+    """This incarnation of the service has no such pool, or has it no longer."""
+
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_POOL"
+
+
+class PoolInUse(KvTransferError):
+    """The engine that has the pool is alive."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "POOL_IN_USE"
+
+
+class NoMemory(KvTransferError):
+    """The pool is larger than the service may allocate, or than the machine can give."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "NO_MEMORY"
+
+
+class NoTransport(KvTransferError):
+    """No transport moves bytes between these two pools."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_TRANSPORT"
+
+
+class PushStalled(KvTransferError):
+    """Neither a layer became ready nor a copy ended for as long as the service waits."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "PUSH_STALLED"
+
+
+class PushCancelled(KvTransferError):
+    """The caller left, ended the attempt, or pushed the same part again."""
+
+    code = Code.CANCELLED
+    reason = "PUSH_CANCELLED"
+
+
+class EngineGone(KvTransferError):
+    """The engine that asked died, closed its connection or was replaced."""
+
+    code = Code.ABORTED
+    reason = "ENGINE_GONE"
+
+
+class NotDrained(KvTransferError):
+    """A copy that was fenced has not ended yet; its pages are not safe. Asking again is right."""
+
+    code = Code.UNAVAILABLE
+    reason = "NOT_DRAINED"
+
+
+class WatchLagged(KvTransferError):
+    """More grants changed than the watcher read; watching again begins with a snapshot."""
+
+    code = Code.ABORTED
+    reason = "WATCH_LAGGED"
+
+
+class Draining(KvTransferError):
+    """The service is about to stop and begins nothing new."""
+
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"

@@ -1,0 +1,127 @@
+"""One page pool: its memory, its engine, and what goes on in it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.kvtransfer.control import ControlPage
+from services.kvtransfer.errors import InvalidPages, InvalidPool
+from services.kvtransfer.liveness import EngineConnection
+from services.kvtransfer.memory import SharedSegment
+from services.protocol.address import KvAddress
+from services.protocol.errors import StaleIncarnation
+from services.protocol.layout import PageLayout
+from services.protocol.ranges import TokenRange
+from services.rpc.fd_passing import close_descriptors
+
+if TYPE_CHECKING:
+    from services.kvtransfer.landing import Claim
+    from services.kvtransfer.push import Push
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """Arrangement and number of pages; two pools of one shape are interchangeable."""
+
+    layout: PageLayout
+    page_count: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of such a pool."""
+        return self.layout.pool_bytes(self.page_count)
+
+    def check_pages(self, page_ids: tuple[int, ...], part: TokenRange) -> None:
+        """Raises InvalidPages unless these are as many pages of the pool as `part` needs, none of them twice."""
+        needed = len(part.page_indices(self.layout.page_size))
+        if len(page_ids) != needed:
+            raise InvalidPages(f"{part} needs {needed} pages, not {len(page_ids)}")
+        if page_ids and not 0 <= min(page_ids) <= max(page_ids) < self.page_count:
+            raise InvalidPages(f"a page id is not below {self.page_count}")
+        if len(set(page_ids)) != len(page_ids):
+            raise InvalidPages("a page id comes twice")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
+    """The shared parts of a pool."""
+
+    pages: SharedSegment
+    control: ControlPage
+
+    @classmethod
+    def adopt(cls, shape: PoolShape, descriptors: tuple[int, ...]) -> PoolMemory:
+        """Maps what an engine hands back: pages, control page, eventfd. Takes them over, also when it raises
+        InvalidPool because they are not such a pool's."""
+        if len(descriptors) != 3:
+            close_descriptors(descriptors)
+            raise InvalidPool("a pool is handed back as three descriptors")
+        pages_descriptor, control_descriptor, eventfd = descriptors
+        try:
+            pages = SharedSegment.adopt(pages_descriptor, shape.size_bytes)
+        except InvalidPool:
+            close_descriptors((control_descriptor, eventfd))
+            raise
+        try:
+            return cls(pages, ControlPage.adopt(control_descriptor, eventfd))
+        except InvalidPool:
+            pages.close()
+            raise
+
+    def close(self) -> None:
+        """Lets go of both; engines that map them keep them."""
+        self.control.close()
+        self.pages.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Who uses the pool at present."""
+
+    incarnation: bytes
+    connection: EngineConnection
+
+
+class Pool:
+    """Changed only by PoolTable (memory, engine, ticket) and by pushes out of it and into it (the rest)."""
+
+    def __init__(self, pool_id: str, engine_name: str, shape: PoolShape) -> None:
+        self.id = pool_id
+        self.engine_name = engine_name
+        self.shape = shape
+        # None until the engine hands back the memory of an earlier incarnation.
+        self.memory: PoolMemory | None = None
+        self.engine: Engine | None = None
+        self.ticket: bytes | None = None
+        self.pushes: set[Push] = set()
+        # Attempts that this pool's engine opened and that neither committed nor ended yet.
+        self.attempts: set[tuple[KvAddress, Claim]] = set()
+        # Ends what the last engine left behind; None before the first one goes.
+        self.cleanup: asyncio.Task[None] | None = None
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._counting = threading.Lock()
+
+    def count_received(self, num_bytes: int) -> None:
+        """So many more bytes were written into the pool; any thread."""
+        with self._counting:
+            self.received_bytes += num_bytes
+
+    @property
+    def pages(self) -> NDArray[np.uint8]:
+        """The memory by layer and page, (layer_count, page_count, layer_page_bytes)."""
+        layout = self.shape.layout
+        assert self.memory is not None
+        return self.memory.pages.array.reshape(layout.layer_count, self.shape.page_count, layout.layer_page_bytes)
+
+    def require(self, incarnation: bytes) -> PoolMemory:
+        """The memory, if the caller is the engine. Raises StaleIncarnation."""
+        if self.engine is None or self.engine.incarnation != incarnation or self.memory is None:
+            raise StaleIncarnation("the caller is not the engine that has the pool at present")
+        return self.memory

@@ -1,0 +1,162 @@
+"""The KV transfer service without its wire: every verb of KvTransferService as a method."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from services.kvtransfer.books import Books, PoolCount, Stats, StatsCollector
+from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.copier import Copier
+from services.kvtransfer.errors import Draining
+from services.kvtransfer.gate import Gate
+from services.kvtransfer.landing import Claim, Landings
+from services.kvtransfer.pool import Pool, PoolShape
+from services.kvtransfer.pool_table import PoolEvents, PoolTable
+from services.kvtransfer.push import Push
+from services.kvtransfer.pushes import Place, Pushes, PushOrder
+from services.kvtransfer.transports.base import Transport
+from services.kvtransfer.transports.shm import ShmTransport
+from services.kvtransfer.watch import GrantBatch, GrantFeeds
+from services.protocol.address import KvAddress
+from services.protocol.grants import GrantKey, GrantSpec
+
+EPOCH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Where an engine fetches its pool."""
+
+    socket_path: str
+    ticket: bytes
+    endpoint: str
+    ready_slot_count: int
+
+
+class KvTransfer:
+    """One incarnation of the service. Make it inside the running loop, and close it."""
+
+    def __init__(
+        self, config: KvTransferConfig, endpoint: Callable[[], str], registry: CollectorRegistry | None = None
+    ) -> None:
+        """`endpoint` tells the address that others reach the service at, once it is bound."""
+        registry = registry or CollectorRegistry()
+        self.epoch = secrets.token_bytes(EPOCH_BYTES)
+        self._config = config
+        self._endpoint = endpoint
+        self._draining = False
+        self._loop = asyncio.get_running_loop()
+        self._feeds = GrantFeeds()
+        self._gate = Gate(config.drain_timeout_s, self._feeds.publish, self._bytes_written)
+        self._pools = PoolTable(config, self.epoch, PoolEvents(self._engine_gone, self._drained))
+        self._copier = Copier(config.copy_threads)
+        landings = Landings(self._gate, self._pools.find)
+        transports: tuple[Transport, ...] = (ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes),)
+        self._books = Books(tuple(t.capabilities.name for t in transports), registry)
+        place = Place(self.epoch, endpoint)
+        self._pushes = Pushes(self._pools, transports, self._books, place, config.push_stall_timeout_s)
+        registry.register(StatsCollector(self.stats))
+
+    async def create_pool(self, engine_name: str, shape: PoolShape, *, adopt: bool) -> Pool:
+        """As PoolTable.create. Raises Draining too."""
+        self._require_running()
+        return await self._pools.create(engine_name, shape, adopt=adopt)
+
+    async def attach_pool(self, pool_id: str, incarnation: bytes) -> Attachment:
+        """As PoolTable.attach. Raises Draining too."""
+        self._require_running()
+        ticket = await self._pools.attach(pool_id, incarnation)
+        return Attachment(self._pools.socket_path, ticket, self._endpoint(), self._config.ready_slot_count)
+
+    def grant(self, incarnation: bytes, spec: GrantSpec) -> None:
+        """Opens a window. Raises StaleIncarnation, InvalidPages, Draining and what GrantTable.open_grant raises."""
+        self._require_running()
+        pool = self._pools.find(spec.key.pool_id)
+        pool.require(incarnation)
+        pool.shape.check_pages(spec.page_ids, spec.window)
+        self._gate.open_grant(spec)
+
+    async def revoke(self, incarnation: bytes, key: GrantKey) -> None:
+        """Closes a window; nothing writes into it when this returns. Raises StaleIncarnation, NotDrained."""
+        self._pools.find(key.pool_id).require(incarnation)
+        await self._gate.revoke(key)
+
+    async def push(self, order: PushOrder) -> Push:
+        """As Pushes.begin. Raises Draining too."""
+        self._require_running()
+        return await self._pushes.begin(order)
+
+    async def end_attempt(self, pool_id: str, incarnation: bytes, address: KvAddress, claim: Claim) -> bool:
+        """As Pushes.end_attempt."""
+        return await self._pushes.end_attempt(pool_id, incarnation, address, claim)
+
+    async def watch_grants(self, pool_id: str, incarnation: bytes) -> AsyncGenerator[GrantBatch, None]:
+        """Conditions of the pool's grants: all of them, then every change; ends when the service has drained.
+
+        Raises StaleIncarnation, EngineGone, WatchLagged.
+        """
+        self._pools.find(pool_id).require(incarnation)
+        feed = self._feeds.open(pool_id, self._gate.statuses(pool_id))
+        try:
+            async with aclosing(feed.batches()) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._feeds.close(feed)
+
+    def stats(self) -> Stats:
+        """Counters since the service began; any thread."""
+        pools = tuple(
+            PoolCount(
+                pool.id,
+                pool.engine_name,
+                pool.shape.size_bytes,
+                pool.engine is not None,
+                len(self._gate.statuses(pool.id)),
+                len(pool.pushes),
+                pool.received_bytes,
+                pool.sent_bytes,
+            )
+            for pool in self._pools.all()
+        )
+        refused = self._books.refused_pushes + self._gate.refused_writes
+        return Stats(self.epoch, pools, tuple(self._books.transports.items()), refused, self._books.unroutable)
+
+    async def drain(self) -> None:
+        """Begins nothing new and returns when every push has ended. Cancelling leaves the rest under way."""
+        self._draining = True
+        await self._pushes.finish(None)
+        self._feeds.end()
+
+    async def close(self) -> None:
+        """Cuts what is under way and lets go of everything. Engines keep the memory that they map."""
+        self._draining = True
+        await self._pushes.finish(Draining("the service stopped"))
+        self._feeds.end()
+        self._pools.close()
+        self._copier.close()
+
+    def _bytes_written(self) -> None:
+        # Many small copies: watchers hear of them together.
+        self._loop.call_later(self._config.watch_interval_s, lambda: self._feeds.publish(self._gate.take_progress()))
+
+    def _engine_gone(self, pool: Pool) -> None:
+        """See PoolEvents."""
+        self._pushes.engine_gone(pool)
+        self._gate.fence_pool(pool.id)
+        self._feeds.engine_gone(pool.id)
+
+    async def _drained(self, pool: Pool) -> None:
+        """See PoolEvents."""
+        await self._pushes.drained(pool, self._config.drain_timeout_s)
+        await self._gate.forget_pool(pool.id)
+
+    def _require_running(self) -> None:
+        if self._draining:
+            raise Draining("the service is about to stop")

@@ -1,0 +1,206 @@
+"""Moves pages between two pools of this service: copies in shared memory, checked one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.kvtransfer.copier import Copier, Copy
+from services.kvtransfer.errors import InvalidPages
+from services.kvtransfer.landing import Claim, Landing, Landings
+from services.kvtransfer.plan import Piece, Run, plan_pieces
+from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Capabilities, PutProgress, PutRequest, Reach, Unsupported
+from services.protocol.address import KvAddress
+from services.protocol.errors import LayoutMismatch
+from services.protocol.grants import AlreadyCommitted
+from services.protocol.layout import PageLayout
+
+_NOTHING: NDArray[np.uint8] = np.empty((0, 0, 0), np.uint8)
+
+
+class ShmTransport:
+    """One-sided copies by the threads of a Copier, at most `max_copy_bytes` under one check."""
+
+    capabilities = Capabilities("shm", Reach.SAME_SERVICE)
+
+    def __init__(self, landings: Landings, copier: Copier, epoch: bytes, max_copy_bytes: int) -> None:
+        self._landings = landings
+        self._copier = copier
+        self._epoch = epoch
+        self._max_copy_bytes = max_copy_bytes
+
+    def refuses(self, source: Pool, address: KvAddress) -> Unsupported | None:
+        """Only pools of this service are within reach."""
+        if address.epoch != self._epoch:
+            return Unsupported("the target belongs to another transfer service")
+        return None
+
+    async def open(self, request: PutRequest, on_change: Callable[[], None]) -> ShmLane | AlreadyCommitted:
+        """See Transport.open. Raises LayoutMismatch unless both pools have the same layout."""
+        target, page_ids = self._landings.check(request.address, request.claim, request.part)
+        if request.source.shape.layout != target.shape.layout:
+            raise LayoutMismatch("sender and receiver arrange their pages differently")
+        if request.source is target and not set(request.source_page_ids).isdisjoint(page_ids):
+            raise InvalidPages("a page is source and target at once")
+        landing = await self._landings.open(request.address, request.claim, request.part)
+        if isinstance(landing, AlreadyCommitted):
+            return landing
+        pieces = plan_pieces(
+            request.part,
+            request.source_page_ids,
+            landing.page_ids,
+            target.shape.layout,
+            self._max_copy_bytes,
+        )
+        return ShmLane(self._copier, request.source.pages, landing, pieces, on_change)
+
+    async def end_attempt(self, address: KvAddress, claim: Claim) -> bool:
+        """See Transport.end_attempt."""
+        return await self._landings.end(address, claim)
+
+
+class ShmLane:
+    """A put under way. Threads take its copies in order of layers; any number of them at once."""
+
+    def __init__(
+        self,
+        copier: Copier,
+        source: NDArray[np.uint8],  # (layer_count, page_count, layer_page_bytes)
+        landing: Landing,
+        pieces: tuple[Piece, ...],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._copier = copier
+        self._source = source
+        self._target = landing.pool.pages
+        self._layout = landing.pool.shape.layout
+        self._landing = landing
+        self._pieces = pieces
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._listening = ExitStack()
+        self._listening.enter_context(landing.fence_listener(self._notify))
+        self._idle: asyncio.Future[None] | None = None
+        # The rest is shared with the copying threads, under the lock.
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._posted = 0
+        self._under_way = 0
+        self._left_of_layer = [len(pieces)] * self._layout.layer_count
+        self._layers_done = 0
+        self._num_bytes = 0
+        self._busy_ns = 0
+        self._failure: Exception | None = None
+        self._closed = False
+        self._notified = False
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent copying, summed over threads."""
+        return self._busy_ns / 1e9
+
+    def post(self, layer_end: int) -> None:
+        """See Lane.post."""
+        with self._lock:
+            self._posted = max(self._posted, layer_end * len(self._pieces))
+        self._copier.submit(self)
+
+    def check(self) -> PutProgress:
+        """See Lane.check."""
+        with self._lock:
+            self._notified = False
+            failure = self._failure
+            progress = PutProgress(self._layers_done, self._num_bytes)
+        if failure is None and progress.layers_done < self._layout.layer_count:
+            failure = self._landing.refusal()
+        if failure is not None:
+            raise failure
+        return progress
+
+    def finish(self) -> bool:
+        """See Lane.finish."""
+        return self._landing.mark_in_place()
+
+    async def close(self) -> None:
+        """See Lane.close."""
+        self._listening.close()
+        with self._lock:
+            self._closed = True
+            if self._under_way and self._idle is None:
+                self._idle = self._loop.create_future()
+        if self._idle is not None:
+            await asyncio.shield(self._idle)
+        # A view that outlives the put would keep a freed pool mapped.
+        self._source = self._target = _NOTHING
+
+    def take(self) -> Copy | None:
+        """See CopySource.take."""
+        with self._lock:
+            if self._closed or self._failure is not None or self._taken >= self._posted:
+                return None
+            layer, index = divmod(self._taken, len(self._pieces))
+            self._taken += 1
+            self._under_way += 1
+        return partial(self._copy, layer, self._pieces[index])
+
+    def _copy(self, layer: int, piece: Piece) -> None:
+        failure: Exception | None = None
+        begin = time.perf_counter_ns()
+        try:
+            self._landing.begin_write(piece.part)
+            num_bytes = 0
+            try:
+                for run in piece.runs:
+                    copy_run(self._source[layer], self._target[layer], run, self._layout)
+                num_bytes = piece.num_bytes
+            finally:
+                self._landing.end_write(num_bytes)
+        except Exception as error:  # the thread must go on; whoever checks the lane gets it
+            failure = error
+        self._copied(layer, piece, failure, time.perf_counter_ns() - begin)
+
+    def _copied(self, layer: int, piece: Piece, failure: Exception | None, busy_ns: int) -> None:
+        with self._lock:
+            self._under_way -= 1
+            self._busy_ns += busy_ns
+            news = False
+            if failure is not None:
+                self._failure = self._failure or failure
+                news = True
+            else:
+                self._num_bytes += piece.num_bytes
+                self._left_of_layer[layer] -= 1
+                while self._layers_done < len(self._left_of_layer) and not self._left_of_layer[self._layers_done]:
+                    self._layers_done += 1
+                    news = True
+            ended = self._closed and self._under_way == 0
+            call = ended or (news and not self._notified)
+            self._notified = self._notified or news
+        if call:
+            self._loop.call_soon_threadsafe(self._notify)
+
+    def _notify(self) -> None:
+        if self._idle is not None and self._under_way == 0 and not self._idle.done():
+            self._idle.set_result(None)
+        self._on_change()
+
+
+def copy_run(source: NDArray[np.uint8], target: NDArray[np.uint8], run: Run, layout: PageLayout) -> None:
+    """One copy, in which numpy releases the GIL. Both are one layer's pages, (page_count, layer_page_bytes)."""
+    source_pages = source[run.source_page : run.source_page + run.page_count]
+    target_pages = target[run.target_page : run.target_page + run.page_count]
+    if run.token_end - run.token_begin == layout.page_size:
+        np.copyto(target_pages, source_pages)
+        return
+    # (page_count = 1, k|v and head, token, element)
+    shape = (run.page_count, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
+    tokens = slice(run.token_begin, run.token_end)
+    np.copyto(target_pages.reshape(shape)[:, :, tokens], source_pages.reshape(shape)[:, :, tokens])

@@ -1,0 +1,39 @@
+"""python -m services.router --listen 127.0.0.1:50050 --engine 127.0.0.1:50051 --engine 127.0.0.1:50052"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from services.router.app import Router
+from services.router.config import RouterConfig
+from services.rpc.config import describe, parse_config
+from services.rpc.log import configure
+from services.rpc.main import run_main
+from services.rpc.server import announce_ready
+
+PROG = "microserve-router"
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The console script."""
+    config = parse_config(RouterConfig, sys.argv[1:], PROG)
+    configure("router")
+    run_main(PROG, _serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    log.info("starting", extra={"fields": describe(config)})
+    router = Router(config)
+    try:
+        addresses = await router.start()
+        announce_ready("router", router.server.advertised, addresses.http or router.server.metrics_address)
+        await router.run()
+    finally:
+        await router.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The router's back door, for operators."""

@@ -1,0 +1,87 @@
+"""AdminService on the wire."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc.aio
+from microserve.engine.v1 import engine_pb2
+from microserve.router.v1 import admin_pb2, admin_pb2_grpc
+
+from services.router.errors import BadPolicy, UploadDisabled
+from services.router.fleet.member import Member
+from services.router.fleet.registry import Registry
+from services.router.programs.catalogue import Catalogue
+from services.router.programs.loader import load_upload
+from services.router.programs.program import Program
+from services.router.traces import Traces
+from services.router.wire import leg_to_wire
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Shows engines, programs and traces, and changes the program in use."""
+
+    def __init__(self, registry: Registry, catalogue: Catalogue, traces: Traces, *, take_uploads: bool) -> None:
+        self._registry = registry
+        self._catalogue = catalogue
+        self._traces = traces
+        self._take_uploads = take_uploads
+
+    async def ListEngines(
+        self, request: admin_pb2.ListEnginesRequest, context: Context
+    ) -> admin_pb2.ListEnginesResponse:
+        members = sorted(self._registry.members.values(), key=lambda member: member.address)
+        return admin_pb2.ListEnginesResponse(engines=map(_engine_status, members))
+
+    async def ListPolicies(
+        self, request: admin_pb2.ListPoliciesRequest, context: Context
+    ) -> admin_pb2.ListPoliciesResponse:
+        return admin_pb2.ListPoliciesResponse(policies=map(self._describe, self._catalogue.programs()))
+
+    async def GetPolicy(self, request: admin_pb2.GetPolicyRequest, context: Context) -> admin_pb2.GetPolicyResponse:
+        program = self._catalogue.get(request.name.partition(":")[0])
+        return admin_pb2.GetPolicyResponse(policy=self._describe(program), source=program.source)
+
+    async def SetPolicy(self, request: admin_pb2.SetPolicyRequest, context: Context) -> admin_pb2.SetPolicyResponse:
+        if request.source:
+            if not self._take_uploads:
+                raise UploadDisabled("this router takes no code: start it with --allow-policy-upload --admin-listen")
+            name, _, params = request.name.partition(":")
+            program = await load_upload(name, request.source)
+            program.bind(params)
+            self._catalogue.add(program)
+        elif not request.name:
+            raise BadPolicy("name a policy")
+        current = self._catalogue.use(request.name)
+        fields = {"policy": current.spec, "uploaded": bool(request.source), "peer": context.peer()}
+        log.info("policy set", extra={"fields": fields})
+        return admin_pb2.SetPolicyResponse(policy=self._describe(current.program))
+
+    async def GetTrace(self, request: admin_pb2.GetTraceRequest, context: Context) -> admin_pb2.GetTraceResponse:
+        trace = self._traces.get(request.request_id)
+        return admin_pb2.GetTraceResponse(policy=trace.policy, legs=map(leg_to_wire, trace.legs), code=trace.code)
+
+    def _describe(self, program: Program) -> admin_pb2.PolicyInfo:
+        current = self._catalogue.current
+        in_use = program is current.program
+        return admin_pb2.PolicyInfo(
+            name=current.spec if in_use else program.name, summary=program.summary, current=in_use, file=program.file
+        )
+
+
+def _engine_status(member: Member) -> admin_pb2.EngineStatus:
+    status = admin_pb2.EngineStatus(
+        address=member.address,
+        healthy=member.healthy,
+        problem="it is draining" if not member.problem and member.load.draining else member.problem,
+        cached_block_count=len(member.blocks),
+    )
+    if member.info is not None:
+        status.info.CopyFrom(engine_pb2.GetInfoResponse.FromString(member.info.raw))
+        status.load.CopyFrom(engine_pb2.WatchLoadResponse.FromString(member.load.raw))
+    return status

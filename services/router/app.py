@@ -1,0 +1,126 @@
+"""The router put together, without the process around it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
+
+from services.router.admin.servicer import AdminServicer
+from services.router.config import RouterConfig
+from services.router.fleet.backoff import BackoffConfig
+from services.router.fleet.client import EngineClient
+from services.router.fleet.member import Member
+from services.router.fleet.registry import Registry
+from services.router.http import HttpServer
+from services.router.programs.catalogue import Catalogue
+from services.router.programs.host import PolicyHost
+from services.router.service import GenerationService
+from services.router.servicer import RouterServicer
+from services.router.text.store import TokenizerStore
+from services.router.traces import Traces
+from services.rpc.channel import make_channel
+from services.rpc.server import Server, ServerConfig
+
+log = logging.getLogger(__name__)
+
+ROUTER_SERVICE = "microserve.router.v1.RouterService"
+ADMIN_SERVICE = "microserve.router.v1.AdminService"
+
+
+@dataclass(slots=True)
+class Addresses:
+    """Where a started router is reached, host:port each."""
+
+    grpc: str = ""
+    admin: str = ""
+    http: str | None = None
+
+
+class Router:
+    """One router. Make it, start it, run it and close it inside one event loop."""
+
+    def __init__(self, config: RouterConfig, *, backoff: BackoffConfig | None = None) -> None:
+        """BadPolicy if a program of the configuration cannot be loaded."""
+        self.config = config
+        self.addresses = Addresses()
+        self.registry = Registry()
+        self.catalogue = Catalogue(config.policy_file, config.policy)
+        self._backoff = backoff or BackoffConfig()
+        self._owner_id = f"router-{secrets.token_hex(12)}"  # new in every process, as the contract wants owners
+        self._host = PolicyHost(self.registry, self.catalogue, config.run_limits)
+        traces = Traces(config.max_traces)
+        service = GenerationService(
+            self.registry,
+            self.catalogue,
+            self._host,
+            traces,
+            max_requests=config.max_requests,
+            max_request_s=config.request_timeout_s,
+        )
+        admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=config.allow_policy_upload)
+        self.server = Server(config, "router")
+        self._admin_server = self.server if config.admin_listen is None else Server(_admin_config(config), "admin")
+        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(service), self.server.grpc)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
+        self._http = HttpServer(lambda: self.serving)
+        self._serving: bool | None = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether at least one model can be served."""
+        return bool(self._serving)
+
+    async def start(self) -> Addresses:
+        """Binds every address and begins to follow the engines. PortInUse, StartError."""
+        self.addresses.grpc = await self.server.start()
+        if self._admin_server is not self.server:
+            self.addresses.admin = await self._admin_server.start()
+        else:
+            self.addresses.admin = self.addresses.grpc
+        if self.config.http_listen is not None:
+            self.addresses.http = await self._http.start(self.config.http_listen)
+        self._admin_server.set_serving(ADMIN_SERVICE, True)
+        self.registry.on_change(self._publish_health)
+        store = TokenizerStore()
+        self.registry.start([self._member(address, store) for address in self.config.engine])
+        return self.addresses
+
+    async def run(self) -> None:
+        """Serves until SIGTERM, SIGINT or the launcher's death; requests under way get the grace."""
+        await self.server.run()
+
+    async def close(self) -> None:
+        """Ends everything; requests still under way are cut off and released on their engines."""
+        await self._http.close()
+        for server in {self.server, self._admin_server}:
+            await server.stop(0)
+        await self._host.drain()
+        await self.registry.stop()
+
+    def _member(self, address: str, store: TokenizerStore) -> Member:
+        channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)
+        client = EngineClient(address, channel, self._owner_id, max_buffered=self.config.max_buffered_tokens)
+        return Member(address, client, store, self.registry.changed, self._backoff)
+
+    def _publish_health(self) -> None:
+        serving = bool(self.registry.models())
+        if serving != self._serving:
+            self._serving = serving
+            self.server.set_serving(ROUTER_SERVICE, serving)
+            log.info("serving" if serving else "no engine can serve")
+
+
+def _admin_config(config: RouterConfig) -> ServerConfig:
+    assert config.admin_listen is not None
+    return ServerConfig(
+        listen=config.admin_listen,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        tls_client_ca=config.tls_client_ca,
+        metrics_port=None,
+        grace_s=config.grace_s,
+        max_message_bytes=config.max_message_bytes,
+    )

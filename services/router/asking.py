@@ -1,0 +1,116 @@
+"""What clients ask for, and the bounds that are checked before an engine is bothered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.router.errors import EmptyPrompt, InvalidRequest, PromptTooLong
+from services.router.fleet.registry import Model
+from services.router.text.template import ChatMessage
+from services.router.values import Sampling
+
+MAX_NAME_CHARACTERS = 128
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+MAX_MESSAGES = 4_096
+MAX_STOP_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_LOGPROBS = 1_024, 4_096, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text; special tokens in it are text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, which the model's chat template turns into a prompt."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, taken as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = Text | Chat | Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request for text."""
+
+    prompt: Prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    seed_given: bool = False
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    model: str = ""
+    cache_salt: str = ""
+    request_id: str = ""
+    policy: str = ""  # name, with parameters after a colon; empty: the current one
+    time_left_s: float | None = None  # of the client's deadline
+
+
+def check(ask: Ask) -> None:
+    """EmptyPrompt, InvalidRequest."""
+    check_prompt(ask.prompt)
+    _check_name("request_id", ask.request_id)
+    _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
+    _bounded("stop", len(ask.stop), MAX_STOPS, "strings")
+    for stop in ask.stop:
+        _bounded("a stop string", len(stop), MAX_STOP_CHARACTERS, "characters")
+        if not stop:
+            raise InvalidRequest("a stop string is empty")
+    sampling = ask.sampling
+    _bounded("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
+    _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
+    _bounded("logprobs", sampling.logprobs or 0, MAX_LOGPROBS, "alternatives")
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """EmptyPrompt, InvalidRequest."""
+    match prompt:
+        case Text(""):
+            raise EmptyPrompt("the prompt has no text")
+        case Tokens(()):
+            raise EmptyPrompt("the prompt has no tokens")
+        case Chat(()):
+            raise EmptyPrompt("the conversation has no message")
+        case Chat(messages):
+            _bounded("chat", len(messages), MAX_MESSAGES, "messages")
+            for message in messages:
+                _check_name("a role", message.role)
+                if not message.role:
+                    raise InvalidRequest("a message has no role")
+
+
+def check_tokens(token_ids: tuple[int, ...], model: Model) -> None:
+    """Of a prompt. EmptyPrompt, InvalidRequest, PromptTooLong."""
+    if not token_ids:
+        raise EmptyPrompt("the prompt has no tokens")
+    check_vocabulary(token_ids, model)
+    if len(token_ids) >= model.max_context:
+        raise PromptTooLong(
+            f"a prompt of {len(token_ids)} tokens leaves no room for an answer in a context of {model.max_context}"
+        )
+
+
+def check_vocabulary(token_ids: tuple[int, ...], model: Model) -> None:
+    """InvalidRequest for ids that no engine of the model knows."""
+    if token_ids and max(token_ids) >= model.vocab_size:
+        raise InvalidRequest(f"token id {max(token_ids)} is not below {model.vocab_size}")
+
+
+def _check_name(what: str, name: str) -> None:
+    _bounded(what, len(name), MAX_NAME_CHARACTERS, "characters")
+    if not name.isprintable():  # it goes into logs
+        raise InvalidRequest(f"{what} has characters that cannot be printed")
+
+
+def _bounded(what: str, number: int, limit: int, unit: str) -> None:
+    if number > limit:
+        raise InvalidRequest(f"{what} has {number} {unit}, more than {limit}")

@@ -1,0 +1,89 @@
+"""The router's configuration: command line, environment, defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
+from services.rpc.bind import split_address
+from services.rpc.channel import ClientTls
+from services.rpc.server import ServerConfig
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig(ServerConfig):
+    """Routes requests to engines by policies."""
+
+    listen: str = field(default="127.0.0.1:50050", metadata={"help": "host:port to serve gRPC on; port 0: a free one"})
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "port to serve /metrics on beside --http-listen; none: off"}
+    )
+    engine: tuple[str, ...] = field(default=(), metadata={"help": "host:port of an engine; may be repeated"})
+    policy: str = field(
+        default="data_parallel",
+        metadata={"help": "program for requests that name none: NAME, NAME:PARAMETERS or FILE.py"},
+    )
+    policy_file: tuple[Path, ...] = field(default=(), metadata={"help": "a program to have at hand; may be repeated"})
+    policy_timeout_s: float = field(
+        default=POLICY_TIMEOUT_S, metadata={"help": "seconds a program may take between two chunks"}
+    )
+    request_timeout_s: float = field(
+        default=600.0, metadata={"help": "seconds a request may take, whatever its own deadline"}
+    )
+    max_requests: int = field(default=1024, metadata={"help": "requests under way at once; more are refused"})
+    max_buffered_tokens: int = field(
+        default=MAX_BUFFERED_TOKENS, metadata={"help": "tokens kept for a client that reads too slowly"}
+    )
+    max_traces: int = field(default=1000, metadata={"help": "recent requests whose verbs are kept"})
+    http_listen: str | None = field(default=None, metadata={"help": "host:port for /health and /metrics; none: off"})
+    admin_listen: str | None = field(
+        default=None, metadata={"help": "host:port of its own for AdminService, which then leaves --listen"}
+    )
+    allow_policy_upload: bool = field(
+        default=False, metadata={"help": "take policy source over AdminService; needs --admin-listen"}
+    )
+    engine_tls_ca: Path | None = field(default=None, metadata={"help": "PEM roots of the engines' certificates"})
+    engine_tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate to show to engines (mTLS)"})
+    engine_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --engine-tls-cert"})
+
+    def __post_init__(self) -> None:
+        ServerConfig.__post_init__(self)
+        if not self.engine:
+            raise ValueError("at least one --engine is needed")
+        if len(set(self.engine)) < len(self.engine):
+            raise ValueError("an --engine is named twice")
+        for address in (*self.engine, self.http_listen, self.admin_listen):
+            if address is not None:
+                split_address(address)
+        for name in ("policy_timeout_s", "request_timeout_s", "max_requests", "max_buffered_tokens", "max_traces"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if (self.engine_tls_cert is None) != (self.engine_tls_key is None):
+            raise ValueError("--engine-tls-cert and --engine-tls-key go together")
+        if self.engine_tls_cert is not None and self.engine_tls_ca is None:
+            raise ValueError("--engine-tls-cert needs --engine-tls-ca")
+        self._check_upload()
+
+    @property
+    def engine_tls(self) -> ClientTls | None:
+        """How to reach engines; None: in clear text."""
+        if self.engine_tls_ca is None:
+            return None
+        return ClientTls(self.engine_tls_ca, self.engine_tls_cert, self.engine_tls_key)
+
+    @property
+    def run_limits(self) -> RunLimits:
+        """What a program may take."""
+        return RunLimits(between_chunks_s=self.policy_timeout_s, max_buffered=self.max_buffered_tokens)
+
+    def _check_upload(self) -> None:
+        if not self.allow_policy_upload:
+            return
+        if self.admin_listen is None:
+            raise ValueError("--allow-policy-upload needs --admin-listen: code is not taken where clients call")
+        # Uploaded code runs as the router: whoever may send it must be on this machine or prove who they are.
+        if split_address(self.admin_listen)[0] not in _LOOPBACK and self.tls_client_ca is None:
+            raise ValueError("--allow-policy-upload beyond this machine needs --tls-client-ca")

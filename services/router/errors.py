@@ -1,0 +1,185 @@
+"""What the router refuses or fails with. Errors of engines pass through with their own code and reason.
+
+RouterError
+├── NoEngine               UNAVAILABLE          no healthy engine (of that model)
+├── EngineLost             UNAVAILABLE          an engine went away under a sequence
+├── UnknownModel           NOT_FOUND
+├── ModelRequired          INVALID_ARGUMENT     several models, and none was named
+├── UnknownPolicy          NOT_FOUND
+├── UnknownRequest         NOT_FOUND
+├── BadPolicy              INVALID_ARGUMENT     a program cannot be loaded, or its parameters are wrong
+├── UploadDisabled         PERMISSION_DENIED
+├── PolicyFailed           ABORTED              a program raised, yielded nothing or yielded nonsense
+├── PolicyTimeout          DEADLINE_EXCEEDED    a program yielded nothing for too long
+├── RequestTimeout         DEADLINE_EXCEEDED    the request's own time is over
+├── NoPair                 FAILED_PRECONDITION  there are no two engines to disaggregate over
+├── EmptyPrompt            INVALID_ARGUMENT
+├── PromptTooLong          INVALID_ARGUMENT
+├── InvalidRequest         INVALID_ARGUMENT     a field is out of its bounds
+├── ChatTemplateFailed     INVALID_ARGUMENT     the model's template refuses the conversation
+├── NoChatTemplate         FAILED_PRECONDITION
+├── BadTokenizer           FAILED_PRECONDITION  an engine's tokenizer cannot be used
+├── IncompatibleEngine     FAILED_PRECONDITION  an engine speaks another contract
+├── Overloaded             RESOURCE_EXHAUSTED   too many requests at once
+└── SlowConsumer           RESOURCE_EXHAUSTED   a client reads too slowly for the room there is
+"""
+
+from __future__ import annotations
+
+from services.protocol.errors import Code, ServiceError
+
+
+class RouterError(ServiceError):
+    """The router itself refuses or fails."""
+
+
+class NoEngine(RouterError):
+    """No healthy engine serves the model now."""
+
+    code = Code.UNAVAILABLE
+    reason = "NO_ENGINE"
+
+
+class EngineLost(RouterError):
+    """The engine ended its session while a sequence was running."""
+
+    code = Code.UNAVAILABLE
+    reason = "ENGINE_LOST"
+
+
+class UnknownModel(RouterError):
+    """No engine, healthy or not, has ever said that it serves the model."""
+
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_MODEL"
+
+
+class ModelRequired(RouterError):
+    """The fleet serves several models and the request names none."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "MODEL_REQUIRED"
+
+
+class UnknownPolicy(RouterError):
+    """No program of that name is at hand."""
+
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_POLICY"
+
+
+class UnknownRequest(RouterError):
+    """No trace of that request is kept (any more)."""
+
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_REQUEST"
+
+
+class BadPolicy(RouterError):
+    """A program cannot be loaded, or its parameters do not fit."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "BAD_POLICY"
+
+
+class UploadDisabled(RouterError):
+    """This router takes no code over the network."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "UPLOAD_DISABLED"
+
+
+class PolicyFailed(RouterError):
+    """The program raised, produced nothing, stopped early or yielded something that is no chunk."""
+
+    code = Code.ABORTED
+    reason = "POLICY_FAILED"
+
+
+class PolicyTimeout(RouterError):
+    """The program yielded nothing for longer than the router allows."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "POLICY_TIMEOUT"
+
+
+class RequestTimeout(RouterError):
+    """The client's deadline, or the router's own limit for a request, has passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class NoPair(RouterError):
+    """No two engines can hand KV to each other; `cause` says why, in one word. The policy host answers it by serving
+    the request data parallel."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_PAIR"
+
+    def __init__(self, message: str, *, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class EmptyPrompt(RouterError):
+    """The prompt has no text, no message or no token."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "EMPTY_PROMPT"
+
+
+class PromptTooLong(RouterError):
+    """The prompt leaves no room for one generated token in the model's context."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "PROMPT_TOO_LONG"
+
+
+class InvalidRequest(RouterError):
+    """A field of a request is out of its bounds; the message names it."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class ChatTemplateFailed(RouterError):
+    """The model's chat template does not accept the conversation."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "CHAT_TEMPLATE_FAILED"
+
+
+class NoChatTemplate(RouterError):
+    """The model has no chat template, so it takes text and token ids only."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_CHAT_TEMPLATE"
+
+
+class BadTokenizer(RouterError):
+    """The tokenizer that an engine handed out is damaged, too large or of an unknown kind."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "BAD_TOKENIZER"
+
+
+class IncompatibleEngine(RouterError):
+    """The engine speaks another major version of the contract."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "INCOMPATIBLE_ENGINE"
+
+
+class Overloaded(RouterError):
+    """As many requests as the router takes are under way."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "OVERLOADED"
+
+
+class SlowConsumer(RouterError):
+    """More output waits for the reader than the router keeps."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "SLOW_CONSUMER"

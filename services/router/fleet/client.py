@@ -1,0 +1,207 @@
+"""Calls of one engine. Nothing else in the router knows the engine's contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
+from microserve.types.v1 import kv_pb2
+
+from services.protocol.ranges import TokenRange
+from services.router.errors import IncompatibleEngine
+from services.router.fleet.cached_blocks import KvEvent
+from services.router.fleet.info import EngineInfo, Load
+from services.router.fleet.session import Sequence, Session
+from services.router.request import ModelKey, PolicyRequest
+from services.router.values import Timing
+from services.router.wire import duration, range_to_wire, sampling_to_wire, seconds, timing_from_wire
+from services.rpc.status import remote_errors
+
+SERVICE_NAME = "microserve.engine.v1.EngineService"
+CONTRACT_MAJOR = "1"
+INFO_TIMEOUT_S = 5.0
+TOKENIZER_TIMEOUT_S = 60.0
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedKv:
+    """A receiver's answer to prep_recv. Address and secret are passed on unread and shown to nobody."""
+
+    reservation_id: str
+    secret: bytes = field(repr=False)
+    address: bytes = field(repr=False)  # types.v1.KvAddress
+    window: TokenRange
+    lease_s: float
+    timing: Timing
+
+
+class EngineClient:
+    """One engine at one address. Errors of the engine are raised as RemoteError with the engine's own code.
+
+    Cancelling a call cancels it on the engine; prep_recv may then leave a reservation behind, which abort ends.
+    """
+
+    def __init__(self, address: str, channel: grpc.aio.Channel, owner_id: str, *, max_buffered: int) -> None:
+        self._owner_id = owner_id
+        self._channel = channel
+        self._stub = engine_pb2_grpc.EngineServiceStub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs do not know its methods
+        self._session = Session(address, self._stub.Session, max_buffered)
+
+    async def close(self) -> None:
+        """Ends every call and sequence."""
+        await self._session.close()
+        await self._channel.close()
+
+    async def prep_recv(self, call_id: str, request: PolicyRequest, end: int) -> ReservedKv:
+        """Reserves room for KV of prompt[:end]."""
+        message = engine_pb2.PrepRecvRequest(
+            owner_id=self._owner_id,
+            request_id=call_id,
+            prompt_token_ids=request.prompt,
+            end=end,
+            cache_salt=request.cache_salt,
+        )
+        with remote_errors():
+            reply = await self._stub.PrepRecv(message, timeout=request.time_left_s())
+        return ReservedKv(
+            reservation_id=reply.address.reservation_id,
+            secret=reply.address.secret,
+            address=reply.address.SerializeToString(),
+            window=TokenRange(reply.matched_token_count, end),
+            lease_s=seconds(reply.lease),
+            timing=timing_from_wire(reply.timing),
+        )
+
+    async def remote_send(
+        self, call_id: str, request: PolicyRequest, tokens: TokenRange, kv: ReservedKv, attempt: int
+    ) -> Timing:
+        """Has the engine write KV of `tokens` into a peer's reservation; returns when it is committed there."""
+        message = engine_pb2.RemoteSendRequest(
+            owner_id=self._owner_id,
+            request_id=call_id,
+            prompt_token_ids=request.prompt,
+            range=range_to_wire(tokens),
+            address=kv_pb2.KvAddress.FromString(kv.address),
+            attempt=attempt,
+            cache_salt=request.cache_salt,
+        )
+        with remote_errors():
+            reply = await self._stub.RemoteSend(message, timeout=request.time_left_s())
+        return timing_from_wire(reply.timing)
+
+    def start_generate(self, call_id: str, request: PolicyRequest, begin: int, kv: ReservedKv | None) -> Sequence:
+        """Begins a sequence over the session."""
+        message = engine_pb2.StartGenerateRequest(
+            owner_id=self._owner_id,
+            request_id=call_id,
+            prompt_token_ids=request.prompt,
+            begin=begin,
+            sampling=sampling_to_wire(request.sampling),
+            reservation=_reference(kv) if kv is not None else None,
+            cache_salt=request.cache_salt,
+            timeout=duration(request.time_left_s()),
+        )
+        return self._session.start(message)
+
+    async def release(self, kv: ReservedKv, *, publish: bool, timeout_s: float) -> None:
+        """Ends a reservation; with `publish` what was filled stays cached."""
+        message = engine_pb2.ReleaseRequest(reservation=_reference(kv), publish=publish)
+        with remote_errors():
+            await self._stub.Release(message, timeout=timeout_s)
+
+    async def renew(self, kv: ReservedKv, *, timeout_s: float) -> float:
+        """Extends a lease by the engine's default; returns its length from now in seconds."""
+        with remote_errors():
+            reply = await self._stub.Renew(engine_pb2.RenewRequest(reservation=_reference(kv)), timeout=timeout_s)
+        return seconds(reply.lease)
+
+    async def abort(self, call_id: str, *, timeout_s: float) -> None:
+        """Ends whatever the call of that id left on the engine."""
+        message = engine_pb2.AbortRequest(owner_id=self._owner_id, request_id=call_id)
+        with remote_errors():
+            await self._stub.Abort(message, timeout=timeout_s)
+
+    async def get_info(self) -> EngineInfo:
+        """IncompatibleEngine if it speaks another major version of the contract."""
+        with remote_errors():
+            info = await self._stub.GetInfo(engine_pb2.GetInfoRequest(), timeout=INFO_TIMEOUT_S)
+        if info.contract_version.partition(".")[0] != CONTRACT_MAJOR:
+            raise IncompatibleEngine(f"the engine speaks contract {info.contract_version}, not {CONTRACT_MAJOR}.x")
+        return EngineInfo(
+            name=info.engine_name,
+            incarnation=info.incarnation,
+            contract_version=info.contract_version,
+            model=ModelKey(info.model, info.model_digest, info.tokenizer_digest),
+            page_size=info.layout.page_size,
+            max_context=info.max_context_length,
+            vocab_size=info.vocab_size,
+            max_batch_size=info.max_batch_size,
+            can_transfer=bool(info.kvtransfer_endpoint),
+            labels=dict(info.labels),
+            raw=info.SerializeToString(),
+        )
+
+    async def watch_health(self) -> AsyncGenerator[bool, None]:
+        """Whether the engine serves: at once, then at every change. A channel that cannot connect raises."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+        async with aclosing(_stream(call)) as replies:
+            async for reply in replies:
+                yield reply.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def watch_load(self) -> AsyncGenerator[Load, None]:
+        """Load reports as the engine sends them."""
+        call = self._stub.WatchLoad(engine_pb2.WatchLoadRequest())
+        async with aclosing(_stream(call)) as reports:
+            async for report in reports:
+                yield Load(
+                    running=report.running_sequence_count,
+                    waiting=report.waiting_sequence_count,
+                    waiting_for_kv=report.waiting_for_kv_count,
+                    queued_tokens=report.queued_token_count,
+                    context_tokens=report.context_token_count,
+                    usable_pages=report.pages.free + report.pages.cached,
+                    draining=report.draining,
+                    raw=report.SerializeToString(),
+                )
+
+    async def watch_kv_events(self) -> AsyncGenerator[KvEvent, None]:
+        """Cache events: a snapshot first."""
+        call = self._stub.WatchKvEvents(engine_pb2.WatchKvEventsRequest())
+        async with aclosing(_stream(call)) as events:
+            async for event in events:
+                yield KvEvent(
+                    sequence=event.sequence,
+                    snapshot=event.snapshot,
+                    snapshot_complete=event.snapshot_complete,
+                    stored=tuple(block.value for block in event.stored),
+                    removed=tuple(block.value for block in event.removed),
+                )
+
+    async def download_tokenizer(self) -> AsyncGenerator[tuple[str, bytes], None]:
+        """The tokenizer's files: (name, next bytes of that file)."""
+        call = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=TOKENIZER_TIMEOUT_S)
+        async with aclosing(_stream(call)) as pieces:
+            async for piece in pieces:
+                yield piece.file_name, piece.data
+
+
+async def _stream(call: grpc.aio.UnaryStreamCall[Any, Message]) -> AsyncGenerator[Message, None]:
+    """The call's messages. Leaving a loop over a call does not cancel it, so that is done here."""
+    try:
+        with remote_errors():
+            async for message in call:
+                yield message
+    finally:
+        call.cancel()
+
+
+def _reference(kv: ReservedKv) -> engine_pb2.ReservationRef:
+    return engine_pb2.ReservationRef(reservation_id=kv.reservation_id, secret=kv.secret)

@@ -1,0 +1,82 @@
+"""What is known of an engine, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.router.fleet.cached_blocks import CachedBlocks
+from services.router.request import ModelKey, PolicyRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself."""
+
+    name: str
+    incarnation: bytes
+    contract_version: str
+    model: ModelKey
+    page_size: int  # tokens
+    max_context: int  # tokens, prompt plus output
+    vocab_size: int
+    max_batch_size: int
+    can_transfer: bool  # whether it runs with a KV transfer service
+    labels: Mapping[str, str] = field(default_factory=dict)
+    raw: bytes = field(default=b"", repr=False)  # GetInfoResponse as it came, to show to operators
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An engine's load report: sequences, tokens of prompt not computed yet, pages that could be had."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_for_kv: int = 0
+    queued_tokens: int = 0
+    context_tokens: int = 0
+    usable_pages: int = 0
+    draining: bool = False
+    raw: bytes = field(default=b"", repr=False)  # WatchLoadResponse as it came
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in the engine, whatever they wait for."""
+        return self.running + self.waiting + self.waiting_for_kv
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What this router has asked of an engine and not got yet."""
+
+    sequences: int = 0
+    prompt_tokens: int = 0  # to be computed: of sends, and of sequences without a first token
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """An engine at one moment: all that choosing may depend on.
+
+    `blocks` is shared with the fleet, which goes on changing it; policies only read it.
+    """
+
+    address: str
+    info: EngineInfo
+    load: Load
+    in_flight: InFlight
+    blocks: CachedBlocks
+
+    @property
+    def sequences(self) -> int:
+        """Sequences there. A report lags behind our own calls, and our own calls are not all there is."""
+        return max(self.load.sequences, self.in_flight.sequences)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that wait to be computed there."""
+        return max(self.load.queued_tokens, self.in_flight.prompt_tokens)
+
+    def cached_prefix(self, request: PolicyRequest) -> int:
+        """Tokens of the prompt that are cached there, as far as its events have told."""
+        page_size = self.info.page_size
+        return page_size * self.blocks.longest_prefix(request.block_hashes(page_size))

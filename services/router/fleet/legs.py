@@ -1,0 +1,71 @@
+"""The account of a request: every verb it called, on which engine, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.protocol.errors import ServiceError
+from services.protocol.ranges import TokenRange
+from services.router.metrics import VERB_SECONDS
+from services.router.values import Leg, Timing, Verb
+
+
+class OpenLeg:
+    """A verb under way."""
+
+    def __init__(self, verb: Verb, engine: str, tokens: TokenRange) -> None:
+        self._verb, self._engine, self._tokens = verb, engine, tokens
+        self._timing: Timing | None = None
+        self._begin = time.monotonic()
+        self._first_token_s: float | None = None
+        self._elapsed_s: float | None = None
+
+    def first_token(self) -> None:
+        """A token has come; only the first call counts."""
+        if self._first_token_s is None:
+            self._first_token_s = time.monotonic() - self._begin
+
+    def end(self, timing: Timing | None = None, code: str = "OK") -> None:
+        """The verb has ended, with the engine's account if it gave one; only the first call counts."""
+        if self._elapsed_s is None:
+            self._timing = timing
+            self._elapsed_s = time.monotonic() - self._begin
+            VERB_SECONDS.labels(self._verb.value, code).observe(self._elapsed_s)
+
+    def leg(self) -> Leg:
+        """What is known so far."""
+        elapsed_s = time.monotonic() - self._begin if self._elapsed_s is None else self._elapsed_s
+        return Leg(self._verb, self._engine, self._tokens, self._timing, elapsed_s, self._first_token_s)
+
+
+class Legs:
+    """The verbs of one request in order of their beginning."""
+
+    def __init__(self) -> None:
+        self._open: list[OpenLeg] = []
+
+    @contextmanager
+    def begin(self, verb: Verb, engine: str, tokens: TokenRange) -> Iterator[OpenLeg]:
+        """Opens a leg, and ends it with the block if the block has not."""
+        leg = OpenLeg(verb, engine, tokens)
+        self._open.append(leg)
+        code = "CANCELLED"
+        try:
+            yield leg
+            code = "OK"
+        except ServiceError as error:
+            code = error.code.name
+            raise
+        finally:
+            leg.end(code=code)
+
+    def legs(self) -> tuple[Leg, ...]:
+        """All so far."""
+        return tuple(each.leg() for each in self._open)
+
+    def generation(self) -> Leg | None:
+        """The last start_generate that gave an account."""
+        legs = [leg for leg in self.legs() if leg.verb is Verb.START_GENERATE and leg.timing is not None]
+        return legs[-1] if legs else None

@@ -1,0 +1,172 @@
+"""One engine address of the fleet, followed for as long as the router runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import TypeVar
+
+from services.protocol.errors import Code, ServiceError
+from services.router.fleet.backoff import Backoff, BackoffConfig
+from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
+from services.router.fleet.client import EngineClient
+from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.text.store import TokenizerStore
+from services.router.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Event = TypeVar("Event")
+
+
+class Member:
+    """Health, description, load and cached blocks of the engine at one address.
+
+    It joins when it is healthy, described and its tokenizer is at hand, and leaves when the health stream says so or
+    breaks. A new incarnation under the same address joins like a new engine.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        client: EngineClient,
+        tokenizers: TokenizerStore,
+        on_change: Callable[[], None],
+        backoff: BackoffConfig,
+    ) -> None:
+        self.address = address
+        self.client = client
+        self.info: EngineInfo | None = None  # the last known, kept while it is away
+        self.tokenizer: Tokenizer | None = None
+        self.load = Load()
+        self.blocks = CachedBlocks()
+        self.problem = "not contacted yet"  # empty while it is joined
+        self._tokenizers = tokenizers
+        self._on_change = on_change
+        self._backoff_config = backoff
+        self._in_flight = InFlight()
+        self._snapshot: EngineSnapshot | None = None
+        self._followers: list[asyncio.Task[None]] = []
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it takes work."""
+        return not self.problem and not self.load.draining
+
+    def snapshot(self) -> EngineSnapshot:
+        """What is known now. Only for a member that has joined once."""
+        if self._snapshot is None:
+            assert self.info is not None
+            self._snapshot = EngineSnapshot(self.address, self.info, self.load, self._in_flight, self.blocks)
+        return self._snapshot
+
+    async def run(self) -> None:
+        """Follows the engine until cancelled."""
+        backoff = Backoff(self._backoff_config)
+        try:
+            while True:
+                try:
+                    async with aclosing(self.client.watch_health()) as changes:
+                        async for serving in changes:
+                            await (self._join() if serving else self._leave("it is not serving"))
+                            backoff.reset()
+                    problem = "its health stream ended"
+                except ServiceError as error:
+                    problem = error.message
+                except Exception:
+                    # A bug must not leave the engine unwatched for ever.
+                    log.exception("following an engine failed", extra={"fields": {"address": self.address}})
+                    problem = "internal error of the router"
+                await self._leave(problem)
+                await backoff.wait()
+        finally:
+            await self._leave("the router is shutting down")
+
+    @contextmanager
+    def generating(self, num_prompt_tokens: int) -> Iterator[Callable[[], None]]:
+        """Counts a sequence; what is yielded is called at its first token, when its prompt has been computed."""
+        pending = num_prompt_tokens
+
+        def prompt_computed() -> None:
+            nonlocal pending
+            self._count(0, -pending)
+            pending = 0
+
+        self._count(1, pending)
+        try:
+            yield prompt_computed
+        finally:
+            self._count(-1, -pending)
+
+    @contextmanager
+    def sending(self, num_tokens: int) -> Iterator[None]:
+        """Counts a send."""
+        self._count(0, num_tokens)
+        try:
+            yield
+        finally:
+            self._count(0, -num_tokens)
+
+    def _count(self, sequences: int, prompt_tokens: int) -> None:
+        now = self._in_flight
+        self._in_flight = InFlight(now.sequences + sequences, now.prompt_tokens + prompt_tokens)
+        self._snapshot = None
+
+    async def _join(self) -> None:
+        info = await self.client.get_info()
+        if not self.problem and self.info is not None and self.info.incarnation == info.incarnation:
+            return
+        await self._leave("it has restarted")
+        if self.info is None or self.info.incarnation != info.incarnation:
+            self.blocks.clear()
+        self.tokenizer = await self._tokenizers.obtain(info.model.tokenizer_digest, self.client.download_tokenizer)
+        self.info, self.load = info, Load()
+        self._set_problem("")
+        self._followers = [
+            asyncio.create_task(self._follow(self.client.watch_load, self._take_load)),
+            asyncio.create_task(self._follow(self.client.watch_kv_events, self._take_event)),
+        ]
+        log.info("engine joined", extra={"fields": {"engine": info.name, "address": self.address}})
+
+    async def _leave(self, problem: str) -> None:
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower.cancel()
+        if followers:
+            await asyncio.wait(followers)
+            log.warning("engine left", extra={"fields": {"address": self.address, "problem": problem}})
+        self._set_problem(problem)
+
+    def _set_problem(self, problem: str) -> None:
+        self.problem, self._snapshot = problem, None
+        self._on_change()
+
+    async def _follow(
+        self, open_stream: Callable[[], AsyncGenerator[Event, None]], take: Callable[[Event], bool]
+    ) -> None:
+        """Feeds `take` with a stream that is opened again when it breaks or when `take` asks for it."""
+        backoff = Backoff(self._backoff_config)
+        while True:
+            try:
+                async with aclosing(open_stream()) as events:
+                    async for event in events:
+                        if not take(event):
+                            break
+                        backoff.reset()
+            except ServiceError as error:
+                if error.code is Code.UNIMPLEMENTED:
+                    log.warning("engine lacks a stream", extra={"fields": {"address": self.address}})
+                    return
+            await backoff.wait()
+
+    def _take_load(self, load: Load) -> bool:
+        drains = load.draining != self.load.draining
+        self.load, self._snapshot = load, None
+        if drains:
+            self._on_change()
+        return True
+
+    def _take_event(self, event: KvEvent) -> bool:
+        return self.blocks.apply(event)

@@ -1,0 +1,111 @@
+"""All engines of this router, and the models they serve together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from services.router.errors import ModelRequired, NoEngine, UnknownModel
+from services.router.fleet.info import EngineSnapshot
+from services.router.fleet.member import Member
+from services.router.metrics import ENGINES
+from services.router.request import ModelKey
+from services.router.text.tokenizer import Tokenizer
+
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be served now, by at least one engine."""
+
+    key: ModelKey
+    tokenizer: Tokenizer
+    members: tuple[Member, ...]
+    max_context: int  # of the engine with the shortest: a policy may pick any
+    vocab_size: int
+
+
+class Registry:
+    """Follows every member while it runs. Engines that give one model name to different weights or vocabularies are
+    never mixed: the kind that most of them have is served, then that of the first address."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
+        self._models: dict[str, Model] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._listeners: list[Callable[[], None]] = []
+
+    def start(self, members: Iterable[Member]) -> None:
+        """Begins to follow them."""
+        for member in members:
+            self.members[member.address] = member
+            self._tasks.append(asyncio.create_task(member.run(), name=f"member {member.address}"))
+        self.changed()
+
+    async def stop(self) -> None:
+        """Ends every stream and sequence."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(member.client.close() for member in self.members.values()))
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` whenever an engine joined or left."""
+        self._listeners.append(listener)
+
+    def changed(self) -> None:
+        """An engine joined or left."""
+        healthy = [member for member in self.members.values() if member.healthy]
+        ENGINES.labels("healthy").set(len(healthy))
+        ENGINES.labels("unhealthy").set(len(self.members) - len(healthy))
+        self._models = _models(healthy)
+        for listener in self._listeners:
+            listener()
+
+    def engines(self, key: ModelKey) -> list[EngineSnapshot]:
+        """Engines that take work for that model now, by address."""
+        model = self._models.get(key.name)
+        return [member.snapshot() for member in model.members] if model is not None and model.key == key else []
+
+    def models(self) -> list[Model]:
+        """What can be served now, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def model(self, name: str) -> Model:
+        """The model of that name; for an empty name the only one. NoEngine, UnknownModel, ModelRequired."""
+        model = self._models.get(name)
+        if model is not None:
+            return model
+        known = {member.info.model.name for member in self.members.values() if member.info is not None}
+        if name and known and name not in known:
+            raise UnknownModel(f"no engine serves a model named {name[:100]!r}")
+        if not name and len(known) > 1:
+            raise ModelRequired(f"name one of the models: {', '.join(sorted(known))}")
+        if not name and self._models:
+            return next(iter(self._models.values()))
+        raise NoEngine("no healthy engine serves this model", retry_delay_s=_RETRY_S)
+
+
+def _models(healthy: Iterable[Member]) -> dict[str, Model]:
+    """The models that these engines serve, by name."""
+    groups: defaultdict[ModelKey, list[Member]] = defaultdict(list)
+    for member in healthy:
+        if member.info is not None:
+            groups[member.info.model].append(member)
+    models: dict[str, Model] = {}
+    # Sorting is stable: of equally large groups the one that was met first stays first.
+    for key, members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        infos = [member.info for member in members if member.info is not None]
+        tokenizer = members[0].tokenizer
+        if key.name not in models and tokenizer is not None:
+            models[key.name] = Model(
+                key,
+                tokenizer,
+                tuple(members),
+                max_context=min(info.max_context for info in infos),
+                vocab_size=min(info.vocab_size for info in infos),
+            )
+    return models

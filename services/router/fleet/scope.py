@@ -1,0 +1,82 @@
+"""What one request holds on engines, so that nothing of it outlives the request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from collections.abc import AsyncGenerator
+
+from services.router.cleanup import Cleanup
+from services.router.errors import PolicyFailed
+from services.router.fleet.legs import Legs
+from services.router.fleet.reservation import Reservation
+from services.router.fleet.session import Sequence
+from services.router.values import Chunk
+
+
+class RequestScope:
+    """Registers reservations and sequences from their beginning to their end, and ends what a policy left open."""
+
+    def __init__(self, cleanup: Cleanup) -> None:
+        self.cleanup = cleanup
+        self.legs = Legs()
+        self._reservations: set[Reservation] = set()
+        self._sequences: set[Sequence] = set()
+        self._streams: list[AsyncGenerator[Chunk, None]] = []
+        self._closed = False
+        # Not the client's name for the request: clients repeat themselves, and an engine must not be told so.
+        self._prefix = secrets.token_hex(12)
+        self._numbers = itertools.count(1)
+
+    def next_call_id(self) -> str:
+        """A request id for one verb, unique in this router. PolicyFailed if the request is over, for a program that
+        was left behind still runs."""
+        if self._closed:
+            raise PolicyFailed("the request is over")
+        return f"{self._prefix}/{next(self._numbers)}"
+
+    async def hold(self, reservation: Reservation) -> None:
+        """Registers a reservation. PolicyFailed, and it is released, if the request is over."""
+        if self._closed:
+            await reservation.release()
+            raise PolicyFailed("the request is over")
+        self._reservations.add(reservation)
+
+    async def let_go(self, reservation: Reservation) -> None:
+        """Releases what was held, if it was not used up."""
+        self._reservations.discard(reservation)
+        await reservation.release()
+
+    def opened(self, sequence: Sequence) -> None:
+        """Registers a sequence."""
+        self._sequences.add(sequence)
+
+    def ended(self, sequence: Sequence) -> None:
+        """Cancels a sequence that has not ended, and forgets it."""
+        sequence.cancel()
+        self._sequences.discard(sequence)
+
+    def stream(self, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+        """Registers a generator of chunks, so that it is closed even where a program forgets it half-read."""
+        self._streams.append(chunks)
+        return chunks
+
+    def cancel_sequences(self) -> None:
+        """Tells the engines to stop; each sequence still gives its last output."""
+        for sequence in self._sequences:
+            sequence.cancel()
+
+    async def close(self) -> int:
+        """Ends everything still open; returns how many reservations and sequences that were. Nothing can be begun
+        after."""
+        self._closed = True
+        num_leaked = len(self._sequences) + len(self._reservations)
+        self.cancel_sequences()
+        for chunks in self._streams:
+            # One that a program left behind is waiting in ends with its sequence.
+            with contextlib.suppress(RuntimeError):
+                await chunks.aclose()
+        await asyncio.gather(*(self.let_go(reservation) for reservation in tuple(self._reservations)))
+        return num_leaked

@@ -1,0 +1,141 @@
+"""One Session stream for all sequences between this router and an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+
+import grpc.aio
+from microserve.engine.v1 import engine_pb2
+
+from services.protocol.errors import Code, ServiceError
+from services.router.errors import EngineLost
+from services.router.fleet.mailbox import Mailbox
+from services.router.values import Chunk
+from services.router.wire import chunk_from_wire
+from services.rpc.status import from_error_message, from_rpc_error
+
+SessionCall = grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]
+
+
+class Sequence:
+    """A generation on an engine."""
+
+    def __init__(self, request_id: str, mailbox: Mailbox, send_cancel: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._mailbox = mailbox
+        self._send_cancel = send_cancel
+
+    async def take(self) -> Chunk | None:
+        """New tokens; the last chunk has `finish`, after it comes None. Raises the sequence's or stream's error.
+
+        Cancelling loses nothing and does not end the sequence.
+        """
+        return await self._mailbox.take()
+
+    def cancel(self) -> None:
+        """Tells the engine to stop, if it has not ended; take() then still gives its last output. Never blocks."""
+        if not self._mailbox.closed:
+            self._send_cancel(self.request_id)
+
+
+class Session:
+    """Opens the stream with the first sequence, and again after a break."""
+
+    def __init__(self, engine: str, open_call: Callable[[], SessionCall], max_buffered: int) -> None:
+        self._engine = engine
+        self._open_call = open_call
+        self._max_buffered = max_buffered
+        self._stream: _Stream | None = None
+
+    def start(self, request: engine_pb2.StartGenerateRequest) -> Sequence:
+        """Begins a sequence; whether the engine takes it shows in take()."""
+        if self._stream is None or self._stream.ended:
+            self._stream = _Stream(self._engine, self._open_call())
+        mailbox = Mailbox(self._max_buffered)
+        return self._stream.start(request, mailbox)
+
+    async def close(self) -> None:
+        """Ends the stream, and with it every sequence."""
+        if self._stream is not None:
+            await self._stream.close()
+
+
+class _Stream:
+    """One call of Session: a writer that sends commands in order, a reader that deals outputs to mailboxes."""
+
+    def __init__(self, engine: str, call: SessionCall) -> None:
+        self.ended = False
+        self._engine = engine
+        self._call = call
+        self._live: dict[str, Mailbox] = {}
+        # Bounded without a limit of its own: a sequence puts in at most one start and one cancel.
+        self._outbox: deque[engine_pb2.SessionRequest] = deque()
+        self._wake = asyncio.Event()
+        self._writer = asyncio.create_task(self._write(), name=f"session writer {engine}")
+        self._reader = asyncio.create_task(self._read(), name=f"session reader {engine}")
+
+    def start(self, request: engine_pb2.StartGenerateRequest, mailbox: Mailbox) -> Sequence:
+        self._live[request.request_id] = mailbox
+        self._post(engine_pb2.SessionRequest(start=request))
+        return Sequence(request.request_id, mailbox, self._cancel)
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.wait({self._reader, self._writer})
+
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self._live:
+            self._post(engine_pb2.SessionRequest(cancel=engine_pb2.CancelSequence(request_id=request_id)))
+
+    def _post(self, command: engine_pb2.SessionRequest) -> None:
+        self._outbox.append(command)
+        self._wake.set()
+
+    async def _write(self) -> None:
+        # A failed write says only that the call is over; the reader learns why.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                while self._outbox:
+                    await self._call.write(self._outbox.popleft())
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _read(self) -> None:
+        error: ServiceError = EngineLost(f"engine {self._engine} ended the session")
+        try:
+            async for frame in self._call:
+                for output in frame.outputs:
+                    self._deliver(output)
+        except grpc.aio.AioRpcError as failure:
+            error = from_rpc_error(failure)
+            if error.code in (Code.UNAVAILABLE, Code.CANCELLED):
+                error = EngineLost(f"engine {self._engine} went away: {error.message}")
+        except asyncio.CancelledError:
+            error = EngineLost(f"the session with engine {self._engine} was closed")
+        finally:
+            self.ended = True
+            self._writer.cancel()
+            # Leaving the loop over a call does not cancel it.
+            self._call.cancel()
+            for mailbox in self._live.values():
+                mailbox.close(error)
+            self._live.clear()
+
+    def _deliver(self, output: engine_pb2.SequenceOutput) -> None:
+        mailbox = self._live.get(output.request_id)
+        if mailbox is None:  # ended or overflowed here while this was under way
+            return
+        if output.HasField("error"):
+            mailbox.close(from_error_message(output.error))
+        else:
+            chunk = chunk_from_wire(output.output)
+            mailbox.put(chunk)
+            if chunk.finish is not None:
+                mailbox.close()
+            elif mailbox.closed:  # overflowed
+                self._cancel(output.request_id)
+        if mailbox.closed:
+            del self._live[output.request_id]

@@ -1,0 +1,53 @@
+"""What the router counts. Names of policies are labels without their parameters, so their number is bounded."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+REQUESTS = Counter(
+    "microserve_router_requests",
+    "Requests that ended, by policy and canonical status code.",
+    ["policy", "code"],
+)
+REQUESTS_IN_FLIGHT = Gauge("microserve_router_requests_in_flight", "Requests under way.")
+TTFT_SECONDS = Histogram(
+    "microserve_router_ttft_seconds",
+    "Time from a request's arrival to its first token, by policy.",
+    ["policy"],
+    buckets=_SECONDS,
+)
+DURATION_SECONDS = Histogram(
+    "microserve_router_duration_seconds",
+    "Time from a request's arrival to its end, by policy.",
+    ["policy"],
+    buckets=_SECONDS,
+)
+VERB_SECONDS = Histogram(
+    "microserve_router_verb_seconds",
+    "Time from the router's call of a verb to its end, by verb and canonical status code.",
+    ["verb", "code"],
+    buckets=_SECONDS,
+)
+TOKENS = Counter(
+    "microserve_router_tokens",
+    "Tokens of requests that ended well: prompt, cached (of these, on the generating engine), output.",
+    ["kind"],
+)
+FALLBACKS = Counter(
+    "microserve_router_fallbacks",
+    "Requests served data parallel because their policy could not run, by policy and reason.",
+    ["policy", "reason"],
+)
+CLEANUP_FAILURES = Counter(
+    "microserve_router_cleanup_failures",
+    "Releases and cancels that did not get through; the lease ends what they were for.",
+    ["what", "reason"],
+)
+ABANDONED_POLICIES = Counter(
+    "microserve_router_abandoned_policies",
+    "Programs that did not end when they were cancelled and were left behind.",
+    ["policy"],
+)
+ENGINES = Gauge("microserve_router_engines", "Engines of the fleet, by whether they take work.", ["state"])

@@ -1,0 +1,30 @@
+"""Disaggregated between the engines that have most of the prompt cached; no sender where little is missing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from services.router.policies import Chunk, Fleet, PolicyRequest
+
+
+@dataclass(frozen=True)
+class Params:
+    little: int = 128  # tokens that the decoding engine rather computes itself
+
+    def __post_init__(self) -> None:
+        if self.little < 0:
+            raise ValueError("little is a number of tokens, at least 0")
+
+
+async def policy(request: PolicyRequest, fleet: Fleet, params: Params) -> AsyncIterator[Chunk]:
+    prefill, decode = fleet.pair_by_prefix(request)
+    end, cached = len(request.prompt) - 1, decode.cached_prefix(request)
+    if cached and end - cached <= params.little:
+        async for chunk in decode.start_generate(request):
+            yield chunk
+        return
+    async with decode.prep_recv(request, end=end) as kv:
+        await prefill.remote_send(request, kv)
+        async for chunk in decode.start_generate(request, begin=end, kv=kv):
+            yield chunk

@@ -1,0 +1,1 @@
+"""Programs: loading policies, keeping them, and running one for a request."""

@@ -1,0 +1,111 @@
+"""From source text to a program that is known to have the right shape."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import linecache
+import re
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from services.router.errors import BadPolicy
+from services.router.programs.params import ParamsSpec
+from services.router.programs.program import Program
+
+MAX_SOURCE_CHARACTERS = 1 << 16
+LOAD_TIMEOUT_S = 5.0
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_numbers = itertools.count(1)
+
+
+def load_file(path: Path) -> Program:
+    """The program in a file, named after it. BadPolicy."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPolicy(f"cannot read {path}: {error}") from None
+    return load_source(path.stem, source, file=str(path))
+
+
+async def load_upload(name: str, source: str) -> Program:
+    """As load_source, on a thread and bounded in time, since nobody has seen the code yet.
+
+    Code that does not end goes on burning the thread, a daemon, but not the loop.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Program] = loop.create_future()
+
+    def settle(program: Program | None, error: BaseException | None) -> None:
+        if not done.done():
+            if program is None:
+                done.set_exception(error or BadPolicy("not loaded"))
+            else:
+                done.set_result(program)
+
+    def load() -> None:
+        program, error = None, None
+        try:
+            program = load_source(name, source)
+        except BaseException as failure:
+            error = failure
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, program, error)
+
+    threading.Thread(target=load, name=f"load policy {name}", daemon=True).start()
+    try:
+        async with asyncio.timeout(LOAD_TIMEOUT_S):
+            return await done
+    except TimeoutError:
+        raise BadPolicy(f"policy {name} did not finish loading within {LOAD_TIMEOUT_S:g} s") from None
+
+
+def load_source(name: str, source: str, *, file: str = "") -> Program:
+    """Runs the source as a module and checks what it defined. BadPolicy says what is wrong."""
+    if not _NAME.fullmatch(name):
+        raise BadPolicy(f"{name[:80]!r} is no name for a policy: lower case letters, digits and underscores")
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise BadPolicy(f"policy {name} is longer than {MAX_SOURCE_CHARACTERS} characters")
+    module = _run(name, source, file or f"<policy {name}>")
+    function, params_type = getattr(module, "policy", None), getattr(module, "Params", None)
+    try:
+        params = None if params_type is None else ParamsSpec.of(params_type)
+        _check_shape(function, takes_params=params is not None)
+    except Exception as error:  # checks of the program's own may raise anything
+        raise BadPolicy(f"policy {name}: {error}") from None
+    summary = (inspect.getdoc(module) or inspect.getdoc(function) or "").partition("\n")[0]
+    assert function is not None
+    return Program(name, summary, source, file, function, params)
+
+
+def _run(name: str, source: str, file: str) -> ModuleType:
+    module = ModuleType(f"microserve_policy_{name}_{next(_numbers)}")
+    module.__file__ = file
+    # Dataclasses look their module up, tracebacks their lines.
+    sys.modules[module.__name__] = module
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    try:
+        exec(compile(source, file, "exec"), module.__dict__)
+    except SyntaxError as error:
+        del sys.modules[module.__name__]
+        raise BadPolicy(f"policy {name}: line {error.lineno}: {error.msg}") from None
+    except BaseException as error:  # also SystemExit: whatever it raises, it cannot be loaded
+        del sys.modules[module.__name__]
+        raise BadPolicy(f"policy {name} raised {type(error).__name__} while loading: {str(error)[:200]}") from None
+    return module
+
+
+def _check_shape(function: Any, *, takes_params: bool) -> None:
+    """ValueError unless it is `async def policy(request, fleet)`, with a third parameter where there are Params."""
+    if not inspect.isasyncgenfunction(function):
+        raise ValueError("it has no `async def policy(request, fleet)` that yields")
+    arguments = 3 if takes_params else 2
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        wanted = "policy(request, fleet, params)" if takes_params else "policy(request, fleet)"
+        raise ValueError(f"its policy does not take {wanted}") from None

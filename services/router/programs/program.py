@@ -1,0 +1,59 @@
+"""A policy that has been loaded, and one with its parameters filled in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from services.router.errors import BadPolicy
+from services.router.fleet.view import Fleet
+from services.router.programs.params import ParamsSpec
+from services.router.request import PolicyRequest
+from services.router.values import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Source, and what running it defined. `params` is None if it takes none."""
+
+    name: str
+    summary: str
+    source: str
+    file: str  # empty if it was uploaded
+    function: Callable[..., AsyncGenerator[Chunk, None]]
+    params: ParamsSpec | None
+
+    def bind(self, text: str) -> BoundProgram:
+        """With parameters, as in "0.5" or "ratio=0.5,little=64"; empty for the defaults. BadPolicy."""
+        if self.params is None:
+            if text:
+                raise BadPolicy(f"policy {self.name} takes no parameters")
+            return BoundProgram(self, "", ())
+        try:
+            return BoundProgram(self, text, (self.params.parse(text),))
+        except Exception as error:  # checks of the program's own may raise anything
+            raise BadPolicy(f"policy {self.name}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class BoundProgram:
+    """A program ready to run. It stays what it is when the catalogue changes, so requests end on what they began."""
+
+    program: Program
+    text: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The program's name, without parameters."""
+        return self.program.name
+
+    @property
+    def spec(self) -> str:
+        """The name, and the parameters as given after a colon."""
+        return f"{self.name}:{self.text}" if self.text else self.name
+
+    def start(self, request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
+        """Its chunks; nothing runs before the first is asked for."""
+        return self.program.function(request, fleet, *self.arguments)

@@ -1,0 +1,172 @@
+"""Running one program for one request, whatever the program does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from services.protocol.errors import ServiceError
+from services.router.errors import NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
+from services.router.fleet.legs import Legs
+from services.router.fleet.mailbox import Mailbox
+from services.router.fleet.scope import RequestScope
+from services.router.fleet.view import Fleet
+from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
+from services.router.programs.program import BoundProgram
+from services.router.request import PolicyRequest
+from services.router.values import Chunk
+
+log = logging.getLogger(__name__)
+
+POLICY_TIMEOUT_S = 120.0
+MAX_BUFFERED_TOKENS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """How long a program may take: to yield again, to end after its last chunk, to end when cancelled, and to hand
+    in an engine's account when a stop string has ended the answer. `max_buffered` is in tokens, see Mailbox."""
+
+    between_chunks_s: float = POLICY_TIMEOUT_S
+    after_last_chunk_s: float = 5.0
+    after_cancel_s: float = 2.0
+    after_stop_s: float = 1.0
+    max_buffered: int = MAX_BUFFERED_TOKENS
+
+    @property
+    def close_s(self) -> float:
+        """How long close() may take before what is left is given up."""
+        return self.after_last_chunk_s + self.after_cancel_s + 6.0
+
+
+class PolicyRun:
+    """A program on a task of its own, so that one that will not end can be left behind."""
+
+    def __init__(
+        self,
+        program: BoundProgram,
+        fallback: BoundProgram,
+        request: PolicyRequest,
+        fleet: Fleet,
+        scope: RequestScope,
+        limits: RunLimits,
+    ) -> None:
+        self.served_by = program
+        self._fallback = fallback
+        self._request = request
+        self._fleet = fleet
+        self._scope = scope
+        self._limits = limits
+        self._mailbox = Mailbox(limits.max_buffered)
+        self._yielded = self._finished = False
+        self._task = asyncio.create_task(self._run(), name=f"policy {program.spec}")
+
+    @property
+    def legs(self) -> Legs:
+        """The verbs called so far."""
+        return self._scope.legs
+
+    async def take(self) -> Chunk | None:
+        """The next chunk; the last has `finish`, after it comes None. Raises how the program failed: an engine's
+        error with its own code, PolicyFailed, PolicyTimeout, RequestTimeout, SlowConsumer."""
+        deadline = self._request.deadline
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + self._limits.between_chunks_s)):
+                return await self._mailbox.take()
+        except TimeoutError:
+            if loop.time() >= deadline:
+                raise RequestTimeout("the request's time is over") from None
+            raise PolicyTimeout(
+                f"policy {self.served_by.spec} yielded nothing for {self._limits.between_chunks_s:g} s"
+            ) from None
+
+    async def stop_early(self) -> None:
+        """The answer is complete although the sequence is not: ends it on its engine, and waits for the engine's
+        account of it. Bounded; what goes wrong now changes the answer no more."""
+        self._scope.cancel_sequences()
+        try:
+            async with asyncio.timeout(self._limits.after_stop_s):
+                while await self._mailbox.take() is not None:
+                    pass
+        except (TimeoutError, ServiceError):
+            log.info("no account of a stopped sequence", extra={"fields": {"request": self._request.request_id}})
+
+    async def close(self) -> None:
+        """Ends the program and all that it left on engines. Shielded and bounded."""
+        await self._scope.cleanup.run("close policy", self._close())
+
+    async def _close(self) -> None:
+        if self._finished:
+            # The client has its answer; the program may tidy up.
+            await asyncio.wait({self._task}, timeout=self._limits.after_last_chunk_s)
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=self._limits.after_cancel_s)
+        if not self._task.done():
+            ABANDONED_POLICIES.labels(self.served_by.name).inc()
+            log.error("policy ignores its cancellation", extra={"fields": {"policy": self.served_by.spec}})
+        num_leaked = await self._scope.close()
+        if num_leaked and self._finished:
+            fields = {"policy": self.served_by.spec, "leaked": num_leaked}
+            log.warning("policy left something open", extra={"fields": fields})
+
+    async def _run(self) -> None:
+        error: ServiceError | None = None
+        try:
+            await self._drive()
+            if not self._finished:
+                what = "ended before its sequence did" if self._yielded else "yielded nothing"
+                error = PolicyFailed(f"policy {self.served_by.spec} {what}")
+        except BaseException as raised:  # also SystemExit: a program must not end the router
+            error = self._explain(raised)
+        self._mailbox.close(error)
+
+    async def _drive(self) -> None:
+        try:
+            await self._forward(self.served_by)
+        except NoPair as error:
+            if self._yielded:
+                raise
+            FALLBACKS.labels(self.served_by.name, error.cause).inc()
+            fields = {"policy": self.served_by.spec, "reason": error.cause, "request": self._request.request_id}
+            log.warning("policy replaced by data_parallel", extra={"fields": fields})
+            self.served_by = self._fallback
+            await self._forward(self._fallback)
+
+    async def _forward(self, program: BoundProgram) -> None:
+        async with aclosing(program.start(self._request, self._fleet)) as chunks:
+            async for chunk in chunks:
+                if not isinstance(chunk, Chunk):
+                    raise PolicyFailed(f"policy {program.spec} yielded a {type(chunk).__name__}, not a chunk")
+                self._yielded = True
+                self._mailbox.put(chunk)
+                if chunk.finish is not None:
+                    self._finished = True
+                    self._mailbox.close()
+                elif self._mailbox.closed:
+                    return  # the reader is too slow, or the program goes on after its last chunk
+
+    def _explain(self, raised: BaseException) -> ServiceError:
+        """What the client is told; the log has the rest."""
+        known = _service_error(raised)
+        if known is not None:
+            return known
+        if not isinstance(raised, asyncio.CancelledError) or not self._cancelled():
+            fields = {"policy": self.served_by.spec, "request": self._request.request_id}
+            log.error("policy failed", exc_info=raised, extra={"fields": fields})
+        return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}")
+
+    def _cancelled(self) -> bool:
+        return self._task.cancelling() > 0
+
+
+def _service_error(raised: BaseException) -> ServiceError | None:
+    """The typed error in it; of a group, as task groups raise them, the first one."""
+    if isinstance(raised, ServiceError):
+        return raised
+    if isinstance(raised, BaseExceptionGroup):
+        return next(filter(None, map(_service_error, raised.exceptions)), None)
+    return None

@@ -1,0 +1,47 @@
+"""A request as a policy sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from services.protocol.hashes import block_hashes, hash_seed
+from services.router.errors import RequestTimeout
+from services.router.values import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """What engines must have in common to serve the same request: same weights, same vocabulary."""
+
+    name: str
+    digest: bytes
+    tokenizer_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRequest:
+    """What to generate. Plain data: `dataclasses.replace` makes a variant."""
+
+    request_id: str  # the client's name for it, or the router's
+    model: ModelKey
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    cache_salt: str = ""
+    deadline: float = float("inf")  # on the event loop's clock
+    _hashes: dict[tuple[int, bytes], list[bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def time_left_s(self) -> float:
+        """Seconds until the deadline. RequestTimeout if it has passed."""
+        left = self.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise RequestTimeout("the request's time is over")
+        return left
+
+    def block_hashes(self, page_size: int) -> list[bytes]:
+        """Names of the prompt's full blocks on engines of its model; computed once for a page size."""
+        key = (page_size, self.model.digest)
+        if key not in self._hashes:
+            seed = hash_seed(self.model.digest, self.cache_salt)
+            self._hashes[key] = block_hashes(self.prompt, page_size, seed)
+        return self._hashes[key]

@@ -1,0 +1,187 @@
+"""What the front doors offer, whatever protocol they speak: from an Ask to Answers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+
+from services.protocol.errors import ServiceError
+from services.router.admission import Admission
+from services.router.asking import (
+    Ask,
+    Chat,
+    Prompt,
+    Text,
+    Tokens,
+    check,
+    check_prompt,
+    check_tokens,
+    check_vocabulary,
+)
+from services.router.errors import PolicyFailed
+from services.router.fleet.legs import Legs
+from services.router.fleet.registry import Model, Registry
+from services.router.metrics import DURATION_SECONDS, REQUESTS, TOKENS, TTFT_SECONDS
+from services.router.programs.catalogue import Catalogue
+from services.router.programs.host import PolicyHost
+from services.router.programs.runner import PolicyRun
+from services.router.request import PolicyRequest
+from services.router.text.output import TextOutput
+from services.router.traces import Trace, Traces
+from services.router.values import FinishReason, Leg, Logprobs, Sampling, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A piece of an answer. The first names the request and its policy; the last has finish, usage and legs."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: FinishReason | None = None
+    usage: Usage | None = None
+    legs: tuple[Leg, ...] = ()
+    request_id: str = ""
+    policy: str = ""
+
+
+class Record:
+    """What is kept of a request while it runs: for metrics and its trace."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.policy, self.spec = "none", ""
+        self.legs = Legs()
+        self._begin = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        """Since the request came."""
+        return time.monotonic() - self._begin
+
+
+class GenerationService:
+    """Generates, tokenizes and detokenizes with the fleet's models."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        catalogue: Catalogue,
+        host: PolicyHost,
+        traces: Traces,
+        *,
+        max_requests: int,
+        max_request_s: float,
+    ) -> None:
+        self._registry = registry
+        self._catalogue = catalogue
+        self._host = host
+        self._traces = traces
+        self._admission = Admission(max_requests)
+        self._max_request_s = max_request_s
+
+    async def generate(self, ask: Ask) -> AsyncGenerator[Answer, None]:
+        """The answer as it comes. Closing the generator, or cancelling its consumer, ends all work for it."""
+        with self._recording(ask) as record:
+            check(ask)
+            with self._admission.enter():
+                program = self._catalogue.resolve(ask.policy)
+                record.policy, record.spec = program.name, program.spec
+                model = self._registry.model(ask.model)
+                request = await self._request(ask, model, record.request_id)
+                output = TextOutput(model.tokenizer.detokenizer(), ask.stop, include_stop=ask.include_stop)
+                run = self._host.run(program, request)
+                record.legs = run.legs
+                try:
+                    async with aclosing(_answers(run, output, len(request.prompt))) as answers:
+                        first = await anext(answers)
+                        record.spec = run.served_by.spec
+                        TTFT_SECONDS.labels(record.policy).observe(record.elapsed_s())
+                        yield replace(first, request_id=record.request_id, policy=record.spec)
+                        async for answer in answers:
+                            yield answer
+                finally:
+                    await run.close()
+
+    async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
+        """Token ids of a prompt."""
+        check_prompt(prompt)
+        return await _encode(prompt, self._registry.model(model_name))
+
+    def decode(self, token_ids: tuple[int, ...], model_name: str) -> str:
+        """Text of token ids."""
+        model = self._registry.model(model_name)
+        check_vocabulary(token_ids, model)
+        return model.tokenizer.decode(token_ids)
+
+    def models(self) -> list[Model]:
+        """What can be served now."""
+        return self._registry.models()
+
+    async def _request(self, ask: Ask, model: Model, request_id: str) -> PolicyRequest:
+        limit_s = self._max_request_s if ask.time_left_s is None else min(ask.time_left_s, self._max_request_s)
+        deadline = asyncio.get_running_loop().time() + limit_s
+        prompt = await _encode(ask.prompt, model)
+        check_tokens(prompt, model)
+        return PolicyRequest(request_id, model.key, prompt, _seeded(ask), ask.cache_salt, deadline)
+
+    @contextmanager
+    def _recording(self, ask: Ask) -> Iterator[Record]:
+        record, code = Record(ask.request_id or secrets.token_hex(8)), "CANCELLED"
+        try:
+            yield record
+            code = "OK"
+        except ServiceError as error:
+            code = error.code.name
+            raise
+        except Exception:
+            code = "INTERNAL"
+            raise
+        finally:
+            REQUESTS.labels(record.policy, code).inc()
+            DURATION_SECONDS.labels(record.policy).observe(record.elapsed_s())
+            if record.spec:
+                self._traces.add(record.request_id, Trace(record.spec, record.legs.legs(), code))
+
+
+async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -> AsyncGenerator[Answer, None]:
+    """Pieces of the answer, the last with its account."""
+    while True:
+        chunk = await run.take()
+        if chunk is None:
+            raise PolicyFailed("the policy ended without a last chunk")
+        piece = output.feed(chunk)
+        answer = Answer(piece.text, piece.token_ids, piece.logprobs)
+        if output.stopped:
+            if chunk.finish is None:
+                await run.stop_early()
+            break
+        if chunk.finish is not None:
+            answer = replace(answer, text=piece.text + output.finish())
+            break
+        yield answer
+    finish = FinishReason.STOP if output.stopped else chunk.finish
+    generation = run.legs.generation()
+    cached = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
+    usage = Usage(num_prompt_tokens, cached, output.num_tokens)
+    for kind, number in (("prompt", num_prompt_tokens), ("cached", cached), ("output", output.num_tokens)):
+        TOKENS.labels(kind).inc(number)
+    yield replace(answer, finish=finish, usage=usage, legs=run.legs.legs())
+
+
+async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:
+    match prompt:
+        case Text(text):
+            return await model.tokenizer.encode(text)
+        case Chat(messages):
+            return await model.tokenizer.encode_chat(messages)
+        case Tokens(ids):
+            return ids
+
+
+def _seeded(ask: Ask) -> Sampling:
+    """A client that gives no seed gets a random one; engines are deterministic, and so are replays."""
+    return ask.sampling if ask.seed_given else replace(ask.sampling, seed=secrets.randbits(63))

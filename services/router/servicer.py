@@ -1,0 +1,121 @@
+"""RouterService on the wire."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+from microserve.router.v1 import router_pb2, router_pb2_grpc
+
+from services.router.asking import Ask, Chat, Prompt, Text, Tokens
+from services.router.errors import EmptyPrompt
+from services.router.service import Answer, GenerationService
+from services.router.text.template import ChatMessage
+from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, sampling_from_wire
+from services.rpc.deadline import time_left
+
+POLICY_METADATA = "x-microserve-policy"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Translates; what is done is GenerationService's."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    # A coroutine that writes, not a generator: grpc leaves a generator suspended when a call is cancelled during a
+    # write, and the request would then end whenever the garbage collector finds it.
+    async def Generate(  # type: ignore[override]
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> None:
+        async with aclosing(self._service.generate(_ask(request, context))) as answers:
+            async for answer in answers:
+                await context.write(_to_wire(answer))
+
+    async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
+        whole = router_pb2.GenerateResponse()
+        text: list[str] = []
+        async with aclosing(self._service.generate(_ask(request.request, context))) as answers:
+            async for answer in answers:
+                text.append(answer.text)
+                # Merging appends what is repeated and sets what is set, which each field is once.
+                whole.MergeFrom(_to_wire(answer))
+        whole.text = "".join(text)
+        return router_pb2.CompleteResponse(response=whole)
+
+    async def Tokenize(self, request: router_pb2.TokenizeRequest, context: Context) -> router_pb2.TokenizeResponse:
+        prompt = _chat(request.chat) if request.WhichOneof("input") == "chat" else Text(request.text)
+        return router_pb2.TokenizeResponse(token_ids=await self._service.encode(prompt, request.model))
+
+    async def Detokenize(
+        self, request: router_pb2.DetokenizeRequest, context: Context
+    ) -> router_pb2.DetokenizeResponse:
+        return router_pb2.DetokenizeResponse(text=self._service.decode(tuple(request.token_ids), request.model))
+
+    async def ListModels(
+        self, request: router_pb2.ListModelsRequest, context: Context
+    ) -> router_pb2.ListModelsResponse:
+        return router_pb2.ListModelsResponse(
+            models=[
+                router_pb2.ModelInfo(
+                    name=model.key.name,
+                    digest=model.key.digest,
+                    max_context_length=model.max_context,
+                    engine_count=len(model.members),
+                )
+                for model in self._service.models()
+            ]
+        )
+
+
+def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
+    policies = [value for key, value in context.invocation_metadata() or () if key == POLICY_METADATA]
+    return Ask(
+        prompt=_prompt(request),
+        sampling=sampling_from_wire(request.sampling),
+        seed_given=request.seed_given,
+        stop=tuple(request.stop),
+        include_stop=request.include_stop,
+        model=request.model,
+        cache_salt=request.cache_salt,
+        request_id=request.request_id,
+        policy=str(policies[-1]) if policies else "",
+        time_left_s=time_left(context),
+    )
+
+
+def _prompt(request: router_pb2.GenerateRequest) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return Text(request.text)
+        case "chat":
+            return _chat(request.chat)
+        case "tokens":
+            return Tokens(tuple(request.tokens.ids))
+    raise EmptyPrompt("the request has no prompt")
+
+
+def _chat(chat: router_pb2.ChatMessages) -> Chat:
+    return Chat(tuple(ChatMessage(message.role, message.content) for message in chat.messages))
+
+
+def _to_wire(answer: Answer) -> router_pb2.GenerateResponse:
+    message = router_pb2.GenerateResponse(
+        text=answer.text,
+        token_ids=answer.token_ids,
+        request_id=answer.request_id,
+        policy=answer.policy,
+    )
+    if answer.logprobs:
+        message.logprobs.extend(map(logprobs_to_wire, answer.logprobs))
+    if answer.finish is not None:
+        message.finish_reason = finish_to_wire(answer.finish)
+        message.legs.extend(map(leg_to_wire, answer.legs))
+    if answer.usage is not None:
+        message.usage.prompt_token_count = answer.usage.prompt_tokens
+        message.usage.cached_token_count = answer.usage.cached_tokens
+        message.usage.output_token_count = answer.usage.output_tokens
+    return message

@@ -1,0 +1,1 @@
+"""Text in and out: tokenizers obtained from engines, chat templates, incremental decoding, stop strings."""

@@ -1,0 +1,154 @@
+"""Values to and from protobuf, shared by the servicers and the engine client."""
+
+from __future__ import annotations
+
+from google.protobuf.duration_pb2 import Duration
+from microserve.engine.v1 import engine_pb2
+from microserve.types.v1 import kv_pb2, sampling_pb2
+
+from services.protocol.ranges import TokenRange
+from services.router.values import (
+    Chunk,
+    FinishReason,
+    Leg,
+    Logprobs,
+    Sampling,
+    Timing,
+    TokenLogprob,
+    Verb,
+)
+
+_FINISH_FROM_WIRE = {
+    sampling_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    sampling_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    sampling_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+}
+_FINISH_TO_WIRE = {reason: number for number, reason in _FINISH_FROM_WIRE.items()}
+_VERB_TO_WIRE = {
+    Verb.PREP_RECV: sampling_pb2.VERB_PREP_RECV,
+    Verb.REMOTE_SEND: sampling_pb2.VERB_REMOTE_SEND,
+    Verb.START_GENERATE: sampling_pb2.VERB_START_GENERATE,
+}
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a protobuf duration; negative becomes zero."""
+    message = Duration()
+    message.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return message
+
+
+def seconds(message: Duration) -> float:
+    """The inverse of `duration`."""
+    return message.seconds + message.nanos / 1e9
+
+
+def sampling_from_wire(message: sampling_pb2.SamplingParams) -> Sampling:
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(message.logit_bias.items()),
+        seed=message.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        stop_token_ids=tuple(message.stop_token_ids),
+        min_tokens=message.min_tokens,
+        max_tokens=message.max_tokens,
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
+    return sampling_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        stop_token_ids=sampling.stop_token_ids,
+        min_tokens=sampling.min_tokens,
+        max_tokens=sampling.max_tokens,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def range_to_wire(tokens: TokenRange) -> kv_pb2.TokenRange:
+    return kv_pb2.TokenRange(begin=tokens.begin, end=tokens.end)
+
+
+def chunk_from_wire(message: engine_pb2.StartGenerateResponse) -> Chunk:
+    return Chunk(
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(map(_logprobs_from_wire, message.logprobs)) if message.logprobs else (),
+        finish=_FINISH_FROM_WIRE.get(message.finish_reason) if message.finish_reason else None,
+        timing=timing_from_wire(message.timing) if message.HasField("timing") else None,
+    )
+
+
+def _logprobs_from_wire(message: sampling_pb2.Logprobs) -> Logprobs:
+    return Logprobs(
+        TokenLogprob(message.chosen.token_id, message.chosen.logprob),
+        tuple(TokenLogprob(each.token_id, each.logprob) for each in message.top),
+    )
+
+
+def logprobs_to_wire(logprobs: Logprobs) -> sampling_pb2.Logprobs:
+    chosen, *top = (
+        sampling_pb2.TokenLogprob(token_id=each.token_id, logprob=each.logprob)
+        for each in (logprobs.chosen, *logprobs.top)
+    )
+    return sampling_pb2.Logprobs(chosen=chosen, top=top)
+
+
+def timing_from_wire(message: sampling_pb2.Timing) -> Timing:
+    return Timing(
+        matched_tokens=message.matched_token_count,
+        transferred_tokens=message.transferred_token_count,
+        computed_tokens=message.computed_token_count,
+        generated_tokens=message.generated_token_count,
+        transferred_bytes=message.transferred_bytes,
+        queue_s=seconds(message.queue),
+        prefill_s=seconds(message.prefill),
+        transfer_s=seconds(message.transfer),
+        total_s=seconds(message.total),
+        num_preemptions=message.preemption_count,
+    )
+
+
+def timing_to_wire(timing: Timing) -> sampling_pb2.Timing:
+    return sampling_pb2.Timing(
+        matched_token_count=timing.matched_tokens,
+        transferred_token_count=timing.transferred_tokens,
+        computed_token_count=timing.computed_tokens,
+        generated_token_count=timing.generated_tokens,
+        transferred_bytes=timing.transferred_bytes,
+        queue=duration(timing.queue_s),
+        prefill=duration(timing.prefill_s),
+        transfer=duration(timing.transfer_s),
+        total=duration(timing.total_s),
+        preemption_count=timing.num_preemptions,
+    )
+
+
+def finish_to_wire(finish: FinishReason) -> sampling_pb2.FinishReason.ValueType:
+    return _FINISH_TO_WIRE[finish]
+
+
+def leg_to_wire(leg: Leg) -> sampling_pb2.Leg:
+    return sampling_pb2.Leg(
+        verb=_VERB_TO_WIRE[leg.verb],
+        engine=leg.engine,
+        range=range_to_wire(leg.range),
+        timing=timing_to_wire(leg.timing) if leg.timing is not None else None,
+        elapsed=duration(leg.elapsed_s),
+        first_token=duration(leg.first_token_s) if leg.first_token_s is not None else None,
+    )

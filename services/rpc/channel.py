@@ -1,0 +1,70 @@
+"""Client channels, and the wire settings that client and server must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+# A long prefill sends no data, so a dead peer is found by pings alone. The server's minimum is half of the
+# client's interval: a client that pings as agreed never collects a strike.
+KEEPALIVE_INTERVAL_MS = 20_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+SERVER_MINIMUM_PING_INTERVAL_MS = KEEPALIVE_INTERVAL_MS // 2
+
+Options = list[tuple[str, int | str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """How a client proves the server and itself. Paths of PEM files."""
+
+    ca: Path | None = None  # None: the roots that grpc ships
+    cert: Path | None = None  # cert and key: for servers that ask for one (mTLS)
+    key: Path | None = None
+    server_name: str | None = None  # expected in the server's certificate, where it is not the address's host
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files; OSError if one is missing."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=self.ca.read_bytes() if self.ca else None,
+            private_key=self.key.read_bytes() if self.key else None,
+            certificate_chain=self.cert.read_bytes() if self.cert else None,
+        )
+
+
+def keepalive_options() -> Options:
+    """Pings that both sides send to find a peer that vanished without a word."""
+    return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def make_channel(
+    address: str, tls: ClientTls | None = None, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """A channel to host:port. It connects on the first call, and must be closed by the caller."""
+    options: Options = [
+        *keepalive_options(),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Reconnect quickly: an engine that restarts is back within seconds, not minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Addresses matter and are direct: a proxy named by the environment is for other traffic.
+        ("grpc.enable_http_proxy", 0),
+        # Channels of one process must not share a connection: one that is closed must not hurt another.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)

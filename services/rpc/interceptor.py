@@ -1,0 +1,141 @@
+"""The one place where exceptions of handlers become statuses, and where calls are timed.
+
+ServiceError becomes google.rpc.Status with its own code, reason and advice. Anything else is a bug: it is
+logged with its traceback under a fresh id, and the client gets INTERNAL with that id and no text of ours. Two
+exceptions pass: CancelledError when the call itself was cancelled, and the one that context.abort raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from prometheus_client import Histogram
+
+from services.protocol.errors import Code, ServiceError
+from services.rpc.status import DETAILS_KEY, to_grpc_code, to_status
+
+log = logging.getLogger(__name__)
+
+# Strings: generic in the stubs only.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+RPC_SECONDS = Histogram(
+    "microserve_rpc_seconds",
+    "Time from a call's arrival to its end, by method and status code.",
+    ["method", "code"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+)
+
+
+class InternalError(ServiceError):
+    """A bug on this side; the log has the rest under the id in the message."""
+
+
+class Unimplemented(ServiceError):
+    """The method is in the contract, but not in this service."""
+
+    code = Code.UNIMPLEMENTED
+    reason = "UNIMPLEMENTED"
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps handlers of all four kinds, written as coroutines or as async generators."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        # None stands for a method that nobody registered; grpc answers UNIMPLEMENTED by itself.
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        name = _kind(handler)
+        behaviour = getattr(handler, name)
+        make = getattr(grpc, f"{name}_rpc_method_handler")
+        wrapped: Handler = make(
+            _wrap(behaviour, handler_call_details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+
+def _kind(handler: Handler) -> str:
+    """Name of the handler's one attribute that is set: unary_unary, unary_stream, ..."""
+    request = "stream" if handler.request_streaming else "unary"
+    response = "stream" if handler.response_streaming else "unary"
+    return f"{request}_{response}"
+
+
+def _wrap(behaviour: Callable[[Any, Context], Any], method: str) -> Callable[[Any, Context], Any]:
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with _guarded(context, method), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return generate
+
+    async def call(request: Any, context: Context) -> Any:
+        async with _guarded(context, method):
+            return await behaviour(request, context)
+
+    return call
+
+
+@asynccontextmanager
+async def _guarded(context: Context, method: str) -> AsyncIterator[None]:
+    """Ends the call with the right status if the body raises. Cancelling leaves nothing behind."""
+    begin = time.monotonic()
+    code = "OK"
+    try:
+        yield
+    except asyncio.CancelledError:
+        code = "CANCELLED"
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Somebody cancelled a task that this handler was waiting for. grpc would take it for the end of the
+        # call and send no status at all, and the client would wait for ever.
+        code = "INTERNAL"
+        await _abort(context, _internal(method))
+    except grpc.aio.AbortError:
+        code = "ABORTED_BY_HANDLER"
+        raise
+    except ServiceError as error:
+        code = error.code.name
+        await _abort(context, error)
+    except Exception as error:
+        # Generated code sets the code and raises for a method that the servicer leaves out; tensor libraries
+        # raise the same exception for bugs.
+        absent = isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED
+        failure = Unimplemented(f"{method} is not implemented") if absent else _internal(method)
+        code = failure.code.name
+        await _abort(context, failure)
+    finally:
+        RPC_SECONDS.labels(method, code).observe(time.monotonic() - begin)
+
+
+def _internal(method: str) -> InternalError:
+    """Logs the exception being handled and makes the error that names its log record."""
+    failure_id = uuid.uuid4().hex
+    log.exception("call failed", extra={"fields": {"method": method, "failure": failure_id}})
+    return InternalError(f"internal error {failure_id}")
+
+
+async def _abort(context: Context, error: ServiceError) -> Any:
+    """Never returns: grpc's abort raises."""
+    status = to_status(error)
+    await context.abort(to_grpc_code(error.code), status.message, ((DETAILS_KEY, status.SerializeToString()),))

@@ -1,0 +1,57 @@
+"""Logging: one line a record on stderr, key=value, never a secret.
+
+log = logging.getLogger(__name__)
+log.info("reservation expired", extra={"fields": {"reservation": id, "age_s": 3.2}})
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+_SECRET = re.compile(r"secret|ticket|password|token$|api_?key", re.IGNORECASE)
+_PLAIN = re.compile(r"[\w.:/+\-\[\]@*]+")
+
+
+class KeyValueFormatter(logging.Formatter):
+    """time=... level=... service=... logger=... msg=... key=value ... [exception=...]"""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        fields: dict[str, object] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        extra = getattr(record, "fields", None)
+        if isinstance(extra, Mapping):
+            fields.update(extra)
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return " ".join(f"{key}={_value(str(key), value)}" for key, value in fields.items())
+
+
+def configure(service: str, *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Sends every record of this process to stderr (or `stream`) in the format above. May be called again."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(KeyValueFormatter(service))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _value(key: str, value: object) -> str:
+    """One word or one JSON string, so that a record is always one line. Bytes become hex."""
+    if _SECRET.search(key):
+        return "***"
+    text = value.hex() if isinstance(value, bytes) else str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,58 @@
+"""What every service can be told about serving: addresses, TLS, metrics, grace, limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.rpc.bind import split_address
+from services.rpc.channel import MAX_MESSAGE_BYTES, SERVER_MINIMUM_PING_INTERVAL_MS, Options, keepalive_options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What all services share; each inherits it and adds its own."""
+
+    listen: str = field(default="127.0.0.1:0", metadata={"help": "host:port to serve gRPC on; port 0: a free one"})
+    advertise: str | None = field(
+        default=None, metadata={"help": "host or host:port that others reach this service at"}
+    )
+    tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate chain; with it TLS is on"})
+    tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --tls-cert"})
+    tls_client_ca: Path | None = field(
+        default=None, metadata={"help": "PEM roots that clients must be signed by (mTLS)"}
+    )
+    metrics_host: str = field(default="127.0.0.1", metadata={"help": "address to serve /metrics on"})
+    metrics_port: int | None = field(
+        default=0, metadata={"help": "port to serve /metrics on; 0: a free one, none: off"}
+    )
+    grace_s: float = field(default=30.0, metadata={"help": "seconds that calls may take to end after SIGTERM"})
+    max_message_bytes: int = field(
+        default=MAX_MESSAGE_BYTES, metadata={"help": "largest message taken or sent, in bytes"}
+    )
+    reuse_port: bool = field(default=False, metadata={"help": "let several processes share the port"})
+    lifeline_fd: int | None = field(
+        default=None, metadata={"help": "descriptor whose end stops the service", "hidden": True}
+    )
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.grace_s < 0:
+            raise ValueError("--grace-s is negative")
+
+
+def server_options(config: ServerConfig) -> Options:
+    """The same as arguments of a grpc server."""
+    return [
+        *keepalive_options(),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", SERVER_MINIMUM_PING_INTERVAL_MS),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # With it two services could share a port by accident, and each would get half of the calls.
+        ("grpc.so_reuseport", int(config.reuse_port)),
+    ]

@@ -1,0 +1,123 @@
+"""A router whose engines are imaginary: the answer says what was asked, and two legs what was done."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
+from microserve.types.v1 import sampling_pb2
+
+from services.protocol.errors import Code, ServiceError
+from services.rpc.config import parse_config
+from services.rpc.main import run_main
+from services.rpc.server import Server
+from tests.cli.fakes.config import RouterConfig
+
+PROGRAMS = {"disaggregated": "Prefill here, decode there.", "data_parallel": "One engine does all."}
+
+
+class UnknownPolicy(ServiceError):
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_POLICY"
+
+
+class UploadDisabled(ServiceError):
+    code = Code.PERMISSION_DENIED
+    reason = "UPLOAD_DISABLED"
+
+
+def leg(verb: int, engine: str, begin: int, end: int, timing: sampling_pb2.Timing) -> sampling_pb2.Leg:
+    message = sampling_pb2.Leg(verb=verb, engine=engine, timing=timing)  # type: ignore[arg-type]
+    message.range.begin, message.range.end = begin, end
+    message.elapsed.FromMilliseconds(12)
+    return message
+
+
+LEGS = [
+    leg(sampling_pb2.VERB_PREP_RECV, "engine-1", 0, 9, sampling_pb2.Timing(matched_token_count=4)),
+    leg(
+        sampling_pb2.VERB_REMOTE_SEND,
+        "engine-0",
+        4,
+        9,
+        sampling_pb2.Timing(transferred_token_count=5, computed_token_count=9, transferred_bytes=1_234_567),
+    ),
+    leg(sampling_pb2.VERB_START_GENERATE, "engine-1", 9, 10, sampling_pb2.Timing(generated_token_count=2)),
+]
+
+
+class Router(router_pb2_grpc.RouterServiceServicer):
+    """Answers with the question; "wait" waits for ever after the first word."""
+
+    def __init__(self, admin: Admin) -> None:
+        self.admin = admin
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        metadata = dict(context.invocation_metadata())
+        policy = self.admin.find(metadata.get("x-microserve-policy", self.admin.current))
+        text = request.text or request.chat.messages[0].content
+        yield router_pb2.GenerateResponse(text="You said ", request_id="r1", policy=policy)
+        if text == "wait":
+            await asyncio.Event().wait()
+        yield router_pb2.GenerateResponse(text=f"[b]{text}[/b]", token_ids=[1, 2])
+        usage = router_pb2.Usage(prompt_token_count=10, cached_token_count=4, output_token_count=2)
+        yield router_pb2.GenerateResponse(finish_reason=sampling_pb2.FINISH_REASON_STOP, usage=usage, legs=LEGS)
+
+
+class Admin(admin_pb2_grpc.AdminServiceServicer):
+    """Knows PROGRAMS and the engines of its command line."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.engines = config.engine
+        self.current = config.policy
+
+    def find(self, name: str) -> str:
+        if name not in PROGRAMS:
+            raise UnknownPolicy(f"there is no policy {name!r}")
+        return name
+
+    def info(self, name: str) -> admin_pb2.PolicyInfo:
+        return admin_pb2.PolicyInfo(
+            name=self.find(name), summary=PROGRAMS[name], current=name == self.current, file=f"{name}.py"
+        )
+
+    async def ListEngines(self, request: Any, context: Any) -> admin_pb2.ListEnginesResponse:
+        engines = [admin_pb2.EngineStatus(address=address, healthy=True) for address in self.engines]
+        engines.append(admin_pb2.EngineStatus(address="10.0.0.9:1", problem="connection refused"))
+        engines[0].info.engine_name = "engine-0"
+        engines[0].load.pages.total = 512
+        return admin_pb2.ListEnginesResponse(engines=engines)
+
+    async def ListPolicies(self, request: Any, context: Any) -> admin_pb2.ListPoliciesResponse:
+        return admin_pb2.ListPoliciesResponse(policies=[self.info(name) for name in sorted(PROGRAMS)])
+
+    async def GetPolicy(self, request: Any, context: Any) -> admin_pb2.GetPolicyResponse:
+        info = self.info(request.name or self.current)
+        return admin_pb2.GetPolicyResponse(policy=info, source=f'"""{info.summary}"""\n')
+
+    async def SetPolicy(self, request: Any, context: Any) -> admin_pb2.SetPolicyResponse:
+        if request.source:
+            raise UploadDisabled("this router takes no code over the network")
+        self.current = self.find(request.name)
+        return admin_pb2.SetPolicyResponse(policy=self.info(self.current))
+
+
+async def serve(config: RouterConfig) -> None:
+    server = Server(config, "router")
+    admin = Admin(config)
+    router_pb2_grpc.add_RouterServiceServicer_to_server(Router(admin), server.grpc)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server.grpc)
+    await server.start()
+    for name in ("microserve.router.v1.RouterService", "microserve.router.v1.AdminService"):
+        await server.set_serving(name, True)
+    server.announce()
+    await server.run()
+
+
+if __name__ == "__main__":
+    run_main("fake-router", serve(parse_config(RouterConfig, sys.argv[1:], "fake-router")))

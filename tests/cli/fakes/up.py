@@ -1,0 +1,17 @@
+"""`microserve up` with the fake services: python -m tests.cli.fakes.up FOLDER MODEL [options of up]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import services.cli.main
+import services.cli.up
+from services.cli.fleet import Fleet
+
+if __name__ == "__main__":
+    folder, model = Path(sys.argv[1]), Path(sys.argv[2])
+    services.cli.up.Fleet = lambda: Fleet(folder, package="tests.cli.fakes")  # type: ignore
+    services.cli.up.fetch = lambda name, quiet: model  # type: ignore
+    sys.argv[1:] = ["up", *sys.argv[3:]]
+    services.cli.main.main()

@@ -1,0 +1,128 @@
+"""ask, engines and policy against a fake router; wrong usage of every kind."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+def test_ask_streams_text_as_it_is(microserve: Run, router_address: str) -> None:
+    code, out, err = microserve("ask", "Hi", "--address", router_address)
+    assert (code, out, err) == (0, "You said [b]Hi[/b]\n", "")
+
+
+def test_ask_shows_a_trace(microserve: Run, router_address: str) -> None:
+    code, out, _ = microserve("ask", "Hi", "--trace", "--policy", "data_parallel", "--address", router_address)
+    assert code == 0
+    assert "data_parallel: 10 prompt tokens, 2 generated" in out
+    row = next(line.split() for line in out.splitlines() if "remote_send" in line)
+    assert row == ["remote_send", "engine-0", "[4,", "9)", "0", "5", "9", "0", "1,234,567", "12.0"]
+
+
+def test_ask_prints_json(microserve: Run, router_address: str) -> None:
+    code, out, _ = microserve("ask", "Hi", "--json", "--raw", "--seed", "7", "--address", router_address)
+    answer = json.loads(out)
+    assert code == 0
+    assert (answer["text"], answer["finish_reason"]) == ("You said [b]Hi[/b]", "stop")
+    assert [leg["verb"] for leg in answer["legs"]] == ["prep_recv", "remote_send", "start_generate"]
+    assert answer["legs"][1]["transferred_bytes"] == 1_234_567
+
+
+def test_engines(microserve: Run, router_address: str) -> None:
+    code, out, _ = microserve("engines", "--address", router_address)
+    assert code == 0
+    assert "engine-0" in out
+    assert "connection" in out
+    code, out, _ = microserve("engines", "--json", "--address", router_address)
+    first, second = json.loads(out)
+    assert (first["name"], first["address"], first["pages_total"]) == ("engine-0", "10.0.0.1:1", 512)
+    assert (second["healthy"], second["problem"]) == (False, "connection refused")
+
+
+def test_policy_list_show_set(microserve: Run, router_address: str) -> None:
+    at = ("--address", router_address)
+    assert "Prefill here, decode there." in microserve("policy", "list", *at)[1]
+    assert microserve("policy", "show", "data_parallel", *at) == (0, '"""One engine does all."""\n', "")
+    assert microserve("policy", "set", "data_parallel", *at) == (
+        0,
+        "data_parallel: One engine does all.\n",
+        "",
+    )
+    listed = json.loads(microserve("policy", "list", "--json", *at)[1])
+    assert {entry["name"]: entry["current"] for entry in listed} == {
+        "data_parallel": True,
+        "disaggregated": False,
+    }
+    assert json.loads(microserve("policy", "set", "disaggregated", "--json", *at)[1])["current"]
+    assert json.loads(microserve("policy", "show", "--json", *at)[1])["policy"] == "disaggregated"
+
+
+def test_errors_of_the_router_are_one_line(microserve: Run, router_address: str, tmp_path: Path) -> None:
+    at = ("--address", router_address)
+    unknown = "microserve: there is no policy 'x' (NOT_FOUND, UNKNOWN_POLICY)\n"
+    assert microserve("ask", "Hi", "--policy", "x", *at) == (2, "", unknown)
+    assert microserve("policy", "set", "x", *at) == (2, "", unknown)
+    program = tmp_path / "mine.py"
+    program.write_text("async def policy(request, fleet): ...")
+    code, _, err = microserve("policy", "set", str(program), *at)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "UPLOAD_DISABLED" in err
+
+
+def test_deadline_is_one_line(microserve: Run, router_address: str) -> None:
+    code, out, err = microserve("ask", "wait", "--timeout", "0.3", "--address", router_address)
+    assert (code, out) == (2, "You said ")
+    assert err.count("\n") == 1
+    assert "DEADLINE_EXCEEDED" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (("ask", "--nonsense", "x"), "No such option: --nonsense"),
+        (("ask",), "Missing argument 'text'."),
+        (("ask", "x", "--max-tokens", "0"), "Invalid value for '--max-tokens'"),
+        (("nonsense",), "No such command 'nonsense'."),
+        (("up", "--engines", "0"), "Invalid value for '--engines'"),
+        (("up", "--grpc-port", "0", "--http-port", "0", "--dtype", "int4"), "--dtype int4 is neither"),
+        (("up", "--grpc-port", "0", "--http-port", "0", "--policy", "no/such.py"), "no policy file no/such.py"),
+        (("policy", "set", "no/such.py"), "cannot read no/such.py: No such file or directory"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(microserve: Run, argv: tuple[str, ...], line: str) -> None:
+    code, out, err = microserve(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("microserve: ")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_no_router_is_one_line_and_code_2(microserve: Run) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else can take it
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        for argv in (("ask", "Hi"), ("engines",), ("policy", "list")):
+            line = f"microserve: no router answers at {address}; start one with: microserve up\n"
+            assert microserve(*argv, "--address", address) == (2, "", line)
+
+
+def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for option in ("--grpc-port", "--http-port"):
+            other = "--http-port" if option == "--grpc-port" else "--grpc-port"
+            code, out, err = microserve("up", option, str(port), other, "0")
+            line = f"microserve: port {port} cannot be had: Address already in use\n"
+            assert (code, out, err) == (2, "", line)
+
+
+def test_help_lists_the_commands(microserve: Run) -> None:
+    code, out, _ = microserve("--help")
+    assert code == 0
+    for command in ("up", "ask", "engines", "policy", "model"):
+        assert command in out

@@ -1,0 +1,169 @@
+"""Child processes: command lines, readiness, death, and that nothing outlives the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.cli.client import wait_serving
+from services.cli.errors import ServiceFailed
+from services.cli.fleet import Fleet
+from tests.cli.conftest import start_up
+
+pytestmark = pytest.mark.slow
+FAKES = "tests.cli.fakes"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_dead(pids: list[int], timeout_s: float = 20.0) -> None:
+    """Waits for the end of processes that are not our children."""
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        ended = poller.poll(timeout_s * 1000)
+        os.close(descriptor)
+        assert ended, f"process {pid} still runs"
+
+
+def test_fleet_starts_connects_and_stops_everything() -> None:
+    with Fleet(package=FAKES) as fleet:
+        kvtransfer = fleet.start_kvtransfer()
+        engine = fleet.start_engine("engine-0", "m", kvtransfer, threads=3, page_count=7)
+        router = fleet.start_router([engine], "disaggregated")
+        asyncio.run(wait_serving(router.address, 20))
+        command = " ".join(engine.command)
+        assert f"--kvtransfer {kvtransfer.address}" in command
+        assert "--pages 7" in command
+        assert f"--engine {engine.address}" in " ".join(router.command)
+        assert "threads=3 OMP_NUM_THREADS=3" in engine.log_tail()
+        assert router.metrics is not None
+        processes, folder = list(fleet.processes), fleet.folder
+        assert folder.exists()
+    assert not folder.exists()
+    assert [process.poll() for process in processes] == [0, 0, 0]
+
+
+def test_service_that_cannot_start_says_why() -> None:
+    with Fleet(package=FAKES) as fleet:
+        with pytest.raises(ServiceFailed, match="there is no model missing") as caught:
+            fleet.start_engine("engine-0", "missing", None).wait_ready()
+        assert caught.value.exit_code == 2
+        with pytest.raises(ServiceFailed, match="engine-1 ended with exit code 1") as caught:
+            fleet.start_engine("engine-1", "bug", None).wait_ready()
+        assert "a bug while loading" in caught.value.log_tail
+
+
+def test_killed_and_paused_processes() -> None:
+    with Fleet(package=FAKES) as fleet:
+        first, second = fleet.start_kvtransfer("first"), fleet.start_kvtransfer("second")
+        for process in (first, second):
+            process.wait_ready()
+        first.kill()
+        assert first.wait(20) == -signal.SIGKILL
+        second.pause()
+        with pytest.raises(TimeoutError):
+            second.wait(0)
+        second.resume()
+        second.terminate()
+        assert second.wait(20) == 0
+
+
+def test_stop_kills_what_does_not_end() -> None:
+    with Fleet(package=FAKES) as fleet:
+        stuck = fleet.start_kvtransfer()
+        stuck.wait_ready()
+        stuck.pause()
+        fleet.stop(timeout_s=0.1)
+        assert stuck.poll() == -signal.SIGKILL
+
+
+def read_event(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line of `up --json`."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(process.communicate()[1])
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_answers_serves_and_stops_on_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    with start_up(tmp_path, "m", "--engines", "2") as launcher:
+        ready = read_event(launcher)
+        names = [endpoint["name"] for endpoint in ready["endpoints"]]
+        assert names == ["kvtransfer", "engine-0", "engine-1", "router"]
+        answer = read_event(launcher)
+        assert answer["text"] == "You said [b]What is the capital of France?[/b]"
+        assert answer["policy"] == "disaggregated"
+        launcher.send_signal(number)
+        assert read_event(launcher) == {"event": "stopping"}
+        out, err = launcher.communicate(timeout=30)
+        assert (launcher.returncode, out, err) == (0, "", "")
+        assert not any(alive(endpoint["pid"]) for endpoint in ready["endpoints"])
+
+
+def test_up_killed_leaves_no_process(tmp_path: Path) -> None:
+    with start_up(tmp_path, "m") as launcher:
+        ready = read_event(launcher)
+        launcher.kill()
+        wait_dead([endpoint["pid"] for endpoint in ready["endpoints"]])
+
+
+def test_second_signal_does_not_wait_for_a_stuck_child(tmp_path: Path) -> None:
+    with start_up(tmp_path, "m") as launcher:
+        pids = [endpoint["pid"] for endpoint in read_event(launcher)["endpoints"]]
+        read_event(launcher)
+        os.kill(pids[-1], signal.SIGSTOP)
+        launcher.send_signal(signal.SIGINT)
+        assert read_event(launcher) == {"event": "stopping"}
+        launcher.send_signal(signal.SIGINT)
+        launcher.communicate(timeout=8)  # less than a stuck child is given
+        assert launcher.returncode == 0
+        assert not any(alive(pid) for pid in pids)
+
+
+def test_up_ends_when_a_child_dies(tmp_path: Path) -> None:
+    with start_up(tmp_path, "m") as launcher:
+        pids = {endpoint["name"]: endpoint["pid"] for endpoint in read_event(launcher)["endpoints"]}
+        read_event(launcher)
+        os.kill(pids["engine-1"], signal.SIGKILL)
+        _, err = launcher.communicate(timeout=30)
+        assert launcher.returncode == 1
+        assert err.startswith("microserve: engine-1 ended by signal 9\n")
+        assert not any(alive(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "line"),
+    [
+        ("missing", 2, "microserve: fake-engine: there is no model missing\n"),
+        ("bug", 1, "RuntimeError: a bug while loading\n"),
+    ],
+)
+def test_up_says_why_it_could_not_start(tmp_path: Path, model: str, code: int, line: str) -> None:
+    with start_up(tmp_path, model) as launcher:
+        assert read_event(launcher) == {"event": "stopping"}
+        _, err = launcher.communicate(timeout=30)
+        assert launcher.returncode == code
+        assert err.endswith(line)
+        assert code == 1 or err == line

@@ -1,0 +1,278 @@
+"""A running suite of real processes, and the eyes to look into it: stubs, page counts, and the pools' own bytes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+from microserve.engine.v1 import engine_pb2 as engine
+from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as kvtransfer
+from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import KvTransferServiceStub
+from microserve.router.v1 import router_pb2 as router
+from microserve.router.v1.admin_pb2_grpc import AdminServiceStub
+from microserve.router.v1.router_pb2_grpc import RouterServiceStub
+from microserve.types.v1 import kv_pb2 as kv
+from microserve.types.v1 import sampling_pb2 as sampling
+
+from services.cli.fleet import Fleet
+from services.cli.process import ServiceProcess
+
+OWNER = "test"
+
+
+@dataclass
+class Engine:
+    """An engine and a stub to it."""
+
+    process: ServiceProcess
+    stub: EngineServiceStub
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+
+@dataclass
+class Suite:
+    """One kvtransfer, some engines and, if asked for, a router."""
+
+    fleet: Fleet
+    kvtransfer: ServiceProcess
+    transfer: KvTransferServiceStub
+    engines: list[Engine]
+    channels: list[grpc.aio.Channel]
+    router_process: ServiceProcess | None = None
+    router: RouterServiceStub | None = None
+    admin: AdminServiceStub | None = None
+    _serial: int = field(default=0)
+
+    def new_id(self) -> str:
+        """A request id that was not used before."""
+        self._serial += 1
+        return f"call-{self._serial}"
+
+    def connect(self, address: str) -> grpc.aio.Channel:
+        channel = grpc.aio.insecure_channel(address)
+        self.channels.append(channel)
+        return channel
+
+    async def transferred_bytes(self) -> int:
+        """Bytes that the transfer service says it moved."""
+        stats = await self.transfer.GetStats(kvtransfer.GetStatsRequest())
+        return sum(transport.bytes for transport in stats.transports)
+
+
+@asynccontextmanager
+async def start_suite(
+    model: Path,
+    *,
+    num_engines: int = 2,
+    policy: str | Path | None = "disaggregated",
+    engine_options: Sequence[str] = (),
+    router_options: Sequence[str] = (),
+    page_count: int | None = None,
+    page_size: int | None = None,
+    options_of: dict[int, Sequence[str]] | None = None,
+) -> AsyncIterator[Suite]:
+    """Starts real processes on free ports, with freed pages poisoned; stops them all at the end."""
+    os.environ["MICROSERVE_TESTING"] = "1"
+    with Fleet() as fleet:
+        transfer = fleet.start_kvtransfer()
+        processes = [
+            fleet.start_engine(
+                f"engine-{i}",
+                model,
+                transfer,
+                page_count=page_count,
+                page_size=page_size,
+                extra=["--poison-pages", *engine_options, *(options_of or {}).get(i, ())],
+            )
+            for i in range(num_engines)
+        ]
+        suite = Suite(fleet, transfer, KvTransferServiceStub(channel(transfer.address)), [], [])
+        for process in processes:
+            suite.engines.append(Engine(process, EngineServiceStub(suite.connect(process.address))))
+        if policy is not None:
+            suite.router_process = fleet.start_router(processes, policy, extra=list(router_options))
+            front = suite.connect(suite.router_process.address)
+            suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
+        try:
+            yield suite
+        finally:
+            for open_channel in suite.channels:
+                await open_channel.close()
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address)
+
+
+# --- verbs by hand ----------------------------------------------------------------------------------------------
+
+
+async def prep_recv(
+    suite: Suite, at: Engine, prompt: Sequence[int], end: int, **fields: object
+) -> engine.PrepRecvResponse:
+    request = engine.PrepRecvRequest(
+        owner_id=OWNER, request_id=suite.new_id(), prompt_token_ids=prompt, end=end, **fields
+    )
+    return await at.stub.PrepRecv(request, timeout=60)
+
+
+async def remote_send(
+    suite: Suite, at: Engine, prompt: Sequence[int], address: kv.KvAddress, **fields: object
+) -> engine.RemoteSendResponse:
+    request = engine.RemoteSendRequest(
+        owner_id=OWNER,
+        request_id=suite.new_id(),
+        prompt_token_ids=prompt,
+        range=address.window,
+        address=address,
+        **fields,
+    )
+    return await at.stub.RemoteSend(request, timeout=60)
+
+
+@dataclass
+class Generated:
+    """All that a generation gave."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[sampling.Logprobs] = field(default_factory=list)
+    finish_reason: int = 0
+    timing: sampling.Timing = field(default_factory=sampling.Timing)
+
+
+async def generate(
+    suite: Suite,
+    at: Engine,
+    prompt: Sequence[int],
+    *,
+    address: kv.KvAddress | None = None,
+    max_tokens: int = 16,
+    forced: Sequence[int] = (),
+    salt: str = "",
+    **params: object,
+) -> Generated:
+    """StartGenerate, greedily unless told otherwise, with the two best log-probabilities of every token."""
+    request = engine.StartGenerateRequest(
+        owner_id=OWNER,
+        request_id=suite.new_id(),
+        prompt_token_ids=prompt,
+        begin=address.window.end if address is not None else 0,
+        sampling=sampling.SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=2, **params),
+        cache_salt=salt,
+        forced_token_ids=forced,
+    )
+    if address is not None:
+        request.reservation.reservation_id = address.reservation_id
+        request.reservation.secret = address.secret
+    result = Generated()
+    async for message in at.stub.StartGenerate(request, timeout=120):
+        result.token_ids.extend(message.token_ids)
+        result.logprobs.extend(message.logprobs)
+        result.finish_reason = message.finish_reason
+        result.timing = message.timing
+    return result
+
+
+async def ask(suite: Suite, prompt: Sequence[int], policy: str, *, max_tokens: int = 16, salt: str = "") -> Answer:
+    """Generate through the router with token ids."""
+    assert suite.router is not None
+    request = router.GenerateRequest(
+        tokens=router.TokenIds(ids=prompt),
+        sampling=sampling.SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=2),
+        cache_salt=salt,
+    )
+    answer = Answer()
+    async for message in suite.router.Generate(request, metadata=(("x-microserve-policy", policy),), timeout=120):
+        answer.token_ids.extend(message.token_ids)
+        answer.logprobs.extend(message.logprobs)
+        answer.text += message.text
+        answer.legs.extend(message.legs)
+        answer.finish_reason = message.finish_reason
+    return answer
+
+
+@dataclass
+class Answer:
+    """All that the router gave."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[sampling.Logprobs] = field(default_factory=list)
+    legs: list[sampling.Leg] = field(default_factory=list)
+    finish_reason: int = 0
+
+    def leg(self, verb: sampling.Verb.ValueType) -> sampling.Leg:
+        (found,) = [leg for leg in self.legs if leg.verb == verb]
+        return found
+
+
+# --- looking inside ---------------------------------------------------------------------------------------------
+
+
+async def load(at: Engine) -> engine.WatchLoadResponse:
+    """The engine's present load."""
+    call = at.stub.WatchLoad(engine.WatchLoadRequest())
+    try:
+        async for report in call:
+            return report
+    finally:
+        call.cancel()
+    raise AssertionError("no load report")
+
+
+async def wait_for_load(at: Engine, condition: object, timeout_s: float = 30.0) -> engine.WatchLoadResponse:
+    """Follows the load until `condition(report)`; checks the page accounts of every report on the way."""
+    request = engine.WatchLoadRequest()
+    request.min_interval.FromMilliseconds(10)
+    call = at.stub.WatchLoad(request, timeout=timeout_s)
+    try:
+        async for report in call:
+            check_pages(report.pages)
+            if condition(report):  # type: ignore[operator]
+                return report
+    finally:
+        call.cancel()
+    raise AssertionError("the load stream ended")
+
+
+def check_pages(pages: engine.PageCounts) -> None:
+    assert pages.free + pages.cached + pages.held + pages.quarantined == pages.total, str(pages)
+
+
+def idle(report: engine.WatchLoadResponse) -> bool:
+    """Whether nothing runs, waits or is held."""
+    return (
+        report.pages.held == report.pages.quarantined == 0
+        and report.running_sequence_count == report.waiting_sequence_count == report.waiting_for_kv_count == 0
+        and report.reservation_count == 0
+    )
+
+
+async def pool_of(suite: Suite, at: Engine) -> np.ndarray:
+    """The engine's pool as bytes, (layers, pages, bytes of a page of a layer), copied out of the service's memfd."""
+    info = await at.stub.GetInfo(engine.GetInfoRequest())
+    page_bytes = 2 * info.layout.kv_head_count * info.layout.page_size * info.layout.head_dim * 4
+    return read_pool(suite.kvtransfer.pid, at.name, (info.layout.layer_count, info.page_count, page_bytes))
+
+
+def read_pool(pid: int, engine_name: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """A copy of the memory of an engine's pool, found among the descriptors of the process that owns it."""
+    folder = Path(f"/proc/{pid}/fd")
+    links = {entry: os.readlink(entry) for entry in folder.iterdir()}
+    (path,) = [entry for entry, target in links.items() if f"microserve-pool-{engine_name} " in target]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        view = np.frombuffer(memory, dtype=np.uint8, count=int(np.prod(shape)))
+        pages = view.reshape(shape).copy()
+        del view
+    return pages

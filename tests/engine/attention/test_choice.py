@@ -1,0 +1,42 @@
+"""Which backend an engine gets, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.engine.attention.factory import make_attention
+from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.engine.attention.oracle import OracleAttention
+from services.engine.attention.paged_numba import PagedNumbaAttention
+from services.engine.model.config import ModelConfig, load_config
+from tests.models import make_tiny_llama
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ModelConfig:
+    return load_config(make_tiny_llama(tmp_path))
+
+
+def _pool(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(config.num_layers, 3, 2, config.num_kv_heads, 16, config.head_dim, dtype=dtype)
+
+
+def test_default_is_the_fastest_that_fits(config: ModelConfig) -> None:
+    assert isinstance(make_attention(None, _pool(config), config), PagedNumbaAttention)
+    assert isinstance(make_attention(None, _pool(config, torch.bfloat16), config), GatherSdpaAttention)
+
+
+def test_by_name(config: ModelConfig) -> None:
+    assert isinstance(make_attention("oracle", _pool(config), config), OracleAttention)
+    with pytest.raises(ValueError, match="unknown attention backend 'fast'; there are gather_sdpa"):
+        make_attention("fast", _pool(config), config)
+
+
+def test_pools_that_do_not_fit_are_refused(config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        make_attention(None, _pool(config)[1:], config)
+    with pytest.raises(ValueError, match="computes float32 on the CPU"):
+        make_attention("paged_numba", _pool(config, torch.bfloat16), config)

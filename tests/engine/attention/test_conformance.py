@@ -1,0 +1,147 @@
+"""What an attention backend is: every implementation against the oracle, over poisoned pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.attention.backend import AttentionBackend
+from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.engine.attention.oracle import OracleAttention
+from services.engine.attention.paged_numba import PagedNumbaAttention
+from services.engine.batch import ForwardBatch
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor], AttentionBackend]] = {
+    "oracle": OracleAttention,
+    "gather_sdpa": GatherSdpaAttention,
+    "paged_numba": PagedNumbaAttention,
+    "paged_numba, kernel for every row": lambda kv: PagedNumbaAttention(kv, max_kernel_rows=10**6),
+    "paged_numba, kernel for no row": lambda kv: PagedNumbaAttention(kv, max_kernel_rows=0),
+}
+LAYERS, NUM_PAGES, KV_HEADS, HEADS, HEAD_DIM = 2, 60, 2, 6, 24
+TOLERANCE = 2e-6
+# (rows, context) of each sequence: decoding, whole prompts, chunks after a prefix, ragged, in one batch.
+MIXED = ((1, 1), (1, 37), (5, 5), (70, 90), (1, 16), (17, 40), (1, 17), (2, 64))
+
+
+class Pool:
+    """A NaN pool in which each sequence has written the KV of its whole context, and the batch that reads it."""
+
+    def __init__(self, shape: Sequence[tuple[int, int]], page_size: int, seed: int = 0) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        num_pages = NUM_PAGES * 16 // page_size
+        self.kv = torch.full((LAYERS, num_pages, 2, KV_HEADS, page_size, HEAD_DIM), torch.nan)
+        self.page_size, self.shape = page_size, shape
+        self._free = torch.randperm(num_pages, generator=self.random).tolist()
+        pages = [[self._free.pop() for _ in range(-(-context // page_size))] for _, context in shape]
+        widest = max(map(len, pages)) + 1
+        self.tables = torch.tensor([row + [2**31 - 1] * (widest - len(row)) for row in pages], dtype=torch.int32)
+        num_rows = sum(rows for rows, _ in shape)
+        self.query = self.normal(num_rows, HEADS, HEAD_DIM) * 3
+        self.keys = [self.normal(LAYERS, context, KV_HEADS, HEAD_DIM) for _, context in shape]
+        self.values = [self.normal(LAYERS, context, KV_HEADS, HEAD_DIM) for _, context in shape]
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.random)
+
+    def slots(self, sequence: int) -> Tensor:
+        positions = torch.arange(self.shape[sequence][1])
+        return self.tables[sequence][positions // self.page_size].long() * self.page_size + positions % self.page_size
+
+    def fill(self, backend: AttentionBackend) -> None:
+        for layer in range(LAYERS):
+            for sequence in range(len(self.shape)):
+                key, value = self.keys[sequence][layer], self.values[sequence][layer]
+                backend.write(layer, key, value, self.slots(sequence))
+
+    def batch(self, sequences: Sequence[int]) -> ForwardBatch:
+        counts = [self.shape[s][0] for s in sequences]
+        ignored = torch.zeros(sum(counts), dtype=torch.int64)
+        return ForwardBatch(
+            token_ids=ignored,
+            positions=ignored,
+            slots=ignored,
+            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
+            context_lengths=torch.tensor([self.shape[s][1] for s in sequences], dtype=torch.int32),
+            block_tables=self.tables[list(sequences)],
+            logits_rows=ignored,
+        )
+
+    def query_of(self, sequence: int) -> Tensor:
+        start = sum(rows for rows, _ in self.shape[:sequence])
+        return self.query[start : start + self.shape[sequence][0]]
+
+    def expected(self, layer: int, sequence: int) -> Tensor:
+        """From the keys and values themselves, with no pages involved."""
+        rows, context = self.shape[sequence]
+        key, value = (part[sequence][layer].double() for part in (self.keys, self.values))
+        key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
+        scores = torch.einsum("rhd,chd->hrc", self.query_of(sequence).double(), key) / HEAD_DIM**0.5
+        hidden = torch.ones(rows, context, dtype=torch.bool).triu(context - rows + 1)
+        return torch.einsum("hrc,chd->rhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value).float()
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Callable[[Tensor], AttentionBackend]:
+    torch.set_num_threads(1)
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16])
+def test_mixed_batch(implementation: Callable[[Tensor], AttentionBackend], page_size: int) -> None:
+    pool = Pool(MIXED, page_size)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    batch = pool.batch(range(len(MIXED)))
+    for layer in range(LAYERS):
+        actual = backend.attend(layer, pool.query, batch)
+        expected = torch.cat([pool.expected(layer, sequence) for sequence in range(len(MIXED))])
+        assert actual.shape == pool.query.shape
+        assert (actual - expected).abs().max() < TOLERANCE  # false for NaN
+
+
+def test_write_changes_the_named_slots_only(implementation: Callable[[Tensor], AttentionBackend]) -> None:
+    pool = Pool([(1, 20)], 8)
+    backend = implementation(pool.kv)
+    fused = pool.normal(3, 7 * KV_HEADS, HEAD_DIM)  # keys and values are slices of one projection
+    slots = torch.tensor([5, 64, 13])
+    key, value = fused[:, :KV_HEADS], fused[:, 3 * KV_HEADS : 4 * KV_HEADS]
+    backend.write(1, key, value, slots)
+    for token, slot in enumerate(slots.tolist()):
+        assert torch.equal(pool.kv[1, slot // 8, 0, :, slot % 8], key[token])
+        assert torch.equal(pool.kv[1, slot // 8, 1, :, slot % 8], value[token])
+    assert pool.kv.isfinite().sum() == 2 * key.numel()
+
+
+def test_result_does_not_depend_on_the_rest_of_the_batch(implementation: Callable[[Tensor], AttentionBackend]) -> None:
+    pool = Pool(MIXED, 8)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    for order in ([3, 1, 7], [7, 0, 3, 2], [3]):
+        query = torch.cat([pool.query_of(sequence) for sequence in order])
+        result = backend.attend(0, query, pool.batch(order))
+        for sequence, rows in zip(order, result.split([MIXED[s][0] for s in order]), strict=True):
+            assert (rows - pool.expected(0, sequence)).abs().max() < TOLERANCE
+
+
+def test_query_may_be_a_slice(implementation: Callable[[Tensor], AttentionBackend]) -> None:
+    pool = Pool([(30, 30), (1, 9)], 16)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    wider = torch.cat((pool.query, pool.query), dim=1)[:, :HEADS]
+    assert not wider.is_contiguous()
+    result = backend.attend(0, wider, pool.batch([0, 1]))
+    assert (result[:30] - pool.expected(0, 0)).abs().max() < TOLERANCE
+
+
+def test_large_scores_do_not_overflow(implementation: Callable[[Tensor], AttentionBackend]) -> None:
+    pool = Pool([(1, 50), (20, 50)], 16)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    pool.query *= 1000
+    result = backend.attend(0, pool.query, pool.batch([0, 1]))
+    expected = torch.cat([pool.expected(0, 0), pool.expected(0, 1)])
+    assert (result - expected).abs().max() < 1e-3  # differences of scores of 10,000 in float32

@@ -1,0 +1,45 @@
+"""Records are one line and hold no secret."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from services.rpc import log
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()  # configure() closes what it replaces, and these are pytest's
+    output = io.StringIO()
+    log.configure("engine", stream=output)
+    yield output
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_record_is_one_line_of_pairs(stream: io.StringIO) -> None:
+    logging.getLogger("a.b").warning("two\nlines", extra={"fields": {"pages": 3, "who": 'x "y"'}})
+    line = stream.getvalue()
+    assert line.count("\n") == 1
+    assert ' level=warning service=engine logger=a.b msg="two\\nlines" pages=3 who="x \\"y\\""' in line
+
+
+def test_secrets_are_masked_and_bytes_are_hex(stream: io.StringIO) -> None:
+    fields = {"secret": b"\x01", "ticket": "t", "api_key": "k", "epoch": b"\xab\xcd", "tokens": 5}
+    logging.getLogger("a").info("x", extra={"fields": fields})
+    assert "secret=*** ticket=*** api_key=*** epoch=abcd tokens=5" in stream.getvalue()
+
+
+def test_exception_stays_on_the_line(stream: io.StringIO) -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("a").exception("failed")
+    assert stream.getvalue().count("\n") == 1
+    assert "ValueError: why" in stream.getvalue()

@@ -1,0 +1,153 @@
+"""Health, reflection, addresses and drain of a real server in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
+
+from services.rpc.bind import split_address
+from services.rpc.errors import PortInUse, StartError
+from services.rpc.metrics import MetricsServer
+from services.rpc.server import Server, ServerConfig, announce_ready
+from tests.rpc.conftest import SERVICE, Serve
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_health_follows_set_serving_for_service_and_server(serve: Serve) -> None:
+    running = await serve()
+    health = health_pb2_grpc.HealthStub(running.channel)
+
+    async def status(name: str) -> int:
+        reply: health_pb2.HealthCheckResponse = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        return reply.status
+
+    assert [await status(""), await status(SERVICE)] == [NOT_SERVING, NOT_SERVING]
+    await running.server.set_serving(SERVICE, True)
+    assert [await status(""), await status(SERVICE)] == [SERVING, SERVING]
+    await running.server.set_serving(SERVICE, False)
+    assert [await status(""), await status(SERVICE)] == [NOT_SERVING, NOT_SERVING]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await status("no.such.Service")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_services_and_describes_ours(serve: Serve) -> None:
+    running = await serve()
+    stub = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
+    ]
+    names, description = [reply async for reply in stub.ServerReflectionInfo(iter(requests))]
+    assert {service.name for service in names.list_services_response.service} == {
+        SERVICE,
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    assert description.file_descriptor_response.file_descriptor_proto
+
+
+async def test_port_in_use_and_foreign_address_are_named(serve: Serve) -> None:
+    running = await serve()
+    taken = running.server.bound
+    with pytest.raises(PortInUse, match=f"{taken} is in use"):
+        await Server(ServerConfig(listen=taken, metrics_port=None), "engine").start()
+    # 203.0.113.0/24 is set aside for documentation: no machine has it.
+    with pytest.raises(StartError, match=r"cannot listen on 203.0.113.1:4: Cannot assign"):
+        await Server(ServerConfig(listen="203.0.113.1:4", metrics_port=None), "engine").start()
+
+
+async def test_failed_start_leaves_neither_port_taken(serve: Serve) -> None:
+    running = await serve(metrics_port=0)
+    taken = running.server.metrics_address
+    assert taken is not None
+    with pytest.raises(PortInUse, match=taken):
+        await Server(ServerConfig(metrics_port=split_address(taken)[1]), "engine").start()
+    second = Server(ServerConfig(listen=running.server.bound), "engine")
+    with pytest.raises(PortInUse, match=running.server.bound):
+        await second.start()
+    assert second.metrics_address is not None
+    MetricsServer(split_address(second.metrics_address)[1]).close()
+
+
+@pytest.mark.parametrize(
+    ("advertise", "expected"),
+    [
+        (None, "{bound}"),
+        ("engine-0.svc", "engine-0.svc:{port}"),
+        ("engine-0.svc:0", "engine-0.svc:{port}"),
+        ("10.1.2.3:99", "10.1.2.3:99"),
+    ],
+)
+async def test_advertised_address(serve: Serve, advertise: str | None, expected: str) -> None:
+    running = await serve(advertise=advertise)
+    bound = running.server.bound
+    assert running.server.advertised == expected.format(bound=bound, port=bound.split(":")[1])
+
+
+class Streaming(engine_pb2_grpc.EngineServiceServicer):
+    """One stream that gives a token, and the rest when it is let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def StartGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield engine_pb2.StartGenerateResponse(token_ids=[1])
+        await self.go.wait()
+        yield engine_pb2.StartGenerateResponse(token_ids=[2])
+
+
+async def test_drain_lets_a_stream_finish_and_takes_no_new_call(serve: Serve) -> None:
+    servicer = Streaming()
+    running = await serve(servicer)
+    await running.server.set_serving(SERVICE, True)
+    health = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    states = aiter(health)
+    assert (await anext(states)).status == SERVING
+    stream = aiter(running.stub.StartGenerate(engine_pb2.StartGenerateRequest()))
+    assert (await anext(stream)).token_ids == [1]
+
+    drained = asyncio.Event()
+
+    async def on_drain() -> None:
+        drained.set()
+
+    serving = asyncio.create_task(running.server.run(on_drain))
+    running.server.request_stop()
+    assert (await anext(states)).status == NOT_SERVING
+    health.cancel()
+    await drained.wait()
+    servicer.go.set()
+    assert (await anext(stream)).token_ids == [2]
+    async with asyncio.timeout(10):
+        await serving
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.stub.GetInfo(engine_pb2.GetInfoRequest())
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_grace_bounds_a_stream_and_a_drain_that_never_end(serve: Serve) -> None:
+    running = await serve(Streaming(), grace_s=0.05)
+    stream = aiter(running.stub.StartGenerate(engine_pb2.StartGenerateRequest()))
+    await anext(stream)
+    running.server.request_stop()
+    async with asyncio.timeout(10):
+        await running.server.run(on_drain=asyncio.Event().wait)  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AioRpcError):
+        await anext(stream)
+
+
+def test_ready_line(capsys: pytest.CaptureFixture[str]) -> None:
+    announce_ready("engine", "127.0.0.1:5", None)
+    word, _, rest = capsys.readouterr().out.partition(" ")
+    assert word == "READY"
+    assert json.loads(rest) == {"service": "engine", "address": "127.0.0.1:5", "metrics": None}
