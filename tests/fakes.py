@@ -7,7 +7,7 @@ or to hang; `idle()` waits until nothing is held, and fails if something is for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.fake_description import FakeDescription, Fault
 from tests.fake_kv import FakeReservation
 from tests.fake_model import FakeModel
 
-__all__ = ["FakeEngine", "FakeError", "FakeModel", "Fault"]
+__all__ = ["FakeEngine", "FakeError", "FakeLoss", "FakeModel", "Fault"]
 
 SERVICE = "microserve.engine.v1.EngineService"
 BYTES_PER_TOKEN = 64
@@ -36,6 +36,13 @@ class FakeError(ServiceError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "NO_PAGES"
+
+
+class FakeLoss(ServiceError):
+    """What becomes of a call whose reply is lost."""
+
+    code = Code.UNAVAILABLE
+    reason = "UNAVAILABLE"
 
 
 class FakeEngine(FakeDescription):
@@ -55,15 +62,20 @@ class FakeEngine(FakeDescription):
         await self.server.stop(0)
 
     async def idle(self) -> None:
-        """Waits until no reservation, send or sequence is left. TimeoutError names what is."""
+        """Waits until no reservation, send or sequence is left. AssertionError names what is."""
+        try:
+            await self.until(lambda: not self.held())
+        except TimeoutError:
+            raise AssertionError(f"engine {self.name} still holds {self.held()}") from None
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Waits for a change of what the engine holds that makes it true. TimeoutError."""
         changed = self._subscribe()
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while self.held():
-                    changed.clear()
+                while not condition():
                     await changed.wait()
-        except TimeoutError:
-            raise AssertionError(f"engine {self.name} still holds {self.held()}") from None
+                    changed.clear()
         finally:
             self._changes.discard(changed)
 
@@ -210,6 +222,7 @@ class FakeEngine(FakeDescription):
         limit = min(sampling.max_tokens or self.model.max_context, self.model.max_context - num_prompt)
         finish = sampling_pb2.FINISH_REASON_LENGTH
         for produced in range(1, limit + 1):
+            await asyncio.sleep(0)  # a step: others get their turn
             await self.gate.wait()
             token = self.model.next_token(tokens, num_prompt, sampling)
             if token is None:

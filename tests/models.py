@@ -112,7 +112,7 @@ def _weights(
 
 def _byte_level_bpe(vocab: int) -> dict[str, object]:
     """A tokenizer.json whose vocabulary is the special tokens, the 256 bytes, then pairs of letters."""
-    alphabet = _byte_characters()
+    alphabet = byte_characters()
     pieces = [*SPECIAL_TOKENS, *alphabet]
     if vocab < len(pieces):
         raise ValueError(f"vocab must be at least {len(pieces)} to hold every byte, not {vocab}")
@@ -159,7 +159,7 @@ def _byte_level_bpe(vocab: int) -> dict[str, object]:
     }
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that byte-level BPE uses for each of the 256 bytes (GPT-2's table)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     characters, replacement = [], 256

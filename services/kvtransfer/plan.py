@@ -11,16 +11,14 @@ from services.protocol.ranges import TokenRange
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring pages on both sides, moved by one copy: tokens [token_begin, token_end) of each page.
+    """Neighbouring pages on both sides, moved by one copy. `tokens` of each page; None: the whole page.
 
-    More than one page only if the pages are whole.
+    Slices, because they are used once a layer and made once a push.
     """
 
-    source_page: int
-    target_page: int
-    page_count: int
-    token_begin: int
-    token_end: int
+    source_pages: slice
+    target_pages: slice
+    tokens: slice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,18 @@ def plan_pieces(
     pieces: list[Piece] = []
     runs: list[Run] = []
     begin = position = part.begin
-    for run in _runs(part, source_page_ids, target_page_ids, layout.page_size, max(1, max_bytes // token_bytes)):
-        tokens = run.token_end - run.token_begin
+    for run, tokens in _runs(
+        part, source_page_ids, target_page_ids, layout.page_size, max(1, max_bytes // token_bytes)
+    ):
         if runs and (position + tokens - begin) * token_bytes > max_bytes:
             pieces.append(_piece(begin, position, runs, token_bytes))
             runs, begin = [], position
-        if runs and _continues(runs[-1], run, layout.page_size):
+        if runs and _continues(runs[-1], run):
             last = runs.pop()
-            run = Run(last.source_page, last.target_page, last.page_count + 1, 0, layout.page_size)
+            run = Run(
+                slice(last.source_pages.start, run.source_pages.stop),
+                slice(last.target_pages.start, run.target_pages.stop),
+            )
         runs.append(run)
         position += tokens
     pieces.append(_piece(begin, position, runs, token_bytes))
@@ -63,20 +65,23 @@ def plan_pieces(
 
 def _runs(
     part: TokenRange, sources: Sequence[int], targets: Sequence[int], page_size: int, max_tokens: int
-) -> Iterator[Run]:
-    """One run a page, or several if a page is larger than a piece may be."""
+) -> Iterator[tuple[Run, int]]:
+    """One run a page, or several if a page is larger than a piece may be; and the number of its tokens."""
     for index, source, target in zip(part.page_indices(page_size), sources, targets, strict=True):
         end = min(part.end - index * page_size, page_size)
         for first in range(max(part.begin - index * page_size, 0), end, max_tokens):
-            yield Run(source, target, 1, first, min(first + max_tokens, end))
+            stop = min(first + max_tokens, end)
+            tokens = None if stop - first == page_size else slice(first, stop)
+            yield Run(slice(source, source + 1), slice(target, target + 1), tokens), stop - first
 
 
-def _continues(last: Run, run: Run, page_size: int) -> bool:
+def _continues(last: Run, run: Run) -> bool:
     """Whether `run` is the whole page after `last`, which is whole as well."""
     return (
-        (last.token_begin, last.token_end) == (run.token_begin, run.token_end) == (0, page_size)
-        and run.source_page == last.source_page + last.page_count
-        and run.target_page == last.target_page + last.page_count
+        last.tokens is None
+        and run.tokens is None
+        and run.source_pages.start == last.source_pages.stop
+        and run.target_pages.start == last.target_pages.stop
     )
 
 

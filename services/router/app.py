@@ -63,7 +63,8 @@ class Router:
         admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=config.allow_policy_upload)
         self.server = Server(config, "router")
         self._admin_server = self.server if config.admin_listen is None else Server(_admin_config(config), "admin")
-        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(service), self.server.grpc)
+        front = RouterServicer(service, client_timeout_s=config.client_timeout_s)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         self._http = HttpServer(lambda: self.serving)
         self._serving: bool | None = None

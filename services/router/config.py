@@ -33,6 +33,9 @@ class RouterConfig(ServerConfig):
     request_timeout_s: float = field(
         default=600.0, metadata={"help": "seconds a request may take, whatever its own deadline"}
     )
+    client_timeout_s: float = field(
+        default=60.0, metadata={"help": "seconds for which a client may take nothing of its answer"}
+    )
     max_requests: int = field(default=1024, metadata={"help": "requests under way at once; more are refused"})
     max_buffered_tokens: int = field(
         default=MAX_BUFFERED_TOKENS, metadata={"help": "tokens kept for a client that reads too slowly"}
@@ -58,7 +61,14 @@ class RouterConfig(ServerConfig):
         for address in (*self.engine, self.http_listen, self.admin_listen):
             if address is not None:
                 split_address(address)
-        for name in ("policy_timeout_s", "request_timeout_s", "max_requests", "max_buffered_tokens", "max_traces"):
+        for name in (
+            "policy_timeout_s",
+            "request_timeout_s",
+            "client_timeout_s",
+            "max_requests",
+            "max_buffered_tokens",
+            "max_traces",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
         if (self.engine_tls_cert is None) != (self.engine_tls_key is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -9,7 +10,7 @@ import grpc.aio
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
 from services.router.asking import Ask, Chat, Prompt, Text, Tokens
-from services.router.errors import EmptyPrompt
+from services.router.errors import EmptyPrompt, SlowConsumer
 from services.router.service import Answer, GenerationService
 from services.router.text.template import ChatMessage
 from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, sampling_from_wire
@@ -23,8 +24,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Translates; what is done is GenerationService's."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, *, client_timeout_s: float) -> None:
         self._service = service
+        self._client_timeout_s = client_timeout_s
 
     # A coroutine that writes, not a generator: grpc leaves a generator suspended when a call is cancelled during a
     # write, and the request would then end whenever the garbage collector finds it.
@@ -33,7 +35,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> None:
         async with aclosing(self._service.generate(_ask(request, context))) as answers:
             async for answer in answers:
-                await context.write(_to_wire(answer))
+                await self._write(context, answer)
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         whole = router_pb2.GenerateResponse()
@@ -69,6 +71,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 for model in self._service.models()
             ]
         )
+
+    async def _write(self, context: Context, answer: Answer) -> None:
+        """SlowConsumer if the client takes nothing for too long: a write waits for room in the connection."""
+        try:
+            async with asyncio.timeout(self._client_timeout_s):
+                await context.write(_to_wire(answer))
+        except TimeoutError:
+            raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
 
 
 def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +15,8 @@ from numpy.typing import NDArray
 
 from services.rpc.pool_client import AttachedPool, attach_pool
 from tests.kvtransfer.pattern import POISON, pattern
-from tests.kvtransfer.port import PATIENCE_S, Port
-
-LAST_STATES = (pb.PUSH_STATE_DONE, pb.PUSH_STATE_COMMITTED)
+from tests.kvtransfer.port import Port
+from tests.kvtransfer.streams import Pushing
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +54,13 @@ class FakeEngine:
     def __init__(self, port: Port, name: str, shape: Shape | None = None) -> None:
         self.port, self.name, self.shape = port, name, shape or Shape()
         self.incarnation = os.urandom(16)
-        self.pool: AttachedPool | None = None
+        self._pool: AttachedPool | None = None
         self.pool_id = ""
         self.epoch = b""
         self.endpoint = ""
 
     async def create(self, **fields: Any) -> Any:
-        request = dict(engine_name=self.name, layout=self.shape.layout(), page_count=self.shape.pages)
+        request = {"engine_name": self.name, "layout": self.shape.layout(), "page_count": self.shape.pages}
         reply = await self.port.call("CreatePool", pb.CreatePoolRequest(**{**request, **fields}))
         self.pool_id, self.epoch = reply.pool_id, reply.epoch
         return reply
@@ -76,7 +73,7 @@ class FakeEngine:
 
     async def attach(self) -> None:
         reply = await self.invitation()
-        self.pool = await asyncio.to_thread(attach_pool, reply.socket_path, reply.ticket)
+        self._pool = await asyncio.to_thread(attach_pool, reply.socket_path, reply.ticket)
 
     async def start(self, *, seed: int | None = None) -> FakeEngine:
         """Fills the pool with a pattern, or with poison."""
@@ -86,12 +83,16 @@ class FakeEngine:
         return self
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def pool(self) -> AttachedPool:
+        assert self._pool is not None
+        return self._pool
 
     @property
     def memory(self) -> NDArray[np.uint8]:
-        assert self.pool is not None
         return self.pool.memory
 
     @property
@@ -131,20 +132,18 @@ class FakeEngine:
         request = pb.RevokeRequest(pool_id=self.pool_id, incarnation=self.incarnation, reservation_id=reservation)
         await self.port.call("Revoke", request)
 
-    def order(
-        self, address: kv_pb2.KvAddress, begin: int, end: int, pages: list[int], **fields: Any
-    ) -> pb.PushRequest:
+    def order(self, address: kv_pb2.KvAddress, begin: int, end: int, pages: list[int], **fields: Any) -> pb.PushRequest:
         """A push of [begin, end) that is an attempt of its own, unless `fields` say otherwise."""
-        given: dict[str, Any] = dict(
-            pool_id=self.pool_id,
-            incarnation=self.incarnation,
-            page_ids=pages,
-            range=kv_pb2.TokenRange(begin=begin, end=end),
-            target=address,
-            attempt=1,
-            attempt_range=kv_pb2.TokenRange(begin=begin, end=end),
-            writer_id="request",
-        )
+        given: dict[str, Any] = {
+            "pool_id": self.pool_id,
+            "incarnation": self.incarnation,
+            "page_ids": pages,
+            "range": kv_pb2.TokenRange(begin=begin, end=end),
+            "target": address,
+            "attempt": 1,
+            "attempt_range": kv_pb2.TokenRange(begin=begin, end=end),
+            "writer_id": "request",
+        }
         return pb.PushRequest(**{**given, **fields})
 
     def push(self, order: pb.PushRequest) -> Pushing:
@@ -166,89 +165,3 @@ class FakeEngine:
     def watch(self) -> AsyncGenerator[Any, None]:
         request = pb.WatchGrantsRequest(pool_id=self.pool_id, incarnation=self.incarnation)
         return self.port.stream("WatchGrants", request)
-
-
-class _Reader:
-    """A stream that is read by a task of its own."""
-
-    def __init__(self, stream: AsyncGenerator[Any, None]) -> None:
-        self._news = asyncio.Condition()
-        self._task = asyncio.create_task(self._read(stream))
-
-    def take(self, message: Any) -> None:
-        """One more message."""
-        raise NotImplementedError
-
-    async def wait_for(self, reached: Callable[[], bool]) -> None:
-        """Raises what the stream failed with, if it ends before."""
-        async with asyncio.timeout(PATIENCE_S), self._news:
-            await self._news.wait_for(lambda: reached() or self._task.done())
-        if not reached():
-            self._task.result()
-            raise AssertionError("the stream ended before")
-
-    async def close(self) -> None:
-        """As a client leaves."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _read(self, stream: AsyncGenerator[Any, None]) -> None:
-        self._task.add_done_callback(lambda _: asyncio.ensure_future(self._wake()))
-        async with aclosing(stream):
-            async for message in stream:
-                self.take(message)
-                await self._wake()
-
-    async def _wake(self) -> None:
-        async with self._news:
-            self._news.notify_all()
-
-
-class Pushing(_Reader):
-    """A push under way."""
-
-    def __init__(self, stream: AsyncGenerator[Any, None]) -> None:
-        self.messages: list[Any] = []
-        super().__init__(stream)
-
-    def take(self, message: Any) -> None:
-        self.messages.append(message)
-
-    async def done(self) -> Any:
-        """The last message, or what the push failed with."""
-        async with asyncio.timeout(PATIENCE_S):
-            await asyncio.wait([self._task])
-        self._task.result()
-        assert self.messages[-1].state in LAST_STATES
-        return self.messages[-1]
-
-    async def opened(self) -> None:
-        """The attempt is open."""
-        await self.layers(0)
-
-    async def layers(self, count: int) -> None:
-        """So many layers are in place. Raises what the push failed with, if it ends before."""
-        await self.wait_for(lambda: bool(self.messages) and self.messages[-1].layers_done >= count)
-
-
-class Watching(_Reader):
-    """WatchGrants under way: the newest condition of each grant, and all batches."""
-
-    def __init__(self, stream: AsyncGenerator[Any, None]) -> None:
-        self.events: dict[str, Any] = {}
-        self.batches: list[Any] = []
-        super().__init__(stream)
-
-    def take(self, message: Any) -> None:
-        self.batches.append(message)
-        self.events.update({event.reservation_id: event for event in message.events})
-
-    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        """Waits until the newest conditions are such; a KeyError means not yet."""
-
-        def reached() -> bool:
-            with contextlib.suppress(KeyError):
-                return condition(self.events)
-            return False
-
-        await self.wait_for(reached)

@@ -1,30 +1,37 @@
-"""One PrepRecv, from its arrival to the last page that its reservation had."""
+"""A reservation with everything that belongs to it: rules, pages, grant, lease, and who waits for it."""
 
 from __future__ import annotations
 
 import hmac
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from services.engine.core.account import Account
-from services.engine.core.api import PrepRecv, ReservationInfo, ReservationRef
+from services.engine.core.api import RequestKey, ReservationInfo, ReservationRef
 from services.engine.core.blocks import BlockChain
 from services.engine.core.custody import Custody
 from services.engine.core.timers import Timer
 from services.protocol.errors import ServiceError, WrongSecret
 from services.protocol.reservation import Reservation, ReservationState
 
-if TYPE_CHECKING:
-    from services.engine.core.reservations import Reservations
-
 
 class Grant(Enum):
-    """What the transfer service may do under the reservation. NONE before it was asked and after it is drained."""
+    """What the transfer service may do under a reservation. NONE if it was not asked, and after it is drained."""
 
     NONE = "NONE"
     OPENING = "OPENING"
     OPEN = "OPEN"
     CLOSING = "CLOSING"
+
+
+class Holder(Protocol):
+    """The PrepRecv call that a reservation was made for."""
+
+    def opened(self) -> None:
+        """The window is open, or needs not be: the address can be given out."""
+
+    def ended(self, error: ServiceError) -> None:
+        """The reservation is over, for this reason, or a sequence has it. Called once."""
 
 
 class KvWaiter(Protocol):
@@ -37,35 +44,28 @@ class KvWaiter(Protocol):
         """The reservation has ended."""
 
 
+@dataclass(slots=True, eq=False)
 class Booking:
-    """A PrepRecv that waits for pages (`rules` None) or has a reservation. Changed by Reservations only."""
+    """One reservation. Changed by Reservations only."""
 
-    def __init__(self, desk: Reservations, command: PrepRecv, chain: BlockChain, account: Account, secret: bytes) -> None:
-        self._desk = desk
-        self.command = command
-        self.reservation_id = ""
-        self.secret = secret
-        self.chain = chain  # the tokens of prompt[:end]
-        self.account = account
-        self.num_callers = 1
-        self.replies = [command.reply]  # not answered yet
-        self.refusal: ServiceError | None = None  # it came to nothing: a retry may try again
-        self.rules: Reservation | None = None
-        self.custody: Custody | None = None
-        self.grant = Grant.NONE
-        self.timer: Timer | None = None  # end of the wait for pages, then of the lease
-        self.waiter: KvWaiter | None = None
-        self.num_bytes = 0
+    reservation_id: str
+    key: RequestKey
+    secret: bytes = field(repr=False)
+    chain: BlockChain  # the tokens of prompt[:end]
+    num_matched: int  # tokens that were here already
+    rules: Reservation
+    custody: Custody
+    page_ids: tuple[int, ...]  # that were set aside, whoever has them now
+    holder: Holder
+    grant: Grant = Grant.NONE
+    timer: Timer | None = None  # end of the lease, or earlier
+    waiter: KvWaiter | None = None
+    num_bytes: int = 0  # that peers wrote, as counted by the transfer service
 
     @property
     def end(self) -> int:
         """KV of prompt[:end] is what it is for."""
-        return self.command.end
-
-    @property
-    def num_matched(self) -> int:
-        """Tokens that were here already."""
-        return self.account.matched_tokens
+        return self.rules.window.end
 
     @property
     def is_open(self) -> bool:
@@ -75,31 +75,26 @@ class Booking:
     @property
     def is_attached(self) -> bool:
         """Whether a sequence has its pages."""
-        return self.rules is not None and self.rules.state is ReservationState.ATTACHED
+        return self.rules.state is ReservationState.ATTACHED
 
     def check_secret(self, ref: ReservationRef) -> None:
         """Raises WrongSecret."""
-        if not hmac.compare_digest(self.secret, ref.secret):
-            raise WrongSecret("The secret is not that of the reservation.")
+        check_secret(self.secret, ref)
 
-    def cancel(self) -> None:
-        """One of the callers is gone; when all are, nobody has the address."""
-        self.num_callers -= 1
-        if self.num_callers <= 0:
-            self._desk.abort(self)
-
-    def abort(self) -> None:
-        """Ends the reservation unless a sequence has it."""
-        self._desk.abort(self)
-
-    def info(self, rules: Reservation, now: float) -> ReservationInfo:
+    def info(self, now: float) -> ReservationInfo:
         """For ListReservations."""
         return ReservationInfo(
             reservation_id=self.reservation_id,
-            key=self.command.key,
-            state=rules.state.value,
-            window=rules.window,
-            committed=rules.committed,
-            lease_remaining_s=0.0 if self.is_attached else max(0.0, rules.expires_at - now),
-            page_ids=self.custody.own if self.custody else (),
+            key=self.key,
+            state=self.rules.state.value,
+            window=self.rules.window,
+            committed=self.rules.committed,
+            lease_remaining_s=0.0 if self.is_attached else max(0.0, self.rules.expires_at - now),
+            page_ids=self.page_ids,
         )
+
+
+def check_secret(secret: bytes, ref: ReservationRef) -> None:
+    """Raises WrongSecret unless the reference proves the right to the reservation."""
+    if not hmac.compare_digest(secret, ref.secret):
+        raise WrongSecret("The secret is not that of the reservation.")

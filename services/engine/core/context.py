@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
 
 from services.engine.core.api import RequestKey, SequenceOutput
 from services.engine.core.blocks import BlockChain
+from services.engine.core.calls import Calls
 from services.engine.core.config import CoreConfig
 from services.engine.core.faults import FaultPoints
 from services.engine.core.pace import Pace
@@ -19,17 +19,6 @@ from services.engine.core.timers import Timers
 from services.engine.core.transfer import TransferLink
 from services.engine.errors import EngineDraining, QueueFull
 from services.protocol.hashes import hash_seed
-from services.protocol.requests import RequestLedger
-
-
-class Call(Protocol):
-    """A verb that was taken, as its request id finds it."""
-
-    def cancel(self) -> None:
-        """One of its callers is gone."""
-
-    def abort(self) -> None:
-        """Its owner wants an end to it."""
 
 
 @dataclass(slots=True)
@@ -43,7 +32,7 @@ class Context:
     scheduler: Scheduler
     timers: Timers
     link: TransferLink
-    requests: RequestLedger[Call]
+    calls: Calls
     outputs: list[SequenceOutput]  # of this step, until they are handed over
     faults: FaultPoints
     pace: Pace

@@ -1,9 +1,9 @@
 """Named points where a test may hold, fail or kill an engine. Outside tests they do nothing.
 
-    prep_recv.begin, remote_send.begin, start_generate.begin     the command was taken from the inbox
-    prep_recv.end, remote_send.end, start_generate.end           the verb is about to be answered with success
-    send.layer.K                                                 layer K of a piece that is being sent was announced
-    step.begin, step.end                                         around every step
+prep_recv.begin, remote_send.begin, start_generate.begin     the command was taken from the inbox
+prep_recv.end, remote_send.end, start_generate.end           the verb is about to be answered with success
+send.layer.K                                                 layer K of a piece that is being sent was announced
+step.begin, step.end                                         around every step
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ class TransferLink:
         self._service = None
         self._free_slots = []
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether there is no incarnation to talk to."""
+        return self._service is None
+
     def next_push_id(self) -> int:
         """A name for a push that none had before."""
         return next(self._push_ids)

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from services.engine.model.errors import ModelError
+
 
 def cache_root() -> Path:
     """microserve's part of the user's cache: under XDG_CACHE_HOME, else under ~/.cache."""
@@ -24,10 +26,18 @@ def ensure_folder(
 
     A lock next to `target` lets one process work at a time; the others wait, after calling on_wait, as long as that
     one lives and works, and then find the folder there. What a killed process left is removed first, and what a
-    failed one made is removed at once. Raises whatever `fill` raises.
+    failed one made is removed at once. Raises whatever `fill` raises, and ModelError for a full disk or a folder that
+    cannot be written.
     """
     if target.is_dir():
         return
+    try:
+        _fill_alone(target, fill, on_wait)
+    except OSError as error:
+        raise ModelError(f"The model cache {target.parent} cannot be written: {error}.") from error
+
+
+def _fill_alone(target: Path, fill: Callable[[Path], None], on_wait: Callable[[], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
     with target.with_name(f".{target.name}.lock").open("w") as lock:

@@ -1,6 +1,6 @@
 """Why a model cannot be served.
 
-ModelError
+ModelError             also by itself: the cache of models cannot be written
 |-- ModelNotFound      no such name, folder, file or hub model; or it could not be downloaded
 |-- ModelCorrupt       a file is truncated, altered or contradicts another; the message names the file
 `-- UnsupportedModel   the files are sound, but this engine does not compute that model

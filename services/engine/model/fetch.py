@@ -26,14 +26,14 @@ def fetch_model(source: str | Path, *, show_progress: bool = True) -> Path:
     if name in CATALOGUE:
         return _fetch_catalogue_model(CATALOGUE[name], show_progress)
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.exists():
+    if name and path.exists():
         raise ModelNotFound(f"{path} is neither a model folder nor a .gguf file.")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return _fetch_hub_model(name)
     known = ", ".join(sorted(CATALOGUE))
-    raise ModelNotFound(f"There is no model {name}: it is no folder, no .gguf file, and not a known name ({known}).")
+    raise ModelNotFound(f"There is no model {name!r}: it is no folder, no .gguf file, and not a known name ({known}).")
 
 
 def _fetch_catalogue_model(model: CatalogueModel, show_progress: bool) -> Path:

@@ -23,8 +23,6 @@ from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.layout import PageLayout
 
-_NOTHING: NDArray[np.uint8] = np.empty((0, 0, 0), np.uint8)
-
 
 class ShmTransport:
     """One-sided copies by the threads of a Copier, at most `max_copy_bytes` under one check."""
@@ -67,6 +65,17 @@ class ShmTransport:
         return await self._landings.end(address, claim)
 
 
+class LayerPages:
+    """Two views of one layer of a pool."""
+
+    __slots__ = ("tokens", "whole")
+
+    def __init__(self, pages: NDArray[np.uint8], layout: PageLayout) -> None:
+        self.whole = pages  # (page_count, layer_page_bytes)
+        # (page_count, k|v and head, token, byte)
+        self.tokens = pages.reshape(-1, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
+
+
 class ShmLane:
     """A put under way. Threads take its copies in order of layers; any number of them at once."""
 
@@ -79,9 +88,10 @@ class ShmLane:
         on_change: Callable[[], None],
     ) -> None:
         self._copier = copier
-        self._source = source
-        self._target = landing.pool.pages
-        self._layout = landing.pool.shape.layout
+        layout = landing.pool.shape.layout
+        self._source = [LayerPages(layer, layout) for layer in source]
+        self._target = [LayerPages(layer, layout) for layer in landing.pool.pages]
+        self._layer_count = layout.layer_count
         self._landing = landing
         self._pieces = pieces
         self._on_change = on_change
@@ -94,7 +104,7 @@ class ShmLane:
         self._taken = 0
         self._posted = 0
         self._under_way = 0
-        self._left_of_layer = [len(pieces)] * self._layout.layer_count
+        self._left_of_layer = [len(pieces)] * self._layer_count
         self._layers_done = 0
         self._num_bytes = 0
         self._busy_ns = 0
@@ -119,7 +129,7 @@ class ShmLane:
             self._notified = False
             failure = self._failure
             progress = PutProgress(self._layers_done, self._num_bytes)
-        if failure is None and progress.layers_done < self._layout.layer_count:
+        if failure is None and progress.layers_done < self._layer_count:
             failure = self._landing.refusal()
         if failure is not None:
             raise failure
@@ -139,7 +149,7 @@ class ShmLane:
         if self._idle is not None:
             await asyncio.shield(self._idle)
         # A view that outlives the put would keep a freed pool mapped.
-        self._source = self._target = _NOTHING
+        self._source, self._target = [], []
 
     def take(self) -> Copy | None:
         """See CopySource.take."""
@@ -158,8 +168,7 @@ class ShmLane:
             self._landing.begin_write(piece.part)
             num_bytes = 0
             try:
-                for run in piece.runs:
-                    copy_run(self._source[layer], self._target[layer], run, self._layout)
+                copy_runs(self._source[layer], self._target[layer], piece.runs)
                 num_bytes = piece.num_bytes
             finally:
                 self._landing.end_write(num_bytes)
@@ -193,14 +202,10 @@ class ShmLane:
         self._on_change()
 
 
-def copy_run(source: NDArray[np.uint8], target: NDArray[np.uint8], run: Run, layout: PageLayout) -> None:
-    """One copy, in which numpy releases the GIL. Both are one layer's pages, (page_count, layer_page_bytes)."""
-    source_pages = source[run.source_page : run.source_page + run.page_count]
-    target_pages = target[run.target_page : run.target_page + run.page_count]
-    if run.token_end - run.token_begin == layout.page_size:
-        np.copyto(target_pages, source_pages)
-        return
-    # (page_count = 1, k|v and head, token, element)
-    shape = (run.page_count, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
-    tokens = slice(run.token_begin, run.token_end)
-    np.copyto(target_pages.reshape(shape)[:, :, tokens], source_pages.reshape(shape)[:, :, tokens])
+def copy_runs(source: LayerPages, target: LayerPages, runs: tuple[Run, ...]) -> None:
+    """Copies pages of a layer. numpy releases the GIL in each, and knows that the two do not overlap."""
+    for run in runs:
+        if run.tokens is None:
+            target.whole[run.target_pages] = source.whole[run.source_pages]
+        else:
+            target.tokens[run.target_pages, :, run.tokens] = source.tokens[run.source_pages, :, run.tokens]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from services.protocol.errors import ServiceError
 from services.router.errors import SlowConsumer
 from services.router.values import Chunk, merge
+
+
+# A chunk becomes one message to the client, and messages have a largest size.
+MAX_MERGED_WEIGHT = 1024
 
 
 class Mailbox:
@@ -18,7 +23,7 @@ class Mailbox:
 
     def __init__(self, max_weight: int) -> None:
         self._max_weight = max_weight
-        self._chunks: list[Chunk] = []
+        self._chunks: deque[Chunk] = deque()
         self._weight = 0
         self._error: ServiceError | None = None
         self._closed = False
@@ -46,7 +51,7 @@ class Mailbox:
             self._wake()
 
     async def take(self) -> Chunk | None:
-        """All that is there, as one chunk; waits for some. None after the end. Raises what it was closed with.
+        """What is there, as one chunk of bounded size; waits for some. None after the end. Raises what it was closed with.
 
         Cancelling loses nothing.
         """
@@ -60,8 +65,13 @@ class Mailbox:
                 await self._waiter
             finally:
                 self._waiter = None
-        chunks, self._chunks, self._weight = self._chunks, [], 0
-        return merge(chunks)
+        taken: list[Chunk] = []
+        weight = 0
+        while self._chunks and (not taken or weight + self._chunks[0].weight <= MAX_MERGED_WEIGHT):
+            taken.append(self._chunks.popleft())
+            weight += taken[-1].weight
+        self._weight -= weight
+        return merge(taken)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -82,7 +82,7 @@ class Member:
                 await self._leave(problem)
                 await backoff.wait()
         finally:
-            await self._leave("the router is shutting down")
+            await self._stop_following()
 
     @contextmanager
     def generating(self, num_prompt_tokens: int) -> Iterator[Callable[[], None]]:
@@ -131,13 +131,17 @@ class Member:
         log.info("engine joined", extra={"fields": {"engine": info.name, "address": self.address}})
 
     async def _leave(self, problem: str) -> None:
+        if not self.problem:
+            log.warning("engine left", extra={"fields": {"address": self.address, "problem": problem}})
+        await self._stop_following()
+        self._set_problem(problem)
+
+    async def _stop_following(self) -> None:
         followers, self._followers = self._followers, []
         for follower in followers:
             follower.cancel()
         if followers:
             await asyncio.wait(followers)
-            log.warning("engine left", extra={"fields": {"address": self.address, "problem": problem}})
-        self._set_problem(problem)
 
     def _set_problem(self, problem: str) -> None:
         self.problem, self._snapshot = problem, None

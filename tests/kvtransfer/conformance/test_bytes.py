@@ -34,9 +34,7 @@ async def test_pages_arrive(start_engine: StartEngine, case: tuple[int, int, lis
     last = await sender.push(sender.order(address, begin, end, from_pages)).done()
     moved = (end - begin) * receiver.shape.layer_token_bytes * receiver.shape.layers
     assert (last.state, last.layers_done, last.bytes) == (pb.PUSH_STATE_COMMITTED, 3, moved)
-    np.testing.assert_array_equal(
-        receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages)
-    )
+    np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,7 @@ async def test_layouts(start_engine: StartEngine, shape: Shape) -> None:
     before = receiver.memory.copy()
     address = await receiver.grant("r", begin, end, to_pages)
     await sender.push(sender.order(address, begin, end, from_pages)).done()
-    np.testing.assert_array_equal(
-        receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages)
-    )
+    np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages))
 
 
 async def test_layer_by_layer(start_engine: StartEngine) -> None:
@@ -71,7 +67,6 @@ async def test_layer_by_layer(start_engine: StartEngine) -> None:
     await push.opened()
     np.testing.assert_array_equal(receiver.memory, before)
     for layers in range(1, 4):
-        assert sender.pool is not None
         sender.pool.raise_ready(5, layers)
         await push.layers(layers)
         wanted = expected(before, receiver, sender, 1, 10, [1, 2, 3], [4, 5, 9], layers=layers)
@@ -84,7 +79,6 @@ async def test_layer_by_layer(start_engine: StartEngine) -> None:
 async def test_many_layers_at_once(start_engine: StartEngine) -> None:
     """A counter that jumps, or is ahead of the push, moves everything."""
     sender, receiver = await start_engine("p", Shape(layers=40), seed=4), await start_engine("d", Shape(layers=40))
-    assert sender.pool is not None
     sender.pool.raise_ready(0, 17)
     before = receiver.memory.copy()
     address = await receiver.grant("r", 0, 8, [4, 5])

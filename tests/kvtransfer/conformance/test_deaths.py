@@ -11,11 +11,12 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 
 from services.protocol.errors import ServiceError
 from tests.kvtransfer.conftest import StartEngine, StartProcess
-from tests.kvtransfer.engine import FakeEngine, Pushing, Watching
+from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.pattern import POISON, pattern
 from tests.kvtransfer.port import Port
 from tests.kvtransfer.process import EngineProcess
+from tests.kvtransfer.streams import Pushing, Watching
 
 
 async def _fails(push: Pushing) -> str:
@@ -55,7 +56,7 @@ async def test_the_sender_is_killed(
     await watch.until(lambda events: events["r"].state == pb.GRANT_STATE_OPEN)
     receiver.memory[:] = POISON
     before = receiver.memory.copy()
-    # As large a range, elsewhere cut: nobody is in the way.
+    # Cut otherwise, too: nobody is in the way.
     await bystander.push(bystander.order(address, 0, 4, [3], attempt=1, writer_id="again")).done()
     bystander.pool.raise_ready(0, 3)
     await undisturbed.done()
@@ -104,6 +105,7 @@ async def test_a_new_engine_finds_nothing_under_way(start_engine: StartEngine) -
     await writing.opened()
     await reading.opened()
     watch = Watching(receiver.watch())
+    await watch.until(lambda events: "in" in events)
     old = receiver.incarnation
     pool_id = receiver.pool_id
     receiver.close()

@@ -8,9 +8,10 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 
 from services.protocol.errors import ServiceError
 from tests.kvtransfer.conftest import StartEngine
-from tests.kvtransfer.engine import FakeEngine, Pushing, Shape
+from tests.kvtransfer.engine import FakeEngine, Shape
 from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.pattern import POISON
+from tests.kvtransfer.streams import Pushing
 
 # 24 MiB in scattered pages: long enough that a call comes in the middle. Their last layer is held back, so that a push
 # cannot be over before.

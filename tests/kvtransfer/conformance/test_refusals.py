@@ -158,14 +158,14 @@ async def test_a_wrong_grant_opens_nothing(
     port: Port, start_engine: StartEngine, fields: dict[str, Any], reason: str
 ) -> None:
     engine = await start_engine("d")
-    given: dict[str, Any] = dict(
-        pool_id=engine.pool_id,
-        incarnation=engine.incarnation,
-        reservation_id="r",
-        secret=os.urandom(16),
-        window=kv_pb2.TokenRange(begin=0, end=12),
-        page_ids=[1, 2, 3],
-    )
+    given: dict[str, Any] = {
+        "pool_id": engine.pool_id,
+        "incarnation": engine.incarnation,
+        "reservation_id": "r",
+        "secret": os.urandom(16),
+        "window": kv_pb2.TokenRange(begin=0, end=12),
+        "page_ids": [1, 2, 3],
+    }
     with pytest.raises(ServiceError) as caught:
         await port.call("Grant", pb.GrantRequest(**{**given, **fields}))
     assert caught.value.reason == reason

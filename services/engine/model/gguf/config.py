@@ -79,7 +79,7 @@ def _rope_scaling(file: GgufFile, head_dim: int) -> dict[str, Any] | None:
 
 def _llama3_scaling(file: GgufFile, head_dim: int) -> dict[str, Any]:
     """The parameters from which the stored divisors follow."""
-    stored = torch.from_numpy(file.tensors[ROPE_DIVISORS].dequantized()).flatten()
+    stored = torch.tensor(file.tensors[ROPE_DIVISORS].dequantized()).flatten()
     theta, factor = file.number("llama.rope.freq_base", 10000.0), float(stored.max())
     rope = RopeConfig(theta, "llama3", factor, LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL)
     derived = plain_frequencies(rope, head_dim) / frequencies(rope, head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ def converted_folder(path: Path) -> Path:
     """
     if not path.is_file():
         raise ModelNotFound(f"There is no file {path}.")
-    folder = cache_root() / "converted" / f"{_content_hash(path)}-{CONVERTER_VERSION}"
+    try:
+        content = _content_hash(path)
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read: {error}.") from error
+    folder = cache_root() / "converted" / f"{content}-{CONVERTER_VERSION}"
     ensure_folder(folder, lambda unfinished: convert(path, unfinished))
     return folder
 
@@ -55,8 +60,9 @@ def _content_hash(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(HASH_BLOCK_BYTES):
             digest.update(block)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest.hexdigest())
+    with suppress(OSError):  # then the next start reads the file again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest.hexdigest())
     return digest.hexdigest()
 
 

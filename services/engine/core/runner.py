@@ -1,0 +1,118 @@
+"""From a step's plan to tensors, through the model, to chosen tokens. The only module of the core that imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.attention.backend import AttentionBackend
+from services.engine.batch import ForwardBatch
+from services.engine.core.plan import Chosen, PageCopy, Segment, StepPlan
+from services.engine.sampling.sampler import SamplingRow, sample
+
+
+class Model(Protocol):
+    """What the runner needs of a model, for instance LlamaModel."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def forward(
+        self, batch: ForwardBatch, attention: AttentionBackend, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Hidden states, (num_tokens, hidden); on_layer(l) once the KV of layer l is written, or queued on a GPU."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits, (rows, vocab) float32, of some rows of the hidden states."""
+
+
+class TorchRunner:
+    """Computes steps on one device over one KV pool, (layers, pages, 2, kv_heads, page_size, head_dim)."""
+
+    def __init__(
+        self, model: Model, attention: AttentionBackend, kv: Tensor, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._kv = kv
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
+        """See Runner."""
+        self._copy(plan.copies)
+        batch = make_batch(plan.segments, self._kv.shape[4], self._model.device)
+        hidden = self._model.forward(batch, self._attention, self._when_written(on_layer))  # (num_tokens, hidden)
+        specs = [segment.sample for segment in plan.segments if segment.sample is not None]
+        chosen: Sequence[Chosen] = ()
+        if specs:
+            rows = [
+                SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id) for spec in specs
+            ]
+            logits = self._model.logits(hidden[batch.logits_rows])  # (rows, vocab)
+            sampled = sample(logits, rows, self._eos_token_ids)
+            chosen = [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
+        self._wait()
+        return chosen
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """See Runner."""
+        self._copy(copies)
+        self._wait()
+
+    @torch.inference_mode()
+    def poison(self, pages: Sequence[int]) -> None:
+        """See Runner."""
+        self._kv[:, torch.as_tensor(list(pages), device=self._kv.device)] = torch.nan
+        self._wait()
+
+    @torch.inference_mode()
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        for copy in copies:
+            self._kv[:, copy.target] = self._kv[:, copy.source]
+
+    def _when_written(self, on_layer: Callable[[int], None] | None) -> Callable[[int], None] | None:
+        """On a GPU the model only queues its writes: then each layer is waited for, which costs overlap but is right."""
+        if on_layer is None or self._kv.device.type != "cuda":
+            return on_layer
+
+        def after_waiting(layer: int) -> None:
+            self._wait()
+            on_layer(layer)
+
+        return after_waiting
+
+    def _wait(self) -> None:
+        if self._kv.device.type == "cuda":
+            torch.cuda.current_stream(self._kv.device).synchronize()
+
+
+def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device) -> ForwardBatch:
+    """Packs segments into tensors. No Python work per token or page but what list and array do themselves."""
+    lengths = np.array([len(segment.token_ids) for segment in segments])  # (num_sequences,)
+    begins = np.array([segment.begin for segment in segments])
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    num_tokens = int(starts[-1])
+    token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in segments), dtype=np.int64, count=num_tokens)
+    rows = np.repeat(np.arange(len(segments)), lengths)  # (num_tokens,) which sequence a token is of
+    positions = np.arange(num_tokens) - starts[rows] + begins[rows]
+    tables = np.zeros((len(segments), max(len(segment.page_ids) for segment in segments)), dtype=np.int32)
+    for table, segment in zip(tables, segments, strict=True):
+        table[: len(segment.page_ids)] = np.frombuffer(segment.page_ids, dtype=np.int32)
+    slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    wanted = [int(end) - 1 for segment, end in zip(segments, starts[1:], strict=True) if segment.sample is not None]
+    return ForwardBatch(
+        token_ids=torch.from_numpy(token_ids).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        query_starts=torch.from_numpy(starts.astype(np.int32)),
+        context_lengths=torch.from_numpy((begins + lengths).astype(np.int32)),
+        block_tables=torch.from_numpy(tables).to(device),
+        logits_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+    )

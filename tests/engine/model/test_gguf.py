@@ -1,0 +1,125 @@
+"""GGUF files compute what the folder they came from computes, convert once, and fail by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from services.engine.model.config import RopeConfig
+from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
+from services.engine.model.gguf.convert import converted_folder
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.model.rope import frequencies, plain_frequencies
+from tests.engine.model.gguf_files import write_gguf
+from tests.engine.model.running import PagedRunner, random_tokens, relative_error
+from tests.models import make_tiny_llama
+
+TOKENS = random_tokens(60, 512)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "microserve"
+
+
+def _logits(source: Path) -> torch.Tensor:
+    return PagedRunner(load_model(source, device="cpu", dtype=torch.float32).model).prefill(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "error", "stored"),
+    [("F32", 0.0, "F32"), ("F16", 0.01, "F16"), ("BF16", 0.1, "BF16"), ("Q8_0", 0.1, "F32"), ("Q4_1", 1.0, "F32")],
+)
+def test_equals_the_folder(
+    tmp_path: Path, tiny: LoadedModel, tiny_folder: Path, quantization: str, error: float, stored: str
+) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", quantization)
+    expected = PagedRunner(tiny.model).prefill(TOKENS)
+    assert relative_error(_logits(path), expected) <= error
+    content = (converted_folder(path) / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["model.layers.0.mlp.up_proj.weight"]["dtype"] == stored
+
+
+def test_configuration_and_companions(tmp_path: Path, tiny: LoadedModel, tiny_folder: Path) -> None:
+    loaded = load_model(write_gguf(tiny_folder, tmp_path / "model.gguf"), device="cpu", dtype=torch.float32)
+    assert loaded.config.eos_token_ids == (2,)
+    assert loaded.config.max_context == tiny.config.max_context
+    assert loaded.config.rope == tiny.config.rope
+    assert loaded.tokenizer.chat_template == "{{ messages }}"
+    assert (loaded.tokenizer.bos_token, loaded.tokenizer.bos_token_id) == ("<|im_start|>", 1)
+    assert loaded.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_converts_once_for_equal_content(tmp_path: Path, tiny_folder: Path, cache: Path) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf")
+    folder = converted_folder(path)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+    assert converted_folder(path) == converted_folder(copy) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    other = write_gguf(make_tiny_llama(tmp_path / "other", seed=1), path)
+    assert converted_folder(other) != folder
+
+
+def test_llama3_rope_is_recognised_by_its_numbers(tmp_path: Path, tiny_folder: Path) -> None:
+    rope = RopeConfig(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    divisors = (plain_frequencies(rope, 16) / frequencies(rope, 16)).numpy()
+    stretched = {"metadata": {"rope.freq_base": 500000.0}, "extra_tensors": {"rope_freqs.weight": divisors}}
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", **stretched)
+    assert load_model(path, device="cpu", dtype=torch.float32).config.rope == rope
+    stretched["extra_tensors"] = {"rope_freqs.weight": divisors + 0.1}
+    with pytest.raises(UnsupportedModel, match=r"other\.gguf are not Llama 3's"):
+        converted_folder(write_gguf(tiny_folder, tmp_path / "other.gguf", **stretched))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": "gemma3"}, "architecture gemma3"),
+        ({"metadata": {"expert_count": 8}}, "mixture of experts"),
+        ({"metadata": {"rope.dimension_count": 8}}, "a part of each head"),
+        ({"metadata": {"rope.scaling.type": "yarn"}}, "type yarn"),
+        ({"metadata": {"attention.sliding_window": 64}}, "sliding window of 64"),
+        ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)}}, "blk.0.attn_q_norm.weight"),
+    ],
+)
+def test_unsupported(tmp_path: Path, tiny_folder: Path, cache: Path, change: dict[str, Any], words: str) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", **change)
+    with pytest.raises(UnsupportedModel, match=words):
+        converted_folder(path)
+    assert not [entry for entry in (cache / "converted").iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_truncated(tmp_path: Path, tiny_folder: Path, share: float) -> None:
+    content = write_gguf(tiny_folder, tmp_path / "model.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelCorrupt, match=r"cut\.gguf"):
+        converted_folder(cut)
+
+
+def test_not_gguf_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "text.gguf"
+    path.write_text("hello " * 100)
+    with pytest.raises(ModelCorrupt, match=r"text\.gguf is not a whole GGUF file"):
+        converted_folder(path)
+    with pytest.raises(ModelNotFound, match=r"absent\.gguf"):
+        converted_folder(tmp_path / "absent.gguf")
+
+
+@pytest.mark.slow
+def test_default_model_loads_quickly_the_second_time(smollm2_folder: Path) -> None:
+    started = time.perf_counter()
+    loaded = load_model(smollm2_folder, device="cpu", dtype=torch.float32)
+    assert loaded.config.num_layers == 30
+    assert time.perf_counter() - started < 10  # 0.3 to 1.3 s on an idle machine

@@ -1,0 +1,185 @@
+"""Pushes that wait: for a counter that stands still, for a copy that is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from services.kvtransfer.transports import shm
+from services.protocol.errors import Code, ServiceError
+from tests.kvtransfer.engine import FakeEngine, Shape
+from tests.kvtransfer.oracle import expected
+from tests.kvtransfer.pattern import POISON
+from tests.kvtransfer.port import PATIENCE_S, DirectPort
+
+PAIR = tuple[FakeEngine, FakeEngine]
+
+
+@pytest.fixture
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[PAIR]:
+    """A sender with a pattern and a receiver, on a service with the options of the test's parameter."""
+    port = DirectPort(**getattr(request, "param", {}))
+    sender, receiver = FakeEngine(port, "p"), FakeEngine(port, "d")
+    yield await sender.start(seed=1), await receiver.start()
+    sender.close()
+    receiver.close()
+    await port.close()
+
+
+class Brake:
+    """Stops every copy before its bytes move, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self._go_on = asyncio.Event(), threading.Event()
+        self.copies = 0
+        loop, copy_runs = asyncio.get_running_loop(), shm.copy_runs
+
+        def braked(*arguments: object) -> None:
+            self.copies += 1
+            loop.call_soon_threadsafe(self.begun.set)
+            assert self._go_on.wait(PATIENCE_S)
+            copy_runs(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(shm, "copy_runs", braked)
+
+    def let_go(self) -> None:
+        self._go_on.set()
+
+
+async def until_waiting(task: asyncio.Task[object]) -> None:
+    """Lets the task run as far as it can without an event from outside."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+
+
+@pytest.mark.parametrize("pair", [{"push_stall_timeout_s": 0.01}], indirect=True)
+async def test_a_counter_that_stands_still(pair: PAIR) -> None:
+    sender, receiver = pair
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    sender.pool.raise_ready(0, 1)
+    with pytest.raises(ServiceError) as caught:
+        await sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0)).done()
+    assert (caught.value.code, caught.value.reason) == (Code.DEADLINE_EXCEEDED, "PUSH_STALLED")
+    # The attempt is still its writer's.
+    await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+
+
+async def test_revoke_waits_for_the_copy_under_way(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for no more than that: the copies that follow never begin."""
+    sender, receiver = pair
+    brake = Brake(monkeypatch)
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    push = sender.push(sender.order(address, 0, 8, [1, 2]))
+    await brake.begun.wait()
+    revoking = asyncio.create_task(receiver.revoke("r"))
+    await until_waiting(revoking)
+    begun = brake.copies
+    brake.let_go()
+    await revoking
+    receiver.memory[:] = POISON
+    with pytest.raises(ServiceError) as caught:
+        await push.done()
+    assert caught.value.reason == "RESERVATION_GONE"
+    assert (receiver.memory == POISON).all()
+    # One a thread was under way.
+    assert brake.copies == begun <= 2
+
+
+async def test_end_attempt_waits_for_the_copy_under_way(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = pair
+    brake = Brake(monkeypatch)
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    order = sender.order(address, 0, 8, [1, 2])
+    push = sender.push(order)
+    await brake.begun.wait()
+    # Without a wire in between even the caller that leaves waits; over a wire only the second one does.
+    leaving = asyncio.create_task(push.close())
+    ending = asyncio.create_task(sender.end_attempt(order))
+    await until_waiting(leaving)
+    await until_waiting(ending)
+    brake.let_go()
+    assert await ending is False
+    await leaving
+    sender.memory[:] = 0
+    assert not (receiver.memory == 0).any()
+
+
+async def test_a_new_engine_waits_for_copies_of_the_old_one(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AttachPool replies when neither side's copies are under way."""
+    sender, receiver = pair
+    brake = Brake(monkeypatch)
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    push = sender.push(sender.order(address, 0, 8, [1, 2]))
+    await brake.begun.wait()
+    for engine in (sender, receiver):
+        engine.close()
+        attaching = asyncio.create_task(engine.attach())
+        await until_waiting(attaching)
+        attaching.cancel()
+        await asyncio.wait([attaching])
+    brake.let_go()
+    for engine in (sender, receiver):
+        await engine.attach()
+    with pytest.raises(ServiceError) as caught:
+        await push.done()
+    assert caught.value.reason in ("ENGINE_GONE", "RESERVATION_GONE")
+
+
+async def test_a_superseded_copy_ends_before_the_next_attempt_begins(
+    pair: PAIR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = pair
+    brake = Brake(monkeypatch)
+    before = receiver.memory.copy()
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    old = sender.push(sender.order(address, 0, 8, [1, 2]))
+    await brake.begun.wait()
+    begun = brake.copies
+    new = sender.push(sender.order(address, 0, 8, [8, 9], attempt=2, writer_id="other"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert brake.copies == begun
+    brake.let_go()
+    await new.done()
+    with pytest.raises(ServiceError) as caught:
+        await old.done()
+    assert caught.value.reason == "ATTEMPT_SUPERSEDED"
+    np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, 0, 8, [8, 9], [4, 5]))
+
+
+async def test_a_copy_that_fails_ends_its_push_and_nothing_else(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = pair
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    with monkeypatch.context() as context:
+        context.setattr(shm, "copy_runs", broken)
+        with pytest.raises(ZeroDivisionError):
+            await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    # The threads live, and nothing is left under way.
+    assert (await sender.push(sender.order(address, 0, 8, [1, 2])).done()).layers_done == 3
+    await receiver.revoke("r")
+
+
+async def test_closing_the_service_ends_its_pushes() -> None:
+    port = DirectPort()
+    sender, receiver = FakeEngine(port, "p", Shape()), FakeEngine(port, "d", Shape())
+    await sender.start(seed=1)
+    await receiver.start()
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0))
+    await push.opened()
+    await port.close()
+    with pytest.raises(ServiceError) as caught:
+        await push.done()
+    assert caught.value.reason == "DRAINING"
+    assert sender.pool.service_is_gone()
+    sender.close()
+    receiver.close()

@@ -1,0 +1,184 @@
+"""Programs that misbehave: the request gets a typed error, nothing leaks, the router goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from services.router.metrics import ABANDONED_POLICIES
+from services.router.programs import runner
+from tests.fakes import FakeError, Fault
+from tests.router.harness import PROMPT, Running, failing, model, running, verbs
+
+GOOD = """
+    async for chunk in fleet.least_loaded(request).start_generate(request):
+        yield chunk
+"""
+FAILED = ("ABORTED", "POLICY_FAILED")
+TIMEOUT = ("DEADLINE_EXCEEDED", "POLICY_TIMEOUT")
+BAD = {
+    "raises": ("    raise RuntimeError('secret text')\n    yield", FAILED),
+    "raises_later": (
+        "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
+        "        yield chunk\n        raise RuntimeError",
+        FAILED,
+    ),
+    "exits": ("    import sys\n    sys.exit(3)\n    yield", FAILED),
+    "yields_nothing": ("    if False:\n        yield", FAILED),
+    "yields_nonsense": ("    yield 'text'", FAILED),
+    "ends_early": (
+        "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
+        "        yield chunk\n        return",
+        FAILED,
+    ),
+    "waits_for_ever": ("    await asyncio.Event().wait()\n    yield", TIMEOUT),
+    "waits_after_first": (
+        "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
+        "        yield chunk\n        await asyncio.Event().wait()",
+        TIMEOUT,
+    ),
+    "ignores_cancel": (
+        "    while True:\n        try:\n            await asyncio.Event().wait()\n"
+        "        except asyncio.CancelledError:\n            if stop.is_set():\n                raise\n    yield",
+        TIMEOUT,
+    ),
+    "leaks_reservation": (
+        "    prefill, decode = fleet.pair(request)\n"
+        "    kv = await decode.prep_recv(request, end=20).__aenter__()\n    leaked.append(kv)\n    raise RuntimeError\n"
+        "    yield",
+        FAILED,
+    ),
+    "leaks_stream": (
+        "    chunks = fleet.least_loaded(request).start_generate(request)\n    leaked.append(chunks)\n"
+        "    yield await anext(chunks)\n    raise RuntimeError",
+        FAILED,
+    ),
+    "cancels_itself": ("    asyncio.current_task().cancel()\n    await asyncio.Event().wait()\n    yield", FAILED),
+    "cancelled_inside": ("    raise asyncio.CancelledError\n    yield", FAILED),
+}
+
+
+def write(folder: Path, name: str, body: str) -> Path:
+    path = folder / f"{name}.py"
+    header = "import asyncio\nleaked = []\nstop = asyncio.Event()\n\nasync def policy(request, fleet):\n"
+    path.write_text(header + body + "\n")
+    return path
+
+
+async def serves(suite: Running) -> None:
+    answer = await suite.generate(policy="data_parallel")
+    assert list(answer.token_ids) == model().generate(PROMPT, 8)
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_programs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, (code, reason) = BAD[name]
+    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    path = write(tmp_path, name, body)
+    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+        with failing(code, reason) as caught:
+            await suite.generate(max_tokens=100)
+        assert "secret" not in caught.value.message
+        await suite.idle()
+        await serves(suite)
+        program = suite.router.catalogue.get(name)
+        program.function.__globals__["stop"].set()  # let go of what was left behind
+
+
+def quick(init):  # type: ignore[no-untyped-def]
+    """Shorter patience with programs that do not end."""
+
+    def replacement(self, **fields):  # type: ignore[no-untyped-def]
+        init(self, **({"after_cancel_s": 0.1, "after_last_chunk_s": 0.1} | fields))
+
+    return replacement
+
+
+async def test_a_program_that_ignores_its_cancellation_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    counter = ABANDONED_POLICIES.labels("ignores_cancel")
+    before = counter._value.get()
+    path = write(tmp_path, "ignores_cancel", BAD["ignores_cancel"][0])
+    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+        with failing(*TIMEOUT):
+            await suite.generate()
+        assert counter._value.get() == before + 1
+        suite.router.catalogue.get("ignores_cancel").function.__globals__["stop"].set()
+
+
+async def test_a_program_left_behind_can_begin_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    body = dedent("""
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await stop.wait()
+        try:
+            async with fleet.pair(request)[1].prep_recv(request, end=20):
+                leaked.append("reserved")
+        except BaseException as error:
+            leaked.append(error)
+        yield
+    """).replace("\n", "\n    ")
+    path = write(tmp_path, "zombie", body)
+    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+        with failing(*TIMEOUT):
+            await suite.generate()
+        names = suite.router.catalogue.get("zombie").function.__globals__
+        [zombie] = [task for task in asyncio.all_tasks() if task.get_name() == "policy zombie"]
+        names["stop"].set()
+        await asyncio.wait({zombie}, timeout=5)
+        assert zombie.done()
+        assert "the request is over" in str(names["leaked"][0])
+        assert suite.engines[1].called("PrepRecv") == []
+
+
+async def test_what_a_program_does_after_the_last_chunk_does_not_hurt_the_answer(tmp_path: Path) -> None:
+    path = write(tmp_path, "careless", GOOD.strip("\n") + "\n    yield 3\n    raise RuntimeError")
+    async with running(policy=str(path)) as suite:
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+
+
+async def test_a_program_may_use_task_groups_and_keeps_the_engines_error(tmp_path: Path) -> None:
+    body = dedent("""
+        prefill, decode = fleet.pair(request)
+        async with decode.prep_recv(request, end=50) as kv, asyncio.TaskGroup() as group:
+            group.create_task(prefill.remote_send(request, kv))
+            async for chunk in decode.start_generate(request, begin=50, kv=kv):
+                yield chunk
+    """).replace("\n", "\n    ")
+    path = write(tmp_path, "overlapping", body)
+    async with running(policy=str(path)) as suite:
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert [verb for verb, *_ in verbs(answer)] == ["prep_recv", "start_generate", "remote_send"]
+        suite.first.faults["RemoteSend"] = Fault(FakeError("no sending today"))
+        with failing("RESOURCE_EXHAUSTED", "NO_PAGES"):
+            await suite.generate(cache_salt="other")
+
+
+async def test_a_failed_send_can_be_tried_again_with_the_next_attempt(tmp_path: Path) -> None:
+    body = dedent("""
+        prefill, decode = fleet.pair(request)
+        async with decode.prep_recv(request, end=50) as kv:
+            try:
+                await prefill.remote_send(request, kv)
+            except Exception:
+                prefill.info.labels["repair"]()
+                await prefill.remote_send(request, kv)
+            async for chunk in decode.start_generate(request, begin=50, kv=kv):
+                yield chunk
+    """).replace("\n", "\n    ")
+    path = write(tmp_path, "retrying", body)
+    async with running(policy=str(path)) as suite:
+        sender = suite.first
+        sender.faults["RemoteSend"] = Fault(FakeError("not the first time"))
+        suite.router.registry.members[sender.address].info.labels["repair"] = sender.faults.clear
+        assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
+        assert [sent.attempt for sent in sender.called("RemoteSend")] == [1, 2]

@@ -1,0 +1,154 @@
+"""Verbs that fail, hang or are cut off: the client gets the engine's error, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from microserve.router.v1 import router_pb2
+
+from services.protocol.errors import ReservationGone, ServiceError
+from services.router.metrics import CLEANUP_FAILURES
+from tests.fakes import FakeEngine, FakeError, FakeLoss, Fault
+from tests.router.harness import PROMPT, failing, model, request, running
+
+# Where a request is when it is cut off: (index of the engine, method, after it took effect, after so many tokens).
+PLACES = {
+    "prep_recv": (1, "PrepRecv", False, 0),
+    "prep_recv_reserved": (1, "PrepRecv", True, 0),
+    "remote_send": (0, "RemoteSend", False, 0),
+    "remote_send_committed": (0, "RemoteSend", True, 0),
+    "start_generate": (1, "StartGenerate", False, 0),
+    "start_generate_streaming": (1, "StartGenerate", False, 3),
+}
+
+
+def break_at(engines: list[FakeEngine], place: str, error: ServiceError | None = None) -> Fault:
+    """Makes one verb fail, or hang without an error."""
+    index, method, late, after_tokens = PLACES[place]
+    fault = engines[index].faults[method] = Fault(error, late, after_tokens)
+    return fault
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_client_that_goes_away_leaves_nothing_behind(place: str) -> None:
+    async with running(policy="disaggregated") as suite:
+        fault = break_at(suite.engines, place)
+        call = suite.stream()
+        await fault.reached.wait()
+        call.cancel()
+        assert await call.code() == grpc.StatusCode.CANCELLED
+        await suite.idle()
+        for engine in suite.engines:
+            engine.faults.clear()
+        assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_the_engines_error_reaches_the_client(place: str) -> None:
+    async with running(policy="disaggregated") as suite:
+        error: ServiceError = FakeError("no pages are free here", retry_delay_s=2.0)
+        if place == "prep_recv_reserved":  # an engine that refuses has not reserved; a reply may be lost
+            error = FakeLoss("the connection broke", retry_delay_s=2.0)
+        break_at(suite.engines, place, error)
+        with failing(error.code.name, error.reason) as caught:
+            await suite.generate()
+        assert caught.value.retry_delay_s == 2.0
+        await suite.idle()
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_deadline_cuts_off_what_hangs(place: str) -> None:
+    async with running(policy="disaggregated") as suite:
+        break_at(suite.engines, place)
+        call = suite.stub.Generate(request(), timeout=0.2)
+        assert await call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await suite.idle()
+
+
+async def test_the_routers_own_limit_cuts_off_a_request_without_deadline() -> None:
+    async with running(policy="disaggregated", request_timeout_s=0.2) as suite:
+        break_at(suite.engines, "start_generate_streaming")
+        with failing("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"):
+            await suite.generate()
+
+
+async def test_deadlines_are_passed_on() -> None:
+    async with running(policy="disaggregated") as suite:
+        await suite.stub.Complete(router_pb2.CompleteRequest(request=request()), timeout=7)
+        [start] = suite.engines[1].called("Session")
+        assert 5 < start.timeout.ToNanoseconds() / 1e9 < 7.5
+
+
+async def test_an_engine_that_dies_is_a_typed_error_and_the_other_goes_on() -> None:
+    async with running(policy="disaggregated") as suite:
+        fault = break_at(suite.engines, "start_generate_streaming")
+        asking = asyncio.create_task(suite.generate())
+        await fault.reached.wait()
+        await suite.engines[1].stop()
+        with failing("UNAVAILABLE", "ENGINE_LOST"):
+            await asking
+        await suite.until(lambda: len(suite.router.registry.models()[0].members) == 1)
+        answer = await suite.generate()
+        assert (answer.policy, answer.legs[0].engine) == ("data_parallel", "a")
+        suite.engines.pop()
+
+
+async def test_an_engine_that_restarts_is_picked_up_again() -> None:
+    async with running(1) as suite:
+        await suite.generate()
+        old = suite.first
+        await suite.cached(old, 12)
+        await old.stop()
+        await suite.until(lambda: not suite.router.serving)
+        with failing("UNAVAILABLE", "NO_ENGINE"):
+            await suite.generate()
+        new = FakeEngine(model(), "a")
+        await new.start(old.address)
+        await suite.until(lambda: suite.router.serving)
+        assert len(suite.router.registry.members[new.address].blocks) == 0
+        assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
+        suite.engines[:] = [new]
+        await suite.idle()
+        await new.stop()
+
+
+async def test_a_long_send_keeps_its_reservation() -> None:
+    peers: dict[str, FakeEngine] = {}
+    engines = [FakeEngine(model(), name, peers=peers, lease_s=0.3) for name in "ab"]
+    async with running(engines=engines, policy="disaggregated", request_timeout_s=5.0) as suite:
+        fault = break_at(engines, "remote_send")
+        asking = asyncio.create_task(suite.generate())
+        await fault.reached.wait()
+        [reservation] = engines[1].kv.live
+        await engines[1].until(lambda: reservation.num_renewals >= 4)  # longer than the lease
+        assert not reservation.over
+        asking.cancel()
+        await suite.idle()
+
+
+async def test_an_expired_reservation_is_not_renewed_for_ever() -> None:
+    async with running(policy="disaggregated") as suite:
+        receiver = suite.engines[1]
+        receiver.kv.lease_s = 0.06
+        receiver.faults["Renew"] = Fault(ReservationGone("the reservation expired"))
+        fault = break_at(suite.engines, "remote_send")
+        asking = asyncio.create_task(suite.generate())
+        await fault.reached.wait()
+        await receiver.idle()
+        asking.cancel()
+        await suite.idle()
+        assert len(receiver.called("Renew")) == 1
+
+
+async def test_a_release_that_fails_is_counted_and_left_to_the_lease() -> None:
+    counter = CLEANUP_FAILURES.labels("release", "NO_PAGES")
+    before = counter._value.get()
+    async with running(policy="disaggregated") as suite:
+        suite.engines[1].kv.lease_s = 0.2
+        suite.engines[1].faults["Release"] = Fault(FakeError("no releases today"))
+        break_at(suite.engines, "remote_send", FakeError("no sending today"))
+        with failing("RESOURCE_EXHAUSTED", "NO_PAGES"):
+            await suite.generate()
+        assert counter._value.get() == before + 1
