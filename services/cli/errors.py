@@ -19,4 +19,6 @@ class ServiceFailed(CliError):
     def __init__(self, message: str, log_tail: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
         self.log_tail = log_tail
+        if log_tail:
+            self.add_note(log_tail)  # for whoever sees the traceback: a test, or a program that uses Fleet
         self.exit_code = exit_code

@@ -25,9 +25,9 @@ def main() -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
-    log.info("starting", extra={"fields": describe(config)})
     router = Router(config)
     try:
+        log.info("starting", extra={"fields": describe(config)})
         addresses = await router.start()
         announce_ready("router", router.server.advertised, addresses.http or router.server.metrics_address)
         await router.run()

@@ -35,7 +35,7 @@ class Addresses:
     """Where a started router is reached, host:port each."""
 
     grpc: str = ""
-    admin: str = ""
+    admin: str | None = None  # of its own, if it has one
     http: str | None = None
 
 
@@ -58,14 +58,18 @@ class Router:
             self._host,
             traces,
             max_requests=config.max_requests,
-            max_request_s=config.request_timeout_s,
+            max_request_s=config.request_timeout,
         )
-        admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=config.allow_policy_upload)
         self.server = Server(config, "router")
-        self._admin_server = self.server if config.admin_listen is None else Server(_admin_config(config), "admin")
-        front = RouterServicer(service, client_timeout_s=config.client_timeout_s)
+        front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
+        admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=False)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
+        self._admin_server: Server | None = None
+        if config.admin_listen is not None:
+            self._admin_server = Server(_admin_config(config, config.admin_listen), "admin")
+            admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=config.allow_policy_upload)
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         self._http = HttpServer(lambda: self.serving)
         self._serving: bool | None = None
 
@@ -77,13 +81,12 @@ class Router:
     async def start(self) -> Addresses:
         """Binds every address and begins to follow the engines. PortInUse, StartError."""
         self.addresses.grpc = await self.server.start()
-        if self._admin_server is not self.server:
+        self.server.set_serving(ADMIN_SERVICE, True)
+        if self._admin_server is not None:
             self.addresses.admin = await self._admin_server.start()
-        else:
-            self.addresses.admin = self.addresses.grpc
+            self._admin_server.set_serving(ADMIN_SERVICE, True)
         if self.config.http_listen is not None:
             self.addresses.http = await self._http.start(self.config.http_listen)
-        self._admin_server.set_serving(ADMIN_SERVICE, True)
         self.registry.on_change(self._publish_health)
         store = TokenizerStore()
         self.registry.start([self._member(address, store) for address in self.config.engine])
@@ -96,8 +99,9 @@ class Router:
     async def close(self) -> None:
         """Ends everything; requests still under way are cut off and released on their engines."""
         await self._http.close()
-        for server in {self.server, self._admin_server}:
-            await server.stop(0)
+        for server in (self.server, self._admin_server):
+            if server is not None:
+                await server.stop(0)
         await self._host.drain()
         await self.registry.stop()
 
@@ -114,10 +118,9 @@ class Router:
             log.info("serving" if serving else "no engine can serve")
 
 
-def _admin_config(config: RouterConfig) -> ServerConfig:
-    assert config.admin_listen is not None
+def _admin_config(config: RouterConfig, listen: str) -> ServerConfig:
     return ServerConfig(
-        listen=config.admin_listen,
+        listen=listen,
         tls_cert=config.tls_cert,
         tls_key=config.tls_key,
         tls_client_ca=config.tls_client_ca,

@@ -27,13 +27,13 @@ class RouterConfig(ServerConfig):
         metadata={"help": "program for requests that name none: NAME, NAME:PARAMETERS or FILE.py"},
     )
     policy_file: tuple[Path, ...] = field(default=(), metadata={"help": "a program to have at hand; may be repeated"})
-    policy_timeout_s: float = field(
+    policy_timeout: float = field(
         default=POLICY_TIMEOUT_S, metadata={"help": "seconds a program may take between two chunks"}
     )
-    request_timeout_s: float = field(
+    request_timeout: float = field(
         default=600.0, metadata={"help": "seconds a request may take, whatever its own deadline"}
     )
-    client_timeout_s: float = field(
+    client_timeout: float = field(
         default=60.0, metadata={"help": "seconds for which a client may take nothing of its answer"}
     )
     max_requests: int = field(default=1024, metadata={"help": "requests under way at once; more are refused"})
@@ -43,11 +43,9 @@ class RouterConfig(ServerConfig):
     max_traces: int = field(default=1000, metadata={"help": "recent requests whose verbs are kept"})
     http_listen: str | None = field(default=None, metadata={"help": "host:port for /health and /metrics; none: off"})
     admin_listen: str | None = field(
-        default=None, metadata={"help": "host:port of its own for AdminService, which then leaves --listen"}
+        default=None, metadata={"help": "host:port of its own for AdminService, beside --listen"}
     )
-    allow_policy_upload: bool = field(
-        default=False, metadata={"help": "take policy source over AdminService; needs --admin-listen"}
-    )
+    allow_policy_upload: bool = field(default=False, metadata={"help": "take policy source at --admin-listen"})
     engine_tls_ca: Path | None = field(default=None, metadata={"help": "PEM roots of the engines' certificates"})
     engine_tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate to show to engines (mTLS)"})
     engine_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --engine-tls-cert"})
@@ -62,9 +60,9 @@ class RouterConfig(ServerConfig):
             if address is not None:
                 split_address(address)
         for name in (
-            "policy_timeout_s",
-            "request_timeout_s",
-            "client_timeout_s",
+            "policy_timeout",
+            "request_timeout",
+            "client_timeout",
             "max_requests",
             "max_buffered_tokens",
             "max_traces",
@@ -87,13 +85,13 @@ class RouterConfig(ServerConfig):
     @property
     def run_limits(self) -> RunLimits:
         """What a program may take."""
-        return RunLimits(between_chunks_s=self.policy_timeout_s, max_buffered=self.max_buffered_tokens)
+        return RunLimits(between_chunks_s=self.policy_timeout, max_buffered=self.max_buffered_tokens)
 
     def _check_upload(self) -> None:
         if not self.allow_policy_upload:
             return
         if self.admin_listen is None:
-            raise ValueError("--allow-policy-upload needs --admin-listen: code is not taken where clients call")
+            raise ValueError("--allow-policy-upload needs --admin-listen: no code is taken where clients call")
         # Uploaded code runs as the router: whoever may send it must be on this machine or prove who they are.
         if split_address(self.admin_listen)[0] not in _LOOPBACK and self.tls_client_ca is None:
             raise ValueError("--allow-policy-upload beyond this machine needs --tls-client-ca")

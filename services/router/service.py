@@ -130,15 +130,17 @@ class GenerationService:
 
     @contextmanager
     def _recording(self, ask: Ask) -> Iterator[Record]:
-        record, code = Record(ask.request_id or secrets.token_hex(8)), "CANCELLED"
+        record, code = Record(ask.request_id or secrets.token_hex(8)), "INTERNAL"
         try:
             yield record
             code = "OK"
         except ServiceError as error:
             code = error.code.name
             raise
-        except Exception:
-            code = "INTERNAL"
+        except (asyncio.CancelledError, GeneratorExit):
+            # Both a client that goes away and one whose deadline passes look like this.
+            late = ask.time_left_s is not None and record.elapsed_s() >= ask.time_left_s
+            code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         finally:
             REQUESTS.labels(record.policy, code).inc()

@@ -114,7 +114,7 @@ async def running(
         router = Router(config, backoff=FAST)
         stack.push_async_callback(router.close)
         addresses = await router.start()
-        channels = [make_channel(addresses.grpc), make_channel(addresses.admin)]
+        channels = [make_channel(addresses.grpc), make_channel(addresses.admin or addresses.grpc)]
         for channel in channels:
             stack.push_async_callback(channel.close)
         stub, admin = router_pb2_grpc.RouterServiceStub(channels[0]), admin_pb2_grpc.AdminServiceStub(channels[1])

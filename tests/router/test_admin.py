@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from microserve.router.v1 import admin_pb2
+from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine, FakeError, Fault
@@ -101,10 +101,11 @@ async def test_uploads_go_to_the_admin_address_only() -> None:
         last = suite.router.registry.models()[0].members[-1].info
         assert last is not None
         assert (answer.policy, answer.legs[0].engine) == ("mine", last.name)
-        on_main = suite.channels[0].unary_unary("/microserve.router.v1.AdminService/SetPolicy")
+        on_main = admin_pb2_grpc.AdminServiceStub(suite.channels[0])
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await on_main(b"")
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+            await on_main.SetPolicy(admin_pb2.SetPolicyRequest(name="yours", source=UPLOADED))
+        assert from_rpc_error(caught.value).reason == "UPLOAD_DISABLED"
+        assert (await on_main.SetPolicy(admin_pb2.SetPolicyRequest(name="disaggregated"))).policy.current
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ async def test_bad_programs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     body, (code, reason) = BAD[name]
     monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
     path = write(tmp_path, name, body)
-    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+    async with running(policy=str(path), policy_timeout=0.1) as suite:
         with failing(code, reason) as caught:
             await suite.generate(max_tokens=100)
         assert "secret" not in caught.value.message
@@ -104,7 +104,7 @@ async def test_a_program_that_ignores_its_cancellation_is_counted(
     counter = ABANDONED_POLICIES.labels("ignores_cancel")
     before = counter._value.get()
     path = write(tmp_path, "ignores_cancel", BAD["ignores_cancel"][0])
-    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+    async with running(policy=str(path), policy_timeout=0.1) as suite:
         with failing(*TIMEOUT):
             await suite.generate()
         assert counter._value.get() == before + 1
@@ -126,7 +126,7 @@ async def test_a_program_left_behind_can_begin_nothing_more(tmp_path: Path, monk
         yield
     """).replace("\n", "\n    ")
     path = write(tmp_path, "zombie", body)
-    async with running(policy=str(path), policy_timeout_s=0.1) as suite:
+    async with running(policy=str(path), policy_timeout=0.1) as suite:
         with failing(*TIMEOUT):
             await suite.generate()
         names = suite.router.catalogue.get("zombie").function.__globals__

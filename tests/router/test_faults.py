@@ -68,7 +68,7 @@ async def test_a_deadline_cuts_off_what_hangs(place: str) -> None:
 
 
 async def test_the_routers_own_limit_cuts_off_a_request_without_deadline() -> None:
-    async with running(policy="disaggregated", request_timeout_s=0.2) as suite:
+    async with running(policy="disaggregated", request_timeout=0.2) as suite:
         break_at(suite.engines, "start_generate_streaming")
         with failing("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"):
             await suite.generate()
@@ -117,7 +117,7 @@ async def test_an_engine_that_restarts_is_picked_up_again() -> None:
 async def test_a_long_send_keeps_its_reservation() -> None:
     peers: dict[str, FakeEngine] = {}
     engines = [FakeEngine(model(), name, peers=peers, lease_s=0.3) for name in "ab"]
-    async with running(engines=engines, policy="disaggregated", request_timeout_s=5.0) as suite:
+    async with running(engines=engines, policy="disaggregated", request_timeout=5.0) as suite:
         fault = break_at(engines, "remote_send")
         asking = asyncio.create_task(suite.generate())
         await fault.reached.wait()

@@ -196,7 +196,7 @@ async def test_a_client_that_never_reads_is_cut_off() -> None:
     wordy = Tokenizer.from_str(byte_level().to_str())
     wordy.add_tokens(["x" * 2000])  # so that the connection is soon full
     endless = FakeModel(files(wordy), script=(wordy.token_to_id("x" * 2000),) * 90_000, max_context=100_000)
-    limits = {"max_buffered_tokens": 5000, "client_timeout_s": 0.1, "max_requests": 1}
+    limits = {"max_buffered_tokens": 5000, "client_timeout": 0.1, "max_requests": 1}
     async with running(1, fake_model=endless, **limits) as suite:
         call = suite.stream(max_tokens=0)
         await suite.first.until(lambda: suite.first.sequences)

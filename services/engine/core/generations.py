@@ -69,12 +69,13 @@ class Generations:
 
     def start(self, command: StartGenerate) -> None:
         """Takes a sequence. Raises its refusal, and then there is none."""
-        context, mark = self._context, fingerprint(command)
+        context = self._context
+        check_start_generate(command, context.config)
+        mark = fingerprint(command)
         known = context.calls.find(command.key, mark)
         if known is not None and known.call is not None:
             raise SequenceExists("A sequence of this request id is alive.")
         context.check_not_draining()
-        check_start_generate(command, context.config)
         booking = self._booking(command, command.reservation) if command.reservation else None
         if booking is None:
             context.check_queue()

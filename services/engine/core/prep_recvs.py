@@ -64,7 +64,10 @@ class PrepRecvs:
 
     def prep_recv(self, command: PrepRecv) -> None:
         """Reserves at once, or puts the call into the queue, or raises its refusal. A retry shares the reservation."""
-        context, mark = self._context, fingerprint(command)
+        context = self._context
+        context.link.service()
+        check_prep_recv(command, context.config)
+        mark = fingerprint(command)
         known = context.calls.find(command.key, mark)
         if known is not None and isinstance(known.call, PrepRecvCall):
             self._join(known.call, command)
@@ -72,8 +75,6 @@ class PrepRecvs:
         if known is not None and isinstance(known.result, ServiceError):
             raise known.result
         context.check_not_draining()
-        context.link.service()
-        check_prep_recv(command, context.config)
         self._check_room()
         chain = context.chain(command.prompt[: command.end], command.cache_salt)
         call = PrepRecvCall(self, command, chain, Account(context.clock()))
@@ -136,7 +137,6 @@ class PrepRecvs:
         self._reply(call, error)
 
     def _join(self, call: PrepRecvCall, command: PrepRecv) -> None:
-        self._context.link.service()
         call.num_callers += 1
         call.replies.append(command.reply)
         if call.booking is not None and call.booking.grant is not Grant.OPENING:

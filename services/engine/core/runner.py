@@ -1,4 +1,4 @@
-"""From a step's plan to tensors, through the model, to chosen tokens. The only module of the core that imports torch."""
+"""From a step's plan to tensors, through the model, to chosen tokens. Nothing else of the core imports torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TorchRunner:
             self._kv[:, copy.target] = self._kv[:, copy.source]
 
     def _when_written(self, on_layer: Callable[[int], None] | None) -> Callable[[int], None] | None:
-        """On a GPU the model only queues its writes: then each layer is waited for, which costs overlap but is right."""
+        """On a GPU the model only queues its writes: there each layer is waited for, which is right if not fast."""
         if on_layer is None or self._kv.device.type != "cuda":
             return on_layer
 

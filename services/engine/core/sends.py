@@ -41,14 +41,15 @@ class Sends:
 
     def remote_send(self, command: api.RemoteSend) -> None:
         """Takes a send, or joins the one that it repeats. Raises its refusal, and then there is none."""
-        context, mark = self._context, fingerprint(command)
+        context = self._context
+        context.link.service()
+        check_remote_send(command, context.config)
+        mark = fingerprint(command)
         known = context.calls.find(command.key, mark)
         if known is not None and (isinstance(known.call, Send) or known.result is not None):
             self._join(known, command)
             return
         context.check_not_draining()
-        context.link.service()
-        check_remote_send(command, context.config)
         if command.deadline is not None and command.deadline <= context.clock():
             raise DeadlineExceeded("The deadline had passed when the request arrived.")
         self._begin(command, mark)

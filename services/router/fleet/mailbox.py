@@ -9,7 +9,6 @@ from services.protocol.errors import ServiceError
 from services.router.errors import SlowConsumer
 from services.router.values import Chunk, merge
 
-
 # A chunk becomes one message to the client, and messages have a largest size.
 MAX_MERGED_WEIGHT = 1024
 
@@ -51,9 +50,9 @@ class Mailbox:
             self._wake()
 
     async def take(self) -> Chunk | None:
-        """What is there, as one chunk of bounded size; waits for some. None after the end. Raises what it was closed with.
+        """What is there, as one chunk of bounded size; waits for some. None after the end.
 
-        Cancelling loses nothing.
+        Raises what it was closed with. Cancelling loses nothing.
         """
         while not self._chunks:
             if self._closed:

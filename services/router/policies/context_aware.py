@@ -19,8 +19,8 @@ class Params:
 
 async def policy(request: PolicyRequest, fleet: Fleet, params: Params) -> AsyncIterator[Chunk]:
     prefill, decode = fleet.pair_by_prefix(request)
-    end, cached = len(request.prompt) - 1, decode.cached_prefix(request)
-    if cached and end - cached <= params.little:
+    end = len(request.prompt) - 1
+    if end - decode.cached_prefix(request) <= params.little:
         async for chunk in decode.start_generate(request):
             yield chunk
         return

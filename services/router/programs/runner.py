@@ -108,6 +108,9 @@ class PolicyRun:
         if not self._task.done():
             ABANDONED_POLICIES.labels(self.served_by.name).inc()
             log.error("policy ignores its cancellation", extra={"fields": {"policy": self.served_by.spec}})
+        await self._close_scope()
+
+    async def _close_scope(self) -> None:
         num_leaked = await self._scope.close()
         if num_leaked and self._finished:
             fields = {"policy": self.served_by.spec, "leaked": num_leaked}
@@ -123,6 +126,8 @@ class PolicyRun:
         except BaseException as raised:  # also SystemExit: a program must not end the router
             error = self._explain(raised)
         self._mailbox.close(error)
+        # At once, and not only when the client has read what there is.
+        await self._close_scope()
 
     async def _drive(self) -> None:
         try:

@@ -1,0 +1,85 @@
+"""A model whose next token is a digest of all KV that it reads back from the pages: one wrong page changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.engine.core.plan import Chosen, PageCopy, SampleSpec, StepPlan
+from services.engine.sampling.params import SamplingParams
+
+POISON = -1
+
+
+def kv_of(tokens: Sequence[int], num_layers: int) -> NDArray[np.int64]:
+    """KV of every token at its position, (layers, tokens)."""
+    positions = np.arange(len(tokens))
+    rows = np.asarray(tokens, dtype=np.int64) * 1_000_003 + positions * 101
+    return rows[None, :] * 8 + np.arange(num_layers)[:, None]
+
+
+def choose(kv: NDArray[np.int64], params: SamplingParams, vocab: int) -> int:
+    """The next token: a digest of KV (layers, tokens), and of seed and position where one samples."""
+    salt = b"" if params.is_greedy else f"{params.seed} {kv.shape[1]}".encode()
+    return crc32(np.ascontiguousarray(kv).tobytes() + salt) % vocab
+
+
+def expected_tokens(
+    prompt: Sequence[int], count: int, params: SamplingParams, vocab: int, num_layers: int = 3
+) -> list[int]:
+    """What an engine that makes no mistake generates."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(choose(kv_of(tokens, num_layers), params, vocab))
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """See Runner. `memory` is (layers, pages, page_size)."""
+
+    def __init__(self, num_pages: int, page_size: int, vocab: int, num_layers: int = 3) -> None:
+        self.memory = np.full((num_layers, num_pages, page_size), POISON, dtype=np.int64)
+        self.vocab = vocab
+        self.page_size = page_size
+        self.num_tokens_computed = 0
+        self.plans: list[StepPlan] = []
+        self.fail_next: Exception | None = None
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[Chosen]:
+        self.plans.append(plan)
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self.copy_pages(plan.copies)
+        self.num_tokens_computed += plan.num_tokens
+        for layer in range(len(self.memory)):
+            for segment in plan.segments:
+                for position, token in enumerate(segment.token_ids, start=segment.begin):
+                    page = segment.page_ids[position // self.page_size]
+                    value = (token * 1_000_003 + position * 101) * 8 + layer
+                    self.memory[layer, page, position % self.page_size] = value
+            if on_layer is not None:
+                on_layer(layer)
+        return [self._choose(s.page_ids, s.end, s.sample) for s in plan.segments if s.sample is not None]
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for copy in copies:
+            self.memory[:, copy.target] = self.memory[:, copy.source]
+
+    def poison(self, pages: Sequence[int]) -> None:
+        self.memory[:, list(pages)] = POISON
+
+    def read(self, pages: Sequence[int], length: int) -> NDArray[np.int64]:
+        """KV of the first `length` tokens in the pages, (layers, length)."""
+        return self.memory[:, list(pages)].reshape(len(self.memory), -1)[:, :length]
+
+    def _choose(self, pages: Sequence[int], end: int, spec: SampleSpec) -> Chosen:
+        assert len(spec.token_ids) == end
+        token = choose(self.read(pages, end), spec.params, self.vocab)
+        if spec.forced_token_id is not None:
+            token = spec.forced_token_id
+        logprob = None if spec.params.logprobs is None else -1.0
+        return Chosen(token, logprob, ((token, -1.0),) * (spec.params.logprobs or 0))
