@@ -157,4 +157,6 @@ def _environment(threads: int) -> dict[str, str]:
     roots = [str(Path(package.__path__[0]).parent) for package in (services, microserve)]
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([*dict.fromkeys(roots), *([inherited] if inherited else [])])
-    return {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "PYTHONPATH": path}
+    # gRPC's core tells of every GOAWAY and reconnect on stderr, which is our log.
+    own = {"PYTHONPATH": path, "GRPC_VERBOSITY": "ERROR"}
+    return {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), **own}

@@ -110,6 +110,7 @@ class Push:
         self.transport = transport
         self.progress: PushProgress | None = None
         self.busy_s = 0.0
+        self._counted_bytes = 0
         self._ready = ready
         self._stall_timeout_s = stall_timeout_s
         self._observer = observer
@@ -140,7 +141,7 @@ class Push:
             done, progress = self._task.done(), self.progress
             if done:
                 self._task.result()
-            if progress is not None:
+            if progress is not None and (done or not progress.state.last):
                 yield progress
             if done:
                 return
@@ -177,11 +178,14 @@ class Push:
         finally:
             await lane.close()
             self.busy_s = lane.busy_s
+            # What was moved since the last report, if the push failed.
+            self._count(lane.num_bytes)
 
     async def _move(self, lane: Lane) -> float:
         """Returns, when all layers are in place, the loop's time when the last one was ready."""
         now = asyncio.get_running_loop().time
-        posted, last_ready_s, deadline_s, before = 0, now(), 0.0, PutProgress(-1)
+        posted, last_ready_s, deadline_s = 0, now(), 0.0
+        before: PutProgress | None = None
         while True:
             self._wake.clear()
             if self._stop is not None:
@@ -207,12 +211,16 @@ class Push:
             raise PushStalled(f"no progress within {self._stall_timeout_s:g} s") from None
 
     def _report(self, state: PushState, progress: PutProgress, exposed_s: float = 0.0) -> None:
-        before = self.progress.num_bytes if self.progress else 0
         name = self.transport.capabilities.name
         self.progress = PushProgress(state, progress.layers_done, progress.num_bytes, name, exposed_s)
-        if progress.num_bytes > before:
-            self._observer.moved(self, progress.num_bytes - before)
+        self._count(progress.num_bytes)
         self._news.set()
+
+    def _count(self, num_bytes: int) -> None:
+        """Tells the observer of the bytes that it was not told of yet."""
+        if num_bytes > self._counted_bytes:
+            self._observer.moved(self, num_bytes - self._counted_bytes)
+            self._counted_bytes = num_bytes
 
     @property
     def _layer_count(self) -> int:

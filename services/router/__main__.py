@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from services.router.app import Router
@@ -33,6 +34,11 @@ async def _serve(config: RouterConfig) -> None:
         await router.run()
     finally:
         await router.close()
+    if router.num_running:
+        # Leaving the loop would wait for them for ever.
+        log.error("ending with programs that do not", extra={"fields": {"count": router.num_running}})
+        logging.shutdown()
+        os._exit(0)
 
 
 if __name__ == "__main__":

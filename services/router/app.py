@@ -78,6 +78,11 @@ class Router:
         """Whether at least one model can be served."""
         return bool(self._serving)
 
+    @property
+    def num_running(self) -> int:
+        """Programs that have not ended. After close(), those that ignore their cancellation."""
+        return self._host.num_running
+
     async def start(self) -> Addresses:
         """Binds every address and begins to follow the engines. PortInUse, StartError."""
         self.addresses.grpc = await self.server.start()
@@ -102,7 +107,7 @@ class Router:
         for server in (self.server, self._admin_server):
             if server is not None:
                 await server.stop(0)
-        await self._host.drain()
+        await self._host.close()
         await self.registry.stop()
 
     def _member(self, address: str, store: TokenizerStore) -> Member:

@@ -109,12 +109,9 @@ class AttachedPool:
         """Pages, control page and eventfd, in the order they are passed."""
         return self._pool_descriptor, self._control_descriptor, self.ready_eventfd
 
-    def reset_ready(self, slot: int) -> None:
-        """Sets a ready counter to no layers, before the Push that names it. The slot must be in no other Push."""
-        self.control[slot] = 0
-
     def raise_ready(self, slot: int, layers: int) -> None:
-        """Tells the service that the first `layers` layers of the range are written. Any thread; never blocks long."""
+        """Tells the service that the first `layers` layers of the range are written; 0 before a Push that uses the slot
+        again. Any thread; never blocks."""
         # Where the processor reorders stores, the release of the first lock and the acquisition of the second keep the
         # pages' stores before the counter's.
         with self._order:

@@ -28,7 +28,7 @@ from tests.e2e.suite import (
 )
 from tests.models import make_tiny_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.slow
 
 NUM_PROMPTS = 20
 LONGEST = 300
@@ -41,19 +41,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def suite(model: Path) -> AsyncIterator[Suite]:
     async with start_suite(model) as running:
         yield running
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def prompts(suite: Suite) -> list[list[int]]:
     info = await suite.engines[0].stub.GetInfo(engine.GetInfoRequest())
     return mixed_prompts(NUM_PROMPTS, info.vocab_size, LONGEST)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def expected(suite: Suite, prompts: list[list[int]]) -> list[Generated]:
     """One engine, one prompt at a time, nothing cached."""
     return [

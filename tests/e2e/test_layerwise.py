@@ -23,7 +23,7 @@ async def test_layers_arrive_one_by_one(tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    hold = ["--fault-points", f"hold_send_after_layer={HELD_AFTER}:{fifo}"]
+    hold = ["--fault-points", f"send.layer.{HELD_AFTER}=hold:{fifo}"]
     async with start_suite(model, policy=None, options_of={0: hold}) as suite:
         sender, receiver = suite.engines
         (prompt,) = [p for p in mixed_prompts(10, 500, 200) if len(p) == 200]

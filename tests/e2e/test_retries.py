@@ -28,12 +28,12 @@ from tests.e2e.suite import (
 )
 from tests.models import make_tiny_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.slow
 
 PROMPT = mixed_prompts(10, 500, 120)[-1]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
     folder: Path = tmp_path_factory.mktemp("models")
     async with start_suite(make_tiny_llama(folder / "one"), policy=None) as running:
@@ -148,7 +148,7 @@ async def test_a_lease_runs_out(suite: Suite) -> None:
     request = engine.PrepRecvRequest(owner_id=OWNER, request_id="short", prompt_token_ids=PROMPT, end=100)
     request.lease.FromMilliseconds(300)
     prepared = await receiver.stub.PrepRecv(request)
-    assert prepared.lease.ToMilliseconds() == 300
+    assert 200 < prepared.lease.ToMilliseconds() <= 300
     await wait_for_load(receiver, idle)
     ref = engine.ReservationRef(reservation_id=prepared.address.reservation_id, secret=prepared.address.secret)
     with failing(grpc.StatusCode.ABORTED, "RESERVATION_GONE"):

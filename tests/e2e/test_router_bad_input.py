@@ -17,7 +17,7 @@ from tests.e2e.errors import failing
 from tests.e2e.suite import Suite, ask, idle, start_suite, wait_for_load
 from tests.models import make_tiny_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.slow
 
 LEAKS = """
 async def policy(request, fleet):
@@ -39,7 +39,7 @@ async def policy(request, fleet):
 """
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
     model: Path = make_tiny_llama(tmp_path_factory.mktemp("model"))
     async with start_suite(

@@ -103,7 +103,7 @@ async def test_cancel_through_the_router(tmp_path: Path) -> None:
 async def test_deadlines_pass(tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    hold = ["--fault-points", f"hold_send_after_layer=0:{fifo}"]
+    hold = ["--fault-points", f"send.layer.0=hold:{fifo}"]
     async with start_suite(make_tiny_llama(tmp_path / "m"), options_of={0: hold}) as suite:
         sender, receiver = suite.engines
         prepared = await prep_recv(suite, receiver, PROMPT, 299)

@@ -53,7 +53,7 @@ async def test_the_sender_dies_in_the_middle_of_a_send(tmp_path: Path, layer: in
     """With a fault point, so that the middle is really the middle."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    hold = ["--fault-points", f"hold_send_after_layer={layer}:{fifo}"]
+    hold = ["--fault-points", f"send.layer.{layer}=hold:{fifo}"]
     async with start_suite(make_tiny_llama(tmp_path / "m"), policy=None, options_of={0: hold}) as suite:
         sender, receiver = suite.engines
         prepared = await prep_recv(suite, receiver, PROMPT, 299)

@@ -1,11 +1,16 @@
-"""A port to the service and engines on it."""
+"""A port to the service and engines on it.
+
+All tests share one event loop: grpc.aio drops events when a call of an earlier test ends after its loop was closed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from tests.kvtransfer.engine import FakeEngine, Shape
 from tests.kvtransfer.port import DirectPort, GrpcPort, Port
@@ -13,6 +18,14 @@ from tests.kvtransfer.process import EngineProcess, ServiceProcess
 
 StartEngine = Callable[..., Awaitable[FakeEngine]]
 StartProcess = Callable[..., EngineProcess]
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and pytest_asyncio.is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +39,7 @@ def service() -> Iterator[ServiceProcess]:
     assert "Traceback" not in errors, errors
 
 
-@pytest.fixture(params=["shm-direct", "shm-grpc"])
+@pytest_asyncio.fixture(params=["shm-direct", "shm-grpc"], loop_scope="session")
 async def port(request: pytest.FixtureRequest) -> AsyncIterator[Port]:
     """Every transport, in this process and through a real service process."""
     _transport, _, way = request.param.partition("-")
@@ -38,7 +51,7 @@ async def port(request: pytest.FixtureRequest) -> AsyncIterator[Port]:
     await port.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def start_engine(port: Port, request: pytest.FixtureRequest) -> AsyncIterator[StartEngine]:
     """`await start_engine("d", shape, seed=...)`: an engine with an attached pool; it dies with the test."""
     with contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 
 from services.rpc.pool_client import attach_pool
@@ -15,11 +16,12 @@ def main(socket_path: str, ticket: str, seed: str) -> None:
     pool = attach_pool(socket_path, bytes.fromhex(ticket))
     pool.memory[:] = pattern(int(seed), len(pool.memory))
     print("ATTACHED", flush=True)
-    # Unbuffered, so that a forked child finds nothing read ahead.
-    while line := os.read(0, 64).decode():
+    for line in sys.stdin:
         if line == "fork\n":
             if os.fork() == 0:
-                os.read(0, 1)
+                hang_up = select.poll()
+                hang_up.register(0, 0)
+                hang_up.poll()
                 os._exit(0)
         else:
             slot, layers = line.split()

@@ -1,7 +1,8 @@
 """How fast the shm transport is: PYTHONPATH=.:gen python -m tests.kvtransfer.measure
 
-Prints a push's bytes a second beside np.copyto of the same bytes by the same threads, taken in turn in one process,
-and the time of a 64 KiB push over gRPC to a service process.
+Prints a push's bytes a second beside np.copyto of the same bytes by the same threads, taken in turn in one process; how
+long a revoke in the middle of a push takes; the time of a 64 KiB push over gRPC to a service process; and the time from
+a layer's ready counter to its last byte in the receiver's pool.
 """
 
 from __future__ import annotations
@@ -74,6 +75,25 @@ async def throughput(label: str, shape: Shape, threads: int) -> None:
     await port.close()
 
 
+async def revoking(shape: Shape) -> None:
+    """Revokes while copies are under way, without a wire."""
+    port = DirectPort()
+    sender, receiver = await pair(port, shape)
+    pages, times = list(range(shape.pages)), []
+    for number in range(50):
+        address = await receiver.grant(f"r{number}", 0, shape.pages * shape.page_size, pages)
+        push = sender.push(sender.order(address, 0, shape.pages * shape.page_size, pages))
+        await push.layers(1)
+        begin = time.perf_counter()
+        await receiver.revoke(f"r{number}")
+        times.append(time.perf_counter() - begin)
+        await asyncio.gather(push.done(), return_exceptions=True)
+    print(f"revoke during a push: median {statistics.median(times) * 1e3:.2f} ms, worst {max(times) * 1e3:.2f} ms")
+    for engine in (sender, receiver):
+        engine.close()
+    await port.close()
+
+
 async def latency(address: str) -> None:
     """64 KiB pushes over gRPC, one after another."""
     port = GrpcPort(address)
@@ -90,10 +110,20 @@ async def latency(address: str) -> None:
         begin = time.perf_counter()
         await receiver.revoke(f"r{number}")
         empty.append(time.perf_counter() - begin)
+    exposed = []
+    for number in range(200):
+        target = await receiver.grant(f"e{number}", 0, 16, [0])
+        sender.pool.raise_ready(0, 0)
+        push = sender.push(sender.order(target, 0, 16, [1], ready_slot=0))
+        await push.opened()
+        sender.pool.raise_ready(0, SMALL.layers)
+        exposed.append((await push.done()).exposed.ToNanoseconds() / 1e6)
+        await receiver.revoke(f"e{number}")
     quantiles = statistics.quantiles(times, n=100)
     print(
         f"64 KiB push over gRPC: median {statistics.median(times) * 1e3:.2f} ms, p99 {quantiles[98] * 1e3:.2f} ms; "
-        f"an empty call (Revoke) {statistics.median(empty) * 1e3:.2f} ms"
+        f"an empty call (Revoke) {statistics.median(empty) * 1e3:.2f} ms; "
+        f"ready to in place, as the service sees it, median {statistics.median(exposed):.2f} ms"
     )
     for engine in (sender, receiver):
         engine.close()
@@ -105,6 +135,7 @@ async def main() -> None:
     for label, shape in SHAPES.items():
         for threads in (1, 2):
             await throughput(label, shape, threads)
+    await revoking(SHAPES["128 KiB pages"])
     service = ServiceProcess()
     await latency(service.address)
     service.kill()

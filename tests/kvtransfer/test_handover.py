@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from services.kvtransfer.control import ControlPage
 from services.kvtransfer.errors import InvalidPool
@@ -27,7 +28,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield left, right
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def handover() -> AsyncIterator[HandoverSocket]:
     server = HandoverSocket()
     yield server

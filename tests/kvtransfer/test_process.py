@@ -23,6 +23,8 @@ from tests.kvtransfer.port import GrpcPort
 from tests.kvtransfer.process import ServiceProcess
 from tests.kvtransfer.streams import Watching
 
+pytestmark = pytest.mark.slow
+
 SERVICE = "microserve.kvtransfer.v1.KvTransferService"
 
 
@@ -65,6 +67,7 @@ async def test_a_pool_shows_once_in_proc(start_service: type[ServiceProcess]) ->
             "/memfd:microserve-pool-engine-0 (deleted)",
             "/memfd:microserve-pool-engine-1 (deleted)",
         ]
+        assert "torch" not in await asyncio.to_thread(Path(f"/proc/{service.child.pid}/maps").read_text)
 
 
 async def test_pools_without_an_engine_are_freed(start_service: type[ServiceProcess]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from services.kvtransfer.transports import shm
 from services.protocol.errors import Code, ServiceError
@@ -19,7 +20,7 @@ from tests.kvtransfer.port import PATIENCE_S, DirectPort
 PAIR = tuple[FakeEngine, FakeEngine]
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[PAIR]:
     """A sender with a pattern and a receiver, on a service with the options of the test's parameter."""
     port = DirectPort(**getattr(request, "param", {}))

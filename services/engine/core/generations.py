@@ -13,6 +13,7 @@ from services.engine.core.fingerprints import fingerprint
 from services.engine.core.plan import Chosen
 from services.engine.core.reservations import Reservations
 from services.engine.core.sequence import Phase, Sequence
+from services.engine.core.stopping import finish_reason, has_all
 from services.engine.core.timers import Timer
 from services.engine.errors import DeadlineExceeded, SequenceExists
 from services.protocol.errors import InvalidRange, PromptMismatch, ServiceError
@@ -86,7 +87,7 @@ class Generations:
         self._live[generation.sequence.number] = generation
         if command.deadline is not None:
             generation.timer = context.timers.at(command.deadline, lambda: self._too_late(generation))
-        if self._is_done(generation.sequence):
+        if has_all(generation.sequence, command.sampling, context.config):
             self.finish(generation, FinishReason.LENGTH)
         elif booking is None:
             context.scheduler.add(generation.sequence)
@@ -118,7 +119,7 @@ class Generations:
         account.prefilled(now)
         account.generated_tokens += 1
         sequence.append(chosen.token_id)
-        reason = self._finish_reason(sequence)
+        reason = finish_reason(sequence, generation.command.sampling, self._context.config)
         if reason is not None:
             self._context.faults.reach("start_generate.end")
             self._end(generation)
@@ -184,34 +185,6 @@ class Generations:
 
     def _too_late(self, generation: Generation) -> None:
         self.fail(generation, DeadlineExceeded("The deadline of the request passed."))
-
-    def _finish_reason(self, sequence: Sequence) -> str | None:
-        """Why the sequence ends with its newest token, or None."""
-        params, token = sequence.sampling, sequence.tokens[-1]
-        assert params is not None
-        if self._is_done(sequence):
-            is_stop = not sequence.forced and self._is_stop(sequence, token)
-            return FinishReason.STOP if is_stop else FinishReason.LENGTH
-        if not sequence.forced and self._is_stop(sequence, token):
-            return FinishReason.STOP
-        return None
-
-    def _is_stop(self, sequence: Sequence, token: int) -> bool:
-        params = sequence.sampling
-        assert params is not None
-        if len(sequence.tokens) - sequence.num_prompt < params.min_tokens:
-            return False
-        is_end = token in self._context.config.eos_token_ids and not params.ignore_eos
-        return is_end or token in params.stop_token_ids
-
-    def _is_done(self, sequence: Sequence) -> bool:
-        """Whether the sequence has all the tokens that it may have."""
-        params, length = sequence.sampling, len(sequence.tokens)
-        assert params is not None
-        if sequence.forced:
-            return length - sequence.num_given >= len(sequence.forced)
-        is_full = length >= self._context.config.context_limit
-        return is_full or (params.max_tokens is not None and length - sequence.num_prompt >= params.max_tokens)
 
     def _end(self, generation: Generation) -> None:
         """Gives everything back. Full pages are in the cache already."""

@@ -22,9 +22,10 @@ class _Node:
 
 
 class PrefixTree:
-    """See PrefixCache. Nodes are found by the chained hash of their block; siblings are kept sorted by their tokens,
+    """See PrefixCache.
 
-    so that the one with the longest common beginning is a neighbour of where the wanted tokens would stand.
+    Nodes are found by the chained hash of their block. Siblings are kept sorted by their tokens, so that the one with
+    the longest common beginning is a neighbour of where the wanted tokens would stand.
     """
 
     def __init__(self, ledger: PageLedger, page_size: int) -> None:

@@ -126,9 +126,9 @@ class PrepRecvs:
         self._reply(call, Reserved(self._address(call, call.booking), call.booking.num_matched, lease_s, timing))
 
     def end(self, call: PrepRecvCall, error: ServiceError) -> None:
-        """The call's reservation is over or was never made. Only if somebody had the address does a retry hear of it;
+        """The call's reservation is over or was never made.
 
-        otherwise it may try again.
+        Only if somebody had the address does a retry hear of that; otherwise it may try again.
         """
         if call.timer is not None:
             call.timer.cancel()

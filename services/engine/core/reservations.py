@@ -6,27 +6,19 @@ The rules are services/protocol/reservation.py; here are their effects: pages, g
 from __future__ import annotations
 
 import secrets
-from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from collections import Counter
 
 from services.engine.core import api
 from services.engine.core.admission import check_lease
 from services.engine.core.blocks import BlockChain
-from services.engine.core.booking import Booking, Grant, Holder, check_secret
+from services.engine.core.booking import Booking, Grant, Holder
 from services.engine.core.context import Context
+from services.engine.core.ended import EndedReservations
 from services.engine.core.reserving import Reserver
 from services.engine.errors import RequestCancelled, TransferServiceGone
 from services.protocol.errors import ReservationGone, ServiceError, UnknownReservation
 from services.protocol.ranges import TokenRange
 from services.protocol.reservation import UNATTACHED, Reservation, ReservationState
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What is remembered of a reservation, for those who ask late."""
-
-    secret: bytes = field(repr=False)
-    num_published: int
 
 
 class Reservations:
@@ -36,7 +28,7 @@ class Reservations:
         self._context = context
         self._reserver = Reserver(context)
         self._bookings: dict[str, Booking] = {}  # neither over nor, if over, drained; oldest first
-        self._ended: OrderedDict[str, _Ended] = OrderedDict()
+        self._ended = EndedReservations(context.config.max_finished_requests)
 
     @property
     def num_live(self) -> int:
@@ -81,10 +73,8 @@ class Reservations:
 
     def release(self, command: api.Release) -> int:
         """Ends a reservation; returns the tokens published. Once more, or when a sequence has it, changes nothing."""
-        ended = self._ended.get(command.reservation.reservation_id)
-        if ended is not None:
-            check_secret(ended.secret, command.reservation)
-            return ended.num_published
+        if (num_published := self._ended.num_published(command.reservation)) is not None:
+            return num_published
         booking = self._find(command.reservation)
         if booking.is_attached:
             return 0
@@ -186,14 +176,12 @@ class Reservations:
     # --- effects ----------------------------------------------------------------------------------------------
 
     def _find(self, ref: api.ReservationRef) -> Booking:
-        ended = self._ended.get(ref.reservation_id)
-        if ended is not None:
-            check_secret(ended.secret, ref)
+        if self._ended.num_published(ref) is not None:
             raise ReservationGone("The reservation has ended.")
         booking = self._bookings.get(ref.reservation_id)
         if booking is None:
             raise UnknownReservation("No reservation of that id is known.")
-        check_secret(booking.secret, ref)
+        booking.check_secret(ref)
         return booking
 
     def _lease_s(self, wish: float | None) -> float:
@@ -249,9 +237,7 @@ class Reservations:
         self._forget_if_over(booking)
 
     def _remember(self, booking: Booking, num_published: int) -> None:
-        self._ended[booking.reservation_id] = _Ended(booking.secret, num_published)
-        if len(self._ended) > self._context.config.max_finished_requests:
-            self._ended.popitem(last=False)
+        self._ended.add(booking, num_published)
         self._forget_if_over(booking)
 
     def _forget_if_over(self, booking: Booking) -> None:

@@ -73,6 +73,7 @@ class Scheduler:
             self._in_flight.withdraw(sequence.number)
         elif sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
+            self._pages_owed = 0  # perhaps it was the one that lacked them; the next plan finds out
         sequence.phase = Phase.ENDED
 
     def plan(self, now: float) -> StepPlan:
@@ -129,6 +130,8 @@ class Scheduler:
         first = sequence.num_computed // self._pool.page_size
         is_shared = first < len(sequence.pages) and self._pool.is_published(sequence.pages[first])
         num_missing = max(0, self._config.num_pages_for(end) - len(sequence.pages))
+        if not num_missing and not is_shared:
+            return
         pages = self._pool.take(num_missing + is_shared)
         if is_shared:
             draft.copy(sequence, sequence.pages[first], pages[-1])
@@ -148,19 +151,19 @@ class Scheduler:
 
     def _admit(self, draft: Draft, now: float) -> None:
         """Takes waiting sequences into the batch. One that finds too few pages holds up those behind that want some."""
-        self._pages_owed = 0
+        pages_owed = 0
         for sequence in list(self._waiting):
             if not draft.budget or len(self._running) >= self._config.max_batch_size:
                 break
             if not sequence.pages:
-                if sequence.generates and self._pages_owed:
+                if sequence.generates and pages_owed:
                     continue
                 match = self._readable(sequence)
                 if match is None:
                     continue
-                num_lacking = self._pages_owed or self._take(sequence, match, draft)
+                num_lacking = pages_owed or self._take(sequence, match, draft)
                 if num_lacking and sequence.generates:
-                    self._pages_owed = num_lacking
+                    pages_owed = num_lacking
                     continue
                 if num_lacking:
                     self.remove(sequence)
@@ -168,6 +171,7 @@ class Scheduler:
                     continue
             self._start(sequence, draft, now)
             self._extend(sequence, draft)
+        self._pages_owed = pages_owed
 
     def _readable(self, sequence: Sequence) -> PrefixMatch | None:
         """What the cache has of a waiting sequence, or None while a running one computes the block that comes next."""

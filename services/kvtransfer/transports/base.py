@@ -83,6 +83,10 @@ class Lane(Protocol):
         """
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes in place so far, also after it was closed."""
+
+    @property
     def busy_s(self) -> float:
         """Seconds spent copying, summed over threads."""
 

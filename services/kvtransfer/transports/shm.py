@@ -113,8 +113,13 @@ class ShmLane:
         self._notified = False
 
     @property
+    def num_bytes(self) -> int:
+        """See Lane.num_bytes."""
+        return self._num_bytes
+
+    @property
     def busy_s(self) -> float:
-        """Seconds spent copying, summed over threads."""
+        """See Lane.busy_s."""
         return self._busy_ns / 1e9
 
     def post(self, layer_end: int) -> None:

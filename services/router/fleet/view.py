@@ -116,7 +116,7 @@ class Engine:
             except BaseException as error:
                 if not (isinstance(error, ServiceError) and error.code in _REFUSALS):
                     # Cut off, by us or by the network, perhaps after the engine had reserved.
-                    await scope.cleanup.run("abort", client.abort(call_id, timeout_s=CALL_TIMEOUT_S))
+                    scope.cleanup.spawn("abort", client.abort(call_id, timeout_s=CALL_TIMEOUT_S))
                 raise
             leg.end(kv.timing)
         return Reservation(self.info.name, kv, client, scope.cleanup)

@@ -1,7 +1,21 @@
 """Serving patterns, each one async generator in a file of its own; docs/policies.md teaches how to write one."""
 
+from services.protocol.errors import ServiceError
+from services.protocol.ranges import TokenRange
+from services.router.errors import NoPair
+from services.router.fleet.reservation import Reservation
 from services.router.fleet.view import Engine, Fleet
 from services.router.request import PolicyRequest
-from services.router.values import Chunk
+from services.router.values import Chunk, FinishReason
 
-__all__ = ["Chunk", "Engine", "Fleet", "PolicyRequest"]
+__all__ = [
+    "Chunk",
+    "Engine",
+    "FinishReason",
+    "Fleet",
+    "NoPair",
+    "PolicyRequest",
+    "Reservation",
+    "ServiceError",
+    "TokenRange",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 from services.router.cleanup import Cleanup
@@ -22,13 +23,22 @@ class PolicyHost:
         self._catalogue = catalogue
         self._limits = limits
         self._cleanup = Cleanup(limits.close_s)
+        self._runs: set[PolicyRun] = set()
+
+    @property
+    def num_running(self) -> int:
+        """Programs that have not ended. After close(), those that ignore their cancellation."""
+        return len(self._runs)
 
     def run(self, program: BoundProgram, request: PolicyRequest) -> PolicyRun:
         """Begins the program; the caller must close the run."""
         scope = RequestScope(self._cleanup)
         fleet = Fleet(scope, self._registry.members.__getitem__, partial(self._registry.engines, request.model))
-        return PolicyRun(program, self._catalogue.fallback, request, fleet, scope, self._limits)
+        run = PolicyRun(program, self._catalogue.fallback, request, fleet, scope, self._limits, self._runs.discard)
+        self._runs.add(run)
+        return run
 
-    async def drain(self) -> None:
-        """Waits for releases and cancels under way, bounded."""
+    async def close(self) -> None:
+        """Ends every program, and waits for releases and cancels under way, bounded."""
+        await asyncio.gather(*(run.close() for run in tuple(self._runs)))
         await self._cleanup.drain()

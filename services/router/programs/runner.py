@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from services.protocol.errors import ServiceError
 from services.router.errors import NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
 from services.router.fleet.legs import Legs
 from services.router.fleet.mailbox import Mailbox
+from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
@@ -26,19 +28,22 @@ MAX_BUFFERED_TOKENS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """How long a program may take: to yield again, to end after its last chunk, to end when cancelled, and to hand
-    in an engine's account when a stop string has ended the answer. `max_buffered` is in tokens, see Mailbox."""
+    """How long a program may take: to yield again, to end after its last chunk, to end when cancelled (it may have to
+    wait for a release that its engine does not answer), and to hand in an engine's account when a stop string has ended
+    the answer. The client waits `client_waits_s` for the end of its program at most; the rest happens without it.
+    `max_buffered` is in tokens, see Mailbox."""
 
     between_chunks_s: float = POLICY_TIMEOUT_S
     after_last_chunk_s: float = 5.0
-    after_cancel_s: float = 2.0
+    after_cancel_s: float = CALL_TIMEOUT_S + 1.0
     after_stop_s: float = 1.0
+    client_waits_s: float = 1.0
     max_buffered: int = MAX_BUFFERED_TOKENS
 
     @property
     def close_s(self) -> float:
-        """How long close() may take before what is left is given up."""
-        return self.after_last_chunk_s + self.after_cancel_s + 6.0
+        """How long closing may take in all before what is left is given up."""
+        return self.after_last_chunk_s + self.after_cancel_s + CALL_TIMEOUT_S + 1.0
 
 
 class PolicyRun:
@@ -52,6 +57,7 @@ class PolicyRun:
         fleet: Fleet,
         scope: RequestScope,
         limits: RunLimits,
+        on_end: Callable[[PolicyRun], None],
     ) -> None:
         self.served_by = program
         self._fallback = fallback
@@ -61,7 +67,9 @@ class PolicyRun:
         self._limits = limits
         self._mailbox = Mailbox(limits.max_buffered)
         self._yielded = self._finished = False
+        self._closing: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._run(), name=f"policy {program.spec}")
+        self._task.add_done_callback(lambda _: on_end(self))
 
     @property
     def legs(self) -> Legs:
@@ -95,8 +103,10 @@ class PolicyRun:
             log.info("no account of a stopped sequence", extra={"fields": {"request": self._request.request_id}})
 
     async def close(self) -> None:
-        """Ends the program and all that it left on engines. Shielded and bounded."""
-        await self._scope.cleanup.run("close policy", self._close())
+        """Ends the program and all that it left on engines. Cancelling the caller does not stop it. Idempotent."""
+        if self._closing is None:
+            self._closing = self._scope.cleanup.spawn("close policy", self._close())
+        await asyncio.wait({self._closing}, timeout=self._limits.client_waits_s)
 
     async def _close(self) -> None:
         if self._finished:

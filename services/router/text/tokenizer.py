@@ -27,7 +27,7 @@ class TokenizerFiles:
 
     tokenizer: str
     chat_template: str | None
-    special_tokens: Mapping[str, str]  # variables of the template: bos_token, eos_token
+    special_tokens: Mapping[str, str]  # variables of the template: bos_token, eos_token and the like
 
     @classmethod
     def read(cls, files: Mapping[str, bytes]) -> TokenizerFiles:
@@ -38,7 +38,7 @@ class TokenizerFiles:
             return cls(
                 files["tokenizer.json"].decode(),
                 template.decode() if template else None,
-                {name: str(special[name]) for name in ("bos_token", "eos_token") if special.get(name)},
+                {name: token for name, token in special.items() if isinstance(token, str)},
             )
         except (KeyError, ValueError, AttributeError) as error:
             raise BadTokenizer(f"the engine's tokenizer files are incomplete or damaged: {error}") from None

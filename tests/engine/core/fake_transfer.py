@@ -42,6 +42,7 @@ class FakeService:
         self.moved_bytes = 0
         self.max_layers: int | None = None  # moves no further than this many layers, to look at what is there then
         self.incarnation = 0
+        self.is_deaf = False
         self.start()
 
     def start(self) -> None:
@@ -62,27 +63,39 @@ class FakeService:
             for push in [p for p in other.pushes.values() if p.spec.target.endpoint == self.endpoint]:
                 other.end_push(push, error=StaleEpoch("the receiver's service has gone"))
         self.submit(api.TransferServiceLost())
+        # What the loop thread asks before it hears of the loss must not reach the next incarnation.
+        self.is_deaf = True
+        self.submit(api.ListReservations("nobody", lambda _: self.hear()))
         self.start()
 
-    # --- KvPort ---------------------------------------------------------------------------------------------------
+    def hear(self) -> None:
+        self.is_deaf = False
+
+    # --- KvPort -----------------------------------------------------------------------------------------------
 
     def grant(self, spec: api.GrantSpec) -> None:
-        self.requests.append(lambda: self._grant(spec))
+        if not self.is_deaf:
+            self.requests.append(lambda: self._grant(spec))
 
     def revoke(self, reservation_id: str) -> None:
-        self.requests.append(lambda: self._revoke(reservation_id))
+        if not self.is_deaf:
+            self.requests.append(lambda: self._revoke(reservation_id))
 
     def push(self, spec: api.PushSpec) -> None:
+        if self.is_deaf:
+            return
         if spec.ready_slot is not None:
             assert self.ready[spec.ready_slot] == 0
             assert spec.ready_slot not in [p.spec.ready_slot for p in self.pushes.values()]
         self.pushes[spec.push_id] = _Push(spec)
 
     def cancel_push(self, push_id: int) -> None:
-        self.requests.append(lambda: self._cancel_push(push_id))
+        if not self.is_deaf:
+            self.requests.append(lambda: self._cancel_push(push_id))
 
     def end_attempt(self, target: KvAddress, attempt: int, attempt_range: TokenRange, writer_id: str) -> None:
-        self.requests.append(lambda: self._end_attempt(target, attempt, attempt_range, writer_id))
+        if not self.is_deaf:
+            self.requests.append(lambda: self._end_attempt(target, attempt, attempt_range, writer_id))
 
     def raise_ready(self, slot: int, layers: int) -> None:
         self.ready[slot] = layers
@@ -91,7 +104,7 @@ class FakeService:
                 if push.spec.ready_slot == slot:
                     self.advance(push)
 
-    # --- what the test lets happen ------------------------------------------------------------------------------------
+    # --- what the test lets happen ----------------------------------------------------------------------------
 
     def pump(self) -> bool:
         """Serves the oldest request. Returns whether there was one."""
@@ -130,9 +143,7 @@ class FakeService:
             raise StaleEpoch("an earlier incarnation is meant")
         key = GrantKey(self.pool_id, spec.target.reservation_id)
         if push.attempt is None:
-            opened = self.table.open_attempt(
-                key, spec.target.secret, spec.attempt_range, spec.attempt, spec.writer_id
-            )
+            opened = self.table.open_attempt(key, spec.target.secret, spec.attempt_range, spec.attempt, spec.writer_id)
             if isinstance(opened, Draining):
                 return False
             if not isinstance(opened, Attempt):
@@ -152,6 +163,8 @@ class FakeService:
         push.num_bytes += num_bytes
         self.moved_bytes += num_bytes
         self.tell()
+        status = next(status for status in self.table.statuses(self.pool_id) if status.key == key)
+        self.submit(api.GrantProgress(spec.target.reservation_id, status.committed, True, status.bytes))
         return True
 
     def end_push(self, push: _Push, *, committed: bool = False, error: ServiceError | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def node(**options: Any) -> Node:
 def test_bad_requests_are_refused_and_the_engine_goes_on(change: dict[str, Any], reason: str) -> None:
     engine = node()
     good = engine.generate(prompt_of(8), SamplingParams(max_tokens=3))
-    bad = engine.generate(**{"prompt": prompt_of(8), **change})
+    bad = engine.generate(prompt_of(8), **change)
     engine.run()
     assert bad.error is not None
     assert bad.error.reason == reason
@@ -173,7 +174,7 @@ def test_the_cache_is_watched() -> None:
     assert events[0].snapshot
     known = set(events[0].stored)
     assert len(known) == 4
-    for before, event in zip(events, events[1:], strict=False):
+    for before, event in pairwise(events):
         assert event.sequence == before.sequence + 1
         assert not known & set(event.stored)
         assert known >= set(event.removed)

@@ -104,19 +104,20 @@ class Node:
         self.config = make_config(incarnation=name.encode(), **options)
         self.fake = FakeRunner(self.config.num_pages, self.config.page_size, self.config.vocab_size)
         self.runner: Runner = make_runner(self.config) if make_runner else self.fake
-        self.service: FakeService | None = None
         self.inbox: list[api.Command] = []
         self.streams: dict[int, Stream] = defaultdict(Stream)
         self.loads: list[api.Load] = []
         self._call_ids = count(1)
         self._names = count(1)
+        self.service = FakeService(network or Network(), name, self.fake.memory)
         if network is not None:
-            self.service = network.services[name] = FakeService(network, name, self.fake.memory)
+            network.services[name] = self.service
             self.service.submit = self.inbox.append
             self.service.announce()
-        self.core = EngineCore(self.config, self.runner, self, self.service, clock=clock, faults=faults)
+        port = None if network is None else self.service
+        self.core = EngineCore(self.config, self.runner, self, port, clock=clock, faults=faults)
 
-    # --- EngineListener ---------------------------------------------------------------------------------------------
+    # --- EngineListener ---------------------------------------------------------------------------------------
 
     def on_outputs(self, outputs: Sequence[api.SequenceOutput]) -> None:
         call_ids = [output.call_id for output in outputs]
@@ -130,23 +131,21 @@ class Node:
     def on_fatal(self, error: BaseException) -> None:
         raise AssertionError("the loop failed") from error
 
-    # --- verbs --------------------------------------------------------------------------------------------------------
+    # --- verbs ------------------------------------------------------------------------------------------------
 
     def key(self, name: str | None = None) -> api.RequestKey:
         return api.RequestKey("router", name or f"{self.name} request {next(self._names)}")
 
     def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams = GREEDY, *, name: str | None = None, **options: Any
+        self, prompt: Sequence[int], sampling: SamplingParams = GREEDY, /, *, name: str | None = None, **options: Any
     ) -> Stream:
         call_id = next(self._call_ids)
-        command = api.StartGenerate(
-            self.key(name), tuple(prompt), 0, 0, sampling, None, "", None, call_id=call_id
-        )
+        command = api.StartGenerate(self.key(name), tuple(prompt), 0, 0, sampling, None, "", None, call_id=call_id)
         self.inbox.append(replace(command, **options))
         return self.streams[call_id]
 
     def prep_recv(
-        self, prompt: Sequence[int], end: int, *, name: str | None = None, **options: Any
+        self, prompt: Sequence[int], end: int, /, *, name: str | None = None, **options: Any
     ) -> Answer[api.Reserved]:
         answer: Answer[api.Reserved] = Answer()
         command = api.PrepRecv(self.key(name), tuple(prompt), end, "", None, None, answer)
@@ -154,7 +153,7 @@ class Node:
         return answer
 
     def remote_send(
-        self, prompt: Sequence[int], begin: int, end: int, reserved: api.Reserved, *, name: str | None = None,
+        self, prompt: Sequence[int], begin: int, end: int, reserved: api.Reserved, /, *, name: str | None = None,
         **options: Any,
     ) -> Answer[api.Timing]:  # fmt: skip
         answer: Answer[api.Timing] = Answer()
@@ -187,7 +186,7 @@ class Node:
         self.core.step([api.ListReservations("", answer)])
         return answer.value
 
-    # --- running --------------------------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """One step over what is in the inbox. Returns whether another should follow."""
@@ -254,12 +253,14 @@ def ref_of(reserved: api.Reserved) -> api.ReservationRef:
     return api.ReservationRef(reserved.address.reservation_id, reserved.address.secret)
 
 
-def make_config(*, page_size: int = PAGE_SIZE, num_pages: int = 32, max_context: int = 64, **options: Any) -> CoreConfig:
+def make_config(
+    *, page_size: int = PAGE_SIZE, num_pages: int = 32, max_context: int = 64, **options: Any
+) -> CoreConfig:
     """Small numbers, so that every limit is met."""
     defaults: dict[str, Any] = {"vocab_size": VOCAB, "poison_pages": True, "max_step_tokens": 16, "max_batch_size": 8}
     return CoreConfig(
         model_digest=b"model",
-        layout=options.pop("layout", PageLayout(3, 1, 1, page_size, Dtype.FLOAT32)),
+        layout=options.pop("layout", None) or PageLayout(3, 1, 1, page_size, Dtype.FLOAT32),
         num_pages=num_pages,
         max_context=max_context,
         **{**defaults, **options},

@@ -37,6 +37,7 @@ async def test_pages_arrive(start_engine: StartEngine, case: tuple[int, int, lis
     np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

@@ -129,6 +129,7 @@ async def test_end_attempt_ends_its_push(start_engine: StartEngine) -> None:
     np.testing.assert_array_equal(receiver.memory, before)
 
 
+@pytest.mark.slow
 async def test_a_later_attempt_takes_over(start_engine: StartEngine) -> None:
     first, second, receiver = (
         await start_engine("p", LARGE, seed=1),

@@ -95,3 +95,15 @@ async def test_counters(port: Port, start_engine: StartEngine) -> None:
     assert after.bytes == before.bytes + moved
     assert after.failure_count == before.failure_count
     assert after.busy.ToNanoseconds() > before.busy.ToNanoseconds()
+    # What a push moved before it failed counts too.
+    address = await receiver.grant("s", 0, 8, [6, 7])
+    push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=1))
+    sender.pool.raise_ready(1, 1)
+    await push.layers(1)
+    await receiver.revoke("s")
+    with pytest.raises(ServiceError):
+        await push.done()
+    failed, source, target = await stats()
+    assert failed.failure_count == after.failure_count + 1
+    assert source.sent_bytes == target.received_bytes == moved + moved // 3
+    assert failed.bytes == after.bytes + moved // 3

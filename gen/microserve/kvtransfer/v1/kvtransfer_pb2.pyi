@@ -92,7 +92,7 @@ class CreatePoolRequest(_message.Message):
     PAGE_COUNT_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
     engine_name: _builtins.str
-    """Name of the engine it is for; one pool a name. 1 to 128 characters."""
+    """Name of the engine it is for; one pool a name. 1 to 128 printable ASCII characters without spaces."""
     page_count: _builtins.int
     """Number of pages. At least 1."""
     adopt: _builtins.bool
@@ -192,7 +192,9 @@ class AttachPoolResponse(_message.Message):
     endpoint: _builtins.str
     """Address (host:port) that remote senders reach this service at, for KvAddress.endpoint."""
     ready_slot_count: _builtins.int
-    """Number of ready counters in the control page; see PushRequest.ready_slot."""
+    """Number of ready counters in the control page; see PushRequest.ready_slot. A pool that is handed back keeps
+    the number that it was made with.
+    """
     def __init__(
         self,
         *,
@@ -339,11 +341,13 @@ class PushRequest(_message.Message):
     incarnation: _builtins.bytes
     """Incarnation of its engine."""
     attempt: _builtins.int
-    """Number of the attempt."""
+    """Number of the attempt, from 1 on. A higher one takes over from a lower one at the same range."""
     ready_slot: _builtins.int
     """Counter in the pool's control page that says how many layers of the range are computed. Not set: all are."""
     writer_id: _builtins.str
-    """Names the attempt's writer: the request of the sending engine. The same writer joins its own attempt."""
+    """Names the attempt's writer: the request of the sending engine. The same writer of the same engine joins its
+    own attempt.
+    """
     @_builtins.property
     def page_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Source pages in token order, the first one holding range.begin."""
@@ -385,7 +389,7 @@ Global___PushRequest: _TypeAlias = PushRequest  # noqa: Y015
 
 @_typing.final
 class PushResponse(_message.Message):
-    """PushResponse is progress."""
+    """PushResponse is progress. States that follow each other quickly are skipped, except for the last."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -31,8 +31,10 @@ class KvTransferServiceStub:
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     def __init__(self, channel):
@@ -89,14 +91,17 @@ class KvTransferServiceServicer:
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     def CreatePool(self, request, context):
         """CreatePool makes a pool, or takes back the pool of that name from an engine that is gone. Its pages hold
-        undefined values. INVALID_ARGUMENT: impossible layout. RESOURCE_EXHAUSTED (NO_MEMORY): larger than the
-        service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
+        undefined values. A pool without an engine is kept for a time that the service is configured with.
+        INVALID_ARGUMENT (INVALID_POOL): impossible name, layout or size. RESOURCE_EXHAUSTED (NO_MEMORY): larger
+        than the service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +110,8 @@ class KvTransferServiceServicer:
     def AttachPool(self, request, context):
         """AttachPool makes the caller the pool's engine. Grants and pushes of an earlier one are revoked and
         drained first. The reply names a unix socket and a ticket; the descriptors pass over that socket, and the
-        engine counts as gone as soon as that connection ends.
+        engine counts as gone as soon as that connection ends. FAILED_PRECONDITION (POOL_IN_USE): the earlier
+        engine is alive. UNAVAILABLE (NOT_DRAINED): a copy has not ended yet; ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +119,9 @@ class KvTransferServiceServicer:
 
     def Grant(self, request, context):
         """Grant opens a window of a pool for writing under a secret. The same grant again changes nothing;
-        a different one under the same reservation id is INVALID_ARGUMENT.
+        a different one under the same reservation id, or a page behind two windows, is INVALID_ARGUMENT
+        (GRANT_CONFLICT); so are pages that do not fit the window (INVALID_PAGES). ABORTED (RESERVATION_GONE): the
+        grant was revoked before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +129,8 @@ class KvTransferServiceServicer:
 
     def Revoke(self, request, context):
         """Revoke closes a grant: no further write begins, and the reply comes when none is under way any more.
-        Revoking what does not exist succeeds, because then nothing can write either.
+        Revoking what does not exist succeeds, because then nothing can write either. UNAVAILABLE (NOT_DRAINED): a
+        copy has not ended within the service's bound; the grant is closed all the same, and asking again is right.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,20 +139,26 @@ class KvTransferServiceServicer:
     def Push(self, request, context):
         """Push moves pages from the caller's pool into a peer's window, layer by layer as the ready counter rises,
         and streams its progress. The last message says that the bytes are in place; with it, if the whole range
-        of the attempt is now in place, the attempt is committed. Cancelling stops it at the next page; it is
-        certain that the source is read no more when the stream has ended.
+        of the attempt is now in place, the attempt is committed. The same push again ends the first one.
 
-        FAILED_PRECONDITION: STALE_EPOCH, LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED
-        (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE.
-        DEADLINE_EXCEEDED (PUSH_STALLED): the ready counter stood still for too long.
+        A status from the service means that the source is read no more. A caller that cancels, or whose
+        connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
+        when it has.
+
+        INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
+        LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
+        (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
+        the attempt was ended or the same part pushed again. DEADLINE_EXCEEDED (PUSH_STALLED): neither a layer
+        became ready nor a copy ended for too long; the attempt is still live. UNAVAILABLE (NOT_DRAINED): an
+        attempt that this one takes over from has not ended yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EndAttempt(self, request, context):
-        """EndAttempt gives up an attempt that is not committed, between two of its pushes. Nothing of it is written
-        after the reply.
+        """EndAttempt gives up an attempt that is not committed and stops its pushes. After the reply nothing of it is
+        written or read, and a push of it that was overtaken on its way is refused (ATTEMPT_SUPERSEDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,7 +166,9 @@ class KvTransferServiceServicer:
 
     def WatchGrants(self, request, context):
         """WatchGrants tells the pool's engine what happens to its grants: the present state of each at once, then
-        every change.
+        every change. Conditions that follow each other faster than they are read are skipped; bytes are reported
+        some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
+        drained.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,8 +238,10 @@ class KvTransferService:
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     @staticmethod

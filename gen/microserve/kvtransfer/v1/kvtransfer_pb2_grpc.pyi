@@ -32,8 +32,10 @@ class KvTransferServiceStub:
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     @_typing.overload
@@ -42,39 +44,52 @@ class KvTransferServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvTransferServiceAsyncStub: ...
     CreatePool: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.CreatePoolRequest, _kvtransfer_pb2.CreatePoolResponse]
     """CreatePool makes a pool, or takes back the pool of that name from an engine that is gone. Its pages hold
-    undefined values. INVALID_ARGUMENT: impossible layout. RESOURCE_EXHAUSTED (NO_MEMORY): larger than the
-    service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
+    undefined values. A pool without an engine is kept for a time that the service is configured with.
+    INVALID_ARGUMENT (INVALID_POOL): impossible name, layout or size. RESOURCE_EXHAUSTED (NO_MEMORY): larger
+    than the service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
     """
     AttachPool: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.AttachPoolRequest, _kvtransfer_pb2.AttachPoolResponse]
     """AttachPool makes the caller the pool's engine. Grants and pushes of an earlier one are revoked and
     drained first. The reply names a unix socket and a ticket; the descriptors pass over that socket, and the
-    engine counts as gone as soon as that connection ends.
+    engine counts as gone as soon as that connection ends. FAILED_PRECONDITION (POOL_IN_USE): the earlier
+    engine is alive. UNAVAILABLE (NOT_DRAINED): a copy has not ended yet; ask again.
     """
     Grant: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.GrantRequest, _kvtransfer_pb2.GrantResponse]
     """Grant opens a window of a pool for writing under a secret. The same grant again changes nothing;
-    a different one under the same reservation id is INVALID_ARGUMENT.
+    a different one under the same reservation id, or a page behind two windows, is INVALID_ARGUMENT
+    (GRANT_CONFLICT); so are pages that do not fit the window (INVALID_PAGES). ABORTED (RESERVATION_GONE): the
+    grant was revoked before.
     """
     Revoke: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.RevokeRequest, _kvtransfer_pb2.RevokeResponse]
     """Revoke closes a grant: no further write begins, and the reply comes when none is under way any more.
-    Revoking what does not exist succeeds, because then nothing can write either.
+    Revoking what does not exist succeeds, because then nothing can write either. UNAVAILABLE (NOT_DRAINED): a
+    copy has not ended within the service's bound; the grant is closed all the same, and asking again is right.
     """
     Push: _grpc.UnaryStreamMultiCallable[_kvtransfer_pb2.PushRequest, _kvtransfer_pb2.PushResponse]
     """Push moves pages from the caller's pool into a peer's window, layer by layer as the ready counter rises,
     and streams its progress. The last message says that the bytes are in place; with it, if the whole range
-    of the attempt is now in place, the attempt is committed. Cancelling stops it at the next page; it is
-    certain that the source is read no more when the stream has ended.
+    of the attempt is now in place, the attempt is committed. The same push again ends the first one.
 
-    FAILED_PRECONDITION: STALE_EPOCH, LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED
-    (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE.
-    DEADLINE_EXCEEDED (PUSH_STALLED): the ready counter stood still for too long.
+    A status from the service means that the source is read no more. A caller that cancels, or whose
+    connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
+    when it has.
+
+    INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
+    LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
+    (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
+    the attempt was ended or the same part pushed again. DEADLINE_EXCEEDED (PUSH_STALLED): neither a layer
+    became ready nor a copy ended for too long; the attempt is still live. UNAVAILABLE (NOT_DRAINED): an
+    attempt that this one takes over from has not ended yet.
     """
     EndAttempt: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.EndAttemptRequest, _kvtransfer_pb2.EndAttemptResponse]
-    """EndAttempt gives up an attempt that is not committed, between two of its pushes. Nothing of it is written
-    after the reply.
+    """EndAttempt gives up an attempt that is not committed and stops its pushes. After the reply nothing of it is
+    written or read, and a push of it that was overtaken on its way is refused (ATTEMPT_SUPERSEDED).
     """
     WatchGrants: _grpc.UnaryStreamMultiCallable[_kvtransfer_pb2.WatchGrantsRequest, _kvtransfer_pb2.WatchGrantsResponse]
     """WatchGrants tells the pool's engine what happens to its grants: the present state of each at once, then
-    every change.
+    every change. Conditions that follow each other faster than they are read are skipped; bytes are reported
+    some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
+    drained.
     """
     GetStats: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetStatsRequest, _kvtransfer_pb2.GetStatsResponse]
     """GetStats returns counters since start, pools and transports."""
@@ -86,46 +101,61 @@ class KvTransferServiceAsyncStub(KvTransferServiceStub):
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreatePool: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.CreatePoolRequest, _kvtransfer_pb2.CreatePoolResponse]  # type: ignore[assignment]
     """CreatePool makes a pool, or takes back the pool of that name from an engine that is gone. Its pages hold
-    undefined values. INVALID_ARGUMENT: impossible layout. RESOURCE_EXHAUSTED (NO_MEMORY): larger than the
-    service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
+    undefined values. A pool without an engine is kept for a time that the service is configured with.
+    INVALID_ARGUMENT (INVALID_POOL): impossible name, layout or size. RESOURCE_EXHAUSTED (NO_MEMORY): larger
+    than the service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
     """
     AttachPool: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.AttachPoolRequest, _kvtransfer_pb2.AttachPoolResponse]  # type: ignore[assignment]
     """AttachPool makes the caller the pool's engine. Grants and pushes of an earlier one are revoked and
     drained first. The reply names a unix socket and a ticket; the descriptors pass over that socket, and the
-    engine counts as gone as soon as that connection ends.
+    engine counts as gone as soon as that connection ends. FAILED_PRECONDITION (POOL_IN_USE): the earlier
+    engine is alive. UNAVAILABLE (NOT_DRAINED): a copy has not ended yet; ask again.
     """
     Grant: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.GrantRequest, _kvtransfer_pb2.GrantResponse]  # type: ignore[assignment]
     """Grant opens a window of a pool for writing under a secret. The same grant again changes nothing;
-    a different one under the same reservation id is INVALID_ARGUMENT.
+    a different one under the same reservation id, or a page behind two windows, is INVALID_ARGUMENT
+    (GRANT_CONFLICT); so are pages that do not fit the window (INVALID_PAGES). ABORTED (RESERVATION_GONE): the
+    grant was revoked before.
     """
     Revoke: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.RevokeRequest, _kvtransfer_pb2.RevokeResponse]  # type: ignore[assignment]
     """Revoke closes a grant: no further write begins, and the reply comes when none is under way any more.
-    Revoking what does not exist succeeds, because then nothing can write either.
+    Revoking what does not exist succeeds, because then nothing can write either. UNAVAILABLE (NOT_DRAINED): a
+    copy has not ended within the service's bound; the grant is closed all the same, and asking again is right.
     """
     Push: _aio.UnaryStreamMultiCallable[_kvtransfer_pb2.PushRequest, _kvtransfer_pb2.PushResponse]  # type: ignore[assignment]
     """Push moves pages from the caller's pool into a peer's window, layer by layer as the ready counter rises,
     and streams its progress. The last message says that the bytes are in place; with it, if the whole range
-    of the attempt is now in place, the attempt is committed. Cancelling stops it at the next page; it is
-    certain that the source is read no more when the stream has ended.
+    of the attempt is now in place, the attempt is committed. The same push again ends the first one.
 
-    FAILED_PRECONDITION: STALE_EPOCH, LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED
-    (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE.
-    DEADLINE_EXCEEDED (PUSH_STALLED): the ready counter stood still for too long.
+    A status from the service means that the source is read no more. A caller that cancels, or whose
+    connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
+    when it has.
+
+    INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
+    LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
+    (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
+    the attempt was ended or the same part pushed again. DEADLINE_EXCEEDED (PUSH_STALLED): neither a layer
+    became ready nor a copy ended for too long; the attempt is still live. UNAVAILABLE (NOT_DRAINED): an
+    attempt that this one takes over from has not ended yet.
     """
     EndAttempt: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.EndAttemptRequest, _kvtransfer_pb2.EndAttemptResponse]  # type: ignore[assignment]
-    """EndAttempt gives up an attempt that is not committed, between two of its pushes. Nothing of it is written
-    after the reply.
+    """EndAttempt gives up an attempt that is not committed and stops its pushes. After the reply nothing of it is
+    written or read, and a push of it that was overtaken on its way is refused (ATTEMPT_SUPERSEDED).
     """
     WatchGrants: _aio.UnaryStreamMultiCallable[_kvtransfer_pb2.WatchGrantsRequest, _kvtransfer_pb2.WatchGrantsResponse]  # type: ignore[assignment]
     """WatchGrants tells the pool's engine what happens to its grants: the present state of each at once, then
-    every change.
+    every change. Conditions that follow each other faster than they are read are skipped; bytes are reported
+    some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
+    drained.
     """
     GetStats: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetStatsRequest, _kvtransfer_pb2.GetStatsResponse]  # type: ignore[assignment]
     """GetStats returns counters since start, pools and transports."""
@@ -136,8 +166,10 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     Engines of the node attach to its pools over a unix socket that passes descriptors. A receiver's engine
     opens a window with Grant; a sender's engine writes through Push; every copy is checked against the grant,
     so a write that was fenced never lands. Every incarnation of the service has a random epoch; calls that
-    name another are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the pool's present one with
-    the incarnation it attached with; others are FAILED_PRECONDITION (STALE_INCARNATION).
+    name another, also by a pool id, are FAILED_PRECONDITION (STALE_EPOCH). An engine proves that it is the
+    pool's present one with the incarnation it attached with; others are FAILED_PRECONDITION
+    (STALE_INCARNATION). A pool that was freed is NOT_FOUND (UNKNOWN_POOL). A service about to stop answers
+    UNAVAILABLE (DRAINING) to whatever would begin something.
     """
 
     @_abc_1.abstractmethod
@@ -147,8 +179,9 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.CreatePoolResponse, _abc.Awaitable[_kvtransfer_pb2.CreatePoolResponse]]:
         """CreatePool makes a pool, or takes back the pool of that name from an engine that is gone. Its pages hold
-        undefined values. INVALID_ARGUMENT: impossible layout. RESOURCE_EXHAUSTED (NO_MEMORY): larger than the
-        service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
+        undefined values. A pool without an engine is kept for a time that the service is configured with.
+        INVALID_ARGUMENT (INVALID_POOL): impossible name, layout or size. RESOURCE_EXHAUSTED (NO_MEMORY): larger
+        than the service may allocate. FAILED_PRECONDITION (POOL_IN_USE): the engine that has it is alive.
         """
 
     @_abc_1.abstractmethod
@@ -159,7 +192,8 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kvtransfer_pb2.AttachPoolResponse, _abc.Awaitable[_kvtransfer_pb2.AttachPoolResponse]]:
         """AttachPool makes the caller the pool's engine. Grants and pushes of an earlier one are revoked and
         drained first. The reply names a unix socket and a ticket; the descriptors pass over that socket, and the
-        engine counts as gone as soon as that connection ends.
+        engine counts as gone as soon as that connection ends. FAILED_PRECONDITION (POOL_IN_USE): the earlier
+        engine is alive. UNAVAILABLE (NOT_DRAINED): a copy has not ended yet; ask again.
         """
 
     @_abc_1.abstractmethod
@@ -169,7 +203,9 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.GrantResponse, _abc.Awaitable[_kvtransfer_pb2.GrantResponse]]:
         """Grant opens a window of a pool for writing under a secret. The same grant again changes nothing;
-        a different one under the same reservation id is INVALID_ARGUMENT.
+        a different one under the same reservation id, or a page behind two windows, is INVALID_ARGUMENT
+        (GRANT_CONFLICT); so are pages that do not fit the window (INVALID_PAGES). ABORTED (RESERVATION_GONE): the
+        grant was revoked before.
         """
 
     @_abc_1.abstractmethod
@@ -179,7 +215,8 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.RevokeResponse, _abc.Awaitable[_kvtransfer_pb2.RevokeResponse]]:
         """Revoke closes a grant: no further write begins, and the reply comes when none is under way any more.
-        Revoking what does not exist succeeds, because then nothing can write either.
+        Revoking what does not exist succeeds, because then nothing can write either. UNAVAILABLE (NOT_DRAINED): a
+        copy has not ended within the service's bound; the grant is closed all the same, and asking again is right.
         """
 
     @_abc_1.abstractmethod
@@ -190,12 +227,18 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.PushResponse], _abc.AsyncIterator[_kvtransfer_pb2.PushResponse]]:
         """Push moves pages from the caller's pool into a peer's window, layer by layer as the ready counter rises,
         and streams its progress. The last message says that the bytes are in place; with it, if the whole range
-        of the attempt is now in place, the attempt is committed. Cancelling stops it at the next page; it is
-        certain that the source is read no more when the stream has ended.
+        of the attempt is now in place, the attempt is committed. The same push again ends the first one.
 
-        FAILED_PRECONDITION: STALE_EPOCH, LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED
-        (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE.
-        DEADLINE_EXCEEDED (PUSH_STALLED): the ready counter stood still for too long.
+        A status from the service means that the source is read no more. A caller that cancels, or whose
+        connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
+        when it has.
+
+        INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
+        LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
+        (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
+        the attempt was ended or the same part pushed again. DEADLINE_EXCEEDED (PUSH_STALLED): neither a layer
+        became ready nor a copy ended for too long; the attempt is still live. UNAVAILABLE (NOT_DRAINED): an
+        attempt that this one takes over from has not ended yet.
         """
 
     @_abc_1.abstractmethod
@@ -204,8 +247,8 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kvtransfer_pb2.EndAttemptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.EndAttemptResponse, _abc.Awaitable[_kvtransfer_pb2.EndAttemptResponse]]:
-        """EndAttempt gives up an attempt that is not committed, between two of its pushes. Nothing of it is written
-        after the reply.
+        """EndAttempt gives up an attempt that is not committed and stops its pushes. After the reply nothing of it is
+        written or read, and a push of it that was overtaken on its way is refused (ATTEMPT_SUPERSEDED).
         """
 
     @_abc_1.abstractmethod
@@ -215,7 +258,9 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.WatchGrantsResponse], _abc.AsyncIterator[_kvtransfer_pb2.WatchGrantsResponse]]:
         """WatchGrants tells the pool's engine what happens to its grants: the present state of each at once, then
-        every change.
+        every change. Conditions that follow each other faster than they are read are skipped; bytes are reported
+        some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
+        drained.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,89 @@
+"""`python -m services.engine`: one process a model replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
+
+from services.engine.config import EngineConfig
+from services.engine.core.api import Command
+from services.engine.front.front import Front
+from services.engine.kvlink.client import TransferClient
+from services.engine.kvlink.link import KvLink
+from services.engine.metrics import LoadCollector
+from services.engine.servicer import EngineServicer, TransferView
+from services.rpc.channel import ClientTls, make_channel
+from services.rpc.config import describe, parse_config
+from services.rpc.log import configure
+from services.rpc.main import run_main
+from services.rpc.server import Server
+
+PROG = "microserve-engine"
+SERVICE = "microserve.engine.v1.EngineService"
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+log = logging.getLogger("services.engine")
+
+
+async def serve(config: EngineConfig) -> None:
+    """Serves until it is told to stop or the loop thread fails; then drains."""
+    # Imported here, because torch reads the thread variables when it is imported.
+    from services.engine.replica import load_replica
+
+    server = Server(config, "engine")
+    replica = await asyncio.to_thread(load_replica, config)
+    failed = False
+
+    def submit(command: Command) -> None:
+        loop.submit(command)
+
+    def stopped() -> None:
+        nonlocal failed
+        failed = True
+        server.set_serving(SERVICE, False)
+        server.request_stop(0.0)
+
+    front = Front(submit, stopped)
+    link = None
+    if config.kvtransfer is not None:
+        tls = ClientTls(config.kvtransfer_ca) if config.kvtransfer_ca is not None else None
+        client = TransferClient(make_channel(config.kvtransfer, tls), replica.incarnation)
+        link = KvLink(client, replica.pool_plan, lambda error: front.on_fatal(error))
+    kv = replica.attached_pool(await link.start()) if link is not None else replica.private_pool()
+    loop = replica.make_loop(kv, front, link)
+    loop.start()
+    collector = LoadCollector(lambda: front.loads.latest)
+    try:
+        if link is not None:
+            link.bind(submit)
+        transfer = (lambda: TransferView(link.endpoint, link.transports)) if link is not None else None
+        servicer = EngineServicer(front, replica.identity(), replica.model.tokenizer.files(), transfer)
+        add_EngineServiceServicer_to_server(servicer, server.grpc)
+        await server.start()
+        await server.set_serving(SERVICE, True)
+        log.info("serving", extra={"fields": describe(config)})
+        server.announce()
+        await server.run(on_drain=front.drain)
+    finally:
+        collector.close()
+        await asyncio.to_thread(loop.stop)
+        if link is not None:
+            await link.close()
+    if failed:
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """Entry point."""
+    configure("engine")
+    config = parse_config(EngineConfig, sys.argv[1:], PROG)
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(config.num_threads)))
+    run_main(PROG, serve(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A model replica put together: weights, pool, loop thread. Imports torch, so thread counts must be set before."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from services.engine.attention.factory import make_attention
+from services.engine.config import EngineConfig
+from services.engine.core.config import CoreConfig
+from services.engine.core.core import EngineCore
+from services.engine.core.faults import ScriptedFaults
+from services.engine.core.loop import EngineLoop
+from services.engine.core.runner import TorchRunner
+from services.engine.front.front import Front
+from services.engine.front.limits import Limits
+from services.engine.kvlink.link import KvLink, PoolPlan
+from services.engine.model.errors import ModelError
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.servicer import EngineIdentity
+from services.protocol.layout import Dtype, PageLayout
+from services.rpc.errors import StartError
+from services.rpc.pool_client import AttachedPool
+
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MIB = 1 << 20
+_DEFAULT_MIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A loaded model and the arrangement of its KV, before there is a pool."""
+
+    config: EngineConfig
+    model: LoadedModel
+    layout: PageLayout
+    num_pages: int
+    incarnation: bytes
+    device: torch.device
+
+    @property
+    def limits(self) -> Limits:
+        """What the model and the pool bound."""
+        most = min(self.model.config.max_context, self.num_pages * self.layout.page_size)
+        return Limits(self.model.config.vocab_size, min(most, self.config.max_context or most))
+
+    @property
+    def pool_plan(self) -> PoolPlan:
+        """The pool it wants from the KV transfer service."""
+        return PoolPlan(self.config.name, self.layout, self.num_pages)
+
+    def identity(self) -> EngineIdentity:
+        """What GetInfo says."""
+        return EngineIdentity(
+            name=self.config.name,
+            incarnation=self.incarnation,
+            model=os.path.basename(os.path.normpath(self.config.model)),
+            model_digest=self.model.digest,
+            tokenizer_digest=self.model.tokenizer.digest,
+            layout=self.layout,
+            page_count=self.num_pages,
+            limits=self.limits,
+            device=str(self.device),
+            labels=self.config.label_map,
+            eos_token_ids=tuple(self.model.config.eos_token_ids),
+            max_batch_size=self.config.max_batch_size,
+        )
+
+    def private_pool(self) -> torch.Tensor:
+        """A pool of this process alone, zeroed; see kv_tensor for its shape."""
+        size = self.layout.pool_bytes(self.num_pages)
+        return self._shaped(torch.zeros(size, dtype=torch.uint8, device=self.device))
+
+    def attached_pool(self, pool: AttachedPool) -> torch.Tensor:
+        """The memory shared with the KV transfer service as a tensor; it must not outlive the mapping."""
+        return self._shaped(torch.from_numpy(pool.memory))
+
+    def make_loop(self, kv: torch.Tensor, front: Front, link: KvLink | None) -> EngineLoop:
+        """The loop thread over a pool, not started. Raises StartError for an attention backend that does not fit."""
+        try:
+            attention = make_attention(self.config.attention, kv, self.model.config)
+        except ValueError as error:
+            raise StartError(f"--attention: {error}") from None
+        runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
+        core = EngineCore(self._core_config(), runner, front, link, faults=self._faults())
+        return EngineLoop(core, front)
+
+    def _shaped(self, memory: torch.Tensor) -> torch.Tensor:
+        layout = self.layout
+        return memory.view(_TORCH_DTYPES[self.config.dtype_name]).view(
+            layout.layer_count, self.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim
+        )
+
+    def _core_config(self) -> CoreConfig:
+        config, limits = self.config, self.limits
+        return CoreConfig(
+            model_digest=self.model.digest,
+            layout=self.layout,
+            num_pages=self.num_pages,
+            vocab_size=limits.vocab_size,
+            max_context=limits.max_context,
+            eos_token_ids=tuple(self.model.config.eos_token_ids),
+            incarnation=self.incarnation,
+            max_batch_size=config.max_batch_size,
+            max_step_tokens=config.max_step_tokens,
+            max_waiting=config.max_waiting,
+            default_lease_s=config.lease_default,
+            max_lease_s=config.lease_max,
+            poison_pages=config.poison_pages,
+        )
+
+    def _faults(self) -> ScriptedFaults | None:
+        return ScriptedFaults.parse(",".join(self.config.fault_points)) if self.config.fault_points else None
+
+
+def load_replica(config: EngineConfig) -> Replica:
+    """Reads the weights and sizes the pool. Raises StartError with a sentence if either cannot be."""
+    torch.set_num_threads(config.num_threads)
+    device = _device(config)
+    try:
+        model = load_model(config.model, device=device, dtype=_TORCH_DTYPES[config.dtype_name])
+    except ModelError as error:
+        raise StartError(str(error)) from None
+    layout = PageLayout(
+        layer_count=model.config.num_layers,
+        kv_head_count=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        page_size=config.page_size,
+        dtype=Dtype[config.dtype_name.upper()],
+    )
+    num_pages = config.pages or max(1, _kv_bytes(config, device) // layout.pool_bytes(1))
+    return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise StartError(f"--device {config.device} is no device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartError(f"--device {config.device}: there is no GPU that torch can use")
+    if device.type != "cpu" and config.kvtransfer is not None:
+        raise StartError("a KV transfer service holds pools in host memory: a GPU engine needs --kvtransfer none")
+    return device
+
+
+def _kv_bytes(config: EngineConfig, device: torch.device) -> int:
+    if config.kv_memory_mib is not None:
+        return config.kv_memory_mib * _MIB
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_DEFAULT_MIB * _MIB, memory // 8)
+
+

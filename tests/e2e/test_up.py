@@ -1,0 +1,99 @@
+"""`microserve up` with the real model: a person's question answered over two engine processes, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_fleet import alive, wait_dead
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+class Launcher:
+    """A running `microserve up --json` with free ports."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        """Its temporary files go below `folder`."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli", "up", "--grpc-port=0", "--http-port=0", "--json", *options],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}", "TMPDIR": str(folder)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.endpoints: list[dict[str, Any]] = self.read("ready")["endpoints"]
+        self.answer = self.read("answer")
+
+    def read(self, event: str) -> dict[str, Any]:
+        """The next event, which must be the one named."""
+        assert self.process.stdout is not None
+        line: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
+        assert line.get("event") == event
+        return line
+
+
+@contextmanager
+def launched(folder: Path, *options: str) -> Iterator[Launcher]:
+    """Kills the launcher at the end if it still runs; its lifeline takes the rest."""
+    before = shared_memory()
+    launcher = Launcher(folder, *options)
+    with launcher.process:
+        try:
+            yield launcher
+        finally:
+            launcher.process.kill()
+    wait_dead([endpoint["pid"] for endpoint in launcher.endpoints])
+    assert shared_memory() == before
+
+
+def shared_memory() -> set[str]:
+    """Files of shared memory and semaphores on this machine."""
+    return set(os.listdir("/dev/shm"))
+
+
+def test_question_is_answered_over_two_engines_and_a_signal_leaves_nothing(tmp_path: Path) -> None:
+    with launched(tmp_path, "--ask", "What is the capital of France?") as launcher:
+        answer = launcher.answer
+        assert "Paris" in answer["text"]
+        assert answer["policy"] == "disaggregated"
+        prepare, send, generate = answer["legs"]
+        assert [leg["verb"] for leg in answer["legs"]] == ["prep_recv", "remote_send", "start_generate"]
+        assert send["engine"] != prepare["engine"] == generate["engine"]
+        end = answer["prompt_tokens"] - 1
+        assert (send["computed"], send["transferred"], generate["computed"]) == (end, end, 1)
+        # 30 layers, K and V, 3 heads of 64 float32 values.
+        assert send["transferred_bytes"] == end * 30 * 2 * 3 * 64 * 4
+        launcher.process.send_signal(signal.SIGTERM)
+        launcher.read("stopping")
+        assert launcher.process.wait(30) == 0
+        assert not any(alive(endpoint["pid"]) for endpoint in launcher.endpoints)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_killed_launcher_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+    with launched(tmp_path, "--ask", "Hello") as launcher:
+        launcher.process.kill()
+        wait_dead([endpoint["pid"] for endpoint in launcher.endpoints])
+
+
+@pytest.mark.faults
+def test_killed_engine_ends_the_launcher_with_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with launched(tmp_path, "--ask", "Hello") as launcher:
+        pids = {endpoint["name"]: endpoint["pid"] for endpoint in launcher.endpoints}
+        os.kill(pids["engine-0"], signal.SIGKILL)
+        assert launcher.process.wait(30) == 1
+        assert not any(alive(pid) for pid in pids.values())
+    assert capfd.readouterr().err.startswith("microserve: engine-0 ended by signal 9\n")

@@ -1,0 +1,85 @@
+"""The small parts: timers, blocks in flight, fault scripts, configuration."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from services.engine.core.faults import InjectedFault, ScriptedFaults
+from services.engine.core.in_flight import InFlightBlocks
+from services.engine.core.pace import Pace
+from services.engine.core.timers import Timers
+from tests.engine.core.world import make_config
+
+
+def test_timers_run_in_order_of_time_then_of_asking() -> None:
+    timers, ran = Timers(), []
+    timers.at(2.0, lambda: ran.append("two"))
+    timers.at(1.0, lambda: ran.append("one"))
+    timers.at(1.0, lambda: timers.at(1.5, lambda: ran.append("from one")) and None)
+    cancelled = timers.at(0.5, lambda: ran.append("never"))
+    cancelled.cancel()
+    assert timers.next_due() == 1.0
+    timers.run_due(1.6)
+    assert ran == ["one", "from one"]
+    assert timers.next_due() == 2.0
+    timers.run_due(5.0)
+    cancelled.cancel()
+    assert timers.next_due() is None
+
+
+def test_blocks_in_flight_end_with_landing_or_with_their_producer() -> None:
+    blocks = InFlightBlocks()
+    blocks.announce(1, [b"a", b"b"])
+    blocks.announce(2, [b"b", b"c"])
+    blocks.landed(b"a")
+    blocks.landed(b"unknown")
+    assert [blocks.contains(name) for name in (b"a", b"b", b"c")] == [False, True, True]
+    blocks.withdraw(2)
+    assert [blocks.contains(name) for name in (b"b", b"c")] == [True, False]
+    blocks.withdraw(1)
+    assert not blocks.contains(b"b")
+
+
+def test_pace_says_how_long_work_takes() -> None:
+    pace = Pace()
+    assert pace.seconds_for(100) == 1.0
+    pace.step(100, 0.5)
+    pace.step(100, 0.0)
+    assert pace.seconds_for(300) == 1.5
+    assert (pace.seconds_for(0), pace.seconds_for(10**9)) == (0.05, 10.0)
+
+
+def test_fault_scripts_raise_and_hold(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    faults = ScriptedFaults.parse(f"send.layer.2=hold:{fifo}, prep_recv.begin=raise")
+    faults.reach("send.layer.1")
+    with pytest.raises(InjectedFault):
+        faults.reach("prep_recv.begin")
+    passed = threading.Event()
+    holder = threading.Thread(target=lambda: (faults.reach("send.layer.2"), passed.set()))
+    holder.start()
+    with open(fifo, "wb"):
+        assert not passed.is_set()
+    assert passed.wait(10)
+    holder.join()
+    with pytest.raises(ValueError, match="hold:PATH"):
+        ScriptedFaults.parse("send.layer.2=explode")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_pages": 0}, {"max_context": 1}, {"max_step_tokens": 0}, {"default_lease_s": 0.0}, {"max_lease_s": 1.0}],
+)
+def test_a_configuration_that_cannot_work(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        make_config(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_pool_smaller_than_the_context_bounds_it() -> None:
+    config = make_config(num_pages=10, max_context=1000)
+    assert (config.context_limit, config.max_reserved_pages) == (40, 0)

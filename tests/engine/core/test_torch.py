@@ -1,0 +1,144 @@
+"""The core with a real model: tiny, float32, one thread. Tokens equal and KV bytes equal whatever way they came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services.engine.attention.factory import make_attention
+from services.engine.core.config import CoreConfig
+from services.engine.core.plan import Segment
+from services.engine.core.runner import TorchRunner, make_batch
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.sampling.params import SamplingParams
+from services.protocol.layout import Dtype, PageLayout
+from tests.engine.core.world import Clock, Node, World, ref_of
+from tests.models import make_tiny_llama
+
+LAYOUT = PageLayout(4, 2, 16, 8, Dtype.FLOAT32)
+OPTIONS = {"layout": LAYOUT, "page_size": 8, "vocab_size": 512, "max_context": 128, "max_step_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder: Path = make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    yield load_model(folder, device="cpu", dtype=torch.float32)
+    torch.set_num_threads(threads)
+
+
+def pool_of(config: CoreConfig) -> torch.Tensor:
+    layout = config.layout
+    shape = (layout.layer_count, config.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim)
+    return torch.zeros(shape)
+
+
+def maker(model: LoadedModel, pools: list[torch.Tensor]) -> Callable[[CoreConfig], TorchRunner]:
+    def make(config: CoreConfig) -> TorchRunner:
+        pools.append(pool_of(config))
+        return TorchRunner(model.model, make_attention("gather_sdpa", pools[-1], model.config), pools[-1])
+
+    return make
+
+
+def alone(model: LoadedModel, **options: object) -> Node:
+    return Node(Clock(), None, "E", make_runner=maker(model, []), **{**OPTIONS, **options})
+
+
+def prompt_of(length: int, start: int = 0) -> tuple[int, ...]:
+    return tuple(3 + (start * 131 + index * 37) % 500 for index in range(length))
+
+
+def limited(count: int, temperature: float = 0.0) -> SamplingParams:
+    return SamplingParams(max_tokens=count, temperature=temperature, seed=5, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_batched_chunked_preempted_and_cached_equal_one_by_one(model: LoadedModel, temperature: float) -> None:
+    params = limited(24, temperature)
+    prompts = [prompt_of(length, start=length) for length in (1, 8, 20, 33, 60)]
+    expected = []
+    for prompt in prompts:
+        engine = alone(model, max_step_tokens=128, num_pages=64)
+        stream = engine.generate(prompt, params)
+        engine.run()
+        expected.append(stream.tokens)
+    engine = alone(model, num_pages=20, max_step_tokens=24)
+    streams = [engine.generate(prompt, params) for prompt in prompts]
+    engine.run()
+    assert [s.tokens for s in streams] == expected
+    assert sum(s.timing.preemptions for s in streams if s.timing) > 0
+    again = [engine.generate(prompt, params) for prompt in prompts]
+    engine.run()
+    assert [s.tokens for s in again] == expected
+    assert sum(s.timing.matched_tokens for s in again if s.timing) > 0
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_disaggregated_equals_single_in_tokens_and_bytes(model: LoadedModel, share: float) -> None:
+    pools: list[torch.Tensor] = []
+    world = World(make_runner=maker(model, pools), **OPTIONS)
+    for node, pool in zip(world.nodes, pools, strict=True):
+        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
+    for length in (1, 9, 40, 100):
+        prompt = prompt_of(length, start=length)
+        single = alone(model, num_pages=64)
+        expected = single.generate(prompt, limited(10))
+        single.run()
+        end = round((length - 1) * share)
+        reserved = world.reserve(prompt, end)
+        sent = world.p.remote_send(prompt, 0, end, reserved)
+        world.run()
+        assert sent.value.transferred_tokens == end
+        source = world.p.core._context.chain(prompt, "")
+        match = world.p.core._context.pool.match(source, end)
+        num_full = match.num_tokens // 8
+        theirs, ours = match.page_ids[:num_full], reserved.address.shards[0].page_ids[:num_full]
+        assert num_full == end // 8
+        assert torch.equal(pools[0][:, list(theirs)], pools[1][:, list(ours)])
+        stream = world.d.generate(prompt, limited(10), reservation=ref_of(reserved), begin=end)
+        world.run()
+        assert stream.tokens == expected.tokens
+    world.assert_idle()
+
+
+class ByteRows:
+    """A pool as FakeService wants it: [layer, page, offset] is one token's keys and values."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        self._pool = pool.numpy()
+        self.shape = (pool.shape[0], pool.shape[1], pool.shape[4])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, where: tuple[int, int, int]) -> np.ndarray:
+        layer, page, offset = where
+        return self._pool[layer, page, :, :, offset]
+
+    def __setitem__(self, where: tuple[int, int, int], value: np.ndarray) -> None:
+        layer, page, offset = where
+        self._pool[layer, page, :, :, offset] = value
+
+
+def test_a_batch_is_packed_as_the_model_wants_it() -> None:
+    from array import array
+
+    segments = [
+        Segment(1, 6, [10, 11, 12], array("i", [7, 3, 5]), None),
+        Segment(2, 0, [20], array("i", [9]), None),
+    ]
+    batch = make_batch(segments, 4, torch.device("cpu"))
+    assert batch.token_ids.tolist() == [10, 11, 12, 20]
+    assert batch.positions.tolist() == [6, 7, 8, 0]
+    assert batch.slots.tolist() == [3 * 4 + 2, 3 * 4 + 3, 5 * 4, 9 * 4]
+    assert batch.query_starts.tolist() == [0, 3, 4]
+    assert batch.context_lengths.tolist() == [9, 1]
+    assert batch.block_tables.tolist() == [[7, 3, 5], [9, 0, 0]]
+    assert batch.logits_rows.tolist() == []
