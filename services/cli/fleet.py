@@ -27,6 +27,7 @@ import services
 from services.cli.process import ServiceProcess
 
 LOOPBACK = "127.0.0.1:0"
+_STOP_ORDER = ("router", "engine", "kvtransfer")
 _STOP_TIMEOUT_S = 10.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -107,15 +108,18 @@ class Fleet:
         return self._start("router", name, [*options, *extra])
 
     def stop(self, *, timeout_s: float = _STOP_TIMEOUT_S) -> None:
-        """Stops all, the last started first, so that nobody loses a service that it still uses. What has not ended
-        in time is killed. Exit codes stay readable until close()."""
+        """Stops all, users before what they use. What has not ended in time is killed. Exit codes stay readable
+        until close()."""
         deadline = time.monotonic() + timeout_s
-        for process in reversed(self.processes):
-            process.terminate()
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                process.kill()
+        for service in _STOP_ORDER:
+            wave = [process for process in self.processes if process.service == service]
+            for process in wave:
+                process.terminate()
+            for process in wave:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    process.kill()
         for process in self.processes:
             process.wait()
 
@@ -141,7 +145,8 @@ class Fleet:
         # -P: a file in the working directory that is named like a module must not be taken for it.
         command = [sys.executable, "-P", "-m", f"{self._package}.{service}", *options]
         command += ["--lifeline-fd", str(self._lifeline), "--grace-s", str(self._grace_s)]
-        process = ServiceProcess(name, command, self.folder / f"{name}.log", _environment(threads), self._lifeline)
+        log_path = self.folder / f"{name}.log"
+        process = ServiceProcess(service, name, command, log_path, _environment(threads), self._lifeline)
         self.processes.append(process)
         return process
 

@@ -36,8 +36,15 @@ class ServiceProcess:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], log_path: Path, environment: Mapping[str, str], lifeline: int
+        self,
+        service: str,
+        name: str,
+        command: Sequence[str],
+        log_path: Path,
+        environment: Mapping[str, str],
+        lifeline: int,
     ) -> None:
+        self.service = service
         self.name = name
         self.log_path = log_path
         self.command = tuple(command)

@@ -10,7 +10,7 @@ import sys
 from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 
 from services.engine.config import EngineConfig
-from services.engine.core.api import Command
+from services.engine.core.api import Command, RequestKey
 from services.engine.front.front import Front
 from services.engine.kvlink.client import TransferClient
 from services.engine.kvlink.link import KvLink
@@ -47,8 +47,12 @@ async def serve(config: EngineConfig) -> None:
         server.set_serving(SERVICE, False)
         server.request_stop(0.0)
 
-    front = Front(submit, stopped)
-    link = None
+    def abandoned(key: RequestKey) -> None:
+        if link is not None:
+            link.abandon(key)
+
+    front = Front(submit, stopped, abandoned)
+    link: KvLink | None = None
     if config.kvtransfer is not None:
         tls = ClientTls(config.kvtransfer_ca) if config.kvtransfer_ca is not None else None
         client = TransferClient(make_channel(config.kvtransfer, tls), replica.incarnation)

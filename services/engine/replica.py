@@ -154,5 +154,3 @@ def _kv_bytes(config: EngineConfig, device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(_DEFAULT_MIB * _MIB, memory // 8)
-
-

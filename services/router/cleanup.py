@@ -12,6 +12,9 @@ from services.router.metrics import CLEANUP_FAILURES
 
 log = logging.getLogger(__name__)
 
+# Longer than a release takes; an engine that does not answer at all must not hold up the client.
+_MOMENT_S = 1.0
+
 
 class Cleanup:
     """Runs releases and cancels shielded from cancellation and bounded in time. Failures are counted and logged:
@@ -29,8 +32,9 @@ class Cleanup:
         return task
 
     async def run(self, what: str, work: Coroutine[Any, Any, object]) -> None:
-        """Waits for it. Cancelling the caller leaves it running. Never raises what `work` raised."""
-        await asyncio.shield(self.spawn(what, work))
+        """Waits for it a moment. What takes longer, or whose caller is cancelled, goes on by itself. Never raises what
+        `work` raised."""
+        await asyncio.wait({self.spawn(what, work)}, timeout=_MOMENT_S)
 
     async def drain(self) -> None:
         """Waits until nothing runs, at most the limit."""

@@ -164,7 +164,8 @@ async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -
         if chunk.finish is not None:
             answer = replace(answer, text=piece.text + output.finish())
             break
-        yield answer
+        if answer.text or answer.token_ids:
+            yield answer
     finish = FinishReason.STOP if output.stopped else chunk.finish
     generation = run.legs.generation()
     cached = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 
@@ -48,4 +49,6 @@ async def outcome(call: Awaitable[object]) -> grpc.StatusCode:
         await call
     except grpc.aio.AioRpcError as error:
         return error.code()
+    except asyncio.CancelledError:
+        return grpc.StatusCode.CANCELLED
     return grpc.StatusCode.OK

@@ -22,6 +22,7 @@ from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from microserve.types.v1 import kv_pb2 as kv
 from microserve.types.v1 import sampling_pb2 as sampling
 
+from services.cli.client import wait_serving
 from services.cli.fleet import Fleet
 from services.cli.process import ServiceProcess
 
@@ -104,6 +105,7 @@ async def start_suite(
             suite.router_process = fleet.start_router(processes, policy, extra=list(router_options))
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
+            await wait_serving(suite.router_process.address, 30)
         try:
             yield suite
         finally:

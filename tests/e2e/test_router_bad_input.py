@@ -13,6 +13,7 @@ from microserve.router.v1 import admin_pb2 as admin
 from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 
+from services.cli.client import wait_serving
 from tests.e2e.errors import failing
 from tests.e2e.suite import Suite, ask, idle, start_suite, wait_for_load
 from tests.models import make_tiny_llama
@@ -110,6 +111,7 @@ async def test_policies_that_fail(suite: Suite, tmp_path: Path) -> None:
         bad = suite.fleet.start_router(
             [each.process for each in suite.engines], file, name=file.stem, extra=["--policy-timeout", "2"]
         )
+        await wait_serving(bad.address, 30)
         stub = type(suite.router)(suite.connect(bad.address))
         with failing(code, reason) as failure:
             await stub.Complete(router.CompleteRequest(request=request_of(text="word " * 40)), timeout=30)

@@ -139,7 +139,7 @@ async def test_the_router_is_killed(tmp_path: Path) -> None:
 
 
 async def drain(stream: grpc.aio.UnaryStreamCall) -> None:  # type: ignore[type-arg]
-    async for _ in stream:
+    while await stream.read() is not grpc.aio.EOF:
         pass
 
 

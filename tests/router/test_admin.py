@@ -163,6 +163,7 @@ async def test_files_are_at_hand_by_their_name(tmp_path: Path) -> None:
         assert (await suite.generate(policy="mine")).policy == "mine"
 
 
+@pytest.mark.slow
 async def test_a_swap_under_load_loses_no_request() -> None:
     """200 requests while the program changes after every few; each ends on the program that it began with."""
     rotation = ["data_parallel", "disaggregated", "context_aware", "balanced:0.5", "mine"]

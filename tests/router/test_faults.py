@@ -114,6 +114,7 @@ async def test_an_engine_that_restarts_is_picked_up_again() -> None:
         await new.stop()
 
 
+@pytest.mark.slow
 async def test_a_long_send_keeps_its_reservation() -> None:
     peers: dict[str, FakeEngine] = {}
     engines = [FakeEngine(model(), name, peers=peers, lease_s=0.3) for name in "ab"]

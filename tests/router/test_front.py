@@ -181,6 +181,7 @@ async def test_too_many_requests_are_refused_at_once() -> None:
         await suite.generate()
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_slowly_does_not_stall_the_others() -> None:
     async with running(1) as suite:
         slow = aiter(suite.stream(max_tokens=3000))
@@ -191,6 +192,7 @@ async def test_a_client_that_reads_slowly_does_not_stall_the_others() -> None:
         assert [token for piece in pieces for token in piece.token_ids] == model().generate(PROMPT, 3000)
 
 
+@pytest.mark.slow
 async def test_a_client_that_never_reads_is_cut_off() -> None:
     """Its engine stops when the router keeps enough for it, and its place is free after the client's timeout."""
     wordy = Tokenizer.from_str(byte_level().to_str())

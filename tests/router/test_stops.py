@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ def oracle(text: str, stops: list[str], include_stop: bool) -> str:
     return text
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces=st.lists(texts, max_size=8), stops=stops_lists, include_stop=st.booleans())
 def test_the_cut_does_not_depend_on_the_pieces(pieces: list[str], stops: list[str], include_stop: bool) -> None:

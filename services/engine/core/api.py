@@ -47,6 +47,11 @@ class RequestKey:
     request_id: str
 
 
+def writer_id(incarnation: bytes, key: RequestKey) -> str:
+    """Name of a sender's attempts at the receiver's service: this engine's incarnation and the request."""
+    return f"{incarnation.hex()}/{key.owner_id}/{key.request_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class ReservationRef:
     """A reservation and the proof of the right to it."""

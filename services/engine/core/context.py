@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from services.engine.core.api import RequestKey, SequenceOutput
+from services.engine.core.api import RequestKey, SequenceOutput, writer_id
 from services.engine.core.blocks import BlockChain
 from services.engine.core.calls import Calls
 from services.engine.core.config import CoreConfig
@@ -59,4 +59,4 @@ class Context:
 
     def writer_id(self, key: RequestKey) -> str:
         """Name of a sender's attempts: this engine's incarnation and the request."""
-        return f"{self.config.incarnation.hex()}/{key.owner_id}/{key.request_id}"
+        return writer_id(self.config.incarnation, key)

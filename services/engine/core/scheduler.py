@@ -154,6 +154,7 @@ class Scheduler:
         pages_owed = 0
         for sequence in list(self._waiting):
             if not draft.budget or len(self._running) >= self._config.max_batch_size:
+                pages_owed = pages_owed or self._pages_owed  # not looked at in this step, so not paid either
                 break
             if not sequence.pages:
                 if sequence.generates and pages_owed:

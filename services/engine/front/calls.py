@@ -7,7 +7,7 @@ The loop thread answers through a reply function, on its own thread. A handler t
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,8 +23,11 @@ MAX_ANSWERED = 4096
 class Calls:
     """Belongs to one event loop, which all methods are called on."""
 
-    def __init__(self, submit: Callable[[Command], None]) -> None:
+    def __init__(self, submit: Callable[[Command], None], on_abandoned: Callable[[RequestKey], None]) -> None:
+        """`on_abandoned` is called when the last caller of a verb has left, before the loop thread hears of it."""
         self._submit = submit
+        self._on_abandoned = on_abandoned
+        self._num_askers: Counter[RequestKey] = Counter()
         self._open: set[asyncio.Future[Any]] = set()
         self._answered: OrderedDict[RequestKey, None] = OrderedDict()
         self._failure: ServiceError | None = None
@@ -53,12 +56,19 @@ class Calls:
 
         A retry shares what its original got: when a mesh takes the retry back, the original must live on.
         """
+        self._num_askers[key] += 1
         try:
             answer = await self.ask(make)
         except asyncio.CancelledError:
             if key not in self._answered:
+                if self._num_askers[key] == 1:
+                    self._on_abandoned(key)
                 self._submit(Cancel(key))
             raise
+        finally:
+            self._num_askers[key] -= 1
+            if not self._num_askers[key]:
+                del self._num_askers[key]
         self._answered[key] = None
         if len(self._answered) > MAX_ANSWERED:
             self._answered.popitem(last=False)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from services.engine.core.api import Command, Drain, Load, Reply, SequenceOutput
+from services.engine.core.api import Command, Drain, Load, Reply, RequestKey, SequenceOutput
 from services.engine.errors import EngineDraining, EngineStopped
 from services.engine.front.cache_watch import CacheWatches
 from services.engine.front.calls import Calls
@@ -24,11 +24,17 @@ log = logging.getLogger(__name__)
 class Front:
     """Implements EngineListener. Everything but the listener's methods belongs to the event loop it was made on.
 
-    `submit` is the loop thread's inbox. `on_stopped` is called once if the loop thread fails.
+    `submit` is the loop thread's inbox. `on_stopped` is called once if the loop thread fails, `on_abandoned` when the
+    last caller of a verb has left.
     """
 
-    def __init__(self, submit: Callable[[Command], None], on_stopped: Callable[[], None]) -> None:
-        self.calls = Calls(submit)
+    def __init__(
+        self,
+        submit: Callable[[Command], None],
+        on_stopped: Callable[[], None],
+        on_abandoned: Callable[[RequestKey], None] = lambda key: None,
+    ) -> None:
+        self.calls = Calls(submit, on_abandoned)
         self.streams = Streams(submit)
         self.loads = LoadBoard()
         self.cache = CacheWatches(submit)

@@ -53,7 +53,7 @@ class Attachment:
         self._on_bug = on_bug
         # Each task with the answer that it owes if the service dies.
         self._owed: dict[asyncio.Task[None], Command | None] = {}
-        self._moving: dict[int, asyncio.Task[None]] = {}
+        self._moving: dict[int, tuple[PushSpec, asyncio.Task[None]]] = {}
         self._received: dict[str, int] = {}  # bytes received, by open grant
         self._early: dict[str, GrantCondition] = {}  # news of grants whose own reply is still under way
         self._run(self._watch_grants(), None)
@@ -73,8 +73,14 @@ class Attachment:
 
     def cancel_push(self, push_id: int) -> None:
         """See KvPort."""
-        if (moving := self._moving.get(push_id)) is not None:
-            moving.cancel()
+        if (pushing := self._moving.get(push_id)) is not None:
+            pushing[1].cancel()
+
+    def cancel_writer(self, writer_id: str) -> None:
+        """Stops all pushes of a request at the next page."""
+        for spec, moving in self._moving.values():
+            if spec.writer_id == writer_id:
+                moving.cancel()
 
     def end_attempt(self, spec: PushSpec) -> None:
         """See KvPort; `spec` is any push of the attempt."""
@@ -145,7 +151,7 @@ class Attachment:
     async def _move(self, spec: PushSpec) -> PushEnded:
         seen = [_NO_PROGRESS]
         moving = asyncio.create_task(self._follow(spec, seen))
-        self._moving[spec.push_id] = moving
+        self._moving[spec.push_id] = (spec, moving)
         try:
             await asyncio.wait([moving])
         finally:

@@ -71,7 +71,7 @@ class TransferClient:
 
     def __init__(self, channel: grpc.aio.Channel, incarnation: bytes) -> None:
         self._stub: kvtransfer_pb2_grpc.KvTransferServiceAsyncStub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
-        self._incarnation = incarnation
+        self.incarnation = incarnation
 
     async def create_pool(self, name: str, layout: PageLayout, page_count: int, adopt: bool) -> PoolRef:
         """Makes the engine's pool, or announces that its descriptors will be handed back."""
@@ -82,7 +82,7 @@ class TransferClient:
 
     async def attach_pool(self, pool: PoolRef) -> Invitation:
         """Makes this engine the pool's engine."""
-        request = pb.AttachPoolRequest(pool_id=pool.pool_id, incarnation=self._incarnation)
+        request = pb.AttachPoolRequest(pool_id=pool.pool_id, incarnation=self.incarnation)
         with remote_errors():
             reply = await self._stub.AttachPool(request, timeout=POOL_TIMEOUT_S)
         return Invitation(reply.socket_path, reply.ticket, reply.endpoint, reply.ready_slot_count)
@@ -97,7 +97,7 @@ class TransferClient:
         """Opens a window."""
         request = pb.GrantRequest(
             pool_id=pool.pool_id,
-            incarnation=self._incarnation,
+            incarnation=self.incarnation,
             reservation_id=spec.reservation_id,
             secret=spec.secret,
             window=to_range(spec.window),
@@ -108,7 +108,7 @@ class TransferClient:
 
     async def revoke(self, pool: PoolRef, reservation_id: str) -> None:
         """Closes a window; nothing writes through it when this returns."""
-        request = pb.RevokeRequest(pool_id=pool.pool_id, incarnation=self._incarnation, reservation_id=reservation_id)
+        request = pb.RevokeRequest(pool_id=pool.pool_id, incarnation=self.incarnation, reservation_id=reservation_id)
         with remote_errors():
             await self._stub.Revoke(request, timeout=CALL_TIMEOUT_S)
 
@@ -119,7 +119,7 @@ class TransferClient:
         """
         request = pb.PushRequest(
             pool_id=pool.pool_id,
-            incarnation=self._incarnation,
+            incarnation=self.incarnation,
             page_ids=spec.page_ids,
             range=to_range(spec.range),
             target=to_address(spec.target),
@@ -152,7 +152,7 @@ class TransferClient:
         """Gives an attempt up; nothing of it moves when this returns. Whether it had been committed before."""
         request = pb.EndAttemptRequest(
             pool_id=pool.pool_id,
-            incarnation=self._incarnation,
+            incarnation=self.incarnation,
             target=to_address(spec.target),
             attempt=spec.attempt,
             attempt_range=to_range(spec.attempt_range),
@@ -164,7 +164,7 @@ class TransferClient:
 
     async def watch_grants(self, pool: PoolRef) -> AsyncIterator[list[GrantCondition]]:
         """The condition of every grant of the pool, then every change."""
-        request = pb.WatchGrantsRequest(pool_id=pool.pool_id, incarnation=self._incarnation)
+        request = pb.WatchGrantsRequest(pool_id=pool.pool_id, incarnation=self.incarnation)
         call = self._stub.WatchGrants(request)
         try:
             with remote_errors():

@@ -20,8 +20,10 @@ from services.engine.core.api import (
     ListReservations,
     PushEnded,
     PushSpec,
+    RequestKey,
     TransferServiceLost,
     TransferServiceReady,
+    writer_id,
 )
 from services.engine.kvlink.attachment import Attachment, gone
 from services.engine.kvlink.client import Invitation, PoolRef, TransferClient
@@ -112,6 +114,14 @@ class KvLink:
     def cancel_push(self, push_id: int) -> None:
         """See KvPort."""
         self._call(lambda a: a.cancel_push(push_id), None)
+
+    def abandon(self, key: RequestKey) -> None:
+        """Nobody waits for a RemoteSend any more: its pushes stop at the next page, also while a step computes.
+
+        Called on the event loop. The loop thread hears of it by Cancel, after its step.
+        """
+        if self._attachment is not None:
+            self._attachment.cancel_writer(writer_id(self._client.incarnation, key))
 
     def end_attempt(self, target: KvAddress, attempt: int, attempt_range: TokenRange, writer_id: str) -> None:
         """See KvPort."""

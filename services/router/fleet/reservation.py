@@ -61,7 +61,7 @@ class Reservation:
     async def release(self, *, publish: bool = False) -> None:
         """Ends it unless it is over; with `publish`, what was filled stays in the receiver's prefix cache.
 
-        Shielded and bounded: cancelling the caller does not cancel the release. If the receiver cannot be reached,
+        Cancelling the caller does not cancel the release, and a receiver that does not answer holds nobody up for long:
         the lease ends it there.
         """
         self._stop_renewing()

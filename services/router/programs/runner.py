@@ -28,14 +28,13 @@ MAX_BUFFERED_TOKENS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """How long a program may take: to yield again, to end after its last chunk, to end when cancelled (it may have to
-    wait for a release that its engine does not answer), and to hand in an engine's account when a stop string has ended
-    the answer. The client waits `client_waits_s` for the end of its program at most; the rest happens without it.
-    `max_buffered` is in tokens, see Mailbox."""
+    """How long a program may take: to yield again, to end after its last chunk, to end when cancelled, and to hand in
+    an engine's account when a stop string has ended the answer. The client waits `client_waits_s` for the end of its
+    program at most; the rest happens without it. `max_buffered` is in tokens, see Mailbox."""
 
     between_chunks_s: float = POLICY_TIMEOUT_S
     after_last_chunk_s: float = 5.0
-    after_cancel_s: float = CALL_TIMEOUT_S + 1.0
+    after_cancel_s: float = 2.0
     after_stop_s: float = 1.0
     client_waits_s: float = 1.0
     max_buffered: int = MAX_BUFFERED_TOKENS

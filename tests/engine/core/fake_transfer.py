@@ -42,7 +42,7 @@ class FakeService:
         self.moved_bytes = 0
         self.max_layers: int | None = None  # moves no further than this many layers, to look at what is there then
         self.incarnation = 0
-        self.is_deaf = False
+        self.num_losses_untold = 0
         self.start()
 
     def start(self) -> None:
@@ -64,12 +64,16 @@ class FakeService:
                 other.end_push(push, error=StaleEpoch("the receiver's service has gone"))
         self.submit(api.TransferServiceLost())
         # What the loop thread asks before it hears of the loss must not reach the next incarnation.
-        self.is_deaf = True
+        self.num_losses_untold += 1
         self.submit(api.ListReservations("nobody", lambda _: self.hear()))
         self.start()
 
     def hear(self) -> None:
-        self.is_deaf = False
+        self.num_losses_untold -= 1
+
+    @property
+    def is_deaf(self) -> bool:
+        return self.num_losses_untold > 0
 
     # --- KvPort -----------------------------------------------------------------------------------------------
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
-from tests.engine.core.world import GREEDY, PAGE_SIZE, Clock, Node, prompt_of
+from tests.engine.core.answers import Clock
+from tests.engine.core.world import GREEDY, PAGE_SIZE, Node, prompt_of
 
 
-def node(**options: object) -> Node:
+def node(**options: Any) -> Node:
     return Node(Clock(), None, "E", **options)
 
 
-def limited(count: int, **options: object) -> SamplingParams:
-    return SamplingParams(max_tokens=count, **options)  # type: ignore[arg-type]
+def limited(count: int, **options: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=count, **options)
 
 
 def test_one_sequence() -> None:
@@ -24,8 +27,7 @@ def test_one_sequence() -> None:
     engine.run()
     assert stream.tokens == engine.expected(prompt, 7)
     assert stream.finish_reason == api.FinishReason.LENGTH
-    assert stream.timing is not None
-    assert (stream.timing.computed_tokens, stream.timing.generated_tokens) == (10, 7)
+    assert (stream.account.computed_tokens, stream.account.generated_tokens) == (10, 7)
     engine.assert_idle()
 
 
@@ -58,9 +60,8 @@ def test_prefix_hit_equals_miss(length: int) -> None:
     second = engine.generate(prompt_of(length), limited(5))
     engine.run()
     assert first.tokens == second.tokens == engine.expected(prompt_of(length), 5)
-    assert second.timing is not None
-    assert second.timing.matched_tokens == length - 1  # the first one's output published the prompt's last block too
-    assert second.timing.computed_tokens == 1
+    assert second.account.matched_tokens == length - 1  # the first one's output published the prompt's last block too
+    assert second.account.computed_tokens == 1
     assert engine.fake.num_tokens_computed - computed < length
     engine.assert_idle()
 
@@ -75,8 +76,7 @@ def test_a_partly_matching_page_is_copied_before_it_is_written() -> None:
     third = engine.generate(prompt_of(12), limited(1))
     engine.run()
     assert second.tokens == engine.expected(other, 4)
-    assert second.timing is not None
-    assert second.timing.matched_tokens == 6
+    assert second.account.matched_tokens == 6
     assert first.tokens == third.tokens
     assert sum(len(plan.copies) for plan in engine.fake.plans) == 2
 
@@ -87,8 +87,7 @@ def test_salts_share_nothing() -> None:
     engine.run()
     stream = engine.generate(prompt_of(12), limited(1), cache_salt="tenant")
     engine.run()
-    assert stream.timing is not None
-    assert stream.timing.matched_tokens == 0
+    assert stream.account.matched_tokens == 0
 
 
 def test_a_prefix_being_computed_is_waited_for() -> None:
@@ -177,8 +176,6 @@ def test_cached_pages_make_room_oldest_first() -> None:
     newest = engine.generate(prompt_of(16, start=5), limited(1))
     oldest = engine.generate(prompt_of(16, start=0), limited(1))
     engine.run()
-    assert newest.timing is not None
-    assert oldest.timing is not None
-    assert newest.timing.matched_tokens > 0
-    assert oldest.timing.matched_tokens == 0
+    assert newest.account.matched_tokens > 0
+    assert oldest.account.matched_tokens == 0
     assert oldest.tokens == engine.expected(prompt_of(16, start=0), 1)

@@ -8,18 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from services.engine.core.account import Account
+from services.engine.core.api import RequestKey
+from services.engine.core.blocks import BlockChain
+from services.engine.core.draft import Draft
 from services.engine.core.faults import InjectedFault, ScriptedFaults
 from services.engine.core.in_flight import InFlightBlocks
 from services.engine.core.pace import Pace
+from services.engine.core.pool import PagePool
+from services.engine.core.sequence import Sequence
 from services.engine.core.timers import Timers
 from tests.engine.core.world import make_config
 
 
 def test_timers_run_in_order_of_time_then_of_asking() -> None:
-    timers, ran = Timers(), []
+    timers = Timers()
+    ran: list[str] = []
+
+    def again() -> None:
+        timers.at(1.5, lambda: ran.append("from one"))
+
     timers.at(2.0, lambda: ran.append("two"))
     timers.at(1.0, lambda: ran.append("one"))
-    timers.at(1.0, lambda: timers.at(1.5, lambda: ran.append("from one")) and None)
+    timers.at(1.0, again)
     cancelled = timers.at(0.5, lambda: ran.append("never"))
     cancelled.cancel()
     assert timers.next_due() == 1.0
@@ -61,7 +72,12 @@ def test_fault_scripts_raise_and_hold(tmp_path: Path) -> None:
     with pytest.raises(InjectedFault):
         faults.reach("prep_recv.begin")
     passed = threading.Event()
-    holder = threading.Thread(target=lambda: (faults.reach("send.layer.2"), passed.set()))
+
+    def pass_it() -> None:
+        faults.reach("send.layer.2")
+        passed.set()
+
+    holder = threading.Thread(target=pass_it)
     holder.start()
     with open(fifo, "wb"):
         assert not passed.is_set()
@@ -83,3 +99,37 @@ def test_a_configuration_that_cannot_work(wrong: dict[str, float]) -> None:
 def test_a_pool_smaller_than_the_context_bounds_it() -> None:
     config = make_config(num_pages=10, max_context=1000)
     assert (config.context_limit, config.max_reserved_pages) == (40, 0)
+
+
+def test_every_page_that_becomes_free_is_poisoned_before_it_is_handed_out() -> None:
+    poisoned: list[int] = []
+    pool = PagePool(3, 2, poisoned.extend)
+    assert poisoned == [0, 1, 2]
+    chain = BlockChain([1, 2, 3, 4], 2, b"")
+    pages = pool.take(3)
+    poisoned.clear()
+    for index in range(2):
+        pool.publish(chain, index, pages[index])
+    pool.release(pages)
+    assert poisoned == [pages[2]]
+    assert pool.take(3) == (pages[2], pages[1], pages[0])
+    assert poisoned == [pages[2], pages[1], pages[0]]
+    pool.quarantine(pages[:1])
+    pool.drained(pages[:1])
+    assert poisoned[-1] == pages[0]
+
+
+def test_what_leaves_a_draft_leaves_nothing_behind() -> None:
+    chain = BlockChain([1, 2, 3, 4], 2, b"")
+    sequence = Sequence(1, RequestKey("a", "b"), chain, Account(0.0), goal=4)
+    sequence.pages.extend([7, 8])
+    draft = Draft(3)
+    draft.admit(sequence)
+    draft.copy(sequence, 5, 7)
+    draft.add(sequence, draft.end_for(sequence, 2))
+    assert (draft.budget, [segment.end for segment in draft.plan().segments]) == (1, [2])
+    draft.preempt(sequence)
+    plan = draft.plan()
+    assert draft.budget == 3
+    assert (plan.segments, plan.copies, plan.admitted) == ((), (), ())
+    assert (plan.pinned, plan.preempted) == ((5,), (1,))

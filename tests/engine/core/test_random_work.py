@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import ServiceError
-from tests.engine.core.world import VOCAB, Answer, Node, Stream, World, ref_of
+from tests.engine.core.answers import Answer, Stream
+from tests.engine.core.world import VOCAB, Node, World, ref_of
 
 LEASE_S = 8.0
 

@@ -10,7 +10,8 @@ import pytest
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code
-from tests.engine.core.world import GREEDY, Answer, Clock, Node, prompt_of
+from tests.engine.core.answers import Answer, Clock
+from tests.engine.core.world import GREEDY, Node, prompt_of
 
 
 def node(**options: Any) -> Node:
@@ -39,8 +40,7 @@ def test_bad_requests_are_refused_and_the_engine_goes_on(change: dict[str, Any],
     good = engine.generate(prompt_of(8), SamplingParams(max_tokens=3))
     bad = engine.generate(prompt_of(8), **change)
     engine.run()
-    assert bad.error is not None
-    assert bad.error.reason == reason
+    assert bad.failure.reason == reason
     assert good.tokens == engine.expected(prompt_of(8), 3)
     engine.assert_idle()
 
@@ -51,9 +51,7 @@ def test_a_live_request_id_is_refused_without_harm() -> None:
     again = engine.generate(prompt_of(8), SamplingParams(max_tokens=3), name="one")
     other = engine.generate(prompt_of(9), SamplingParams(max_tokens=3), name="one")
     engine.run()
-    assert again.error is not None
-    assert other.error is not None
-    assert (again.error.code, other.error.reason) == (Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+    assert (again.failure.code, other.failure.reason) == (Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
     assert first.tokens == engine.expected(prompt_of(8), 3)
     repeated = engine.generate(prompt_of(8), SamplingParams(max_tokens=3), name="one")
     engine.run()
@@ -85,8 +83,7 @@ def test_cancel_ends_a_sequence_and_leaves_its_pages_cached() -> None:
     engine.assert_idle()
     again = engine.generate(prompt_of(20), SamplingParams(max_tokens=1))
     engine.run()
-    assert again.timing is not None
-    assert again.timing.matched_tokens == 19
+    assert again.account.matched_tokens == 19
 
 
 def test_abort_ends_a_sequence() -> None:
@@ -107,10 +104,8 @@ def test_a_deadline_ends_a_sequence() -> None:
     assert engine.core.next_timer() == 105.0
     engine.clock.now = 105.0
     engine.run()
-    assert stream.error is not None
-    assert stream.error.code is Code.DEADLINE_EXCEEDED
-    assert stream.timing is not None
-    assert stream.timing.generated_tokens == len(stream.tokens)
+    assert stream.failure.code is Code.DEADLINE_EXCEEDED
+    assert stream.account.generated_tokens == len(stream.tokens)
     assert engine.core.next_timer() is None
     engine.assert_idle()
 
@@ -122,9 +117,8 @@ def test_a_failed_step_answers_its_sequences_and_no_others() -> None:
     engine.step()
     engine.fake.fail_next = RuntimeError("the device is on fire")
     engine.run()
-    assert first.error is not None
-    assert (first.error.code, first.error.reason) == (Code.INTERNAL, "STEP_FAILED")
-    assert "fire" not in str(first.error)
+    assert (first.failure.code, first.failure.reason) == (Code.INTERNAL, "STEP_FAILED")
+    assert "fire" not in str(first.failure)
     assert second.tokens == engine.expected(prompt_of(9, start=1), 3)
     engine.assert_idle()
 
@@ -137,8 +131,7 @@ def test_draining_takes_no_work_and_answers_when_the_last_has_ended() -> None:
     engine.inbox.append(api.Drain(drained))
     late = engine.generate(prompt_of(8))
     engine.step()
-    assert late.error is not None
-    assert late.error.reason == "DRAINING"
+    assert late.failure.reason == "DRAINING"
     assert drained.is_open
     engine.run()
     assert stream.finish_reason == api.FinishReason.LENGTH
@@ -158,8 +151,7 @@ def test_stopping_answers_everything_open() -> None:
     stream = engine.generate(prompt_of(8))
     engine.step()
     engine.core.stop()
-    assert stream.error is not None
-    assert stream.error.code is Code.UNAVAILABLE
+    assert stream.failure.code is Code.UNAVAILABLE
 
 
 def test_the_cache_is_watched() -> None:

@@ -11,8 +11,9 @@ from services.engine.core import api
 from services.protocol.errors import Code
 from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
+from tests.engine.core.answers import Answer
 from tests.engine.core.test_transfer import THREE, assert_moved, generate, send
-from tests.engine.core.world import Answer, World, prompt_of, ref_of
+from tests.engine.core.world import World, prompt_of, ref_of
 
 PROMPT = prompt_of(20)
 
@@ -179,15 +180,12 @@ def test_a_generation_that_does_not_fit_its_reservation(change: dict[str, Any], 
     wrong = world.d.generate(PROMPT, **{"begin": 19, "reservation": ref_of(reserved), **change})
     secret = world.d.generate(PROMPT, reservation=api.ReservationRef(reserved.address.reservation_id, b"x"))
     world.run()
-    assert wrong.error is not None
-    assert secret.error is not None
-    assert (wrong.error.reason, secret.error.reason) == (reason, "WRONG_SECRET")
+    assert (wrong.failure.reason, secret.failure.reason) == (reason, "WRONG_SECRET")
     stream = generate(world, PROMPT, reserved)
     second = generate(world, PROMPT, reserved)
     world.run()
     assert stream.tokens == world.d.expected(PROMPT, 3)
-    assert second.error is not None
-    assert second.error.reason == "RESERVATION_GONE"
+    assert second.failure.reason == "RESERVATION_GONE"
     world.assert_idle()
 
 
@@ -219,7 +217,7 @@ def test_release_renew_and_abort_want_the_secret_or_the_owner() -> None:
     answers: list[Answer[Any]] = [world.d.release(forged), world.d.renew(forged), world.d.release(unknown)]
     world.run()
     assert [a.error.reason for a in answers] == ["WRONG_SECRET", "WRONG_SECRET", "UNKNOWN_RESERVATION"]
-    assert b"x" not in repr(reserved).encode() or reserved.address.secret not in repr(reserved).encode()
+    assert repr(reserved.address.secret) not in repr(reserved)
     assert world.d.abort("one").is_open
     world.run()
     late = world.d.release(forged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from services.engine.core.runner import TorchRunner, make_batch
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
-from tests.engine.core.world import Clock, Node, World, ref_of
+from tests.engine.core.answers import Clock
+from tests.engine.core.world import Node, World, ref_of
 from tests.models import make_tiny_llama
 
 LAYOUT = PageLayout(4, 2, 16, 8, Dtype.FLOAT32)
@@ -46,7 +48,7 @@ def maker(model: LoadedModel, pools: list[torch.Tensor]) -> Callable[[CoreConfig
     return make
 
 
-def alone(model: LoadedModel, **options: object) -> Node:
+def alone(model: LoadedModel, **options: Any) -> Node:
     return Node(Clock(), None, "E", make_runner=maker(model, []), **{**OPTIONS, **options})
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
+from tests.engine.core.answers import Stream
 from tests.engine.core.fake_runner import kv_of
-from tests.engine.core.world import PAGE_SIZE, Stream, World, prompt_of, ref_of
+from tests.engine.core.world import PAGE_SIZE, World, prompt_of, ref_of
 
 THREE = SamplingParams(max_tokens=3)
 
@@ -51,9 +52,8 @@ def test_balanced_and_disaggregated_equal_single(length: int, share: float) -> N
     world.run()
     assert stream.tokens == world.d.expected(prompt, 3)
     assert world.d.fake.num_tokens_computed - computed == max(1, length - end) + 2
-    assert stream.timing is not None
-    assert stream.timing.transferred_tokens == end
-    assert stream.timing.transferred_bytes == timing.transferred_bytes
+    assert stream.account.transferred_tokens == end
+    assert stream.account.transferred_bytes == timing.transferred_bytes
     world.assert_idle()
 
 
@@ -126,8 +126,7 @@ def test_generate_may_be_called_before_anything_arrived() -> None:
     world.clock.now += 2.0
     send(world, prompt, reserved)
     assert stream.tokens == world.d.expected(prompt, 3)
-    assert stream.timing is not None
-    assert stream.timing.transfer_s == 2.0
+    assert stream.account.transfer_s == 2.0
     world.assert_idle()
 
 
@@ -177,8 +176,7 @@ def test_migration_publishes_what_arrived() -> None:
     assert world.d.release(reserved).is_open
     stream = world.d.generate(prompt, THREE)
     world.run()
-    assert stream.timing is not None
-    assert stream.timing.matched_tokens == 20
+    assert stream.account.matched_tokens == 20
     assert stream.tokens == world.d.expected(prompt, 3)
     world.assert_idle()
 
@@ -203,8 +201,7 @@ def test_unpublished_reservations_are_not_readable() -> None:
     send(world, prompt, reserved)
     other = world.d.generate(prompt, THREE)
     world.run()
-    assert other.timing is not None
-    assert other.timing.matched_tokens == 0
+    assert other.account.matched_tokens == 0
     assert other.tokens == world.d.expected(prompt, 3)
     stream = generate(world, prompt, reserved)
     world.run()

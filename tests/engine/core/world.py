@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from services.engine.core import api
 from services.engine.core.config import CoreConfig
@@ -14,76 +14,15 @@ from services.engine.core.core import EngineCore
 from services.engine.core.faults import FaultPoints
 from services.engine.core.plan import Runner
 from services.engine.sampling.params import SamplingParams
-from services.protocol.errors import ServiceError
 from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
+from tests.engine.core.answers import Answer, Clock, Stream
 from tests.engine.core.fake_runner import FakeRunner, expected_tokens
 from tests.engine.core.fake_transfer import FakeService, Network
 
-T = TypeVar("T")
 PAGE_SIZE = 4
 VOCAB = 50
 GREEDY = SamplingParams()
-
-
-class Clock:
-    """Time that stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Answer(Generic[T]):
-    """Where one reply goes; a second one is an error."""
-
-    def __init__(self) -> None:
-        self.values: list[T | ServiceError] = []
-
-    def __call__(self, value: T | ServiceError) -> None:
-        assert not self.values, f"answered twice: {self.values[0]!r}, then {value!r}"
-        self.values.append(value)
-
-    @property
-    def is_open(self) -> bool:
-        return not self.values
-
-    @property
-    def value(self) -> T:
-        """The answer, which must not be an error."""
-        (value,) = self.values
-        assert not isinstance(value, ServiceError), repr(value)
-        return value
-
-    @property
-    def error(self) -> ServiceError:
-        """The answer, which must be an error."""
-        (value,) = self.values
-        assert isinstance(value, ServiceError), repr(value)
-        return value
-
-
-class Stream:
-    """Everything that came out of one StartGenerate."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.logprobs: list[api.TokenLogprobs] = []
-        self.finish_reason: str | None = None
-        self.error: ServiceError | None = None
-        self.timing: api.Timing | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-    def add(self, output: api.SequenceOutput) -> None:
-        assert not self.has_ended, f"output after the end: {output}"
-        self.tokens += output.token_ids
-        self.logprobs += output.logprobs
-        self.finish_reason, self.error, self.timing = output.finish_reason, output.error, output.timing
 
 
 class Node:
@@ -247,6 +186,19 @@ class World:
     def assert_idle(self) -> None:
         for node in self.nodes:
             node.assert_idle()
+
+
+def events(world: World) -> Iterator[None]:
+    """One thing after another, round and round, layer by layer."""
+    while True:
+        for happen in (world.p.step, world.d.step, world.p.service.pump, world.d.service.pump):
+            happen()
+            yield
+        for push in list(world.p.service.pushes.values())[:1]:
+            world.p.service.max_layers = push.num_layers + 1
+            world.p.service.advance(push)
+            world.p.service.max_layers = None
+            yield
 
 
 def ref_of(reserved: api.Reserved) -> api.ReservationRef:

@@ -1,0 +1,82 @@
+"""Time, and what comes back from an engine, in the test's hands."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from services.engine.core import api
+from services.protocol.errors import ServiceError
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Time that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Answer(Generic[T]):
+    """Where one reply goes; a second one is an error."""
+
+    def __init__(self) -> None:
+        self.values: list[T | ServiceError] = []
+
+    def __call__(self, value: T | ServiceError) -> None:
+        assert not self.values, f"answered twice: {self.values[0]!r}, then {value!r}"
+        self.values.append(value)
+
+    @property
+    def is_open(self) -> bool:
+        return not self.values
+
+    @property
+    def value(self) -> T:
+        """The answer, which must not be an error."""
+        (value,) = self.values
+        assert not isinstance(value, ServiceError), repr(value)
+        return value
+
+    @property
+    def error(self) -> ServiceError:
+        """The answer, which must be an error."""
+        (value,) = self.values
+        assert isinstance(value, ServiceError), repr(value)
+        return value
+
+
+class Stream:
+    """Everything that came out of one StartGenerate."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[api.TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.error: ServiceError | None = None
+        self.timing: api.Timing | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def account(self) -> api.Timing:
+        """The account of a stream that has ended."""
+        assert self.timing is not None
+        return self.timing
+
+    @property
+    def failure(self) -> ServiceError:
+        """The error that it ended with."""
+        assert self.error is not None
+        return self.error
+
+    def add(self, output: api.SequenceOutput) -> None:
+        assert not self.has_ended, f"output after the end: {output}"
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs
+        self.finish_reason, self.error, self.timing = output.finish_reason, output.error, output.timing

@@ -1,0 +1,77 @@
+"""Who gets pages when there are few (rule 6)."""
+
+from __future__ import annotations
+
+from services.engine.sampling.params import SamplingParams
+from services.protocol.errors import Code
+from tests.engine.core.world import World, prompt_of
+
+PROMPT = prompt_of(20)
+
+
+def test_prep_recv_waits_for_pages_in_order_and_is_bounded() -> None:
+    world = World(num_pages=24, max_context=64)
+    first = world.reserve(PROMPT, 19)
+    waiting = [world.d.prep_recv(prompt_of(20, start=n), 20, max_wait_s=10.0, name=f"w{n}") for n in range(1, 4)]
+    refused = world.d.prep_recv(prompt_of(4, start=8), 4)
+    world.run()
+    assert [answer.is_open for answer in waiting] == [True] * 3
+    assert refused.error.reason == "NO_PAGES", "nobody overtakes those who wait"
+    world.clock.now += 3.0
+    world.d.cancel("w1")
+    world.d.release(first)
+    world.run()
+    assert waiting[0].error.code is Code.CANCELLED
+    assert waiting[1].value.timing.queue_s == 3.0
+    assert waiting[2].is_open
+    world.clock.now += 7.0
+    world.run()
+    assert waiting[2].error.reason == "NO_PAGES"
+    world.d.release(waiting[1].value)
+    world.run()
+    world.assert_idle()
+
+
+def test_reservations_leave_room_for_a_longest_prompt() -> None:
+    world = World(num_pages=32, max_context=64)  # 16 pages for one, 16 for reservations
+    reserved = [world.reserve(prompt_of(16, start=n), 16) for n in range(4)]
+    refused = world.d.prep_recv(prompt_of(16, start=4), 1)
+    longest = world.d.generate(prompt_of(50, start=7))
+    world.run()
+    assert refused.error.reason == "NO_PAGES"
+    assert len(longest.tokens) == 14
+    for one in reserved:
+        world.d.release(one)
+    world.run()
+    world.assert_idle()
+
+
+def test_a_send_short_of_pages_is_refused_and_does_not_wait() -> None:
+    world = World(num_pages=20, max_context=64)
+    reserved = world.reserve(PROMPT, 8)
+    running = world.p.generate(prompt_of(40, start=3), SamplingParams(max_tokens=20))
+    for _ in range(5):
+        world.p.step()
+    more = world.p.generate(prompt_of(40, start=4), SamplingParams(max_tokens=20))
+    sent = world.p.remote_send(prompt_of(20, start=0), 0, 8, reserved)
+    world.p.step()
+    assert (sent.error.code, sent.error.reason) == (Code.RESOURCE_EXHAUSTED, "NO_PAGES")
+    assert sent.error.retry_delay_s
+    world.run()
+    assert running.tokens == world.p.expected(prompt_of(40, start=3), 20)
+    assert more.tokens == world.p.expected(prompt_of(40, start=4), 20)
+
+
+def test_nothing_is_reserved_that_the_oldest_waiting_sequence_lacks() -> None:
+    world = World(num_pages=24, max_context=40, max_step_tokens=128)
+    streams = [world.d.generate(prompt_of(34, start=n), SamplingParams(max_tokens=6)) for n in range(3)]
+    world.d.step()
+    assert [len(s.tokens) for s in streams] == [1, 1, 0]
+    free = world.d.pages.free
+    refused = world.d.prep_recv(prompt_of(16, start=5), 16)
+    world.d.step()
+    assert free >= 4, "it would fit, but the third sequence was here first"
+    assert refused.error.reason == "NO_PAGES"
+    world.run()
+    assert [s.finish_reason for s in streams] == ["LENGTH"] * 3
+    world.reserve(prompt_of(16, start=5), 16)
