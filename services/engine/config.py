@@ -35,9 +35,7 @@ class EngineConfig(ServerConfig):
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
-    attention: str | None = field(
-        default=None, metadata={"help": "attention backend; none: the fastest that fits", "env": "MICROSERVE_ATTENTION"}
-    )
+    attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
     pages: int | None = field(default=None, metadata={"help": "pages of KV; none: as --kv-memory-mib allows"})
     kv_memory_mib: int | None = field(
         default=None,

@@ -11,7 +11,6 @@ from services.router.config import RouterConfig
 from services.rpc.config import describe, parse_config
 from services.rpc.log import configure
 from services.rpc.main import run_main
-from services.rpc.server import announce_ready
 
 PROG = "microserve-router"
 
@@ -30,7 +29,7 @@ async def _serve(config: RouterConfig) -> None:
     try:
         log.info("starting", extra={"fields": describe(config)})
         addresses = await router.start()
-        announce_ready("router", router.server.advertised, addresses.http or router.server.metrics_address)
+        router.server.announce(metrics=addresses.http)
         await router.run()
     finally:
         await router.close()

@@ -72,11 +72,12 @@ class Router:
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         self._http = HttpServer(lambda: self.serving)
         self._serving: bool | None = None
+        self._draining = False
 
     @property
     def serving(self) -> bool:
-        """Whether at least one model can be served."""
-        return bool(self._serving)
+        """Whether new requests can be served: there is an engine, and the router is not draining."""
+        return bool(self._serving) and not self._draining
 
     @property
     def num_running(self) -> int:
@@ -99,7 +100,7 @@ class Router:
 
     async def run(self) -> None:
         """Serves until SIGTERM, SIGINT or the launcher's death; requests under way get the grace."""
-        await self.server.run()
+        await self.server.run(on_drain=self._drain)
 
     async def close(self) -> None:
         """Ends everything; requests still under way are cut off and released on their engines."""
@@ -109,6 +110,9 @@ class Router:
                 await server.stop(0)
         await self._host.close()
         await self.registry.stop()
+
+    async def _drain(self) -> None:
+        self._draining = True
 
     def _member(self, address: str, store: TokenizerStore) -> Member:
         channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)

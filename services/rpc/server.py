@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.rpc.bind import advertised_address, bind, server_credentials
+from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
 from services.rpc.lifeline import Lifeline
 from services.rpc.metrics import MetricsServer
@@ -54,7 +55,7 @@ class Server:
         self._names: list[str] = []  # services registered on self.grpc
         self._record_registrations()
         self._serving: dict[str, bool] = {}
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
         self._lifeline: Lifeline | None = None
         self._metrics: MetricsServer | None = None
         self._stopping = asyncio.Event()
@@ -132,7 +133,7 @@ class Server:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Stops serving: no new calls, those under way get `grace_s` seconds. Idempotent."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.end_watches()
         await self.grpc.stop(grace_s)
         if self._lifeline is not None:
             self._lifeline.close()

@@ -104,7 +104,8 @@ async def test_deadlines_pass(tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     hold = ["--fault-points", f"send.layer.0=hold:{fifo}"]
-    async with start_suite(make_tiny_llama(tmp_path / "m"), options_of={0: hold}) as suite:
+    short = ["--lease-default", "3"]
+    async with start_suite(make_tiny_llama(tmp_path / "m"), options_of={0: hold, 1: short}) as suite:
         sender, receiver = suite.engines
         prepared = await prep_recv(suite, receiver, PROMPT, 299)
         with failing(grpc.StatusCode.DEADLINE_EXCEEDED):

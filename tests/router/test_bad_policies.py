@@ -8,8 +8,9 @@ from textwrap import dedent
 
 import pytest
 
+from services.router.config import RouterConfig
 from services.router.metrics import ABANDONED_POLICIES
-from services.router.programs import runner
+from services.router.programs.runner import RunLimits
 from tests.fakes import FakeError, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running, verbs
 
@@ -61,6 +62,10 @@ BAD = {
 }
 
 
+# Less patience with programs that do not end.
+QUICK = RunLimits(between_chunks_s=0.1, after_last_chunk_s=0.1, after_cancel_s=0.1)
+
+
 def write(folder: Path, name: str, body: str) -> Path:
     path = folder / f"{name}.py"
     header = "import asyncio\nleaked = []\nstop = asyncio.Event()\n\nasync def policy(request, fleet):\n"
@@ -76,9 +81,9 @@ async def serves(suite: Running) -> None:
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_programs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body, (code, reason) = BAD[name]
-    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
     path = write(tmp_path, name, body)
-    async with running(policy=str(path), policy_timeout=0.1) as suite:
+    async with running(policy=str(path)) as suite:
         with failing(code, reason) as caught:
             await suite.generate(max_tokens=100)
         assert "secret" not in caught.value.message
@@ -88,23 +93,14 @@ async def test_bad_programs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         program.function.__globals__["stop"].set()  # let go of what was left behind
 
 
-def quick(init):  # type: ignore[no-untyped-def]
-    """Shorter patience with programs that do not end."""
-
-    def replacement(self, **fields):  # type: ignore[no-untyped-def]
-        init(self, **({"after_cancel_s": 0.1, "after_last_chunk_s": 0.1} | fields))
-
-    return replacement
-
-
 async def test_a_program_that_ignores_its_cancellation_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
     counter = ABANDONED_POLICIES.labels("ignores_cancel")
     before = counter._value.get()
     path = write(tmp_path, "ignores_cancel", BAD["ignores_cancel"][0])
-    async with running(policy=str(path), policy_timeout=0.1) as suite:
+    async with running(policy=str(path)) as suite:
         with failing(*TIMEOUT):
             await suite.generate()
         assert counter._value.get() == before + 1
@@ -112,7 +108,7 @@ async def test_a_program_that_ignores_its_cancellation_is_counted(
 
 
 async def test_a_program_left_behind_can_begin_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.RunLimits, "__init__", quick(runner.RunLimits.__init__))
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
     body = dedent("""
         try:
             await asyncio.Event().wait()
@@ -126,7 +122,7 @@ async def test_a_program_left_behind_can_begin_nothing_more(tmp_path: Path, monk
         yield
     """).replace("\n", "\n    ")
     path = write(tmp_path, "zombie", body)
-    async with running(policy=str(path), policy_timeout=0.1) as suite:
+    async with running(policy=str(path)) as suite:
         with failing(*TIMEOUT):
             await suite.generate()
         names = suite.router.catalogue.get("zombie").function.__globals__

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -20,6 +21,7 @@ from services.router.programs.catalogue import FALLBACK
 from services.rpc.channel import make_channel
 from tests.fakes import FakeEngine
 from tests.router.harness import PROMPT, complete, model, request
+from tests.router.test_http import get
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'gen'}"}
@@ -67,12 +69,16 @@ async def ready(process: asyncio.subprocess.Process) -> dict[str, str]:
     return announced
 
 
-async def serving(channel: grpc.aio.Channel) -> None:
+async def health_is(watch: Any, wanted: int) -> None:
+    while (await watch.read()).status != wanted:
+        pass
+
+
+async def serving(channel: grpc.aio.Channel) -> Any:
+    """Waits until it serves; returns the stream that says what comes next."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-    async for reply in watch:
-        if reply.status == health_pb2.HealthCheckResponse.SERVING:
-            break
-    watch.cancel()
+    await health_is(watch, health_pb2.HealthCheckResponse.SERVING)
+    return watch
 
 
 async def test_a_request_in_flight_outlives_sigterm() -> None:
@@ -85,11 +91,14 @@ async def test_a_request_in_flight_outlives_sigterm() -> None:
             assert announced["metrics"].startswith("127.0.0.1:")
             async with make_channel(announced["address"]) as channel:
                 stub = router_pb2_grpc.RouterServiceStub(channel)
-                await serving(channel)
+                watch = await serving(channel)
                 engine.gate.clear()
                 asking = asyncio.create_task(complete(stub, request()))
                 await engine.until(lambda: engine.sequences)
+                assert await get(announced["metrics"], "/health") == (200, "SERVING\n")
                 process.send_signal(signal.SIGTERM)
+                await health_is(watch, health_pb2.HealthCheckResponse.NOT_SERVING)
+                assert (await get(announced["metrics"], "/health"))[0] == 503
                 engine.gate.set()
                 assert list((await asking).token_ids) == model().generate(PROMPT, 8)
             assert await process.wait() == 0

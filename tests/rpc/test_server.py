@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -151,3 +152,16 @@ def test_ready_line(capsys: pytest.CaptureFixture[str]) -> None:
     word, _, rest = capsys.readouterr().out.partition(" ")
     assert word == "READY"
     assert json.loads(rest) == {"service": "engine", "address": "127.0.0.1:5", "metrics": None}
+
+
+async def test_a_health_watcher_does_not_hold_up_a_shutdown() -> None:
+    server = Server(ServerConfig(grace_s=300), "watched")
+    address = await server.start()
+    await server.set_serving("some.Service", True)
+    async with grpc.aio.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        async with asyncio.timeout(30):
+            await server.stop(300)
+        assert (await watch.read()).status == NOT_SERVING
+        assert await watch.read() is grpc.aio.EOF

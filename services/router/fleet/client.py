@@ -60,14 +60,15 @@ class EngineClient:
         await self._session.close()
         await self._channel.close()
 
-    async def prep_recv(self, call_id: str, request: PolicyRequest, end: int) -> ReservedKv:
-        """Reserves room for KV of prompt[:end]."""
+    async def prep_recv(self, call_id: str, request: PolicyRequest, end: int, max_wait_s: float) -> ReservedKv:
+        """Reserves room for KV of prompt[:end]; waits for pages at most `max_wait_s`, zero: not at all."""
         message = engine_pb2.PrepRecvRequest(
             owner_id=self._owner_id,
             request_id=call_id,
             prompt_token_ids=request.prompt,
             end=end,
             cache_salt=request.cache_salt,
+            max_wait=duration(max_wait_s) if max_wait_s > 0 else None,
         )
         with remote_errors():
             reply = await self._stub.PrepRecv(message, timeout=request.time_left_s())

@@ -50,10 +50,12 @@ class Engine:
         return int(position) // self.info.page_size * self.info.page_size
 
     @asynccontextmanager
-    async def prep_recv(self, request: PolicyRequest, *, end: int) -> AsyncIterator[Reservation]:
+    async def prep_recv(
+        self, request: PolicyRequest, *, end: int, max_wait_s: float = 0.0
+    ) -> AsyncIterator[Reservation]:
         """Reserves room for KV of prompt[:end] for the block, and releases what was not used up when it ends,
-        however it ends."""
-        reservation = await self._reserve(request, end)
+        however it ends. An engine short of pages is waited for at most `max_wait_s`."""
+        reservation = await self._reserve(request, end, max_wait_s)
         await self._scope.hold(reservation)
         try:
             yield reservation
@@ -108,11 +110,11 @@ class Engine:
             finally:
                 scope.ended(sequence)
 
-    async def _reserve(self, request: PolicyRequest, end: int) -> Reservation:
+    async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float) -> Reservation:
         scope, client, call_id = self._scope, self._member.client, self._scope.next_call_id()
         with scope.legs.begin(Verb.PREP_RECV, self.info.name, TokenRange(0, end)) as leg:
             try:
-                kv = await client.prep_recv(call_id, request, end)
+                kv = await client.prep_recv(call_id, request, end, max_wait_s)
             except BaseException as error:
                 if not (isinstance(error, ServiceError) and error.code in _REFUSALS):
                     # Cut off, by us or by the network, perhaps after the engine had reserved.

@@ -1,0 +1,49 @@
+"""grpc.health.v1 whose watchers do not hold up a shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2
+
+
+class _Told:
+    """A watcher's stream that remembers the last status it was told."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+        self.last: int | None = None
+
+    async def write(self, reply: health_pb2.HealthCheckResponse) -> None:
+        """Sends a status."""
+        await self._context.write(reply)
+        self.last = reply.status
+
+
+class HealthService(health.aio.HealthServicer):
+    """The library's servicer, with an end to Watch: a server that stops waits for its calls, and Watch has no end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """See the contract; ends with OK after end_watches, when NOT_SERVING has been sent."""
+        told = _Told(context)
+        watch = asyncio.ensure_future(super().Watch(request, cast("grpc.aio.ServicerContext[Any, Any]", told)))
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({watch, ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+        if told.last != health_pb2.HealthCheckResponse.NOT_SERVING:
+            await told.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING))
+
+    async def end_watches(self) -> None:
+        """NOT_SERVING for good: tells all watchers, then ends their streams."""
+        await self.enter_graceful_shutdown()
+        self._ending.set()
