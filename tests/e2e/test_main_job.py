@@ -191,24 +191,6 @@ def run(up: Up, commands: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_however_it_ends(number: signal.Signals, tmp_path: Path) -> None:
-    running = Up(free_ports(4), tmp_path, "--ask", "")
-    try:
-        running.read_until("serving at")
-        children = running.descendants()
-        assert len(children) == 4
-        os.kill(running.process.pid, number)
-        assert running.process.wait(30) == (0 if number is signal.SIGTERM else -9)
-        assert gone(children)
-        # After kill -9 the logs stay, to be read; no socket file and no memory does.
-        left = [path for path in tmp_path.rglob("*") if path.is_file() or path.is_socket()]
-        assert all(path.suffix == ".log" for path in left) if number is signal.SIGKILL else not left
-        assert not running.shared_memory()
-    finally:
-        running.close()
-
-
 def test_a_taken_port_is_one_clear_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
