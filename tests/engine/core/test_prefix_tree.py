@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -96,8 +97,8 @@ class TreeEqualsNaive(RuleBasedStateMachine):
         assert self.tree.ledger.counts() == self.naive.ledger.counts()
 
 
-TestTreeEqualsNaive = TreeEqualsNaive.TestCase
-TestTreeEqualsNaive.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestTreeEqualsNaive = pytest.mark.slow(TreeEqualsNaive.TestCase)
+TestTreeEqualsNaive.settings = settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True)
 
 
 def test_a_block_already_known_keeps_its_page() -> None:

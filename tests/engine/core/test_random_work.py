@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -11,6 +12,8 @@ from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import ServiceError
 from tests.engine.core.answers import Answer, Stream
 from tests.engine.core.world import VOCAB, Node, World, ref_of
+
+pytestmark = pytest.mark.slow
 
 LEASE_S = 8.0
 
@@ -173,4 +176,4 @@ def prompt(root: int, length: int) -> tuple[int, ...]:
 
 
 TestRandomWork = RandomWork.TestCase
-TestRandomWork.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestRandomWork.settings = settings(max_examples=250, stateful_step_count=50, deadline=None, derandomize=True)

@@ -21,6 +21,8 @@ from tests.engine.core.answers import Clock
 from tests.engine.core.world import Node, World, ref_of
 from tests.models import make_tiny_llama
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = PageLayout(4, 2, 16, 8, Dtype.FLOAT32)
 OPTIONS = {"layout": LAYOUT, "page_size": 8, "vocab_size": 512, "max_context": 128, "max_step_tokens": 32}
 

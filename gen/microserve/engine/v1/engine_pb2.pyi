@@ -174,7 +174,7 @@ class RemoteSendRequest(_message.Message):
     """As in PrepRecv."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The whole prompt, the same as given to PrepRecv (at least its first range.end tokens)."""
+        """The whole prompt, the same as given to PrepRecv (at least its first window.end tokens)."""
 
     @_builtins.property
     def range(self) -> _kv_pb2.TokenRange:
