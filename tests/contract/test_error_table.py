@@ -22,7 +22,7 @@ def subclasses(root: type[ServiceError]) -> set[type[ServiceError]]:
 
 def errors_of_the_code() -> set[tuple[str, str, str]]:
     for module in pkgutil.walk_packages(services.__path__, "services."):
-        if module.name.endswith("errors") or module.name == "services.rpc.status":
+        if module.name.endswith("errors") or module.name.startswith("services.rpc."):
             importlib.import_module(module.name)
     return {
         (leaf.__module__.split(".")[1], leaf.reason, leaf.code.name)
