@@ -9,17 +9,23 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2
 
 
+_FINAL = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+
+
 class _Told:
-    """A watcher's stream that remembers the last status it was told."""
+    """A watcher's stream that knows whether the last status it was told can be the last of all."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
-        self.last: int | None = None
+        self.final = asyncio.Event()
 
     async def write(self, reply: health_pb2.HealthCheckResponse) -> None:
         """Sends a status."""
         await self._context.write(reply)
-        self.last = reply.status
+        if reply.status in _FINAL:
+            self.final.set()
+        else:
+            self.final.clear()
 
 
 class HealthService(health.aio.HealthServicer):
@@ -33,17 +39,20 @@ class HealthService(health.aio.HealthServicer):
         """See the contract; ends with OK after end_watches, when NOT_SERVING has been sent."""
         told = _Told(context)
         watch = asyncio.ensure_future(super().Watch(request, cast("grpc.aio.ServicerContext[Any, Any]", told)))
-        ending = asyncio.ensure_future(self._ending.wait())
+        ending = asyncio.ensure_future(self._end_of(told))
         try:
             await asyncio.wait({watch, ending}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ending.cancel()
             watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
-        if told.last != health_pb2.HealthCheckResponse.NOT_SERVING:
-            await told.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING))
+            await asyncio.gather(watch, ending, return_exceptions=True)
 
     async def end_watches(self) -> None:
         """NOT_SERVING for good: tells all watchers, then ends their streams."""
         await self.enter_graceful_shutdown()
         self._ending.set()
+
+    async def _end_of(self, told: _Told) -> None:
+        await self._ending.wait()
+        # Not before: a write that is under way must not be cut off.
+        await told.final.wait()
