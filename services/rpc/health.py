@@ -8,7 +8,6 @@ from typing import Any, cast
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
 
-
 _FINAL = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
 

@@ -1,33 +1,30 @@
 """What the gRPC side and the engine's loop thread say to each other. Plain data: no grpc, no torch.
 
 The gRPC side submits commands; the loop thread owns all engine state and answers each `reply` exactly once. Effects
-on the KV transfer service go out through a KvPort and come back as commands. Nothing here blocks: replies, listener
-and port methods are called on the loop thread and must only hand over.
+on the KV transfer service go out through a KvPort (ports.py) and come back as commands. Nothing here blocks: replies,
+listener and port methods are called on the loop thread and must only hand over.
 
-To the gRPC side:
+What the two sides may rely on:
 - Request ids are unique over all verbs of an owner: one id for PrepRecv and StartGenerate is REQUEST_ID_REUSED.
-- Send Cancel when a handler was cancelled before its answer, once for each such call. Calls that joined by a retry are
+- Cancel is sent when a handler was cancelled before its answer, once for each such call. Calls that joined by a retry are
   counted: the work ends when the last of them is cancelled. A Cancel that crosses the answer of PrepRecv ends the
   reservation, because nobody has its address.
 - A second StartGenerate with the key of a live sequence is refused through the listener under its own `call_id`, so
   that it is not taken for the end of the live one. A sequence whose deadline passes ends with `error`
   DEADLINE_EXCEEDED; a cancelled or aborted one with `finish_reason` CANCELLED.
-- prompt_token_count 0 means the whole prompt. Lease and wait lengths are capped by the core; zero, negative or absurd
-  values of anything are refused there, so that handlers need no checks of their own.
+- prompt_token_count 0 means the whole prompt. Lease and wait lengths are capped by the core.
 - Before each push with a ready slot the core calls raise_ready(slot, 0), which must take effect before the service can
   read the slot for that push. Slots 0 .. TransferServiceReady.ready_slots-1 are handed out by the core alone.
 - After TransferServiceLost the core counts every grant as drained and every push as ended; late answers about them are
   ignored. Answers of one port must arrive in order, TransferServiceLost after all of the incarnation it is about.
-- services/engine/errors.py has leaves for everything that can be refused; front/errors.py may use them.
-- Limits.max_context is CoreConfig.context_limit (a pool smaller than the model's context bounds it too).
 - cancel_push may be called for a push that has ended; end_attempt for an attempt that is committed: both do nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from services.engine.sampling.params import SamplingParams
 from services.protocol.address import KvAddress
@@ -334,62 +331,3 @@ class SequenceOutput:
     error: ServiceError | None = None
     timing: Timing | None = None
     call_id: int = 0
-
-
-class EngineListener(Protocol):
-    """The gRPC side as the loop thread sees it."""
-
-    def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
-        """Takes over what one step produced, at most one entry a sequence."""
-
-    def on_load(self, load: Load) -> None:
-        """Takes over the newest load; earlier ones may be forgotten."""
-
-    def on_fatal(self, error: BaseException) -> None:
-        """The loop cannot go on; every open request has been answered UNAVAILABLE."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrantSpec:
-    """A window to open in this engine's pool."""
-
-    reservation_id: str
-    secret: bytes = field(repr=False)
-    window: TokenRange
-    page_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PushSpec:
-    """One contiguous piece of an attempt to move. `ready_slot` is None if all layers are computed already."""
-
-    push_id: int
-    page_ids: tuple[int, ...]
-    range: TokenRange
-    target: KvAddress
-    attempt: int
-    attempt_range: TokenRange
-    writer_id: str
-    ready_slot: int | None
-
-
-class KvPort(Protocol):
-    """The KV transfer service as the loop thread sees it. Each request is answered by one command."""
-
-    def grant(self, spec: GrantSpec) -> None:
-        """Answered by GrantOpened or GrantFailed, then GrantProgress as things happen."""
-
-    def revoke(self, reservation_id: str) -> None:
-        """Answered by GrantDrained, however long it takes; also after TransferServiceLost."""
-
-    def push(self, spec: PushSpec) -> None:
-        """Answered by PushEnded."""
-
-    def cancel_push(self, push_id: int) -> None:
-        """Makes PushEnded come soon; no answer of its own."""
-
-    def end_attempt(self, target: KvAddress, attempt: int, attempt_range: TokenRange, writer_id: str) -> None:
-        """Gives up an attempt between pushes. No answer: the receiver's fencing does not depend on it."""
-
-    def raise_ready(self, slot: int, layers: int) -> None:
-        """Says through shared memory that `layers` layers are computed. Called from within a step."""

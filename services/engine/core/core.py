@@ -19,6 +19,7 @@ from services.engine.core.faults import FaultPoints, NoFaults
 from services.engine.core.pace import Pace
 from services.engine.core.plan import Runner
 from services.engine.core.pool import PagePool
+from services.engine.core.ports import EngineListener, KvPort
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.step import Stepper
 from services.engine.core.timers import Timers
@@ -34,8 +35,8 @@ class EngineCore:
         self,
         config: CoreConfig,
         runner: Runner,
-        listener: api.EngineListener,
-        port: api.KvPort | None = None,
+        listener: EngineListener,
+        port: KvPort | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         faults: FaultPoints | None = None,

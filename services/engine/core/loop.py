@@ -8,9 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from services.engine.core.api import Command, EngineListener
+from services.engine.core.api import Command
 from services.engine.core.core import EngineCore
 from services.engine.core.inbox import Inbox
+from services.engine.core.ports import EngineListener
 from services.engine.errors import EngineStopped
 
 _log = logging.getLogger(__name__)

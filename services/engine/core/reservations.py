@@ -14,6 +14,7 @@ from services.engine.core.blocks import BlockChain
 from services.engine.core.booking import Booking, Grant, Holder
 from services.engine.core.context import Context
 from services.engine.core.ended import EndedReservations
+from services.engine.core.ports import GrantSpec
 from services.engine.core.reserving import Reserver
 from services.engine.errors import RequestCancelled, TransferServiceGone
 from services.protocol.errors import ReservationGone, ServiceError, UnknownReservation
@@ -68,7 +69,7 @@ class Reservations:
             booking.holder.opened()
             return
         booking.grant = Grant.OPENING
-        spec = api.GrantSpec(booking.reservation_id, booking.secret, booking.rules.window, booking.page_ids)
+        spec = GrantSpec(booking.reservation_id, booking.secret, booking.rules.window, booking.page_ids)
         self._context.link.port.grant(spec)
 
     def release(self, command: api.Release) -> int:

@@ -16,6 +16,7 @@ from services.engine.core.calls import Entry
 from services.engine.core.context import Context
 from services.engine.core.fingerprints import fingerprint
 from services.engine.core.plan import StepPlan
+from services.engine.core.ports import PushSpec
 from services.engine.core.send import Send
 from services.engine.core.sequence import Phase, Sequence
 from services.engine.errors import DeadlineExceeded, NoPages, RequestCancelled, TransferServiceGone
@@ -180,7 +181,7 @@ class Sends:
         send.pushes.end = part.end
         self._by_push[push_id] = send
         link.port.push(
-            api.PushSpec(
+            PushSpec(
                 push_id=push_id,
                 page_ids=tuple(send.sequence.pages[indices.start : indices.stop]),
                 range=part,

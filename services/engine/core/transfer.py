@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import count
 
-from services.engine.core.api import KvPort, TransferServiceReady
+from services.engine.core.api import TransferServiceReady
+from services.engine.core.ports import KvPort
 from services.engine.errors import NoKvTransfer, TransferServiceGone
 
 

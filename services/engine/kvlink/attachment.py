@@ -13,16 +13,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from services.engine import metrics
-from services.engine.core.api import (
-    Command,
-    GrantDrained,
-    GrantFailed,
-    GrantOpened,
-    GrantProgress,
-    GrantSpec,
-    PushEnded,
-    PushSpec,
-)
+from services.engine.core.api import Command, GrantDrained, GrantFailed, GrantOpened, GrantProgress, PushEnded
+from services.engine.core.ports import GrantSpec, PushSpec
 from services.engine.errors import RequestCancelled, TransferServiceGone
 from services.engine.kvlink.client import GrantCondition, PoolRef, PushProgress, TransferClient
 from services.protocol.errors import Code, ServiceError

@@ -11,7 +11,7 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc
 
 from services.engine.convert import from_ranges, to_address, to_layout, to_range
-from services.engine.core.api import GrantSpec, PushSpec
+from services.engine.core.ports import GrantSpec, PushSpec
 from services.protocol.errors import Code
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import RangeSet

@@ -16,15 +16,14 @@ from services.engine.core.api import (
     Command,
     GrantDrained,
     GrantFailed,
-    GrantSpec,
     ListReservations,
     PushEnded,
-    PushSpec,
     RequestKey,
     TransferServiceLost,
     TransferServiceReady,
     writer_id,
 )
+from services.engine.core.ports import GrantSpec, PushSpec
 from services.engine.kvlink.attachment import Attachment, gone
 from services.engine.kvlink.client import Invitation, PoolRef, TransferClient
 from services.protocol.address import KvAddress

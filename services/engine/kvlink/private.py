@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from services.engine.core.api import Command, GrantDrained, GrantFailed, GrantSpec, PushEnded, PushSpec
+from services.engine.core.api import Command, GrantDrained, GrantFailed, PushEnded
+from services.engine.core.ports import GrantSpec, PushSpec
 from services.engine.errors import NoKvTransfer
 from services.protocol.address import KvAddress
 from services.protocol.ranges import TokenRange

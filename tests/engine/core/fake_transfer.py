@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.core import api
+from services.engine.core import api, ports
 from services.engine.errors import RequestCancelled
 from services.protocol.address import KvAddress
 from services.protocol.errors import ServiceError, StaleEpoch
@@ -21,7 +21,7 @@ READY_SLOTS = 2
 
 @dataclass(eq=False)
 class _Push:
-    spec: api.PushSpec
+    spec: ports.PushSpec
     num_layers: int = 0  # in place
     num_bytes: int = 0
     attempt: Attempt | None = None
@@ -77,7 +77,7 @@ class FakeService:
 
     # --- KvPort -----------------------------------------------------------------------------------------------
 
-    def grant(self, spec: api.GrantSpec) -> None:
+    def grant(self, spec: ports.GrantSpec) -> None:
         if not self.is_deaf:
             self.requests.append(lambda: self._grant(spec))
 
@@ -85,7 +85,7 @@ class FakeService:
         if not self.is_deaf:
             self.requests.append(lambda: self._revoke(reservation_id))
 
-    def push(self, spec: api.PushSpec) -> None:
+    def push(self, spec: ports.PushSpec) -> None:
         if self.is_deaf:
             return
         if spec.ready_slot is not None:
@@ -185,7 +185,7 @@ class FakeService:
                 is_writing = status.state is GrantState.WRITING
                 self.submit(api.GrantProgress(name, status.committed, is_writing, status.bytes))
 
-    def _grant(self, spec: api.GrantSpec) -> None:
+    def _grant(self, spec: ports.GrantSpec) -> None:
         key = GrantKey(self.pool_id, spec.reservation_id)
         try:
             self.table.open_grant(GrantSpec(key, spec.secret, spec.window, spec.page_ids))
