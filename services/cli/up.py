@@ -63,8 +63,9 @@ def _check(options: UpOptions) -> None:
             try:
                 probe.bind((HOST, port))
                 probe.listen()
-            except OSError as error:
-                raise CliError(f"port {port} cannot be had: {error.strerror}") from None
+            except (OSError, OverflowError) as error:
+                why = error.strerror if isinstance(error, OSError) else "ports end at 65535"
+                raise CliError(f"port {port} cannot be had: {why}") from None
     if options.http_port != 0 and options.http_port in (options.grpc_port, *options.engine_ports):
         raise CliError("--http-port must differ from the gRPC ports of router and engines")
     if is_file(options.policy) and not Path(options.policy).is_file():

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+import grpc.aio
 from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 
 from services.engine.config import EngineConfig
@@ -53,9 +54,11 @@ async def serve(config: EngineConfig) -> None:
 
     front = Front(submit, stopped, abandoned)
     link: KvLink | None = None
+    channel: grpc.aio.Channel | None = None
     if config.kvtransfer is not None:
         tls = ClientTls(config.kvtransfer_ca) if config.kvtransfer_ca is not None else None
-        client = TransferClient(make_channel(config.kvtransfer, tls), replica.incarnation)
+        channel = make_channel(config.kvtransfer, tls)
+        client = TransferClient(channel, replica.incarnation)
         link = KvLink(client, replica.pool_plan, lambda error: front.on_fatal(error))
     kv = replica.attached_pool(await link.start()) if link is not None else replica.private_pool()
     loop = replica.make_loop(kv, front, link)
@@ -77,6 +80,8 @@ async def serve(config: EngineConfig) -> None:
         await asyncio.to_thread(loop.stop)
         if link is not None:
             await link.close()
+        if channel is not None:
+            await channel.close()
     if failed:
         raise SystemExit(1)
 

@@ -25,9 +25,11 @@ def to_duration(seconds: float) -> Duration:
     return duration
 
 
-def from_duration(message: Duration, field: str) -> float:
-    """Seconds. BadRequest, naming `field`, unless it is between zero and a day."""
+def from_duration(message: Duration, field: str, *, clip: bool = False) -> float:
+    """Seconds. BadRequest, naming `field`, unless it is between zero and a day; with `clip` a day stands for more."""
     seconds = message.seconds + message.nanos / 1e9
+    if clip:
+        seconds = min(seconds, MAX_DURATION_S)
     if not 0 <= seconds <= MAX_DURATION_S:
         raise BadRequest(f"{field} must be between 0 and {MAX_DURATION_S:.0f} seconds, not {seconds:g}.")
     return seconds

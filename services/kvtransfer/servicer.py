@@ -30,7 +30,7 @@ from services.protocol.ranges import TokenRange
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _TOKEN_BYTES = 16
-_MAX_ID_CHARACTERS = 256
+_MAX_ID_CHARACTERS = 512
 
 
 class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
@@ -68,7 +68,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         return pb.GrantResponse()
 
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeResponse:
-        await self._service.revoke(request.incarnation, GrantKey(request.pool_id, request.reservation_id))
+        await self._service.revoke(
+            request.incarnation, GrantKey(request.pool_id, _id(request.reservation_id, "reservation_id"))
+        )
         return pb.RevokeResponse()
 
     async def Push(self, request: pb.PushRequest, context: Context) -> AsyncGenerator[pb.PushResponse, None]:

@@ -52,11 +52,6 @@ class PageLayout:
         """Bytes of one page of one layer: keys and values of all heads."""
         return 2 * self.kv_head_count * self.page_size * self.token_bytes
 
-    @property
-    def token_kv_bytes(self) -> int:
-        """Bytes of one token over all layers, keys and values."""
-        return self.layer_count * 2 * self.kv_head_count * self.token_bytes
-
     def pool_bytes(self, page_count: int) -> int:
         """Bytes of a pool of `page_count` pages."""
         return self.layer_count * page_count * self.layer_page_bytes

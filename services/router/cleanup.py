@@ -38,8 +38,11 @@ class Cleanup:
 
     async def drain(self) -> None:
         """Waits until nothing runs, at most the limit."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._limit_s)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._limit_s
+        # Again and again, because tasks begin others.
+        while self._tasks and (left_s := deadline - loop.time()) > 0:
+            await asyncio.wait(self._tasks, timeout=left_s)
 
     async def _bounded(self, what: str, work: Coroutine[Any, Any, object]) -> None:
         try:

@@ -92,7 +92,11 @@ class GenerationService:
                 record.policy, record.spec = program.name, program.spec
                 model = self._registry.model(ask.model)
                 request = await self._request(ask, model, record.request_id)
-                output = TextOutput(model.tokenizer.detokenizer(), ask.stop, include_stop=ask.include_stop)
+                output = TextOutput(
+                    model.tokenizer.detokenizer(continues=not isinstance(ask.prompt, Chat)),
+                    ask.stop,
+                    include_stop=ask.include_stop,
+                )
                 run = self._host.run(program, request)
                 record.legs = run.legs
                 try:

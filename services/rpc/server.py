@@ -173,6 +173,8 @@ class Server:
 
     def _launcher_lost(self) -> None:
         log.warning("the launcher is gone")
+        if self._stopping.is_set():
+            self._cut = asyncio.create_task(self.grpc.stop(0))
         self.request_stop(grace_s=0)
 
     def _record_registrations(self) -> None:

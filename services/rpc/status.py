@@ -17,7 +17,13 @@ from services.protocol.errors import Code, ServiceError
 DOMAIN = "microserve"
 DETAILS_KEY = "grpc-status-details-bin"
 # Statuses travel as HTTP/2 trailers, of which a peer takes 8 KiB in all.
-MAX_MESSAGE_CHARACTERS = 1_000
+MAX_MESSAGE_BYTES = 1_000
+
+
+def _cut(message: str) -> str:
+    """At most MAX_MESSAGE_BYTES: the trailers hold it twice, once percent-encoded, three bytes for one."""
+    return message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+
 
 _GRPC_CODES: dict[int, grpc.StatusCode] = {int(code.value[0]): code for code in grpc.StatusCode}
 
@@ -46,7 +52,7 @@ def from_grpc_code(code: grpc.StatusCode) -> Code:
 
 def to_status(error: ServiceError) -> status_pb2.Status:
     """google.rpc.Status with ErrorInfo, and RetryInfo where the error advises a delay."""
-    status = status_pb2.Status(code=int(error.code), message=error.message[:MAX_MESSAGE_CHARACTERS])
+    status = status_pb2.Status(code=int(error.code), message=_cut(error.message))
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
     if error.retry_delay_s is not None:
         delay = _duration(error.retry_delay_s)
@@ -66,7 +72,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> RemoteError:
 
 def to_error_message(error: ServiceError) -> error_pb2.Error:
     """The error as data, for streams that carry many requests."""
-    message = error_pb2.Error(code=int(error.code), message=error.message[:MAX_MESSAGE_CHARACTERS], reason=error.reason)
+    message = error_pb2.Error(code=int(error.code), message=_cut(error.message), reason=error.reason)
     if error.retry_delay_s is not None:
         message.retry_delay.CopyFrom(_duration(error.retry_delay_s))
     return message

@@ -6,8 +6,8 @@ listener and port methods are called on the loop thread and must only hand over.
 
 What the two sides may rely on:
 - Request ids are unique over all verbs of an owner: one id for PrepRecv and StartGenerate is REQUEST_ID_REUSED.
-- Cancel is sent when a handler was cancelled before its answer, once for each such call. Calls that joined by a retry are
-  counted: the work ends when the last of them is cancelled. A Cancel that crosses the answer of PrepRecv ends the
+- Cancel is sent when a handler was cancelled before its answer, once for each such call. Calls that joined by a retry
+  are counted: the work ends when the last of them is cancelled. A Cancel that crosses the answer of PrepRecv ends the
   reservation, because nobody has its address.
 - A second StartGenerate with the key of a live sequence is refused through the listener under its own `call_id`, so
   that it is not taken for the end of the live one. A sequence whose deadline passes ends with `error`

@@ -28,6 +28,7 @@ class CoreConfig:
     max_reservations: int = 1024
     default_lease_s: float = 30.0
     max_lease_s: float = 600.0
+    max_send_s: float = 600.0  # longest that a RemoteSend may take, whatever its deadline
     max_wait_s: float = 60.0  # longest that PrepRecv waits for pages
     max_finished_requests: int = 4096  # remembered for retries
     poison_pages: bool = False  # fill freed pages with NaN, so that a read of stale pages shows

@@ -25,11 +25,6 @@ class Custody:
         self._fenced: tuple[int, ...] = ()
         self._quarantined: tuple[int, ...] = ()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is left to take care of."""
-        return not (self.shared or self.own or self._fenced or self._quarantined)
-
     def hand_over(self, *, is_open: bool) -> tuple[int, ...]:
         """Gives all pages, in token order, to a sequence that will release them."""
         pages = self.shared + self.own

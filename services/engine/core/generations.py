@@ -16,7 +16,7 @@ from services.engine.core.sequence import Phase, Sequence
 from services.engine.core.stopping import finish_reason, has_all
 from services.engine.core.timers import Timer
 from services.engine.errors import DeadlineExceeded, SequenceExists
-from services.protocol.errors import InvalidRange, PromptMismatch, ServiceError
+from services.protocol.errors import InvalidRange, PromptMismatch, ReservationGone, ServiceError
 from services.protocol.reservation import ReservationState
 
 
@@ -178,7 +178,10 @@ class Generations:
     def _await(self, generation: Generation, booking: Booking) -> None:
         generation.booking = booking
         if booking.rules.state is ReservationState.FILLED:
-            self.attach(generation)
+            try:
+                self.attach(generation)
+            except ReservationGone as error:  # the lease has run out since it was looked up
+                generation.kv_lost(error)
         else:
             generation.sequence.phase = Phase.WAITING_FOR_KV
             booking.waiter = generation

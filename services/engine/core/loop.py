@@ -78,4 +78,4 @@ class EngineLoop:
 
     def _wait_s(self) -> float | None:
         due = self._core.next_timer()
-        return None if due is None else max(0.0, due - self._clock())
+        return None if due is None else min(max(0.0, due - self._clock()), threading.TIMEOUT_MAX)

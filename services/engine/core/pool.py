@@ -31,7 +31,10 @@ class PagePool:
     def can_take(self, count: int) -> bool:
         """Whether so many pages are free or in the cache without a user."""
         counts = self.counts()
-        return count <= counts.free + counts.cached
+        if count > counts.free + counts.cached:
+            return False
+        self._freed(self._cache.make_room(count))  # a cached page that others continue cannot be had
+        return count <= self._ledger.num_free
 
     def take(self, count: int) -> tuple[int, ...]:
         """So many private pages with one user. Raises OutOfPages and takes none; cached ones may be gone then."""

@@ -68,7 +68,7 @@ class Sends:
             self.fail(self._live[number], NoPages("Too few pages to compute the send.", retry_delay_s=delay_s))
         for number in plan.admitted:
             if (send := self._live.get(number)) is not None:
-                self._post(send, send.sequence.num_computed, None)
+                self._post(send, self._end_readable(send.sequence), None)
         slots: list[int] = []
         for segment in plan.segments:
             send = self._live.get(segment.number)
@@ -125,6 +125,11 @@ class Sends:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _end_readable(self, sequence: Sequence) -> int:
+        """Up to where pages can be read before the step: it begins by copying one that is matched in part."""
+        num_partial = sequence.num_computed % self._context.config.page_size if sequence.num_left else 0
+        return sequence.num_computed - num_partial
+
     def _begin(self, command: api.RemoteSend, mark: bytes) -> None:
         context, end = self._context, command.range.end
         chain = context.chain(command.prompt[:end], command.cache_salt)
@@ -137,8 +142,9 @@ class Sends:
             context.scheduler.add(sequence)
         context.calls.begin(command.key, mark, send)
         self._live[sequence.number] = send
-        if command.deadline is not None:
-            send.timer = context.timers.at(command.deadline, lambda: self._too_late(send))
+        latest = context.clock() + context.config.max_send_s
+        deadline = latest if command.deadline is None else min(command.deadline, latest)
+        send.timer = context.timers.at(deadline, lambda: self._too_late(send))
         if sequence.phase is Phase.COMPUTED:
             self._post(send, sequence.num_computed, None)
             self._finish_if_over(send)

@@ -54,7 +54,7 @@ class Sequence:
         self.num_prompt = num_prompt  # of those, the prompt; the rest is output generated elsewhere
         self.sampling = sampling
         self.forced = forced
-        self.phase = Phase.WAITING
+        self.phase = Phase.WAITING_FOR_KV  # until it is put into a queue
         self.awaited: bytes | None = None  # the block that it waits for while another sequence computes it
         self.pages: array[int] = array("i")
         self.num_computed = 0  # positions [0, num_computed) are in the pages

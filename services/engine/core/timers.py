@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Callable
 from itertools import count
 
+_CLEAN_AT = 1024
+
 
 class Timer:
     """One thing to do once. Cancelled ones are skipped when their time comes."""
@@ -26,10 +28,16 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
         self._numbers = count()
+        self._clean_at = _CLEAN_AT
 
     def at(self, when: float, action: Callable[[], None]) -> Timer:
         """Runs `action` in the first run_due() at or after `when`; equal times in order of asking."""
         timer = Timer(action)
+        if len(self._heap) >= self._clean_at:
+            # Cancelled timers whose time is far away would otherwise stay until it comes.
+            self._heap = [entry for entry in self._heap if entry[2].action is not None]
+            heapq.heapify(self._heap)
+            self._clean_at = max(_CLEAN_AT, 2 * len(self._heap))
         heapq.heappush(self._heap, (when, next(self._numbers), timer))
         return timer
 

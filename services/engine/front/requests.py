@@ -44,8 +44,8 @@ def to_prep_recv(request: engine_pb2.PrepRecvRequest, key: RequestKey, limits: L
     limits.check_prompt(prompt)
     check_position("end", request.end, len(prompt))
     check_salt(request.cache_salt)
-    lease_s = from_duration(request.lease, "lease") if request.HasField("lease") else None
-    max_wait_s = from_duration(request.max_wait, "max_wait") if request.HasField("max_wait") else None
+    lease_s = from_duration(request.lease, "lease", clip=True) if request.HasField("lease") else None
+    max_wait_s = from_duration(request.max_wait, "max_wait", clip=True) if request.HasField("max_wait") else None
     return lambda reply: api.PrepRecv(key, prompt, request.end, request.cache_salt, lease_s, max_wait_s, reply)
 
 
@@ -123,7 +123,7 @@ def to_release(request: engine_pb2.ReleaseRequest) -> Ask[int]:
 def to_renew(request: engine_pb2.RenewRequest) -> Ask[float]:
     """A Renew."""
     reservation = to_reservation(request.reservation)
-    lease_s = from_duration(request.lease, "lease") if request.HasField("lease") else None
+    lease_s = from_duration(request.lease, "lease", clip=True) if request.HasField("lease") else None
     return lambda reply: api.Renew(reservation, lease_s, reply)
 
 

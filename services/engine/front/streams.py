@@ -26,6 +26,8 @@ from services.protocol.errors import RequestIdReused, ServiceError
 
 # Entries that a caller may leave untaken before no more of its starts are read.
 MAX_UNTAKEN = 1024
+# Token ids and log-probabilities in one message: at about ten bytes each, a quarter of what a message may hold.
+MAX_TAKEN_NUMBERS = 100_000
 
 
 class Caller:
@@ -60,15 +62,22 @@ class Caller:
         self._ready.set()
 
     async def take(self) -> list[SequenceOutput]:
-        """Everything new since the last call, at least one entry; empty once all is over. Cancelling loses nothing."""
+        """What is new since the last call, at least one entry and at most what one message can carry; empty once all is
+        over. Cancelling loses nothing."""
         while not self._entries and not self._refusals:
             if self._starts_ended and not self.live:
                 return []
             self._ready.clear()
             await self._ready.wait()
-        taken = [*self._refusals, *(entry.output(key) for key, entry in self._entries.items())]
-        self._refusals.clear()
-        self._entries.clear()
+        taken, budget = self._refusals, MAX_TAKEN_NUMBERS
+        self._refusals = []
+        while self._entries and budget > 0:
+            key = next(iter(self._entries))
+            entry = self._entries[key]
+            budget -= entry.num_numbers
+            taken.append(entry.take(key, entry.num_numbers + budget))
+            if entry.is_empty:
+                del self._entries[key]
         self._taken.set()
         return taken
 
@@ -173,10 +182,29 @@ class _Entry:
         self._logprobs += output.logprobs
         self._last = output
 
-    def output(self, key: RequestKey) -> SequenceOutput:
-        """All of it as one output, which ends the sequence if the newest part does."""
-        last = self._last or SequenceOutput(key)
-        return dataclasses.replace(last, token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
+    @property
+    def is_empty(self) -> bool:
+        """Whether all of it was taken."""
+        return self._last is None
+
+    @property
+    def num_numbers(self) -> int:
+        """Token ids and log-probabilities in it."""
+        return len(self._token_ids) * self._numbers_per_token
+
+    def take(self, key: RequestKey, budget: int) -> SequenceOutput:
+        """As much as `budget` numbers allow, at least a token; all of it ends the sequence if the newest part does."""
+        count = max(1, budget // self._numbers_per_token)
+        tokens, logprobs = tuple(self._token_ids[:count]), tuple(self._logprobs[:count])
+        del self._token_ids[:count], self._logprobs[:count]
+        if self._token_ids:
+            return SequenceOutput(key, tokens, logprobs)
+        last, self._last = self._last or SequenceOutput(key), None
+        return dataclasses.replace(last, token_ids=tokens, logprobs=logprobs)
+
+    @property
+    def _numbers_per_token(self) -> int:
+        return 1 + (1 + len(self._logprobs[0].top) if self._logprobs else 0)
 
 
 def _same_arguments(one: StartGenerate, other: StartGenerate) -> bool:

@@ -47,21 +47,28 @@ class Attachment:
         self._owed: dict[asyncio.Task[None], Command | None] = {}
         self._moving: dict[int, tuple[PushSpec, asyncio.Task[None]]] = {}
         self._received: dict[str, int] = {}  # bytes received, by open grant
+        self._opening: set[str] = set()  # grants that are asked for and not revoked
         self._early: dict[str, GrantCondition] = {}  # news of grants whose own reply is still under way
         self._run(self._watch_grants(), None)
 
     def grant(self, spec: GrantSpec) -> None:
         """See KvPort."""
+        self._opening.add(spec.reservation_id)
         self._run(self._grant(spec), GrantFailed(spec.reservation_id, gone()))
 
     def revoke(self, reservation_id: str) -> None:
         """See KvPort."""
         self._received.pop(reservation_id, None)
+        self._opening.discard(reservation_id)
         self._run(self._revoke(reservation_id), GrantDrained(reservation_id))
 
     def push(self, spec: PushSpec) -> None:
         """See KvPort."""
-        self._run(self._push(spec), PushEnded(spec.push_id, 0, False, 0.0, gone()))
+        # Known at once: a cancel may come before the task below has run.
+        seen = [_NO_PROGRESS]
+        moving = asyncio.create_task(self._follow(spec, seen))
+        self._moving[spec.push_id] = (spec, moving)
+        self._run(self._push(spec, moving, seen), PushEnded(spec.push_id, 0, False, 0.0, gone()))
 
     def cancel_push(self, push_id: int) -> None:
         """See KvPort."""
@@ -82,7 +89,7 @@ class Attachment:
         """The service's process is gone: gives every answer that is owed. Nothing is submitted afterwards."""
         owed = dict(self._owed)
         self._owed.clear()
-        for task in owed:
+        for task in (*owed, *(moving for _, moving in self._moving.values())):
             task.cancel()
         await asyncio.gather(*owed, return_exceptions=True)
         for answer in owed.values():
@@ -112,10 +119,14 @@ class Attachment:
         except RemoteError as error:
             # It may be open all the same. No one has its secret yet, so the revoke has nothing to wait for.
             await self._until_revoked(spec.reservation_id)
+            self._opening.discard(spec.reservation_id)
             return (GrantFailed(spec.reservation_id, _refusal(error)),)
+        condition = self._early.pop(spec.reservation_id, None)
+        if spec.reservation_id not in self._opening:
+            return ()  # revoked meanwhile, and nobody waits for this any more
+        self._opening.remove(spec.reservation_id)
         self._received[spec.reservation_id] = 0
         opened = GrantOpened(spec.reservation_id)
-        condition = self._early.pop(spec.reservation_id, None)
         return (opened,) if condition is None else (opened, self._progress(condition))
 
     async def _revoke(self, reservation_id: str) -> tuple[Command, ...]:
@@ -130,9 +141,9 @@ class Attachment:
                 _log_retry("revoke", reservation_id, error)
         return None
 
-    async def _push(self, spec: PushSpec) -> tuple[Command, ...]:
+    async def _push(self, spec: PushSpec, moving: asyncio.Task[None], seen: list[PushProgress]) -> tuple[Command, ...]:
         begin = time.monotonic()
-        ended = await self._move(spec)
+        ended = await self._move(spec, moving, seen)
         outcome = "done" if ended.error is None else ended.error.reason
         metrics.PUSH_SECONDS.labels(outcome).observe(time.monotonic() - begin)
         metrics.SENT_BYTES.inc(ended.bytes)
@@ -140,10 +151,7 @@ class Attachment:
             metrics.EXPOSED_SECONDS.observe(ended.exposed_s)
         return (ended,)
 
-    async def _move(self, spec: PushSpec) -> PushEnded:
-        seen = [_NO_PROGRESS]
-        moving = asyncio.create_task(self._follow(spec, seen))
-        self._moving[spec.push_id] = (spec, moving)
+    async def _move(self, spec: PushSpec, moving: asyncio.Task[None], seen: list[PushProgress]) -> PushEnded:
         try:
             await asyncio.wait([moving])
         finally:

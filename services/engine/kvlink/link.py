@@ -208,7 +208,7 @@ class KvLink:
         self._loop.add_reader(pool.connection, self._readable)
         self.endpoint = invitation.endpoint
         log.info("pool attached", extra={"fields": {"pool": ref.pool_id, "adopted": not first}})
-        return TransferServiceReady(invitation.endpoint, ref.pool_id, ref.epoch, invitation.ready_slots)
+        return TransferServiceReady(invitation.endpoint, ref.pool_id, ref.epoch, len(pool.control))
 
     async def _take(self, invitation: Invitation) -> AttachedPool:
         """Maps the pool, or hands back the one that is mapped; both block on the service."""

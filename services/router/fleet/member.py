@@ -126,9 +126,14 @@ class Member:
         self._set_problem("")
         self._followers = [
             asyncio.create_task(self._follow(self.client.watch_load, self._take_load)),
-            asyncio.create_task(self._follow(self.client.watch_kv_events, self._take_event)),
+            asyncio.create_task(self._follow(self._open_events, self._take_event)),
         ]
         log.info("engine joined", extra={"fields": {"engine": info.name, "address": self.address}})
+
+    def _open_events(self) -> AsyncGenerator[KvEvent, None]:
+        # Half a snapshot of a stream that broke must not mix with the next one.
+        self.blocks.resync()
+        return self.client.watch_kv_events()
 
     async def _leave(self, problem: str) -> None:
         if not self.problem:
@@ -163,6 +168,8 @@ class Member:
                 if error.code is Code.UNIMPLEMENTED:
                     log.warning("engine lacks a stream", extra={"fields": {"address": self.address}})
                     return
+            except Exception:
+                log.exception("a stream of an engine failed", extra={"fields": {"address": self.address}})
             await backoff.wait()
 
     def _take_load(self, load: Load) -> bool:

@@ -82,11 +82,15 @@ class Reservation:
         self._cleanup.spawn("renew", self._renew())
 
     async def _renew(self) -> None:
-        async def renew() -> None:
-            lease_s = await self._client.renew(self.kv, timeout_s=CALL_TIMEOUT_S)
-            self._renew_after(lease_s)
-
-        await _unless_gone(renew)
+        lease_s = self.kv.lease_s
+        try:
+            lease_s = await self._client.renew(self.kv, timeout_s=min(CALL_TIMEOUT_S, lease_s / 6))
+        except ServiceError as error:
+            if error.code in _GONE:
+                return
+            self._renew_after(lease_s / 2)  # a renewal that is lost is tried again, and soon
+            raise
+        self._renew_after(lease_s)
 
     def _stop_renewing(self) -> None:
         if self._timer is not None:

@@ -17,8 +17,10 @@ from services.router.text.token_bytes import TokenBytes, read_decoder_kind
 
 Result = TypeVar("Result")
 
-# Longer text is encoded on a thread: the library lets go of the interpreter lock, and the loop goes on.
+# Longer text is encoded on a thread. Of the library's calls only those for batches let go of the interpreter lock, so
+# that the loop goes on.
 _THREAD_CHARACTERS = 2_000
+_MESSAGE_CHARACTERS = 32  # what a template adds to a message, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,10 @@ class Tokenizer:
         self._num_stripped_spaces = kind.num_stripped_spaces
         self._bytes = TokenBytes(self._for_chat, kind.spelling)
         self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
-        self.vocab_size = self._for_chat.get_vocab_size(with_added_tokens=True)
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, with the model's own first token; special tokens in the text are just text."""
-        return await _maybe_threaded(len(text), lambda: tuple(self._for_text.encode(text).ids))
+        return await _maybe_threaded(len(text), lambda: _ids(self._for_text, text, add_special=True))
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Token ids of a conversation. NoChatTemplate, ChatTemplateFailed."""
@@ -71,18 +72,23 @@ class Tokenizer:
 
         def render_and_encode() -> tuple[int, ...]:
             # The template writes the special tokens itself, the first one included.
-            return tuple(self._for_chat.encode(template.render(messages), add_special_tokens=False).ids)
+            return _ids(self._for_chat, template.render(messages), add_special=False)
 
-        return await _maybe_threaded(sum(len(message.content) for message in messages), render_and_encode)
+        size = sum(len(message.role) + len(message.content) + _MESSAGE_CHARACTERS for message in messages)
+        return await _maybe_threaded(size, render_and_encode)
 
-    def detokenizer(self) -> Detokenizer:
-        """A decoder for one sequence."""
-        return Detokenizer(self._bytes, self._num_stripped_spaces)
+    def detokenizer(self, *, continues: bool = False) -> Detokenizer:
+        """A decoder for one sequence; one that continues a text keeps its first space."""
+        return Detokenizer(self._bytes, 0 if continues else self._num_stripped_spaces)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""
         decoder = self.detokenizer()
         return decoder.feed(token_ids) + decoder.finish()
+
+
+def _ids(backend: Backend, text: str, *, add_special: bool) -> tuple[int, ...]:
+    return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids)
 
 
 async def _maybe_threaded(num_characters: int, work: Callable[[], Result]) -> Result:
