@@ -327,7 +327,7 @@ async def test_a_wish_beyond_the_longest_lease_gets_the_longest(suite: Suite) ->
 
 async def test_release_without_publishing_frees(suite: Suite) -> None:
     sender, at = suite.engines[:2]
-    prompt, before = prompt_of(100, 5), (await load(at)).pages
+    prompt, before = prompt_of(100, 5), (await wait_for_load(at, idle)).pages
     prepared = await prep_recv(suite, at, prompt, 100)
     assert (await load(at)).pages.held == before.held + 7
     await remote_send(suite, sender, prompt, prepared.address)
