@@ -9,6 +9,7 @@ import pytest
 from microserve.router.v1 import router_pb2
 
 from services.protocol.errors import ReservationGone, ServiceError
+from services.router.errors import EngineLost
 from services.router.metrics import CLEANUP_FAILURES
 from tests.fakes import FakeEngine, FakeError, FakeLoss, Fault
 from tests.router.harness import PROMPT, failing, model, request, running
@@ -124,6 +125,25 @@ async def test_a_long_send_keeps_its_reservation() -> None:
         await fault.reached.wait()
         [reservation] = engines[1].kv.live
         await engines[1].until(lambda: reservation.num_renewals >= 4)  # longer than the lease
+        assert not reservation.over
+        asking.cancel()
+        await suite.idle()
+
+
+@pytest.mark.slow
+async def test_a_renewal_that_is_lost_is_tried_again() -> None:
+    peers: dict[str, FakeEngine] = {}
+    engines = [FakeEngine(model(), name, peers=peers, lease_s=0.6) for name in "ab"]
+    async with running(engines=engines, policy="disaggregated", request_timeout=5.0) as suite:
+        receiver = engines[1]
+        receiver.faults["Renew"] = Fault(EngineLost("nobody answered"))
+        fault = break_at(engines, "remote_send")
+        asking = asyncio.create_task(suite.generate())
+        await fault.reached.wait()
+        [reservation] = receiver.kv.live
+        await receiver.faults["Renew"].reached.wait()
+        del receiver.faults["Renew"]
+        await receiver.until(lambda: reservation.num_renewals >= 3)
         assert not reservation.over
         asking.cancel()
         await suite.idle()
