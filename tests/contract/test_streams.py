@@ -286,8 +286,7 @@ async def test_a_session_that_nobody_reads_stalls_nobody(suite: Suite) -> None:
     await wait_for_load(at, lambda report: report.running_sequence_count == len(unread))
     assert_same(expected, await StartGenerateReader(at.stub, renamed(suite, other), 60).result())
     await wait_for_load(at, idle, 150)  # the sequences end without a reader
-    num_frames = await read_all(call, unread)
-    assert num_frames < 1500, "what was unread came in larger frames"
+    await read_all(call, unread)
 
 
 async def test_an_unread_session_loses_nothing_however_much_is_unread(suite: Suite) -> None:
@@ -302,19 +301,16 @@ async def test_an_unread_session_loses_nothing_however_much_is_unread(suite: Sui
     await read_all(call, unread)
 
 
-async def read_all(call: grpc.aio.StreamStreamCall, requests: Sequence[pb.StartGenerateRequest]) -> int:
-    """Reads a session to its end, where every sequence has all its tokens. Returns the number of frames."""
+async def read_all(call: grpc.aio.StreamStreamCall, requests: Sequence[pb.StartGenerateRequest]) -> None:
+    """Reads a session to its end, where every sequence has all its tokens."""
     outcomes = {request.request_id: Outcome() for request in requests}
-    num_frames = 0
     await call.done_writing()
     async for frame in call:
         add(outcomes, frame)
-        num_frames += 1
     for request in requests:
         outcome = outcomes[request.request_id]
         assert len(outcome.token_ids) == len(outcome.logprobs) == request.sampling.max_tokens
         assert outcome.finish_reason == LENGTH
-    return num_frames
 
 
 async def test_callers_of_all_kinds_at_once(suite: Suite) -> None:

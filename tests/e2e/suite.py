@@ -81,9 +81,13 @@ async def start_suite(
     router_options: Sequence[str] = (),
     page_count: int | None = None,
     page_size: int | None = None,
+    kv_memory_mib: int = 128,
     options_of: dict[int, Sequence[str]] | None = None,
 ) -> AsyncIterator[Suite]:
-    """Starts real processes on free ports, with freed pages poisoned; stops them all at the end."""
+    """Starts real processes on free ports, with freed pages poisoned; stops them all at the end.
+
+    Pools are small unless asked for, so that they start quickly: memory is mapped and poisoned at the start.
+    """
     os.environ["MICROSERVE_TESTING"] = "1"
     with Fleet() as fleet:
         transfer = fleet.start_kvtransfer()
@@ -94,7 +98,13 @@ async def start_suite(
                 transfer,
                 page_count=page_count,
                 page_size=page_size,
-                extra=["--poison-pages", *engine_options, *(options_of or {}).get(i, ())],
+                extra=[
+                    "--poison-pages",
+                    "--kv-memory-mib",
+                    str(kv_memory_mib),
+                    *engine_options,
+                    *(options_of or {}).get(i, ()),
+                ],
             )
             for i in range(num_engines)
         ]

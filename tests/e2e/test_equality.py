@@ -53,7 +53,7 @@ def model(model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def suite(model: Path) -> AsyncIterator[Suite]:
-    async with start_suite(model) as running:
+    async with start_suite(model, kv_memory_mib=1024) as running:
         yield running
 
 
