@@ -25,6 +25,8 @@ from services.rpc.server import Server
 
 PROG = "microserve-engine"
 SERVICE = "microserve.engine.v1.EngineService"
+# How long the step that runs may take to end, when the grace is over.
+STEP_PATIENCE_S = 5.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 log = logging.getLogger("services.engine")
@@ -56,7 +58,9 @@ async def serve(config: EngineConfig) -> None:
     link: KvLink | None = None
     channel: grpc.aio.Channel | None = None
     if config.kvtransfer is not None:
-        tls = ClientTls(config.kvtransfer_ca) if config.kvtransfer_ca is not None else None
+        # The engine's own certificate proves it to a KV transfer service that asks for one.
+        ca = config.kvtransfer_ca
+        tls = ClientTls(ca, config.tls_cert, config.tls_key) if ca is not None else None
         channel = make_channel(config.kvtransfer, tls)
         client = TransferClient(channel, replica.incarnation)
         link = KvLink(client, replica.pool_plan, lambda error: front.on_fatal(error))
@@ -77,11 +81,16 @@ async def serve(config: EngineConfig) -> None:
         await server.run(on_drain=front.drain)
     finally:
         collector.close()
-        await asyncio.to_thread(loop.stop)
+        has_ended = await asyncio.to_thread(loop.stop, STEP_PATIENCE_S)
         if link is not None:
             await link.close()
         if channel is not None:
             await channel.close()
+    if not has_ended:
+        # Something native holds the thread, and the interpreter cannot end beside it.
+        log.critical("the loop thread does not end: leaving it behind")
+        logging.shutdown()
+        os._exit(1)
     if failed:
         raise SystemExit(1)
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.engine.core.faults import ScriptedFaults
 from services.rpc.bind import split_address
 from services.rpc.server import ServerConfig
 
@@ -61,18 +62,11 @@ class EngineConfig(ServerConfig):
         if not 1 <= len(self.name) <= MAX_NAME_CHARACTERS:
             raise ValueError(f"--name must have 1 to {MAX_NAME_CHARACTERS} characters")
         if self.kvtransfer is not None:
-            split_address(self.kvtransfer)
-        for flag, value in (
-            ("--threads", self.threads),
-            ("--pages", self.pages),
-            ("--kv-memory-mib", self.kv_memory_mib),
-            ("--page-size", self.page_size),
-            ("--max-batch-size", self.max_batch_size),
-            ("--max-step-tokens", self.max_step_tokens),
-            ("--max-waiting", self.max_waiting),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{flag} must be at least 1")
+            try:
+                split_address(self.kvtransfer)
+            except ValueError as error:
+                raise ValueError(f"--kvtransfer: {error}") from None
+        self._check_counts()
         if self.max_context is not None and self.max_context < 2:
             raise ValueError("--max-context must be at least 2")
         if not 0 < self.lease_default <= self.lease_max:
@@ -81,6 +75,15 @@ class EngineConfig(ServerConfig):
             raise ValueError("--labels must be key=value")
         if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
             raise ValueError("--fault-points is for tests only")
+        try:
+            _ = self.faults
+        except ValueError as error:
+            raise ValueError(f"--fault-points: {error}") from None
+
+    @property
+    def faults(self) -> ScriptedFaults:
+        """What --fault-points says is to happen; nothing unless this is a test."""
+        return ScriptedFaults.parse(",".join(self.fault_points))
 
     @property
     def label_map(self) -> dict[str, str]:
@@ -98,3 +101,16 @@ class EngineConfig(ServerConfig):
     def num_threads(self) -> int:
         """The threads in force."""
         return self.threads or len(os.sched_getaffinity(0))
+
+    def _check_counts(self) -> None:
+        for flag, value in (
+            ("--threads", self.threads),
+            ("--pages", self.pages),
+            ("--kv-memory-mib", self.kv_memory_mib),
+            ("--page-size", self.page_size),
+            ("--max-batch-size", self.max_batch_size),
+            ("--max-step-tokens", self.max_step_tokens),
+            ("--max-waiting", self.max_waiting),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1")

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.engine.core.api import Load, SequenceOutput, Timing
+from services.engine.core.plan import Chosen, PageCopy, Runner, StepPlan
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -48,6 +49,26 @@ def count_verb(timing: Timing) -> None:
     MATCHED_TOKENS.inc(timing.matched_tokens)
     PREEMPTIONS.inc(timing.preemptions)
     QUEUE_SECONDS.observe(timing.queue_s)
+
+
+class TimedRunner:
+    """A runner whose steps are timed."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
+        """See Runner."""
+        with STEP_SECONDS.time():
+            return self._runner.run(plan, on_layer)
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """See Runner."""
+        self._runner.copy_pages(copies)
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """See Runner."""
+        self._runner.poison(pages)
 
 
 class LoadCollector(Collector):

@@ -18,6 +18,7 @@ from services.engine.core.runner import TorchRunner
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits
 from services.engine.kvlink.link import KvLink, PoolPlan
+from services.engine.metrics import TimedRunner
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.servicer import EngineIdentity
@@ -85,7 +86,7 @@ class Replica:
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
         runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
-        core = EngineCore(self._core_config(), runner, front, link, faults=self._faults())
+        core = EngineCore(self._core_config(), TimedRunner(runner), front, link, faults=self._faults())
         return EngineLoop(core, front)
 
     def _shaped(self, memory: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ class Replica:
         )
 
     def _faults(self) -> ScriptedFaults | None:
-        return ScriptedFaults.parse(",".join(self.config.fault_points)) if self.config.fault_points else None
+        return self.config.faults if self.config.fault_points else None
 
 
 def load_replica(config: EngineConfig) -> Replica:

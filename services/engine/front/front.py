@@ -7,6 +7,7 @@ of sequences and readers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -62,7 +63,9 @@ class Front:
         """Lets the engine finish what it has and take nothing new; then ends the calls that only watch."""
         ask: Callable[[Reply[None]], Command] = Drain
         try:
-            await self.calls.ask(ask)
+            # A loop thread that is gone has nothing left to finish.
+            with contextlib.suppress(EngineStopped):
+                await self.calls.ask(ask)
         finally:
             # Also when the grace is over: a watcher would otherwise hold the server up for nothing.
             self._end_watches(EngineDraining("The engine is shutting down."))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from services.engine import metrics
 from services.engine.core.api import Command, GrantDrained, GrantFailed, GrantOpened, GrantProgress, PushEnded
@@ -49,18 +48,18 @@ class Attachment:
         self._received: dict[str, int] = {}  # bytes received, by open grant
         self._opening: set[str] = set()  # grants that are asked for and not revoked
         self._early: dict[str, GrantCondition] = {}  # news of grants whose own reply is still under way
-        self._run(self._watch_grants(), None)
+        self._run(self._watch_grants, None)
 
     def grant(self, spec: GrantSpec) -> None:
         """See KvPort."""
         self._opening.add(spec.reservation_id)
-        self._run(self._grant(spec), GrantFailed(spec.reservation_id, gone()))
+        self._run(lambda: self._grant(spec), GrantFailed(spec.reservation_id, gone()))
 
     def revoke(self, reservation_id: str) -> None:
         """See KvPort."""
         self._received.pop(reservation_id, None)
         self._opening.discard(reservation_id)
-        self._run(self._revoke(reservation_id), GrantDrained(reservation_id))
+        self._run(lambda: self._revoke(reservation_id), GrantDrained(reservation_id))
 
     def push(self, spec: PushSpec) -> None:
         """See KvPort."""
@@ -68,7 +67,7 @@ class Attachment:
         seen = [_NO_PROGRESS]
         moving = asyncio.create_task(self._follow(spec, seen))
         self._moving[spec.push_id] = (spec, moving)
-        self._run(self._push(spec, moving, seen), PushEnded(spec.push_id, 0, False, 0.0, gone()))
+        self._run(lambda: self._push(spec, moving, seen), PushEnded(spec.push_id, 0, False, 0.0, gone()))
 
     def cancel_push(self, push_id: int) -> None:
         """See KvPort."""
@@ -83,7 +82,7 @@ class Attachment:
 
     def end_attempt(self, spec: PushSpec) -> None:
         """See KvPort; `spec` is any push of the attempt."""
-        self._run(self._end_attempt_once(spec), None)
+        self._run(lambda: self._end_attempt_once(spec), None)
 
     async def lost(self) -> None:
         """The service's process is gone: gives every answer that is owed. Nothing is submitted afterwards."""
@@ -96,9 +95,9 @@ class Attachment:
             if answer is not None:
                 self._submit(answer)
 
-    def _run(self, work: Coroutine[Any, Any, tuple[Command, ...]], if_lost: Command | None) -> None:
+    def _run(self, work: Callable[[], Awaitable[tuple[Command, ...]]], if_lost: Command | None) -> None:
         async def answer() -> None:
-            commands = await work
+            commands = await work()
             # Without an await in between: a task answers, or is found by lost(), and never both.
             if task in self._owed:
                 del self._owed[task]

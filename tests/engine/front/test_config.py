@@ -1,0 +1,58 @@
+"""Options of an engine: what is understood, and what is refused in a line."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.engine.config import EngineConfig
+from services.rpc.config import ConfigError, read_config
+
+PROG = "microserve-engine"
+
+
+def read(*argv: str, **environ: str) -> EngineConfig:
+    return read_config(EngineConfig, ["--model", "m", *argv], PROG, environ)
+
+
+def test_labels_and_no_transfer_service() -> None:
+    config = read("--labels", "zone=a", "--labels", "rack=b=c", "--kvtransfer", "none")
+    assert config.label_map == {"zone": "a", "rack": "b=c"}
+    assert config.kvtransfer is None
+
+
+def test_the_format_follows_the_device() -> None:
+    assert read().dtype_name == "float32"
+    assert read("--device", "cuda:1").dtype_name == "bfloat16"
+    assert read("--device", "cuda", "--dtype", "float16").dtype_name == "float16"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--pages", "0"),
+        ("--page-size", "-1"),
+        ("--threads", "0"),
+        ("--name", "n" * 129),
+        ("--kvtransfer", "nowhere"),
+        ("--lease-default", "0"),
+        ("--lease-default", "20", "--lease-max", "10"),
+        ("--labels", "zone"),
+        ("--dtype", "int3"),
+        ("--max-context", "1"),
+        ("--unheard-of", "1"),
+    ],
+    ids=" ".join,
+)
+def test_what_makes_no_sense_is_refused(argv: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=argv[-2].split("=")[0]):
+        read(*argv)
+
+
+def test_fault_points_are_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MICROSERVE_TESTING", raising=False)
+    with pytest.raises(ConfigError, match="tests only"):
+        read("--fault-points", "step.begin=raise")
+    monkeypatch.setenv("MICROSERVE_TESTING", "1")
+    assert read("--fault-points", "step.begin=raise").fault_points == ("step.begin=raise",)
+    with pytest.raises(ConfigError, match="bogus"):
+        read("--fault-points", "step.begin=bogus")
