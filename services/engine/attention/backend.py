@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.batch import ForwardBatch
 
 
@@ -19,5 +20,5 @@ class AttentionBackend(Protocol):
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Stores key and value, each (num_tokens, num_kv_heads, head_dim), at slots (num_tokens,) int64."""
 
-    def attend(self, layer: int, query: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim) over the written context; the same shape."""

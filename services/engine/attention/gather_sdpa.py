@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.pages import PagedKv
 from services.engine.batch import ForwardBatch
 
@@ -25,6 +26,7 @@ class _Block:
 
     start: int
     stop: int
+    slots: slice  # of the gathered ones; no row of the block sees another
     visible: Tensor  # (num_sequences, 1, queries_per_kv_head * (stop - start), num_slots) bool
 
 
@@ -33,7 +35,7 @@ class _Group:
     """Sequences computed together: they have equally many rows and are padded to equally many pages."""
 
     rows: Tensor  # (num_sequences, num_rows) int64, packed rows
-    pages: Tensor  # (num_sequences, num_pages) int64, page 0 where padded
+    pages: Tensor  # (num_sequences, num_pages) int64, from the first that a row sees; page 0 where padded
     unwritten: Tensor  # (num_sequences, 1, num_slots, 1) bool, slots past the context
     blocks: tuple[_Block, ...]
 
@@ -43,66 +45,94 @@ class GatherSdpaAttention(PagedKv):
 
     def __init__(self, kv: Tensor) -> None:
         super().__init__(kv)
-        self._planned: tuple[ForwardBatch, list[_Group]] | None = None
+        self._planned_for: ForwardBatch | None = None
+        self._plans: dict[int | None, list[_Group]] = {}  # by window; one plan serves all layers that share it
 
-    def attend(self, layer: int, query: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
         mixed = torch.empty_like(query)
-        self.attend_into(mixed, layer, query, batch, range(batch.num_sequences))
+        self.attend_into(mixed, layer, query, batch, range(batch.num_sequences), form)
         return mixed
 
     def attend_into(
-        self, mixed: Tensor, layer: int, query: Tensor, batch: ForwardBatch, sequences: Sequence[int]
+        self,
+        mixed: Tensor,
+        layer: int,
+        query: Tensor,
+        batch: ForwardBatch,
+        sequences: Sequence[int],
+        form: AttentionForm = PLAIN,
     ) -> None:
-        """The same for some sequences of the batch, always the same ones of one batch; fills only their rows."""
+        """The same for some sequences of the batch, the same ones for each window; fills only their rows."""
         kv_heads = self.kv.shape[3]
-        if self._planned is None or self._planned[0] is not batch:  # one plan serves all layers
-            self._planned = (batch, self._plan(batch, sequences, query.shape[1] // kv_heads))
-        for group in self._planned[1]:
+        if self._planned_for is not batch:
+            self._planned_for, self._plans = batch, {}
+        if form.window not in self._plans:
+            self._plans[form.window] = self._plan(batch, sequences, query.shape[1] // kv_heads, form)
+        for group in self._plans[form.window]:
             gathered = self.kv[layer, group.pages]  # (sequences, pages, 2, kv_heads, page_size, head_dim)
             gathered = gathered.permute(2, 0, 3, 1, 4, 5).reshape(2, len(group.pages), kv_heads, -1, self.head_dim)
             gathered.masked_fill_(group.unwritten, 0)  # 0 * NaN is NaN, so masking the scores is not enough
             for block in group.blocks:
                 rows = group.rows[:, block.start : block.stop]
-                mixed[rows] = _attend_block(query[rows], gathered, block.visible)
+                mixed[rows] = _attend_block(query[rows], gathered[:, :, :, block.slots], block.visible, form)
 
-    def _plan(self, batch: ForwardBatch, sequences: Sequence[int], queries_per_kv_head: int) -> list[_Group]:
+    def _plan(
+        self, batch: ForwardBatch, sequences: Sequence[int], queries_per_kv_head: int, form: AttentionForm
+    ) -> list[_Group]:
         starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for sequence in sequences:
             num_rows = starts[sequence + 1] - starts[sequence]
-            num_pages = -(-contexts[sequence] // self.page_size)
+            first = form.first_visible(contexts[sequence] - num_rows + 1) // self.page_size
+            num_pages = -(-contexts[sequence] // self.page_size) - first
             # Decoding sequences pad to a power of two of pages; a chunk is large enough for a group of its own.
             alike[(1, (num_pages - 1).bit_length()) if num_rows == 1 else (num_rows, -sequence)].append(sequence)
-        return [self._group(batch, members, num_rows, queries_per_kv_head) for (num_rows, _), members in alike.items()]
+        return [
+            self._group(batch, members, num_rows, queries_per_kv_head, form) for (num_rows, _), members in alike.items()
+        ]
 
-    def _group(self, batch: ForwardBatch, members: list[int], num_rows: int, queries_per_kv_head: int) -> _Group:
+    def _group(
+        self, batch: ForwardBatch, members: list[int], num_rows: int, queries_per_kv_head: int, form: AttentionForm
+    ) -> _Group:
         device = self.kv.device
         context = batch.context_lengths[members].to(device)[:, None]  # (num_sequences, 1)
-        num_pages = -(-int(context.max()) // self.page_size)
-        rows = batch.query_starts[members].to(device)[:, None] + torch.arange(num_rows, device=device)
+        limit = context - num_rows + 1 + torch.arange(num_rows, device=device)  # tokens before the end of a row's view
+        begin = limit * 0 if form.window is None else (limit - form.window).clamp(min=0)
+        first_page = begin[:, :1] // self.page_size  # (num_sequences, 1)
+        num_pages = int((-(-context // self.page_size) - first_page).max())
+        page = first_page + torch.arange(num_pages, device=device)  # (num_sequences, num_pages) of the sequence
+        in_use = page * self.page_size < context
+        table = batch.block_tables[members].to(device=device, dtype=torch.int64)
+        pages = table.gather(1, page.where(in_use, 0)).where(in_use, 0)
         slot = torch.arange(num_pages * self.page_size, device=device)
-        pages = batch.block_tables[members, :num_pages].to(device=device, dtype=torch.int64)
-        limit = context - num_rows + 1 + torch.arange(num_rows, device=device)  # slots a row sees
+        offset = first_page * self.page_size  # (num_sequences, 1), the token in the first gathered slot
+        limit, begin = limit - offset, begin - offset  # from now on in gathered slots
         blocks = []
         rows_per_call = ROWS_PER_CALL_CPU if device.type == "cpu" else ROWS_PER_CALL_GPU
         for start in range(0, num_rows, rows_per_call):
             stop = min(start + rows_per_call, num_rows)
-            num_slots = int(limit[:, stop - 1].max())
-            visible = slot[:num_slots] < limit[:, start:stop, None]
-            blocks.append(_Block(start, stop, visible[:, None].repeat(1, 1, queries_per_kv_head, 1)))
-        in_use = slot[:: self.page_size] < context
-        return _Group(rows, pages.where(in_use, 0), (slot >= context)[:, None, :, None], tuple(blocks))
+            slots = slice(int(begin[:, start].min()), int(limit[:, stop - 1].max()))
+            seen = slot[slots]
+            visible = (seen < limit[:, start:stop, None]) & (seen >= begin[:, start:stop, None])
+            blocks.append(_Block(start, stop, slots, visible[:, None].repeat(1, 1, queries_per_kv_head, 1)))
+        rows = batch.query_starts[members].to(device)[:, None] + torch.arange(num_rows, device=device)
+        return _Group(rows, pages, (slot >= context - offset)[:, None, :, None], tuple(blocks))
 
 
-def _attend_block(query: Tensor, gathered: Tensor, visible: Tensor) -> Tensor:
+def _attend_block(query: Tensor, gathered: Tensor, visible: Tensor, form: AttentionForm) -> Tensor:
     """Attention of query (sequences, rows, heads, head_dim) over gathered (2, sequences, kv_heads, slots, head_dim)."""
     num_sequences, num_rows, num_heads, head_dim = query.shape
-    key, value = gathered[:, :, :, : visible.shape[-1]]
+    key, value = gathered
     kv_heads = key.shape[1]
     # The query heads of one kv head become rows of one matrix: (sequences, kv_heads, heads * rows, head_dim).
     stacked = query.view(num_sequences, num_rows, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     stacked = stacked.reshape(num_sequences, kv_heads, -1, head_dim)
-    result = F.scaled_dot_product_attention(stacked, key, value, attn_mask=visible)
+    scale = form.scale_for(head_dim)
+    if form.softcap is None:
+        result = F.scaled_dot_product_attention(stacked, key, value, attn_mask=visible, scale=scale)
+    else:
+        scores = form.softcap * torch.tanh((stacked @ key.mT).float() * (scale / form.softcap))
+        result = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype) @ value
     result = result.view(num_sequences, kv_heads, -1, num_rows, head_dim).permute(0, 3, 1, 2, 4)
     return result.reshape(num_sequences, num_rows, num_heads, head_dim)

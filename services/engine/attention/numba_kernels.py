@@ -32,13 +32,13 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @compiled
-def _score(scores: Floats, query: Floats, pool: Floats, table: Ints, kv_head: int, context: int) -> None:
-    """scores (group, >= context) = the group's query heads (group, head_dim) times the keys of the context.
+def _score(scores: Floats, query: Floats, pool: Floats, table: Ints, kv_head: int, first: int, context: int) -> None:
+    """scores (group, >= context) from the page of token `first` on = the query heads (group, head_dim) times the keys.
 
     The heads take turns over a page while it is in the cache; four tokens at a time give four independent sums.
     """
     page_size, head_dim = pool.shape[3], pool.shape[4]
-    for page_index in range((context + page_size - 1) // page_size):
+    for page_index in range(first // page_size, (context + page_size - 1) // page_size):
         start = page_index * page_size
         count = min(page_size, context - start)
         page = pool[table[page_index], 0, kv_head]
@@ -100,11 +100,11 @@ def _softmax_base_2(scores: Floats, exponents: Ints, context: int) -> None:
 
 
 @compiled
-def _mix(mixed: Floats, weights: Floats, pool: Floats, table: Ints, kv_head: int, context: int) -> None:
-    """mixed (group, head_dim) = weights (group, >= context) times the values of the context."""
+def _mix(mixed: Floats, weights: Floats, pool: Floats, table: Ints, kv_head: int, first: int, context: int) -> None:
+    """mixed (group, head_dim) = weights (group, >= context) times the values from the page of token `first` on."""
     page_size, head_dim = pool.shape[3], pool.shape[4]
     mixed[:] = np.float32(0)
-    for page_index in range((context + page_size - 1) // page_size):
+    for page_index in range(first // page_size, (context + page_size - 1) // page_size):
         start = page_index * page_size
         count = min(page_size, context - start)
         page = pool[table[page_index], 1, kv_head]
@@ -133,12 +133,13 @@ def _mix(mixed: Floats, weights: Floats, pool: Floats, table: Ints, kv_head: int
 @compiled
 def attend_rows(
     mixed: Floats,  # (num_tokens, num_heads, head_dim), out
-    query: Floats,  # (num_tokens, num_heads, head_dim), already multiplied by log2(e) / sqrt(head_dim)
+    query: Floats,  # (num_tokens, num_heads, head_dim), already multiplied by log2(e) and the scale
     pool: Floats,  # (num_pages, 2, num_kv_heads, page_size, head_dim)
     sequences: Ints,  # (n,) which sequences of the batch to compute
     query_starts: Ints,  # (num_sequences + 1,)
     context_lengths: Ints,  # (num_sequences,)
     block_tables: Ints,  # (num_sequences, max_pages)
+    window: int,  # tokens that a row sees at most
     weights: Floats,  # (num_heads / num_kv_heads, longest context), scratch
     exponents: Ints,  # (longest context,), scratch
 ) -> None:
@@ -148,9 +149,11 @@ def attend_rows(
         first, last = query_starts[sequence], query_starts[sequence + 1]
         for row in range(first, last):
             context = context_lengths[sequence] - (last - row) + 1
+            first = max(0, context - window)
             for kv_head in range(pool.shape[2]):
                 heads = slice(kv_head * group, (kv_head + 1) * group)
-                _score(weights, query[row, heads], pool, block_tables[sequence], kv_head, context)
+                _score(weights, query[row, heads], pool, block_tables[sequence], kv_head, first, context)
                 for member in range(group):
-                    _softmax_base_2(weights[member], exponents, context)
-                _mix(mixed[row, heads], weights, pool, block_tables[sequence], kv_head, context)
+                    _softmax_base_2(weights[member, first:], exponents, context - first)
+                    weights[member, first // pool.shape[3] * pool.shape[3] : first] = np.float32(0)
+                _mix(mixed[row, heads], weights, pool, block_tables[sequence], kv_head, first, context)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.numba_kernels import attend_rows
 from services.engine.batch import ForwardBatch
@@ -48,8 +49,10 @@ class PagedNumbaAttention(GatherSdpaAttention):
         self._exponents = np.empty(1, dtype=np.int32)
         self._load_kernel()
 
-    def attend(self, layer: int, query: Tensor, batch: ForwardBatch) -> Tensor:
-        """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        """Causal attention of query (num_tokens, num_heads, head_dim); the same shape. A soft cap is left to torch."""
+        if form.softcap is not None:
+            return super().attend(layer, query, batch, form)
         if self._split is None or self._split.batch is not batch:
             self._split = self._split_batch(batch, query.shape[1] // self.kv.shape[3])
         split = self._split
@@ -57,17 +60,18 @@ class PagedNumbaAttention(GatherSdpaAttention):
         if split.short.size:
             attend_rows(
                 mixed.numpy(),
-                (query * (math.log2(math.e) * self.head_dim**-0.5)).contiguous().numpy(),
+                (query * (math.log2(math.e) * form.scale_for(self.head_dim))).contiguous().numpy(),
                 self._pools[layer],
                 split.short,
                 split.query_starts,
                 split.context_lengths,
                 split.block_tables,
+                form.window or int(split.context_lengths.max()),
                 self._weights,
                 self._exponents,
             )
         if split.long:
-            self.attend_into(mixed, layer, query, batch, split.long)
+            self.attend_into(mixed, layer, query, batch, split.long, form)
         return mixed
 
     def _split_batch(self, batch: ForwardBatch, queries_per_kv_head: int) -> _Split:
@@ -85,4 +89,4 @@ class PagedNumbaAttention(GatherSdpaAttention):
         """Compiles the kernel, or loads it from disk, now rather than within the first request: no rows, no work."""
         rows, table = np.empty((0, 1, self.head_dim), dtype=np.float32), np.empty((0, 1), dtype=np.int32)
         none = np.empty(0, dtype=np.int32)
-        attend_rows(rows, rows, self._pools[0], none, none, none, table, self._weights, self._exponents)
+        attend_rows(rows, rows, self._pools[0], none, none, none, table, 1, self._weights, self._exponents)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.oracle import OracleAttention
 from services.engine.attention.paged_numba import PagedNumbaAttention
@@ -22,8 +23,17 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor], AttentionBackend]] = {
     "paged_numba, kernel for no row": lambda kv: PagedNumbaAttention(kv, max_kernel_rows=0),
 }
 LAYERS, NUM_PAGES, KV_HEADS, HEADS, HEAD_DIM = 2, 60, 2, 6, 24
-TOLERANCE = 2e-6
+TOLERANCE = 4e-6
 # (rows, context) of each sequence: decoding, whole prompts, chunks after a prefix, ragged, in one batch.
+FORMS = {
+    "plain": PLAIN,
+    "scale": AttentionForm(scale=0.15),
+    "window": AttentionForm(window=10),
+    "window of one": AttentionForm(window=1),
+    "wide window": AttentionForm(window=64),
+    "soft cap": AttentionForm(softcap=5.0),
+    "all": AttentionForm(scale=0.1, window=17, softcap=2.0),
+}
 MIXED = ((1, 1), (1, 37), (5, 5), (70, 90), (1, 16), (17, 40), (1, 17), (2, 64))
 
 
@@ -74,13 +84,17 @@ class Pool:
         start = sum(rows for rows, _ in self.shape[:sequence])
         return self.query[start : start + self.shape[sequence][0]]
 
-    def expected(self, layer: int, sequence: int) -> Tensor:
+    def expected(self, layer: int, sequence: int, form: AttentionForm = PLAIN) -> Tensor:
         """From the keys and values themselves, with no pages involved."""
         rows, context = self.shape[sequence]
         key, value = (part[sequence][layer].double() for part in (self.keys, self.values))
         key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
-        scores = torch.einsum("rhd,chd->hrc", self.query_of(sequence).double(), key) / HEAD_DIM**0.5
+        scores = torch.einsum("rhd,chd->hrc", self.query_of(sequence).double(), key) * (form.scale or HEAD_DIM**-0.5)
+        if form.softcap is not None:
+            scores = form.softcap * (scores / form.softcap).tanh()
         hidden = torch.ones(rows, context, dtype=torch.bool).triu(context - rows + 1)
+        if form.window is not None:
+            hidden |= torch.ones(rows, context, dtype=torch.bool).tril(context - rows - form.window)
         return torch.einsum("hrc,chd->rhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value).float()
 
 
@@ -90,15 +104,16 @@ def implementation(request: pytest.FixtureRequest) -> Callable[[Tensor], Attenti
     return IMPLEMENTATIONS[request.param]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("page_size", [1, 8, 16])
-def test_mixed_batch(implementation: Callable[[Tensor], AttentionBackend], page_size: int) -> None:
+def test_mixed_batch(implementation: Callable[[Tensor], AttentionBackend], page_size: int, form: str) -> None:
     pool = Pool(MIXED, page_size)
     backend = implementation(pool.kv)
     pool.fill(backend)
     batch = pool.batch(range(len(MIXED)))
     for layer in range(LAYERS):
-        actual = backend.attend(layer, pool.query, batch)
-        expected = torch.cat([pool.expected(layer, sequence) for sequence in range(len(MIXED))])
+        actual = backend.attend(layer, pool.query, batch, FORMS[form])
+        expected = torch.cat([pool.expected(layer, sequence, FORMS[form]) for sequence in range(len(MIXED))])
         assert actual.shape == pool.query.shape
         assert (actual - expected).abs().max() < TOLERANCE  # false for NaN
 
@@ -145,3 +160,14 @@ def test_large_scores_do_not_overflow(implementation: Callable[[Tensor], Attenti
     result = backend.attend(0, pool.query, pool.batch([0, 1]))
     expected = torch.cat([pool.expected(0, 0), pool.expected(0, 1)])
     assert (result - expected).abs().max() < 1e-3  # differences of scores of 10,000 in float32
+
+
+def test_layers_of_different_form_share_a_batch(implementation: Callable[[Tensor], AttentionBackend]) -> None:
+    pool = Pool(MIXED, 8)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    batch = pool.batch(range(len(MIXED)))
+    for name in ("window", "plain", "soft cap", "all", "wide window", "plain"):
+        actual = backend.attend(1, pool.query, batch, FORMS[name])
+        expected = torch.cat([pool.expected(1, sequence, FORMS[name]) for sequence in range(len(MIXED))])
+        assert (actual - expected).abs().max() < TOLERANCE, name
