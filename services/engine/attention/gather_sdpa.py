@@ -46,7 +46,7 @@ class GatherSdpaAttention(PagedKv):
     def __init__(self, kv: Tensor) -> None:
         super().__init__(kv)
         self._planned_for: ForwardBatch | None = None
-        self._plans: dict[int | None, list[_Group]] = {}  # by window; one plan serves all layers that share it
+        self._plans: dict[tuple[int | None, tuple[int, ...]], list[_Group]] = {}  # by window and sequences
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
@@ -63,13 +63,14 @@ class GatherSdpaAttention(PagedKv):
         sequences: Sequence[int],
         form: AttentionForm = PLAIN,
     ) -> None:
-        """The same for some sequences of the batch, the same ones for each window; fills only their rows."""
+        """The same for some sequences of the batch; fills only their rows. Layers of one window share a plan."""
         kv_heads = self.kv.shape[3]
         if self._planned_for is not batch:
             self._planned_for, self._plans = batch, {}
-        if form.window not in self._plans:
-            self._plans[form.window] = self._plan(batch, sequences, query.shape[1] // kv_heads, form)
-        for group in self._plans[form.window]:
+        wanted = (form.window, tuple(sequences))
+        if wanted not in self._plans:
+            self._plans[wanted] = self._plan(batch, sequences, query.shape[1] // kv_heads, form)
+        for group in self._plans[wanted]:
             gathered = self.kv[layer, group.pages]  # (sequences, pages, 2, kv_heads, page_size, head_dim)
             gathered = gathered.permute(2, 0, 3, 1, 4, 5).reshape(2, len(group.pages), kv_heads, -1, self.head_dim)
             gathered.masked_fill_(group.unwritten, 0)  # 0 * NaN is NaN, so masking the scores is not enough
