@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -128,12 +129,12 @@ async def until_it_works(call, timeout_s: float = 20.0):  # type: ignore[no-unty
                 await asyncio.sleep(0.1)
 
 
-async def replace(suite: Suite, index: int, model: Path) -> Engine:
+async def replace(suite: Suite, index: int, model: Path, options: Sequence[str] = ()) -> Engine:
     """A new engine under the name and address of one that was killed."""
     old = suite.engines[index]
     old.process.wait(10)
     process = suite.fleet.start_engine(
-        old.name, model, suite.kvtransfer, listen=old.process.address, extra=["--poison-pages"]
+        old.name, model, suite.kvtransfer, listen=old.process.address, extra=["--poison-pages", *options]
     )
     suite.engines[index] = Engine(process, EngineServiceStub(suite.connect(process.address)))
     return suite.engines[index]
