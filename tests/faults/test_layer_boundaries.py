@@ -115,7 +115,7 @@ async def scene(tmp_path: Path, policy: str | None = None) -> AsyncIterator[Scen
         num_engines=3,
         policy=policy,
         engine_options=["--lease-default", "2"],
-        options_of={i: gates.options for i in gated},
+        options_of=dict.fromkeys(gated, gates.options),
         kv_memory_mib=32,
     ) as suite:
         expected = (await generate(suite, suite.engines[2], PROMPT, salt="expected")).token_ids
