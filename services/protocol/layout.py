@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 from services.protocol.errors import LayoutMismatch
 
@@ -22,9 +23,26 @@ class Dtype(Enum):
 
 
 class PageOrder(Enum):
-    """Order of the axes in the part of a page that belongs to one layer."""
+    """Order of the axes in the part of a page that belongs to one layer; see types.v1.PageOrder."""
 
     KV_HEAD_TOKEN_DIM = "KV_HEAD_TOKEN_DIM"
+    KV_TOKEN_HEAD_DIM = "KV_TOKEN_HEAD_DIM"
+    K_HEAD_DIM_TOKEN = "K_HEAD_DIM_TOKEN"
+
+    @property
+    def axes(self) -> tuple[Axes, Axes]:
+        """How keys are stored, and after them values: 0 is head, 1 token, 2 element; outermost first."""
+        return _AXES[self]
+
+
+Axes: TypeAlias = tuple[int, int, int]
+
+_HEAD_TOKEN_DIM, _TOKEN_HEAD_DIM, _HEAD_DIM_TOKEN = (0, 1, 2), (1, 0, 2), (0, 2, 1)
+_AXES: dict[PageOrder, tuple[Axes, Axes]] = {
+    PageOrder.KV_HEAD_TOKEN_DIM: (_HEAD_TOKEN_DIM, _HEAD_TOKEN_DIM),
+    PageOrder.KV_TOKEN_HEAD_DIM: (_TOKEN_HEAD_DIM, _TOKEN_HEAD_DIM),
+    PageOrder.K_HEAD_DIM_TOKEN: (_HEAD_DIM_TOKEN, _HEAD_TOKEN_DIM),
+}
 
 
 @dataclass(frozen=True, slots=True)

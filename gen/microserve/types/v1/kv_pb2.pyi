@@ -59,6 +59,12 @@ class _PageOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageOrder.V
     """Not given. Never valid in a PageLayout."""
     PAGE_ORDER_KV_HEAD_TOKEN_DIM: _PageOrder.ValueType  # 1
     """The canonical order: k|v, KV head, token, element. Transfers between different orders go through it."""
+    PAGE_ORDER_KV_TOKEN_HEAD_DIM: _PageOrder.ValueType  # 2
+    """k|v, token, KV head, element."""
+    PAGE_ORDER_K_HEAD_DIM_TOKEN: _PageOrder.ValueType  # 3
+    """Keys transposed within the page, for kernels that score a page of tokens at once: keys as KV head, element, token;
+    after them values as KV head, token, element.
+    """
 
 class PageOrder(_PageOrder, metaclass=_PageOrderEnumTypeWrapper):
     """PageOrder is the order of the axes inside the part of a page that belongs to one layer."""
@@ -67,6 +73,12 @@ PAGE_ORDER_UNSPECIFIED: PageOrder.ValueType  # 0
 """Not given. Never valid in a PageLayout."""
 PAGE_ORDER_KV_HEAD_TOKEN_DIM: PageOrder.ValueType  # 1
 """The canonical order: k|v, KV head, token, element. Transfers between different orders go through it."""
+PAGE_ORDER_KV_TOKEN_HEAD_DIM: PageOrder.ValueType  # 2
+"""k|v, token, KV head, element."""
+PAGE_ORDER_K_HEAD_DIM_TOKEN: PageOrder.ValueType  # 3
+"""Keys transposed within the page, for kernels that score a page of tokens at once: keys as KV head, element, token;
+after them values as KV head, token, element.
+"""
 Global___PageOrder: _TypeAlias = PageOrder  # noqa: Y015
 
 @_typing.final
