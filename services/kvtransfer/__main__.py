@@ -9,6 +9,7 @@ from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import add_KvTransferServiceSe
 from prometheus_client import REGISTRY
 
 from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.peer_client import PeerClient
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.servicer import KvTransferServicer
 from services.rpc.config import describe, parse_config
@@ -25,7 +26,7 @@ log = logging.getLogger("services.kvtransfer")
 async def serve(config: KvTransferConfig) -> None:
     """Serves until it is told to stop, then drains."""
     server = Server(config, "kvtransfer")
-    service = KvTransfer(config, lambda: server.advertised, REGISTRY)
+    service = KvTransfer(config, lambda: server.advertised, PeerClient(config.peer_tls).ask, REGISTRY)
     try:
         add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
         await server.start()

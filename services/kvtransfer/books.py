@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.kvtransfer.errors import TransportFailed
+from services.kvtransfer.links import Link, Links
 from services.kvtransfer.push import Push, PushState
 from services.protocol.errors import AttemptSuperseded, ProtocolError, ReservationGone
 
@@ -50,15 +52,16 @@ class Stats:
     refused_writes: int
     # Pushes for which no transport was found.
     unroutable_pushes: int
+    links: tuple[Link, ...]
 
 
 class Books:
     """A PushObserver that keeps counters, by transport."""
 
-    def __init__(self, names: tuple[str, ...], registry: CollectorRegistry) -> None:
-        self.transports = {name: TransportCounters() for name in names}
+    def __init__(self, links: Links, registry: CollectorRegistry) -> None:
+        self.transports = {transport.capabilities.name: TransportCounters() for transport in links.transports}
         self.refused_pushes = 0
-        self.unroutable = 0
+        self._links = links
         self._push_seconds = Histogram(
             "microserve_kvtransfer_push_seconds",
             "Time from a push's admission to its last byte.",
@@ -79,8 +82,13 @@ class Books:
         if isinstance(error, ProtocolError):
             self.refused_pushes += 1
 
+    def failed_to_open(self, push: Push, error: TransportFailed) -> None:
+        """See PushObserver."""
+        self._links.failed(push.request.peer, push.transport, error)
+
     def opened(self, push: Push) -> None:
         """See PushObserver."""
+        self._links.chosen(push.request.peer, push.transport)
         push.request.source.attempts.add((push.request.address, push.request.claim))
 
     def moved(self, push: Push, num_bytes: int) -> None:
@@ -131,6 +139,17 @@ class StatsCollector(Collector):
         yield CounterMetricFamily(
             f"{prefix}_unroutable_pushes", "Pushes with no transport.", value=stats.unroutable_pushes
         )
+        fallbacks = CounterMetricFamily(
+            f"{prefix}_fallbacks", "Transports that could not be set up.", labels=["endpoint"]
+        )
+        speeds = GaugeMetricFamily(
+            f"{prefix}_link_bytes_per_second", "Speed as probed.", labels=["endpoint", "transport", "chosen"]
+        )
+        for link in stats.links:
+            fallbacks.add_metric([link.peer.endpoint], link.fallbacks)
+            for name, speed in tuple(link.bytes_per_second.items()):
+                speeds.add_metric([link.peer.endpoint, name, str(name == link.transport).lower()], speed)
+        yield from (fallbacks, speeds)
         pools = GaugeMetricFamily(f"{prefix}_pool_bytes", "Bytes of a pool.", labels=["engine", "attached"])
         grants = GaugeMetricFamily(f"{prefix}_open_grants", "Grants open or draining.", labels=["engine"])
         live = GaugeMetricFamily(f"{prefix}_live_pushes", "Pushes under way.", labels=["engine"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
 
 
@@ -34,14 +36,33 @@ class KvTransferConfig(ServerConfig):
         default=0.05, metadata={"help": "seconds between two reports of bytes written under a grant"}
     )
 
+    peer_tls_ca: Path | None = field(
+        default=None, metadata={"help": "PEM roots of other transfer services' certificates; with it TLS to them is on"}
+    )
+    peer_tls_cert: Path | None = field(
+        default=None, metadata={"help": "PEM certificate to show to other transfer services (mTLS)"}
+    )
+    peer_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --peer-tls-cert"})
+
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
+        if (self.peer_tls_cert is None) != (self.peer_tls_key is None):
+            raise ValueError("--peer-tls-cert and --peer-tls-key go together")
+        if self.peer_tls_cert is not None and self.peer_tls_ca is None:
+            raise ValueError("--peer-tls-cert needs --peer-tls-ca")
         if self.copy_threads < 1 or self.max_copy_bytes < 1 or self.ready_slot_count < 1:
             raise ValueError("--copy-threads, --max-copy-bytes and --ready-slot-count are at least 1")
         if min(self.pool_keep_s, self.watch_interval_s) < 0:
             raise ValueError("--pool-keep-s and --watch-interval-s are not negative")
         if min(self.push_stall_timeout_s, self.drain_timeout_s) <= 0:
             raise ValueError("--push-stall-timeout-s and --drain-timeout-s are more than 0")
+
+    @property
+    def peer_tls(self) -> ClientTls | None:
+        """How to talk to other transfer services; None: in the clear."""
+        if self.peer_tls_ca is None:
+            return None
+        return ClientTls(self.peer_tls_ca, self.peer_tls_cert, self.peer_tls_key)
 
     @property
     def pool_limit_bytes(self) -> int:

@@ -9,6 +9,9 @@
         ├── PoolInUse            its engine is alive
         ├── NoMemory             larger than the service may allocate
         ├── NoTransport          no way of moving bytes there
+        ├── PeerUnreachable      the receiver's service does not answer
+        ├── TransportFailed      a way of moving bytes there does not work at present
+        ├── PeerLost             the receiver's service went away in the middle
         ├── PushStalled          the ready counter stood still for too long
         ├── PushCancelled        nobody waits for the push any more
         ├── EngineGone           the engine of the pool died or was replaced
@@ -75,6 +78,27 @@ class NoTransport(KvTransferError):
 
     code = Code.FAILED_PRECONDITION
     reason = "NO_TRANSPORT"
+
+
+class PeerUnreachable(KvTransferError):
+    """The receiver's transfer service does not answer at the address it is said to have."""
+
+    code = Code.UNAVAILABLE
+    reason = "PEER_UNREACHABLE"
+
+
+class TransportFailed(KvTransferError):
+    """A transport to the receiver could not be set up at present; nothing was written."""
+
+    code = Code.UNAVAILABLE
+    reason = "TRANSPORT_FAILED"
+
+
+class PeerLost(KvTransferError):
+    """The connection to the receiver's service ended or fell silent in the middle; nothing of the attempt counts."""
+
+    code = Code.UNAVAILABLE
+    reason = "PEER_LOST"
 
 
 class PushStalled(KvTransferError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,28 @@ class Engine:
     connection: EngineConnection
 
 
+class EndedAttempts:
+    """The newest attempts that were given up. A call lives seconds; this is far more attempts than end meanwhile."""
+
+    _MOST = 4_096
+
+    def __init__(self) -> None:
+        self._attempts: OrderedDict[tuple[KvAddress, Claim], None] = OrderedDict()
+
+    def add(self, attempt: tuple[KvAddress, Claim]) -> None:
+        """Remembers one; the oldest is forgotten for it."""
+        self._attempts[attempt] = None
+        if len(self._attempts) > self._MOST:
+            self._attempts.popitem(last=False)
+
+    def __contains__(self, attempt: tuple[KvAddress, Claim]) -> bool:
+        return attempt in self._attempts
+
+    def clear(self) -> None:
+        """Forgets all, for the next engine."""
+        self._attempts.clear()
+
+
 class Pool:
     """Changed only by PoolTable (memory, engine, ticket) and by pushes out of it and into it (the rest)."""
 
@@ -102,6 +125,8 @@ class Pool:
         self.pushes: set[Push] = set()
         # Attempts that this pool's engine opened and that neither committed nor ended yet.
         self.attempts: set[tuple[KvAddress, Claim]] = set()
+        # Attempts that this pool's engine gave up: a push of one that comes late is refused.
+        self.ended_attempts = EndedAttempts()
         # Ends what the last engine left behind; None before the first one goes.
         self.cleanup: asyncio.Task[None] | None = None
         self.sent_bytes = 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from services.kvtransfer.control import ControlPage
-from services.kvtransfer.errors import PushStalled
+from services.kvtransfer.errors import PushStalled, TransportFailed
 from services.kvtransfer.transports.base import Lane, PutProgress, PutRequest, Transport
 from services.protocol.errors import ServiceError
 from services.protocol.grants import AlreadyCommitted
@@ -85,6 +85,9 @@ class SlotReady:
 class PushObserver(Protocol):
     """Keeps the books of pushes."""
 
+    def failed_to_open(self, push: Push, error: TransportFailed) -> None:
+        """`push.transport` cannot at present; the next best one is tried, if there is one."""
+
     def opened(self, push: Push) -> None:
         """The push's attempt is open at the receiver."""
 
@@ -101,13 +104,15 @@ class Push:
     def __init__(
         self,
         request: PutRequest,
-        transport: Transport,
+        route: Sequence[Transport],
         ready: ReadySource,
         stall_timeout_s: float,
         observer: PushObserver,
     ) -> None:
+        """`route`: transports that can, best first; at least one."""
         self.request = request
-        self.transport = transport
+        self.transport = route[0]
+        self._route = route
         self.progress: PushProgress | None = None
         self.busy_s = 0.0
         self._counted_bytes = 0
@@ -164,14 +169,14 @@ class Push:
         self._news.set()
 
     async def _transfer(self) -> None:
-        lane = await self.transport.open(self.request, self._wake.set)
+        lane = await self._open()
         if isinstance(lane, AlreadyCommitted):
             self._report(PushState.COMMITTED, PutProgress(self._layer_count))
             return
         try:
             self._observer.opened(self)
             last_ready_s = await self._move(lane)
-            committed = lane.finish()
+            committed = await lane.finish()
             exposed_s = asyncio.get_running_loop().time() - last_ready_s
             state = PushState.COMMITTED if committed else PushState.DONE
             self._report(state, lane.check(), exposed_s)
@@ -180,6 +185,16 @@ class Push:
             self.busy_s = lane.busy_s
             # What was moved since the last report, if the push failed.
             self._count(lane.num_bytes)
+
+    async def _open(self) -> Lane | AlreadyCommitted:
+        for transport in self._route:
+            self.transport = transport
+            try:
+                return await transport.open(self.request, self._wake.set)
+            except TransportFailed as error:
+                self._observer.failed_to_open(self, error)
+                failure = error
+        raise failure
 
     async def _move(self, lane: Lane) -> float:
         """Returns, when all layers are in place, the loop's time when the last one was ready."""

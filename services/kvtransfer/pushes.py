@@ -1,25 +1,30 @@
-"""Everything that engines send: admits pushes, picks their transport, ends them."""
+"""Everything that engines send: admits pushes and ends them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.kvtransfer.books import Books
-from services.kvtransfer.errors import EngineGone, InvalidRequest, NotDrained, NoTransport, PushCancelled
+from services.kvtransfer.errors import (
+    EngineGone,
+    InvalidRequest,
+    NotDrained,
+    PeerLost,
+    PeerUnreachable,
+    PushCancelled,
+    TransportFailed,
+)
 from services.kvtransfer.landing import Claim
+from services.kvtransfer.links import Links
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.pool_table import PoolTable
 from services.kvtransfer.push import AllReady, Push, ReadySource, SlotReady
-from services.kvtransfer.transports.base import PutRequest, Transport
+from services.kvtransfer.transports.base import Peer, PutRequest
 from services.protocol.address import KvAddress
-from services.protocol.errors import AttemptSuperseded, RangeOverlaps, ReservationGone, ServiceError, StaleEpoch
+from services.protocol.errors import AttemptSuperseded, RangeOverlaps, ReservationGone, ServiceError
 from services.protocol.ranges import TokenRange
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,7 @@ class PushOrder:
     ready_slot: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which incarnation of which service this is. `endpoint` is known once the service is bound."""
-
-    epoch: bytes
-    endpoint: Callable[[], str]
+_OUT_OF_REACH = (PeerUnreachable, PeerLost, TransportFailed)
 
 
 class Pushes:
@@ -49,16 +49,13 @@ class Pushes:
     def __init__(
         self,
         pools: PoolTable,
-        transports: Sequence[Transport],
+        links: Links,
         books: Books,
-        place: Place,
         stall_timeout_s: float,
     ) -> None:
-        """`transports`, best first."""
         self._pools = pools
-        self._transports = transports
+        self._links = links
         self._books = books
-        self._place = place
         self._stall_timeout_s = stall_timeout_s
 
     def live(self) -> list[Push]:
@@ -68,21 +65,25 @@ class Pushes:
     async def begin(self, order: PushOrder) -> Push:
         """Begins a push. An earlier push of the same part by the same attempt is ended first.
 
-        Raises StaleEpoch, StaleIncarnation, InvalidPages, InvalidRequest, NoTransport; what the receiving side
-        refuses comes from Push.updates. Cancelling begins nothing.
+        Raises StaleEpoch, StaleIncarnation, InvalidPages, InvalidRequest, NoTransport, PeerUnreachable; what the
+        receiving side refuses comes from Push.updates. Cancelling begins nothing.
         """
+        try:
+            peer = await self._links.peer(order.address)
+            return await self._begin(order, peer)
+        except ServiceError as error:
+            self._books.refused(error)
+            raise
+
+    async def _begin(self, order: PushOrder, peer: Peer) -> Push:
         while earlier := self._repeated_by(order):
             for push in earlier:
                 push.stop(PushCancelled("the same part was pushed again"))
                 await push.ended()
-        try:
-            pool, ready = self._admit(order)
-            transport = self._choose(pool, order.address)
-        except ServiceError as error:
-            self._books.refused(error)
-            raise
-        request = PutRequest(pool, order.page_ids, order.part, order.address, _own_claim(order))
-        push = Push(request, transport, ready, self._stall_timeout_s, self._books)
+        pool, ready = self._admit(order)
+        route = self._links.route(pool, order.address, peer)
+        request = PutRequest(peer, pool, order.page_ids, order.part, order.address, _own_claim(order))
+        push = Push(request, route, ready, self._stall_timeout_s, self._books)
         pool.pushes.add(push)
         return push
 
@@ -90,20 +91,25 @@ class Pushes:
         """Gives an attempt up. When this returns none of its pushes reads or writes, nor will one that is still on
         its way. Returns whether its range is committed, which then stands.
 
-        Raises StaleIncarnation, StaleEpoch, NoTransport, WrongSecret, OutsideWindow, NotDrained.
+        A receiver that is out of reach ends it by itself. Raises StaleIncarnation, StaleEpoch, NoTransport,
+        WrongSecret, OutsideWindow, NotDrained.
         """
         pool = self._pools.find(pool_id)
         pool.require(incarnation)
-        transport = self._choose(pool, address)
         claim = _as_writer(claim, pool_id, incarnation)
         pushes = [push for push in pool.pushes if _attempt_of(push) == (address, claim)]
         for push in pushes:
             push.stop(PushCancelled("the attempt was ended"))
+        # Here too, because a peer that is out of reach cannot remember it for us.
+        pool.ended_attempts.add((address, claim))
         committed = False
-        with contextlib.suppress(ReservationGone, AttemptSuperseded, RangeOverlaps):
-            committed = await transport.end_attempt(address, claim)
-        for push in pushes:
-            await push.ended()
+        try:
+            # Out of reach: the attempt ends there with the connection that it came over.
+            with contextlib.suppress(ReservationGone, AttemptSuperseded, RangeOverlaps, *_OUT_OF_REACH):
+                committed = await self._links.end_attempt(pool, address, claim)
+        finally:
+            for push in pushes:
+                await push.ended()
         pool.attempts.discard((address, claim))
         return committed
 
@@ -131,11 +137,13 @@ class Pushes:
     async def _clean_up(self, pool: Pool) -> None:
         for push in tuple(pool.pushes):
             await push.ended()
-        for address, claim in tuple(pool.attempts):
-            # Whatever ended the attempt before did so for good.
-            with contextlib.suppress(ServiceError):
-                await self._choose(pool, address).end_attempt(address, claim)
+        # Whatever ended an attempt before did so for good.
+        endings = (self._links.end_attempt(pool, address, claim) for address, claim in pool.attempts)
+        for failure in await asyncio.gather(*endings, return_exceptions=True):
+            if isinstance(failure, BaseException) and not isinstance(failure, ServiceError):
+                raise failure
         pool.attempts.clear()
+        pool.ended_attempts.clear()
 
     def _admit(self, order: PushOrder) -> tuple[Pool, ReadySource]:
         """The sender's side of an order, checked."""
@@ -144,26 +152,13 @@ class Pushes:
         if not order.part or not order.claim.range.contains(order.part):
             raise InvalidRequest(f"a push of {order.part} in an attempt at {order.claim.range}")
         pool.shape.check_pages(order.page_ids, order.part)
+        if (order.address, _own_claim(order)) in pool.ended_attempts:
+            raise AttemptSuperseded("the attempt was ended")
         if order.ready_slot is None:
             return pool, AllReady(pool.shape.layout.layer_count)
         if order.ready_slot >= memory.control.slot_count:
             raise InvalidRequest(f"ready slot {order.ready_slot} is not below {memory.control.slot_count}")
         return pool, SlotReady(memory.control, order.ready_slot)
-
-    def _choose(self, source: Pool, address: KvAddress) -> Transport:
-        """The best transport that can. Raises StaleEpoch or NoTransport; the latter is logged and counted."""
-        if address.epoch != self._place.epoch and address.endpoint == self._place.endpoint():
-            raise StaleEpoch("the address was made before the transfer service restarted")
-        refusals = []
-        for transport in self._transports:
-            refusal = transport.refuses(source, address)
-            if refusal is None:
-                return transport
-            refusals.append(f"{transport.capabilities.name}: {refusal.why}")
-        why = "; ".join(refusals)
-        log.warning("no transport", extra={"fields": {"endpoint": address.endpoint, "why": why}})
-        self._books.unroutable += 1
-        raise NoTransport(why)
 
     def _repeated_by(self, order: PushOrder) -> list[Push]:
         """Live pushes of the order's attempt that move some of the same tokens."""

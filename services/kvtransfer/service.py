@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ from services.kvtransfer.copier import Copier
 from services.kvtransfer.errors import Draining
 from services.kvtransfer.gate import Gate
 from services.kvtransfer.landing import Claim, Landings
+from services.kvtransfer.links import Links
 from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.pool_table import PoolEvents, PoolTable
 from services.kvtransfer.push import Push
-from services.kvtransfer.pushes import Place, Pushes, PushOrder
-from services.kvtransfer.transports.base import Transport
+from services.kvtransfer.pushes import Pushes, PushOrder
+from services.kvtransfer.transports.base import Peer, Transport
 from services.kvtransfer.transports.shm import ShmTransport
 from services.kvtransfer.watch import GrantBatch, GrantFeeds
 from services.protocol.address import KvAddress
@@ -43,9 +44,13 @@ class KvTransfer:
     """One incarnation of the service. Make it inside the running loop, and close it."""
 
     def __init__(
-        self, config: KvTransferConfig, endpoint: Callable[[], str], registry: CollectorRegistry | None = None
+        self,
+        config: KvTransferConfig,
+        endpoint: Callable[[], str],
+        ask: Callable[[str], Awaitable[Peer]],
+        registry: CollectorRegistry | None = None,
     ) -> None:
-        """`endpoint` tells the address that others reach the service at, once it is bound."""
+        """`endpoint` tells the address that others reach the service at, once it is bound. `ask`: see Links."""
         registry = registry or CollectorRegistry()
         self.epoch = secrets.token_bytes(EPOCH_BYTES)
         self._config = config
@@ -58,9 +63,9 @@ class KvTransfer:
         self._copier = Copier(config.copy_threads)
         landings = Landings(self._gate, self._pools.find)
         transports: tuple[Transport, ...] = (ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes),)
-        self._books = Books(tuple(t.capabilities.name for t in transports), registry)
-        place = Place(self.epoch, endpoint)
-        self._pushes = Pushes(self._pools, transports, self._books, place, config.push_stall_timeout_s)
+        self._links = Links(transports, self.epoch, endpoint, ask)
+        self._books = Books(self._links, registry)
+        self._pushes = Pushes(self._pools, self._links, self._books, config.push_stall_timeout_s)
         registry.register(StatsCollector(self.stats))
 
     async def create_pool(self, engine_name: str, shape: PoolShape, *, adopt: bool) -> Pool:
@@ -126,7 +131,12 @@ class KvTransfer:
             for pool in self._pools.all()
         )
         refused = self._books.refused_pushes + self._gate.refused_writes
-        return Stats(self.epoch, pools, tuple(self._books.transports.items()), refused, self._books.unroutable)
+        transports = tuple(self._books.transports.items())
+        return Stats(self.epoch, pools, transports, refused, self._links.unroutable, self._links.all())
+
+    def info(self) -> Peer:
+        """What other services need to know of this one."""
+        return self._links.own()
 
     async def drain(self) -> None:
         """Begins nothing new and returns when every push has ended. Cancelling leaves the rest under way."""
@@ -139,6 +149,7 @@ class KvTransfer:
         self._draining = True
         await self._pushes.finish(Draining("the service stopped"))
         self._feeds.end()
+        await self._links.close()
         self._pools.close()
         self._copier.close()
 

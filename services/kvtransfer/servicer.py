@@ -1,4 +1,4 @@
-"""kvtransfer.v1 over gRPC. The only module of this service that knows protobuf."""
+"""kvtransfer.v1 over gRPC. The server's side of the contract."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from microserve.types.v1 import kv_pb2
 from services.kvtransfer.books import Stats
 from services.kvtransfer.errors import InvalidPool, InvalidRequest, PushCancelled
 from services.kvtransfer.landing import Claim
+from services.kvtransfer.peer_client import PEER_VERSION
 from services.kvtransfer.pool import PoolShape
 from services.kvtransfer.push import PushProgress
 from services.kvtransfer.pushes import PushOrder
@@ -104,6 +105,11 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         async with aclosing(self._service.watch_grants(request.pool_id, request.incarnation)) as batches:
             async for batch in batches:
                 yield _batch(batch)
+
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
+        peer = self._service.info()
+        offers = [pb.TransportOffer(name=name, detail=detail) for name, detail in peer.offers.items()]
+        return pb.GetInfoResponse(peer_version=PEER_VERSION, epoch=peer.epoch, offers=offers)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         return _stats(self._service.stats())
@@ -213,5 +219,17 @@ def _stats(stats: Stats) -> pb.GetStatsResponse:
             bytes=counters.num_bytes,
             failure_count=counters.failures,
             busy=_duration(counters.busy_s),
+        )
+    for link in stats.links:
+        speeds = [
+            pb.TransportSpeed(transport=name, bytes_per_second=speed) for name, speed in link.bytes_per_second.items()
+        ]
+        response.links.add(
+            endpoint=link.peer.endpoint,
+            epoch=link.peer.epoch,
+            transport=link.transport,
+            speeds=speeds,
+            fallback_count=link.fallbacks,
+            last_fallback=link.last_fallback,
         )
     return response

@@ -13,6 +13,7 @@ import grpc.aio
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc
 
 from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.peer_client import PeerClient
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.servicer import KvTransferServicer
 from services.rpc.channel import make_channel
@@ -39,7 +40,7 @@ class DirectPort:
     """The service in this process, without a wire."""
 
     def __init__(self, **options: Any) -> None:
-        self.service = KvTransfer(KvTransferConfig(**options), lambda: "here:1")
+        self.service = KvTransfer(KvTransferConfig(**options), lambda: "here:1", PeerClient(None).ask)
         self._servicer = KvTransferServicer(self.service)
 
     async def call(self, method: str, request: Any) -> Any:

@@ -3,11 +3,13 @@
 The verbs of a transfer, in order: a transport `refuses` a put or `open`s a lane for it; layers are `post`ed to the lane
 as they become ready; `check` tells how far it is; `finish` makes the bytes count; `close` ends it. Puts are one-sided:
 the receiving engine takes no part. Whoever owns the receiving pool checks every write against the grant.
+
+Services tell each other once how each of their transports is reached (`offer`); a Peer is what another one told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -36,6 +38,16 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """A transfer service as it describes itself, or this one. `offers`: what its transports tell of themselves, by
+    name; a transport that is missing there cannot be used."""
+
+    endpoint: str
+    epoch: bytes
+    offers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Unsupported:
     """The answer of a transport that cannot do a put; `why` is a clause for people."""
 
@@ -44,8 +56,9 @@ class Unsupported:
 
 @dataclass(frozen=True, slots=True)
 class PutRequest:
-    """One contiguous range of tokens, out of `source_page_ids` of `source`, to where `address` says."""
+    """One contiguous range of tokens, out of `source_page_ids` of `source`, to where `address` says, at `peer`."""
 
+    peer: Peer
     source: Pool
     source_page_ids: tuple[int, ...]
     part: TokenRange
@@ -70,7 +83,7 @@ class Lane(Protocol):
     def check(self) -> PutProgress:
         """How far it is. Raises ReservationGone or AttemptSuperseded if it was fenced, or what else went wrong."""
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         """After the last layer is in place: makes it count. Returns whether that committed the attempt.
 
         Raises ReservationGone or AttemptSuperseded if it was fenced first.
@@ -98,16 +111,28 @@ class Transport(Protocol):
     def capabilities(self) -> Capabilities:
         """What it can do."""
 
-    def refuses(self, source: Pool, address: KvAddress) -> Unsupported | None:
+    def offer(self) -> str | None:
+        """What other services need to know to reach this one; None: it cannot be reached this way."""
+
+    def refuses(self, source: Pool, address: KvAddress, peer: Peer) -> Unsupported | None:
         """Why it cannot put pages of this pool there, or None if it can."""
+
+    async def probe(self, peer: Peer) -> float | None:
+        """Bytes a second to the peer, measured within a fraction of a second; None: not worth measuring.
+
+        Raises TransportFailed.
+        """
 
     async def open(self, request: PutRequest, on_change: Callable[[], None]) -> Lane | AlreadyCommitted:
         """Opens or joins the attempt at the receiver and a lane into it. A superseded attempt writes no more then.
 
-        `on_change` is called on the loop whenever check() has news. Raises what Landings.open raises. Cancelling
-        opens nothing.
+        `on_change` is called on the loop whenever check() has news. Raises what Landings.open raises, and
+        TransportFailed if this transport cannot at present: the next best one is tried then. Cancelling opens nothing.
         """
 
-    async def end_attempt(self, address: KvAddress, claim: Claim) -> bool:
+    async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
         """Gives an attempt up; a push of it that is still on its way finds its number used. Returns, when nothing of
-        it is written any more, whether its range is committed. Raises what Landings.end raises."""
+        it is written any more, whether its range is committed. Raises what Landings.end raises, and TransportFailed."""
+
+    async def close(self) -> None:
+        """Lets go of everything. All lanes are closed before."""

@@ -17,7 +17,7 @@ from services.kvtransfer.errors import InvalidPages
 from services.kvtransfer.landing import Claim, Landing, Landings
 from services.kvtransfer.plan import Piece, Run, plan_pieces
 from services.kvtransfer.pool import Pool
-from services.kvtransfer.transports.base import Capabilities, PutProgress, PutRequest, Reach, Unsupported
+from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
 from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import AlreadyCommitted
@@ -35,10 +35,18 @@ class ShmTransport:
         self._epoch = epoch
         self._max_copy_bytes = max_copy_bytes
 
-    def refuses(self, source: Pool, address: KvAddress) -> Unsupported | None:
+    def offer(self) -> str | None:
+        """See Transport.offer. Other services do not come in."""
+        return None
+
+    def refuses(self, source: Pool, address: KvAddress, peer: Peer) -> Unsupported | None:
         """Only pools of this service are within reach."""
-        if address.epoch != self._epoch:
+        if peer.epoch != self._epoch:
             return Unsupported("the target belongs to another transfer service")
+        return None
+
+    async def probe(self, peer: Peer) -> float | None:
+        """See Transport.probe. Nothing is faster than memory."""
         return None
 
     async def open(self, request: PutRequest, on_change: Callable[[], None]) -> ShmLane | AlreadyCommitted:
@@ -60,9 +68,12 @@ class ShmTransport:
         )
         return ShmLane(self._copier, request.source.pages, landing, pieces, on_change)
 
-    async def end_attempt(self, address: KvAddress, claim: Claim) -> bool:
+    async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
         """See Transport.end_attempt."""
         return await self._landings.end(address, claim)
+
+    async def close(self) -> None:
+        """See Transport.close. The threads belong to the service."""
 
 
 class LayerPages:
@@ -140,7 +151,7 @@ class ShmLane:
             raise failure
         return progress
 
-    def finish(self) -> bool:
+    async def finish(self) -> bool:
         """See Lane.finish."""
         return self._landing.mark_in_place()
 

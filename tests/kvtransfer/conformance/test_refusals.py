@@ -23,7 +23,7 @@ ORDERS: dict[str, tuple[Change, str]] = {
     "secret": (lambda o: setattr(o.target, "secret", os.urandom(16)), "WRONG_SECRET"),
     "no secret": (lambda o: setattr(o.target, "secret", b""), "WRONG_SECRET"),
     "epoch": (lambda o: setattr(o.target, "epoch", os.urandom(16)), "STALE_EPOCH"),
-    "other service": (lambda o: _elsewhere(o), "NO_TRANSPORT"),
+    "other service": (lambda o: _elsewhere(o), "PEER_UNREACHABLE"),
     "incarnation": (lambda o: setattr(o, "incarnation", os.urandom(16)), "STALE_INCARNATION"),
     "pool of another epoch": (lambda o: setattr(o, "pool_id", "0-1"), "STALE_EPOCH"),
     "pool": (lambda o: setattr(o, "pool_id", o.pool_id + "9999"), "UNKNOWN_POOL"),
@@ -53,7 +53,7 @@ ORDERS: dict[str, tuple[Change, str]] = {
 
 def _elsewhere(order: pb.PushRequest) -> None:
     order.target.epoch = os.urandom(16)
-    order.target.endpoint = "elsewhere:1"
+    order.target.endpoint = "127.0.0.1:1"
 
 
 def _move(order: pb.PushRequest, begin: int, end: int, pages: list[int]) -> None:

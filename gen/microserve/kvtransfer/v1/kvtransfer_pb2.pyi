@@ -586,6 +586,81 @@ class WatchGrantsResponse(_message.Message):
 Global___WatchGrantsResponse: _TypeAlias = WatchGrantsResponse  # noqa: Y015
 
 @_typing.final
+class GetInfoRequest(_message.Message):
+    """GetInfoRequest is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInfoRequest: _TypeAlias = GetInfoRequest  # noqa: Y015
+
+@_typing.final
+class TransportOffer(_message.Message):
+    """TransportOffer is a transport that other services may use to reach this one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, for instance tcp."""
+    detail: _builtins.str
+    """What the transport tells of itself, in its own format; for tcp tcp://host:port, or tls://host:port."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportOffer: _TypeAlias = TransportOffer  # noqa: Y015
+
+@_typing.final
+class GetInfoResponse(_message.Message):
+    """GetInfoResponse describes the service to its peers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
+    peer_version: _builtins.int
+    """Version of what services say to each other. A service talks to its own version only."""
+    epoch: _builtins.bytes
+    """Incarnation of the service."""
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]:
+        """Its transports that reach across services."""
+
+    def __init__(
+        self,
+        *,
+        peer_version: _builtins.int = ...,
+        epoch: _builtins.bytes = ...,
+        offers: _abc.Iterable[Global___TransportOffer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "offers", b"offers", "peer_version", b"peer_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInfoResponse: _TypeAlias = GetInfoResponse  # noqa: Y015
+
+@_typing.final
 class GetStatsRequest(_message.Message):
     """GetStatsRequest is empty."""
 
@@ -693,6 +768,76 @@ class TransportStats(_message.Message):
 Global___TransportStats: _TypeAlias = TransportStats  # noqa: Y015
 
 @_typing.final
+class TransportSpeed(_message.Message):
+    """TransportSpeed is what a transport moved to a peer when the services met."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """The transport."""
+    bytes_per_second: _builtins.float
+    """Bytes a second."""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportSpeed: _TypeAlias = TransportSpeed  # noqa: Y015
+
+@_typing.final
+class LinkStats(_message.Message):
+    """LinkStats describes the way to another service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    SPEEDS_FIELD_NUMBER: _builtins.int
+    FALLBACK_COUNT_FIELD_NUMBER: _builtins.int
+    LAST_FALLBACK_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """Its address, as in KvAddress.endpoint."""
+    epoch: _builtins.bytes
+    """Its incarnation."""
+    transport: _builtins.str
+    """Transport of the newest push; empty before the first."""
+    fallback_count: _builtins.int
+    """How often a transport could not be set up and the next best one was tried."""
+    last_fallback: _builtins.str
+    """Why the last time, for people."""
+    @_builtins.property
+    def speeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportSpeed]:
+        """Transports that were probed."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        epoch: _builtins.bytes = ...,
+        transport: _builtins.str = ...,
+        speeds: _abc.Iterable[Global___TransportSpeed] | None = ...,
+        fallback_count: _builtins.int = ...,
+        last_fallback: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "epoch", b"epoch", "fallback_count", b"fallback_count", "last_fallback", b"last_fallback", "speeds", b"speeds", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkStats: _TypeAlias = LinkStats  # noqa: Y015
+
+@_typing.final
 class GetStatsResponse(_message.Message):
     """GetStatsResponse holds counters since start."""
 
@@ -702,6 +847,7 @@ class GetStatsResponse(_message.Message):
     POOLS_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     REFUSED_WRITE_COUNT_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.bytes
     """Incarnation of the service."""
     refused_write_count: _builtins.int
@@ -714,6 +860,10 @@ class GetStatsResponse(_message.Message):
     def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportStats]:
         """All transports on offer, best first."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStats]:
+        """Services that this one sends to."""
+
     def __init__(
         self,
         *,
@@ -721,10 +871,11 @@ class GetStatsResponse(_message.Message):
         pools: _abc.Iterable[Global___PoolStats] | None = ...,
         transports: _abc.Iterable[Global___TransportStats] | None = ...,
         refused_write_count: _builtins.int = ...,
+        links: _abc.Iterable[Global___LinkStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "pools", b"pools", "refused_write_count", b"refused_write_count", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "links", b"links", "pools", b"pools", "refused_write_count", b"refused_write_count", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,6 +78,11 @@ class KvTransferServiceStub:
                 request_serializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsRequest.SerializeToString,
                 response_deserializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsResponse.FromString,
                 _registered_method=True)
+        self.GetInfo = channel.unary_unary(
+                '/microserve.kvtransfer.v1.KvTransferService/GetInfo',
+                request_serializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoRequest.SerializeToString,
+                response_deserializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/microserve.kvtransfer.v1.KvTransferService/GetStats',
                 request_serializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetStatsRequest.SerializeToString,
@@ -145,6 +150,10 @@ class KvTransferServiceServicer:
         connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
         when it has.
 
+        Sender and receiver are of one service, or their services reach each other: the transport is the best one that
+        both have. UNAVAILABLE: PEER_UNREACHABLE, TRANSPORT_FAILED, nothing was written; PEER_LOST, the connection to
+        the receiver's service ended in the middle.
+
         INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
         LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
         (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
@@ -174,8 +183,16 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetInfo(self, request, context):
+        """GetInfo tells who the service is and how each of its transports is reached. A service asks it of every other
+        one that it sends to, once an incarnation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
-        """GetStats returns counters since start, pools and transports.
+        """GetStats returns counters since start, pools, transports and links.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,6 +235,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.WatchGrants,
                     request_deserializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsRequest.FromString,
                     response_serializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsResponse.SerializeToString,
+            ),
+            'GetInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInfo,
+                    request_deserializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoRequest.FromString,
+                    response_serializer=microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -423,6 +445,33 @@ class KvTransferService:
             '/microserve.kvtransfer.v1.KvTransferService/WatchGrants',
             microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsRequest.SerializeToString,
             microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.WatchGrantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.kvtransfer.v1.KvTransferService/GetInfo',
+            microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoRequest.SerializeToString,
+            microserve_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.GetInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -74,6 +74,10 @@ class KvTransferServiceStub:
     connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
     when it has.
 
+    Sender and receiver are of one service, or their services reach each other: the transport is the best one that
+    both have. UNAVAILABLE: PEER_UNREACHABLE, TRANSPORT_FAILED, nothing was written; PEER_LOST, the connection to
+    the receiver's service ended in the middle.
+
     INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
     LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
     (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
@@ -91,8 +95,12 @@ class KvTransferServiceStub:
     some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
     drained.
     """
+    GetInfo: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetInfoRequest, _kvtransfer_pb2.GetInfoResponse]
+    """GetInfo tells who the service is and how each of its transports is reached. A service asks it of every other
+    one that it sends to, once an incarnation.
+    """
     GetStats: _grpc.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetStatsRequest, _kvtransfer_pb2.GetStatsResponse]
-    """GetStats returns counters since start, pools and transports."""
+    """GetStats returns counters since start, pools, transports and links."""
 
 @_typing.type_check_only
 class KvTransferServiceAsyncStub(KvTransferServiceStub):
@@ -140,6 +148,10 @@ class KvTransferServiceAsyncStub(KvTransferServiceStub):
     connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
     when it has.
 
+    Sender and receiver are of one service, or their services reach each other: the transport is the best one that
+    both have. UNAVAILABLE: PEER_UNREACHABLE, TRANSPORT_FAILED, nothing was written; PEER_LOST, the connection to
+    the receiver's service ended in the middle.
+
     INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
     LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
     (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
@@ -157,8 +169,12 @@ class KvTransferServiceAsyncStub(KvTransferServiceStub):
     some twenty times a second. ABORTED: ENGINE_GONE; WATCH_LAGGED, watch again. Ends well when the service has
     drained.
     """
+    GetInfo: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetInfoRequest, _kvtransfer_pb2.GetInfoResponse]  # type: ignore[assignment]
+    """GetInfo tells who the service is and how each of its transports is reached. A service asks it of every other
+    one that it sends to, once an incarnation.
+    """
     GetStats: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.GetStatsRequest, _kvtransfer_pb2.GetStatsResponse]  # type: ignore[assignment]
-    """GetStats returns counters since start, pools and transports."""
+    """GetStats returns counters since start, pools, transports and links."""
 
 class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     """KvTransferService owns the bytes of KV pools on one node and decides which writes are still allowed.
@@ -233,6 +249,10 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         connection breaks, gets no such status: the push stops at the next page, and the reply to EndAttempt tells
         when it has.
 
+        Sender and receiver are of one service, or their services reach each other: the transport is the best one that
+        both have. UNAVAILABLE: PEER_UNREACHABLE, TRANSPORT_FAILED, nothing was written; PEER_LOST, the connection to
+        the receiver's service ended in the middle.
+
         INVALID_ARGUMENT: INVALID_REQUEST, INVALID_RANGE, INVALID_PAGES. FAILED_PRECONDITION: STALE_EPOCH,
         LAYOUT_MISMATCH, NO_TRANSPORT, RANGE_OVERLAPS. PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE
         (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED, RESERVATION_GONE, ENGINE_GONE. CANCELLED (PUSH_CANCELLED):
@@ -264,11 +284,21 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetInfo(
+        self,
+        request: _kvtransfer_pb2.GetInfoRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvtransfer_pb2.GetInfoResponse, _abc.Awaitable[_kvtransfer_pb2.GetInfoResponse]]:
+        """GetInfo tells who the service is and how each of its transports is reached. A service asks it of every other
+        one that it sends to, once an incarnation.
+        """
+
+    @_abc_1.abstractmethod
     def GetStats(
         self,
         request: _kvtransfer_pb2.GetStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvtransfer_pb2.GetStatsResponse, _abc.Awaitable[_kvtransfer_pb2.GetStatsResponse]]:
-        """GetStats returns counters since start, pools and transports."""
+        """GetStats returns counters since start, pools, transports and links."""
 
 def add_KvTransferServiceServicer_to_server(servicer: KvTransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
