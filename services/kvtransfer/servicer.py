@@ -7,31 +7,24 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc.aio
-from google.protobuf.duration_pb2 import Duration
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.books import Stats
-from services.kvtransfer.errors import InvalidPool, InvalidRequest, PushCancelled
-from services.kvtransfer.landing import Claim
+from services.kvtransfer.convert import identifier, to_address, to_claim, to_duration, to_layout, to_range, token
+from services.kvtransfer.errors import InvalidPool, PushCancelled
 from services.kvtransfer.peer_client import PEER_VERSION
 from services.kvtransfer.pool import PoolShape
 from services.kvtransfer.push import PushProgress
 from services.kvtransfer.pushes import PushOrder
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.watch import GrantBatch
-from services.protocol.address import KvAddress, KvShard
 from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import GrantKey, GrantSpec
-from services.protocol.layout import Dtype, PageLayout, PageOrder
-from services.protocol.ranges import TokenRange
 
 # A string: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-_TOKEN_BYTES = 16
-_MAX_ID_CHARACTERS = 512
 
 
 class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
@@ -42,14 +35,14 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
 
     async def CreatePool(self, request: pb.CreatePoolRequest, context: Context) -> pb.CreatePoolResponse:
         try:
-            shape = PoolShape(_layout(request.layout), request.page_count)
+            shape = PoolShape(to_layout(request.layout), request.page_count)
         except LayoutMismatch as error:
             raise InvalidPool(error.message) from None
         pool = await self._service.create_pool(request.engine_name, shape, adopt=request.adopt)
         return pb.CreatePoolResponse(pool_id=pool.id, epoch=self._service.epoch, size_bytes=shape.size_bytes)
 
     async def AttachPool(self, request: pb.AttachPoolRequest, context: Context) -> pb.AttachPoolResponse:
-        incarnation = _token(request.incarnation, "incarnation")
+        incarnation = token(request.incarnation, "incarnation")
         attachment = await self._service.attach_pool(request.pool_id, incarnation)
         return pb.AttachPoolResponse(
             socket_path=attachment.socket_path,
@@ -60,9 +53,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
 
     async def Grant(self, request: pb.GrantRequest, context: Context) -> pb.GrantResponse:
         spec = GrantSpec(
-            GrantKey(request.pool_id, _id(request.reservation_id, "reservation_id")),
-            _token(request.secret, "secret"),
-            _range(request.window),
+            GrantKey(request.pool_id, identifier(request.reservation_id, "reservation_id")),
+            token(request.secret, "secret"),
+            to_range(request.window),
             tuple(request.page_ids),
         )
         self._service.grant(request.incarnation, spec)
@@ -70,7 +63,7 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
 
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeResponse:
         await self._service.revoke(
-            request.incarnation, GrantKey(request.pool_id, _id(request.reservation_id, "reservation_id"))
+            request.incarnation, GrantKey(request.pool_id, identifier(request.reservation_id, "reservation_id"))
         )
         return pb.RevokeResponse()
 
@@ -79,9 +72,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
             request.pool_id,
             request.incarnation,
             tuple(request.page_ids),
-            _range(request.range),
-            _address(request.target),
-            _claim(request.attempt_range, request.attempt, request.writer_id),
+            to_range(request.range),
+            to_address(request.target),
+            to_claim(request.attempt_range, request.attempt, request.writer_id),
             request.ready_slot if request.HasField("ready_slot") else None,
         )
         push = await self._service.push(order)
@@ -94,8 +87,8 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
             await push.ended()
 
     async def EndAttempt(self, request: pb.EndAttemptRequest, context: Context) -> pb.EndAttemptResponse:
-        claim = _claim(request.attempt_range, request.attempt, request.writer_id)
-        address = _address(request.target)
+        claim = to_claim(request.attempt_range, request.attempt, request.writer_id)
+        address = to_address(request.target)
         committed = await self._service.end_attempt(request.pool_id, request.incarnation, address, claim)
         return pb.EndAttemptResponse(committed=committed)
 
@@ -115,74 +108,13 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         return _stats(self._service.stats())
 
 
-def _token(value: bytes, field: str) -> bytes:
-    if len(value) != _TOKEN_BYTES:
-        raise InvalidRequest(f"{field} has {_TOKEN_BYTES} bytes")
-    return value
-
-
-def _id(value: str, field: str) -> str:
-    if not 0 < len(value) <= _MAX_ID_CHARACTERS:
-        raise InvalidRequest(f"{field} has 1 to {_MAX_ID_CHARACTERS} characters")
-    return value
-
-
-def _range(message: kv_pb2.TokenRange) -> TokenRange:
-    return TokenRange(message.begin, message.end)
-
-
-def _claim(claimed: kv_pb2.TokenRange, number: int, writer_id: str) -> Claim:
-    if number < 1:
-        raise InvalidRequest("attempts count from 1")
-    return Claim(_range(claimed), number, _id(writer_id, "writer_id"))
-
-
-def _layout(message: kv_pb2.PageLayout) -> PageLayout:
-    """Raises LayoutMismatch for what no pool can have."""
-    try:
-        dtype = Dtype(kv_pb2.Dtype.Name(message.dtype).removeprefix("DTYPE_"))
-        order = PageOrder(kv_pb2.PageOrder.Name(message.order).removeprefix("PAGE_ORDER_"))
-    except ValueError:
-        raise LayoutMismatch("the layout's number format or order of axes is unknown") from None
-    return PageLayout(message.layer_count, message.kv_head_count, message.head_dim, message.page_size, dtype, order)
-
-
-def _address(message: kv_pb2.KvAddress) -> KvAddress:
-    shards = tuple(
-        KvShard(
-            shard.pool_id,
-            (shard.layer_begin, shard.layer_end),
-            (shard.kv_head_begin, shard.kv_head_end),
-            tuple(shard.page_ids),
-        )
-        for shard in message.shards
-    )
-    return KvAddress(
-        _id(message.reservation_id, "target.reservation_id"),
-        message.endpoint,
-        message.epoch,
-        message.secret,
-        _range(message.window),
-        shards,
-        _layout(message.layout),
-        message.model_digest,
-        message.prompt_digest,
-    )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
-
-
 def _progress(progress: PushProgress) -> pb.PushResponse:
     return pb.PushResponse(
         state=pb.PushState.Value(f"PUSH_STATE_{progress.state.value}"),
         layers_done=progress.layers_done,
         bytes=progress.num_bytes,
         transport=progress.transport,
-        exposed=_duration(progress.exposed_s) if progress.state.last else None,
+        exposed=to_duration(progress.exposed_s) if progress.state.last else None,
     )
 
 
@@ -218,7 +150,7 @@ def _stats(stats: Stats) -> pb.GetStatsResponse:
             push_count=counters.pushes,
             bytes=counters.num_bytes,
             failure_count=counters.failures,
-            busy=_duration(counters.busy_s),
+            busy=to_duration(counters.busy_s),
         )
     for link in stats.links:
         speeds = [
