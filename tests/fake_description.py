@@ -21,12 +21,14 @@ from tests.fake_model import FakeModel
 class Fault:
     """Makes a verb fail with `error`, or hang until it is cancelled; `late`: after it has taken effect.
 
-    `after_tokens` is for StartGenerate. `reached` is set when a call runs into it.
+    `after_tokens` is for StartGenerate; `times` is how often it happens, 0: always.
+    `reached` is set when a call runs into it.
     """
 
     error: ServiceError | None = None
     late: bool = False
     after_tokens: int = 0
+    times: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -125,6 +127,10 @@ class FakeDescription(EngineServiceServicer):
         fault = self.faults.get(method)
         if fault is not None and fault.late == late:
             fault.reached.set()
+            if fault.times:
+                fault.times -= 1
+                if not fault.times:
+                    del self.faults[method]
             if fault.error is not None:
                 raise fault.error
             await asyncio.Event().wait()

@@ -24,7 +24,7 @@ from tests.fake_description import FakeDescription, Fault
 from tests.fake_kv import FakeReservation
 from tests.fake_model import FakeModel
 
-__all__ = ["FakeEngine", "FakeError", "FakeLoss", "FakeModel", "Fault"]
+__all__ = ["FakeBug", "FakeEngine", "FakeError", "FakeLoss", "FakeModel", "Fault"]
 
 SERVICE = "microserve.engine.v1.EngineService"
 BYTES_PER_TOKEN = 64
@@ -43,6 +43,13 @@ class FakeLoss(ServiceError):
 
     code = Code.UNAVAILABLE
     reason = "UNAVAILABLE"
+
+
+class FakeBug(ServiceError):
+    """What no retry mends."""
+
+    code = Code.INTERNAL
+    reason = "INTERNAL"
 
 
 class FakeEngine(FakeDescription):
@@ -214,14 +221,14 @@ class FakeEngine(FakeDescription):
         self, request: pb.StartGenerateRequest, reservation: FakeReservation | None
     ) -> AsyncIterator[pb.StartGenerateResponse]:
         tokens, sampling = list(request.prompt_token_ids), request.sampling
-        num_prompt = len(tokens)
+        num_given, num_prompt = len(tokens), request.prompt_token_count or len(tokens)
         moved = len(reservation.window) if reservation is not None else 0
         here = reservation.window.end if reservation else self.kv.matched(tokens[:-1], request.cache_salt)
         if not (self.faults.get("StartGenerate") or Fault()).after_tokens:
             await self._fault("StartGenerate")
         limit = min(sampling.max_tokens or self.model.max_context, self.model.max_context - num_prompt)
         finish = sampling_pb2.FINISH_REASON_LENGTH
-        for produced in range(1, limit + 1):
+        for produced in range(1, limit - (num_given - num_prompt) + 1):
             await asyncio.sleep(0)  # a step: others get their turn
             await self.gate.wait()
             token = self.model.next_token(tokens, num_prompt, sampling)
@@ -236,8 +243,8 @@ class FakeEngine(FakeDescription):
         timing = sampling_pb2.Timing(
             matched_token_count=here - moved,
             transferred_token_count=moved,
-            computed_token_count=num_prompt - here,
-            generated_token_count=len(tokens) - num_prompt,
+            computed_token_count=num_given - here,
+            generated_token_count=len(tokens) - num_given,
         )
         yield pb.StartGenerateResponse(finish_reason=finish, timing=timing)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.router.fleet.recovery import RetryLimits
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
@@ -40,6 +41,12 @@ class RouterConfig(ServerConfig):
     max_buffered_tokens: int = field(
         default=MAX_BUFFERED_TOKENS, metadata={"help": "tokens kept for a client that reads too slowly"}
     )
+    max_retries: int = field(
+        default=3, metadata={"help": "failures of engines that a request survives without getting a token further"}
+    )
+    stranded_timeout: float = field(
+        default=30.0, metadata={"help": "seconds for which a stream that was cut off waits for an engine to go on with"}
+    )
     max_traces: int = field(default=1000, metadata={"help": "recent requests whose verbs are kept"})
     http_listen: str | None = field(default=None, metadata={"help": "host:port for /health and /metrics; none: off"})
     admin_listen: str | None = field(
@@ -69,6 +76,8 @@ class RouterConfig(ServerConfig):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.max_retries < 0 or self.stranded_timeout < 0:
+            raise ValueError("--max-retries and --stranded-timeout must not be negative")
         if (self.engine_tls_cert is None) != (self.engine_tls_key is None):
             raise ValueError("--engine-tls-cert and --engine-tls-key go together")
         if self.engine_tls_cert is not None and self.engine_tls_ca is None:
@@ -85,7 +94,11 @@ class RouterConfig(ServerConfig):
     @property
     def run_limits(self) -> RunLimits:
         """What a program may take."""
-        return RunLimits(between_chunks_s=self.policy_timeout, max_buffered=self.max_buffered_tokens)
+        return RunLimits(
+            between_chunks_s=self.policy_timeout,
+            max_buffered=self.max_buffered_tokens,
+            retries=RetryLimits(self.max_retries, self.stranded_timeout),
+        )
 
     def _check_upload(self) -> None:
         if not self.allow_policy_upload:

@@ -40,6 +40,11 @@ FALLBACKS = Counter(
     "Requests served data parallel because their policy could not run, by policy and reason.",
     ["policy", "reason"],
 )
+RETRIES = Counter(
+    "microserve_router_retries",
+    "Requests that went on after a verb had failed, by stage (before_first_token, continued) and reason.",
+    ["stage", "reason"],
+)
 CLEANUP_FAILURES = Counter(
     "microserve_router_cleanup_failures",
     "Releases and cancels that did not get through; the lease ends what they were for.",

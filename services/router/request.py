@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from services.protocol.hashes import block_hashes, hash_seed
 from services.router.errors import RequestTimeout
@@ -29,6 +30,7 @@ class PolicyRequest:
     sampling: Sampling = field(default_factory=Sampling)
     cache_salt: str = ""
     deadline: float = float("inf")  # on the event loop's clock
+    num_generated: int = 0  # of the prompt's last tokens, those that the client has got already
     _hashes: dict[tuple[int, bytes], list[bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def time_left_s(self) -> float:
@@ -37,6 +39,10 @@ class PolicyRequest:
         if left <= 0:
             raise RequestTimeout("the request's time is over")
         return left
+
+    def continued(self, token_ids: Sequence[int]) -> PolicyRequest:
+        """The same request after these tokens more: what comes next is what would have come without a break."""
+        return replace(self, prompt=(*self.prompt, *token_ids), num_generated=self.num_generated + len(token_ids))
 
     def block_hashes(self, page_size: int) -> list[bytes]:
         """Names of the prompt's full blocks on engines of its model; computed once for a page size."""

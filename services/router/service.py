@@ -172,7 +172,8 @@ async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -
             yield answer
     finish = FinishReason.STOP if output.stopped else chunk.finish
     generation = run.legs.generation()
-    cached = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
+    matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
+    cached = min(matched, num_prompt_tokens)  # what goes on after a failure finds tokens of the answer cached too
     usage = Usage(num_prompt_tokens, cached, output.num_tokens)
     for kind, number in (("prompt", num_prompt_tokens), ("cached", cached), ("output", output.num_tokens)):
         TOKENS.labels(kind).inc(number)

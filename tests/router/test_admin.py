@@ -11,7 +11,7 @@ import pytest
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.rpc.status import from_rpc_error
-from tests.fakes import FakeEngine, FakeError, Fault
+from tests.fakes import FakeBug, FakeEngine, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running
 
 UPLOADED = '''"""Everything on the last engine."""
@@ -208,11 +208,11 @@ async def test_traces_of_good_and_bad_requests() -> None:
         await suite.generate(request_id="good")
         trace = await suite.admin.GetTrace(admin_pb2.GetTraceRequest(request_id="good"))
         assert (trace.policy, trace.code, len(trace.legs)) == ("disaggregated", "OK", 3)
-        suite.first.faults["RemoteSend"] = Fault(FakeError("no sending today"))
-        with failing("RESOURCE_EXHAUSTED", "NO_PAGES"):
+        suite.first.faults["RemoteSend"] = Fault(FakeBug("no sending today"))
+        with failing("INTERNAL", "INTERNAL"):
             await suite.generate(request_id="bad", cache_salt="x")
         trace = await suite.admin.GetTrace(admin_pb2.GetTraceRequest(request_id="bad"))
-        assert (trace.code, len(trace.legs)) == ("RESOURCE_EXHAUSTED", 2)
+        assert (trace.code, len(trace.legs)) == ("INTERNAL", 2)
         suite.first.faults.clear()
         unnamed = await suite.generate()
         await suite.admin.GetTrace(admin_pb2.GetTraceRequest(request_id=unnamed.request_id))

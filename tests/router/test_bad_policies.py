@@ -11,7 +11,7 @@ import pytest
 from services.router.config import RouterConfig
 from services.router.metrics import ABANDONED_POLICIES
 from services.router.programs.runner import RunLimits
-from tests.fakes import FakeError, Fault
+from tests.fakes import FakeBug, FakeError, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running, verbs
 
 GOOD = """
@@ -154,8 +154,8 @@ async def test_a_program_may_use_task_groups_and_keeps_the_engines_error(tmp_pat
         answer = await suite.generate()
         assert list(answer.token_ids) == model().generate(PROMPT, 8)
         assert [verb for verb, *_ in verbs(answer)] == ["prep_recv", "start_generate", "remote_send"]
-        suite.first.faults["RemoteSend"] = Fault(FakeError("no sending today"))
-        with failing("RESOURCE_EXHAUSTED", "NO_PAGES"):
+        suite.first.faults["RemoteSend"] = Fault(FakeBug("no sending today"))
+        with failing("INTERNAL", "INTERNAL"):
             await suite.generate(cache_salt="other")
 
 

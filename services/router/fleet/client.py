@@ -105,6 +105,7 @@ class EngineClient:
             request_id=call_id,
             prompt_token_ids=request.prompt,
             begin=begin,
+            prompt_token_count=len(request.prompt) - request.num_generated,
             sampling=sampling_to_wire(request.sampling),
             reservation=_reference(kv) if kv is not None else None,
             cache_salt=request.cache_salt,

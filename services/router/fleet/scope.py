@@ -22,6 +22,7 @@ class RequestScope:
     def __init__(self, cleanup: Cleanup) -> None:
         self.cleanup = cleanup
         self.legs = Legs()
+        self.avoided: set[str] = set()  # addresses of engines that failed this request
         self._reservations: set[Reservation] = set()
         self._sequences: set[Sequence] = set()
         self._streams: list[AsyncGenerator[Chunk, None]] = []
@@ -72,9 +73,14 @@ class RequestScope:
         """Ends everything still open; returns how many reservations and sequences that were. Nothing can be begun
         after."""
         self._closed = True
+        return await self.end_all()
+
+    async def end_all(self) -> int:
+        """As close, but the request goes on."""
         num_leaked = len(self._sequences) + len(self._reservations)
         self.cancel_sequences()
-        for chunks in self._streams:
+        streams, self._streams = self._streams, []
+        for chunks in streams:
             # One that a program left behind is waiting in ends with its sequence.
             with contextlib.suppress(RuntimeError):
                 await chunks.aclose()

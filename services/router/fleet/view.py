@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.fleet import choose
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
+from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.scope import RequestScope
 from services.router.request import PolicyRequest
@@ -70,6 +71,7 @@ class Engine:
             return Timing()
         with (
             self._scope.legs.begin(Verb.REMOTE_SEND, self.info.name, tokens) as leg,
+            self._watched(),
             self._member.sending(len(tokens)),
         ):
             call_id, attempt = self._scope.next_call_id(), kv.next_attempt(tokens)
@@ -89,6 +91,7 @@ class Engine:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
+            self._watched(),
             self._member.generating(len(tokens)) as prompt_computed,
         ):
             call_id = scope.next_call_id()
@@ -110,9 +113,19 @@ class Engine:
             finally:
                 scope.ended(sequence)
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around every verb: an engine that fails is not chosen again for this request."""
+        try:
+            yield
+        except ServiceError as error:
+            if remedy(error) is Remedy.ELSEWHERE:
+                self._scope.avoided.add(self.snapshot.address)
+            raise
+
     async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float) -> Reservation:
         scope, client, call_id = self._scope, self._member.client, self._scope.next_call_id()
-        with scope.legs.begin(Verb.PREP_RECV, self.info.name, TokenRange(0, end)) as leg:
+        with scope.legs.begin(Verb.PREP_RECV, self.info.name, TokenRange(0, end)) as leg, self._watched():
             try:
                 kv = await client.prep_recv(call_id, request, end, max_wait_s)
             except BaseException as error:
@@ -139,8 +152,8 @@ class Fleet:
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """All that take work now, by address. May be empty."""
-        return tuple(map(self.engine, self._engines()))
+        """All that take work now and have not failed this request, by address. May be empty."""
+        return tuple(map(self.engine, self._candidates()))
 
     def engine(self, snapshot: EngineSnapshot) -> Engine:
         """The engine that a snapshot describes, to call it."""
@@ -148,14 +161,17 @@ class Fleet:
 
     def least_loaded(self, request: PolicyRequest) -> Engine:
         """The engine with the fewest sequences for its size. NoEngine."""
-        return self.engine(choose.least_loaded(self._engines()))
+        return self.engine(choose.least_loaded(self._candidates()))
 
     def pair(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), two different engines, the least loaded of each role. NoPair."""
-        prefill, decode = choose.pair(self._engines())
+        prefill, decode = choose.pair(self._candidates())
         return self.engine(prefill), self.engine(decode)
 
     def pair_by_prefix(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
-        prefill, decode = choose.pair_by_prefix(request, self._engines())
+        prefill, decode = choose.pair_by_prefix(request, self._candidates())
         return self.engine(prefill), self.engine(decode)
+
+    def _candidates(self) -> list[EngineSnapshot]:
+        return [engine for engine in self._engines() if engine.address not in self._scope.avoided]

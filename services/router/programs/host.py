@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 
 from services.router.cleanup import Cleanup
+from services.router.fleet.recovery import Recovery
 from services.router.fleet.registry import Registry
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
@@ -33,8 +34,12 @@ class PolicyHost:
     def run(self, program: BoundProgram, request: PolicyRequest) -> PolicyRun:
         """Begins the program; the caller must close the run."""
         scope = RequestScope(self._cleanup)
-        fleet = Fleet(scope, self._registry.members.__getitem__, partial(self._registry.engines, request.model))
-        run = PolicyRun(program, self._catalogue.fallback, request, fleet, scope, self._limits, self._runs.discard)
+        engines = partial(self._registry.engines, request.model)
+        fleet = Fleet(scope, self._registry.members.__getitem__, engines)
+        recovery = Recovery(request, scope, engines, self._limits.retries)
+        run = PolicyRun(
+            program, self._catalogue.fallback, request, fleet, scope, recovery, self._limits, self._runs.discard
+        )
         self._runs.add(run)
         return run
 

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.protocol.errors import ServiceError
 from services.router.errors import NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
 from services.router.fleet.legs import Legs
 from services.router.fleet.mailbox import Mailbox
+from services.router.fleet.recovery import Recovery, Remedy, RetryLimits
 from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
@@ -30,7 +31,8 @@ MAX_BUFFERED_TOKENS = 1 << 16
 class RunLimits:
     """How long a program may take: to yield again, to end after its last chunk, to end when cancelled, and to hand in
     an engine's account when a stop string has ended the answer. The client waits `client_waits_s` for the end of its
-    program at most; the rest happens without it. `max_buffered` is in tokens, see Mailbox."""
+    program at most; the rest happens without it. `max_buffered` is in tokens, see Mailbox. `retries` is about verbs
+    that fail."""
 
     between_chunks_s: float = POLICY_TIMEOUT_S
     after_last_chunk_s: float = 5.0
@@ -38,6 +40,7 @@ class RunLimits:
     after_stop_s: float = 1.0
     client_waits_s: float = 1.0
     max_buffered: int = MAX_BUFFERED_TOKENS
+    retries: RetryLimits = field(default_factory=RetryLimits)
 
     @property
     def close_s(self) -> float:
@@ -55,6 +58,7 @@ class PolicyRun:
         request: PolicyRequest,
         fleet: Fleet,
         scope: RequestScope,
+        recovery: Recovery,
         limits: RunLimits,
         on_end: Callable[[PolicyRun], None],
     ) -> None:
@@ -63,6 +67,7 @@ class PolicyRun:
         self._request = request
         self._fleet = fleet
         self._scope = scope
+        self._recovery = recovery
         self._limits = limits
         self._mailbox = Mailbox(limits.max_buffered)
         self._yielded = self._finished = False
@@ -139,23 +144,31 @@ class PolicyRun:
         await self._close_scope()
 
     async def _drive(self) -> None:
-        try:
-            await self._forward(self.served_by)
-        except NoPair as error:
-            if self._yielded:
-                raise
-            FALLBACKS.labels(self.served_by.name, error.cause).inc()
-            fields = {"policy": self.served_by.spec, "reason": error.cause, "request": self._request.request_id}
-            log.warning("policy replaced by data_parallel", extra={"fields": fields})
-            self.served_by = self._fallback
-            await self._forward(self._fallback)
+        """Runs the program, and again after failures of engines, until its sequence has ended."""
+        while True:
+            try:
+                return await self._forward(self.served_by)
+            except Exception as raised:
+                error = _service_error(raised)
+                if error is None or self._finished:
+                    raise
+                if await self._recovery.after(error) is Remedy.WITHOUT_TRANSFER:
+                    self._fall_back(error)
+
+    def _fall_back(self, error: ServiceError) -> None:
+        cause = error.cause if isinstance(error, NoPair) else error.reason
+        FALLBACKS.labels(self.served_by.name, cause).inc()
+        fields = {"policy": self.served_by.spec, "reason": cause, "request": self._request.request_id}
+        log.warning("policy replaced by data_parallel", extra={"fields": fields})
+        self.served_by = self._fallback
 
     async def _forward(self, program: BoundProgram) -> None:
-        async with aclosing(program.start(self._request, self._fleet)) as chunks:
+        async with aclosing(program.start(self._recovery.request, self._fleet)) as chunks:
             async for chunk in chunks:
                 if not isinstance(chunk, Chunk):
                     raise PolicyFailed(f"policy {program.spec} yielded a {type(chunk).__name__}, not a chunk")
                 self._yielded = True
+                self._recovery.handed_on(chunk.token_ids)
                 self._mailbox.put(chunk)
                 if chunk.finish is not None:
                     self._finished = True
