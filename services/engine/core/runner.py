@@ -17,7 +17,7 @@ from services.engine.sampling.sampler import SamplingRow, sample
 
 
 class Model(Protocol):
-    """What the runner needs of a model, for instance LlamaModel."""
+    """What the runner needs of a model, for instance model/decoder.py."""
 
     @property
     def device(self) -> torch.device:

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from services.engine.model.config import read_json
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
+from services.engine.model.json_fields import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,10 +51,13 @@ class Checkpoint:
         self._identify(name, tensor)
         target.copy_(tensor)
 
-    def require_all_read(self, ignored_suffixes: tuple[str, ...]) -> None:
-        """Raises ModelCorrupt for a tensor that the model has no use for: its numbers would be wrong without it."""
+    def require_all_read(self, *, prefixes: tuple[str, ...] = (), suffixes: tuple[str, ...] = ()) -> None:
+        """Raises ModelCorrupt for a tensor that the model has no use for: its numbers would be wrong without it.
+
+        Names that begin with one of `prefixes` or end in one of `suffixes` are known to be of no use.
+        """
         for name in sorted(self._unread):
-            if not name.endswith(ignored_suffixes):
+            if not name.startswith(prefixes) and not name.endswith(suffixes):
                 raise ModelCorrupt(f"{self._handles[name][0]}: the tensor {name} does not belong to this architecture.")
 
     def identity(self) -> bytes:

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from services.engine.attention.form import AttentionForm
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
+from services.engine.model.families import FAMILIES, FULL, SLIDING, Family
+from services.engine.model.json_fields import Fields, read_json
+from services.engine.model.rope_config import RopeConfig, rope_by_layer_type
 
-LLAMA_FAMILY = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary positions: the base of the frequencies, and how they are stretched beyond the trained context."""
+class LayerConfig:
+    """What differs from layer to layer."""
 
-    theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0  # how many times the longest wavelengths are stretched
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_context: int = 8192  # tokens
+    attention: AttentionForm
+    rope: RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-family decoder: RMSNorm before each half, rotary positions, grouped queries, SiLU-gated MLP."""
+    """A decoder: RMSNorm before each half, rotary positions, grouped queries, gated MLP."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_context: int  # tokens, prompt and output together
+    layers: tuple[LayerConfig, ...]
     norm_eps: float
-    rope: RopeConfig
-    tie_word_embeddings: bool
-    attention_bias: bool
+    norm_offset: float  # added to every norm's weight
+    query_key_norm: bool  # each head of queries and keys is normed before it is rotated
+    post_norms: bool  # what attention and MLP give is normed before it is added
+    query_key_value_bias: bool
+    attention_output_bias: bool
     mlp_bias: bool
+    activation: Activation
+    embedding_scale: float
+    logits_softcap: float | None  # logits become softcap * tanh(logit / softcap)
+    tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     weights_dtype: str  # what the checkpoint was trained in: "float32", "bfloat16" or "float16"
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -69,21 +84,14 @@ def load_config(folder: Path) -> ModelConfig:
     return parse_config(read_json(path), generation, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ModelCorrupt naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelCorrupt(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelCorrupt(f"{path} holds no JSON object.")
-    return value
-
-
 def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> ModelConfig:
     """The validated ModelConfig of a config.json; `path` is for messages only."""
-    architecture = _supported_architecture(config)
-    fields = _Fields(config, path)
+    architecture = _architecture(config)
+    family = FAMILIES[architecture]
+    if family.text_config:
+        config = {**config, **Fields(config, path).part("text_config")}
+    config = {**family.defaults, **config}
+    fields = Fields(config, path)
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads")
     num_kv_heads = fields.count("num_key_value_heads", default=num_heads)
@@ -94,87 +102,74 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any], path:
         raise ModelCorrupt(f"{path}: {num_heads} attention heads do not divide among {num_kv_heads} kv heads.")
     if head_dim % 2:
         raise ModelCorrupt(f"{path}: head_dim {head_dim} is odd, so rotary positions cannot apply.")
-    if (window := config.get("sliding_window")) is not None and window < max_context:
-        raise UnsupportedModel(f"{architecture} with a sliding window of {window} tokens is not supported.")
-    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise UnsupportedModel(f"{architecture} with activation {activation} is not supported.")
     if config.get("quantization_config"):
         raise UnsupportedModel(f"{architecture} with quantized safetensors weights is not supported.")
-    end_tokens = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab_size, path)
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel(f"{architecture} with bidirectional attention does not generate text.")
+    attention_bias = bool(config.get("attention_bias", False))
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_context=max_context,
+        layers=_layers(config, family, max_context, path),
         norm_eps=fields.positive("rms_norm_eps", default=1e-6),
-        rope=_rope(config, max_context, path),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
+        norm_offset=family.norm_offset,
+        query_key_norm=family.query_key_norm,
+        post_norms=family.post_norms,
+        query_key_value_bias=attention_bias if family.query_key_value_bias is None else family.query_key_value_bias,
+        attention_output_bias=attention_bias and family.query_key_value_bias is None,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        eos_token_ids=end_tokens,
+        activation=_activation(config, family, architecture),
+        embedding_scale=hidden_size**0.5 if family.scales_embedding else 1.0,
+        logits_softcap=fields.optional_positive("final_logit_softcapping"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab_size, path),
         weights_dtype=_weights_dtype(config),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """Checked access to the numbers of one JSON object."""
-
-    values: Mapping[str, Any]
-    path: Path
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ModelCorrupt(f"{self.path}: {name} must be a positive integer, not {value!r}.")
-        return value
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ModelCorrupt(f"{self.path}: {name} must be a positive number, not {value!r}.")
-        return float(value)
-
-
-def _supported_architecture(config: Mapping[str, Any]) -> str:
+def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures") or []
     name = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type") or "unnamed")
-    if name not in LLAMA_FAMILY:
-        raise UnsupportedModel(f"The architecture {name} is not supported; this engine runs {_supported_names()}.")
+    if name not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModel(f"The architecture {name} is not supported; this engine runs {known}.")
     return name
 
 
-def _supported_names() -> str:
-    return " and ".join(sorted(LLAMA_FAMILY))
+def _layers(config: Mapping[str, Any], family: Family, max_context: int, path: Path) -> tuple[LayerConfig, ...]:
+    """Window and positions of every layer; layer_types says which windows slide, or else the family."""
+    fields = Fields(config, path)
+    num_layers = fields.count("num_hidden_layers")
+    types = config.get("layer_types")
+    if types is None:
+        types = [SLIDING if family.slides(fields, layer) else FULL for layer in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise ModelCorrupt(f"{path}: layer_types must have an entry for each of the {num_layers} layers.")
+    if unknown := sorted({str(kind) for kind in types} - {SLIDING, FULL}):
+        raise UnsupportedModel(f"Layers of type {unknown[0]} are not supported.")
+    scalar = fields.optional_positive("query_pre_attn_scalar")
+    scale = None if scalar is None else scalar**-0.5
+    softcap = fields.optional_positive("attn_logit_softcapping")
+    window = fields.optional_count("sliding_window") if SLIDING in types else None
+    windows = {FULL: None, SLIDING: None if window is None or window >= max_context else window}
+    ropes = rope_by_layer_type(config, max_context, path)
+    layers = {kind: LayerConfig(AttentionForm(scale, windows[kind], softcap), ropes[kind]) for kind in (FULL, SLIDING)}
+    return tuple(layers[kind] for kind in types)
 
 
-def _rope(config: Mapping[str, Any], max_context: int, path: Path) -> RopeConfig:
-    """transformers 5 writes rope_parameters; before, rope_theta stood beside an optional rope_scaling."""
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    fields = _Fields(parameters, path)
-    theta = fields.positive("rope_theta", default=config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModel("Rotary positions over a part of the head are not supported.")
-    match kind:
-        case "default":
-            return RopeConfig(theta)
-        case "linear":
-            return RopeConfig(theta, "linear", factor=fields.positive("factor"))
-        case "llama3":
-            low, high = fields.positive("low_freq_factor"), fields.positive("high_freq_factor")
-            if low >= high:
-                raise ModelCorrupt(f"{path}: low_freq_factor {low} must be below high_freq_factor {high}.")
-            original = fields.count("original_max_position_embeddings", default=max_context)
-            return RopeConfig(theta, "llama3", fields.positive("factor"), low, high, original)
-    raise UnsupportedModel(f"Rotary position scaling of type {kind} is not supported.")
+def _activation(config: Mapping[str, Any], family: Family, architecture: str) -> Activation:
+    """The first Gemma says "gelu" under another name and means its approximation, which is the family's default."""
+    name = config.get("hidden_activation") or family.defaults.get("hidden_activation") or config.get("hidden_act")
+    name = name or "silu"
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(f"{architecture} with activation {name} is not supported.")
+    return ACTIVATIONS[name]
 
 
 def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:

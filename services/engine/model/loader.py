@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from services.engine.model.checkpoint import open_checkpoint
 from services.engine.model.config import ModelConfig, load_config
+from services.engine.model.decoder import Decoder
+from services.engine.model.decoder_weights import read_decoder_weights
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
-from services.engine.model.llama import LlamaModel
-from services.engine.model.llama_weights import read_llama_weights
+from services.engine.model.linear.linear import DenseLinear, LinearFactory
 from services.engine.model.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
 DIGEST_BYTES = 16
@@ -24,13 +26,17 @@ class LoadedModel:
     """A model on its device, and the digest under which its KV may be exchanged with other engines."""
 
     config: ModelConfig
-    model: LlamaModel
+    model: Decoder
     digest: bytes  # 16 bytes; equal digests mean interchangeable KV
     tokenizer: TokenizerFiles
 
 
-def load_model(source: str | Path, *, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    source: str | Path, *, device: str | torch.device, dtype: torch.dtype, make_linear: LinearFactory = DenseLinear
+) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
+
+    The model computes in `dtype`; `make_linear` may keep the weights of its linear layers in another form.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
@@ -38,9 +44,9 @@ def load_model(source: str | Path, *, device: str | torch.device, dtype: torch.d
     config = load_config(folder)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        weights = read_llama_weights(checkpoint, config, dtype, torch.device(device))
+        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), make_linear)
         digest = _digest(config, dtype, checkpoint.identity())
-    return LoadedModel(config, LlamaModel(config, weights), digest, tokenizer)
+    return LoadedModel(config, Decoder(config, weights), digest, tokenizer)
 
 
 def model_folder(source: str | Path) -> Path:
@@ -50,7 +56,7 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _digest(config: ModelConfig, dtype: torch.dtype, weights: bytes) -> bytes:
-    """What KV depends on: the weights (see Checkpoint.identity), how they are computed with, and the rotation."""
-    shape = (config.architecture, config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
-    computation = f"{shape} {config.rope} {dtype}"
+    """What KV depends on: the weights (see Checkpoint.identity) and what is computed with them, in which dtype."""
+    computed = dataclasses.replace(config, eos_token_ids=(), max_context=0, weights_dtype="")
+    computation = f"{computed} {dtype}"
     return blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()

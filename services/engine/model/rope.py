@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from services.engine.model.config import RopeConfig
+from services.engine.model.rope_config import RopeConfig
 
 
 class RotaryTable:

@@ -9,8 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from services.engine.model.config import read_json
 from services.engine.model.errors import ModelNotFound, UnsupportedModel
+from services.engine.model.json_fields import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

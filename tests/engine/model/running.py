@@ -11,7 +11,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.attention.factory import make_attention
 from services.engine.batch import ForwardBatch
-from services.engine.model.llama import LlamaModel
+from services.engine.model.decoder import Decoder
 
 BACKENDS = ("paged_numba", "gather_sdpa")
 RELATIVE_ERROR = 1e-4
@@ -29,7 +29,7 @@ class PagedSequence:
 class PagedRunner:
     """A model over a pool of NaN, with pages handed out in random order."""
 
-    def __init__(self, model: LlamaModel, backend: str | None = None, num_pages: int = 64, page_size: int = 16) -> None:
+    def __init__(self, model: Decoder, backend: str | None = None, num_pages: int = 64, page_size: int = 16) -> None:
         config = model.config
         shape = (config.num_layers, num_pages, 2, config.num_kv_heads, page_size, config.head_dim)
         self.model = model

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from services.engine.model.config import ModelConfig, RopeConfig, load_config
+from services.engine.attention.form import PLAIN
+from services.engine.model.config import LayerConfig, ModelConfig, load_config
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
+from services.engine.model.rope_config import RopeConfig
 
 LLAMA_1 = {
     "architectures": ["LlamaForCausalLM"],
@@ -32,18 +34,22 @@ def _load(folder: Path, generation: dict[str, Any] | None = None, **changes: Any
 def test_old_files_leave_much_out(tmp_path: Path) -> None:
     config = _load(tmp_path)
     assert (config.num_kv_heads, config.head_dim, config.max_context) == (32, 128, 2048)
-    assert (config.norm_eps, config.rope) == (1e-6, RopeConfig(10000.0))
+    assert (config.norm_eps, config.num_layers) == (1e-6, 32)
+    assert set(config.layers) == {LayerConfig(PLAIN, RopeConfig(10000.0))}
     assert (config.eos_token_ids, config.weights_dtype) == ((2,), "float32")
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.query_key_value_bias, config.attention_output_bias, config.mlp_bias) == (False, False, False)
+    assert not config.tie_word_embeddings
 
 
 def test_rope_of_old_and_new_transformers(tmp_path: Path) -> None:
     llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     expected = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
-    assert _load(tmp_path, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **llama3}).rope == expected
+    assert _load(tmp_path, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **llama3}).layers[0].rope == expected
     new = {"rope_type": "llama3", "rope_theta": 5e5, **llama3}
-    assert _load(tmp_path, rope_parameters=new).rope == expected
-    assert _load(tmp_path, rope_scaling={"type": "linear", "factor": 2}).rope == RopeConfig(1e4, "linear", 2.0)
+    assert _load(tmp_path, rope_parameters=new).layers[0].rope == expected
+    assert _load(tmp_path, rope_scaling={"type": "linear", "factor": 2}).layers[0].rope == RopeConfig(
+        1e4, "linear", 2.0
+    )
 
 
 def test_end_tokens_of_the_generation_config_win(tmp_path: Path) -> None:
@@ -58,10 +64,10 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported"),
+        ({"architectures": ["PhiForCausalLM"]}, "architecture PhiForCausalLM is not supported"),
         ({"architectures": None, "model_type": "mamba"}, "architecture mamba"),
-        ({"sliding_window": 128}, "sliding window of 128"),
-        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"hidden_act": "relu2"}, "activation relu2"),
+        ({"layer_types": ["linear_attention"] * 32}, "type linear_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "type yarn"),
         ({"partial_rotary_factor": 0.5}, "part of the head"),
         ({"quantization_config": {"bits": 4}}, "quantized"),

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.model.config import RopeConfig
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.rope import frequencies, plain_frequencies
+from services.engine.model.rope_config import RopeConfig
 from tests.engine.model.gguf_files import write_gguf
 from tests.engine.model.running import PagedRunner, random_tokens, relative_error
 from tests.models import make_tiny_llama
@@ -52,7 +52,7 @@ def test_configuration_and_companions(tmp_path: Path, tiny: LoadedModel, tiny_fo
     loaded = load_model(write_gguf(tiny_folder, tmp_path / "model.gguf"), device="cpu", dtype=torch.float32)
     assert loaded.config.eos_token_ids == (2,)
     assert loaded.config.max_context == tiny.config.max_context
-    assert loaded.config.rope == tiny.config.rope
+    assert loaded.config.layers[0].rope == tiny.config.layers[0].rope
     assert loaded.tokenizer.chat_template == "{{ messages }}"
     assert (loaded.tokenizer.bos_token, loaded.tokenizer.bos_token_id) == ("<|im_start|>", 1)
     assert loaded.tokenizer.eos_token == "<|im_end|>"
@@ -75,10 +75,16 @@ def test_llama3_rope_is_recognised_by_its_numbers(tmp_path: Path, tiny_folder: P
     divisors = (plain_frequencies(rope, 16) / frequencies(rope, 16)).numpy()
     stretched = {"metadata": {"rope.freq_base": 500000.0}, "extra_tensors": {"rope_freqs.weight": divisors}}
     path = write_gguf(tiny_folder, tmp_path / "model.gguf", **stretched)
-    assert load_model(path, device="cpu", dtype=torch.float32).config.rope == rope
+    assert load_model(path, device="cpu", dtype=torch.float32).config.layers[0].rope == rope
     stretched["extra_tensors"] = {"rope_freqs.weight": divisors + 0.1}
     with pytest.raises(UnsupportedModel, match=r"other\.gguf are not Llama 3's"):
         converted_folder(write_gguf(tiny_folder, tmp_path / "other.gguf", **stretched))
+
+
+def test_window(tmp_path: Path, tiny_folder: Path) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", metadata={"attention.sliding_window": 64})
+    loaded = load_model(path, device="cpu", dtype=torch.float32)
+    assert {layer.attention.window for layer in loaded.config.layers} == {64}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,6 @@ def test_llama3_rope_is_recognised_by_its_numbers(tmp_path: Path, tiny_folder: P
         ({"metadata": {"expert_count": 8}}, "mixture of experts"),
         ({"metadata": {"rope.dimension_count": 8}}, "a part of each head"),
         ({"metadata": {"rope.scaling.type": "yarn"}}, "type yarn"),
-        ({"metadata": {"attention.sliding_window": 64}}, "sliding window of 64"),
         ({"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)}}, "blk.0.attn_q_norm.weight"),
     ],
 )

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from services.engine.model.config import RopeConfig
 from services.engine.model.errors import UnsupportedModel
 from services.engine.model.gguf.reader import GgufFile
 from services.engine.model.rope import frequencies, plain_frequencies
+from services.engine.model.rope_config import RopeConfig
 
 ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT_HEAD = "output.weight"
@@ -32,9 +32,10 @@ def transformers_config(file: GgufFile) -> dict[str, Any]:
         raise UnsupportedModel(f"{file.path.name} rotates a part of each head only, which is not supported.")
     if file.count("llama.attention.value_length", head_dim) != head_dim:
         raise UnsupportedModel(f"{file.path.name} has values and keys of different size, which is not supported.")
+    window = file.optional_count("llama.attention.sliding_window")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM" if window is None else "MistralForCausalLM"],
+        "model_type": "llama" if window is None else "mistral",
         "vocab_size": len(file.values("tokenizer.ggml.tokens")),
         "hidden_size": hidden,
         "intermediate_size": file.count("llama.feed_forward_length"),
@@ -47,7 +48,7 @@ def transformers_config(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": file.number("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": file.number("llama.rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, head_dim),
-        "sliding_window": file.optional_count("llama.attention.sliding_window"),
+        "sliding_window": window,
         "tie_word_embeddings": OUTPUT_HEAD not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,

@@ -1,0 +1,110 @@
+"""A decoder's weights from a checkpoint in the naming of transformers, fused as the model computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.engine.model.checkpoint import Checkpoint
+from services.engine.model.config import ModelConfig
+from services.engine.model.decoder import DecoderWeights, LayerWeights
+from services.engine.model.linear.linear import DenseLinear, Linear, LinearFactory
+
+# Frequencies that old checkpoints stored although they follow from the configuration.
+UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Where the language model is, and its head: alone, or in a model of several parts as once and as now written.
+PLACES = (
+    ("model.", "lm_head.weight"),
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("model.language_model.", "lm_head.weight"),
+)
+EMBEDDING = "embed_tokens.weight"
+# Parts that read images; only text is served.
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads tensors of known shape into new memory of one dtype and device, and makes linear layers of them."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    make_linear: LinearFactory
+    norm_offset: float
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        target = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.checkpoint.read_into(name, target)
+        return target
+
+    def norm(self, name: str, size: int) -> Tensor:
+        target = torch.empty(size, dtype=torch.float32, device=self.device)
+        self.checkpoint.read_into(f"{name}.weight", target)
+        return target.add_(self.norm_offset)
+
+    def stacked(self, prefix: str, parts: Sequence[tuple[str, int]], suffix: str, *columns: int) -> Tensor:
+        """Several (rows, *columns) tensors one under the other."""
+        target = torch.empty((sum(rows for _, rows in parts), *columns), dtype=self.dtype, device=self.device)
+        start = 0
+        for name, rows in parts:
+            self.checkpoint.read_into(f"{prefix}{name}.{suffix}", target[start : start + rows])
+            start += rows
+        return target
+
+    def linear(self, prefix: str, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
+        """One layer that does the work of several of the checkpoint on the same input, one under the other."""
+        weight = self.stacked(prefix, parts, "weight", columns)
+        return self.make_linear(weight, self.stacked(prefix, parts, "bias") if has_bias else None)
+
+
+def read_decoder_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    make_linear: LinearFactory = DenseLinear,
+) -> DecoderWeights:
+    """All weights of `config`. Raises ModelCorrupt for a missing, superfluous or misshapen tensor."""
+    reader = _Reader(checkpoint, dtype, device, make_linear, config.norm_offset)
+    prefix, head_name = next((place for place in PLACES if place[0] + EMBEDDING in checkpoint), PLACES[0])
+    embedding = reader.tensor(prefix + EMBEDDING, config.vocab_size, config.hidden_size)
+    layers = tuple(_read_layer(reader, config, f"{prefix}layers.{index}.") for index in range(config.num_layers))
+    norm = reader.norm(f"{prefix}norm", config.hidden_size)
+    tied = config.tie_word_embeddings
+    head = make_linear(embedding if tied else reader.tensor(head_name, config.vocab_size, config.hidden_size), None)
+    checkpoint.require_all_read(
+        prefixes=() if prefix == PLACES[0][0] else OTHER_PARTS,
+        suffixes=(*UNUSED_SUFFIXES, head_name) if tied else UNUSED_SUFFIXES,  # a stored head is a copy then
+    )
+    return DecoderWeights(embedding, layers, norm, head)
+
+
+def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = [("q_proj", num_queries), ("k_proj", num_keys), ("v_proj", num_keys)]
+    gates = [("gate_proj", intermediate), ("up_proj", intermediate)]
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    # Llama calls the norm before the MLP by its place after the attention; with norms there too, the names shift.
+    mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    return LayerWeights(
+        input_norm=reader.norm(f"{prefix}input_layernorm", hidden),
+        query_key_value=reader.linear(attention, projections, hidden, config.query_key_value_bias),
+        query_key_norm=_query_key_norm(reader, config, attention) if config.query_key_norm else None,
+        output=reader.linear(attention, [("o_proj", hidden)], num_queries, config.attention_output_bias),
+        attention_norm=reader.norm(f"{prefix}post_attention_layernorm", hidden) if config.post_norms else None,
+        mlp_norm=reader.norm(f"{prefix}{mlp_norm}", hidden),
+        gate_up=reader.linear(mlp, gates, hidden, config.mlp_bias),
+        down=reader.linear(mlp, [("down_proj", hidden)], intermediate, config.mlp_bias),
+        down_norm=reader.norm(f"{prefix}post_feedforward_layernorm", hidden) if config.post_norms else None,
+    )
+
+
+def _query_key_norm(reader: _Reader, config: ModelConfig, prefix: str) -> Tensor:
+    """The weight of every head: all query heads share one, all key heads another."""
+    query, key = (reader.norm(f"{prefix}{name}", config.head_dim) for name in ("q_norm", "k_norm"))
+    return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))

@@ -1,0 +1,34 @@
+"""The seam between models and linear layers, and its plain form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """A linear layer. A row of the result depends on the same row of the input alone."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows (num_rows, in) to (num_rows, out), of the same dtype and device."""
+
+
+# Makes a layer of a weight (out, in) and a bias (out,) or none. Every linear layer of a model is made by one factory,
+# the head too; it may keep the weight in another form, so a weight that is also used otherwise (a tied embedding)
+# stays with the model.
+LinearFactory = Callable[[Tensor, Tensor | None], Linear]
+
+
+class DenseLinear:
+    """A layer by torch in the dtype of its weight, on any device: exact, and what the others are held to."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight = weight  # (out, in)
+        self._bias = bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See Linear."""
+        return F.linear(rows, self._weight, self._bias)
