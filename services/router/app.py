@@ -11,8 +11,10 @@ from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
 from services.router.admin.servicer import AdminServicer
 from services.router.config import RouterConfig
 from services.router.fleet.backoff import BackoffConfig
+from services.router.fleet.breaker import BreakerConfig
 from services.router.fleet.client import EngineClient
 from services.router.fleet.member import Member
+from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registry import Registry
 from services.router.http import HttpServer
 from services.router.programs.catalogue import Catalogue
@@ -46,9 +48,12 @@ class Router:
         """BadPolicy if a program of the configuration cannot be loaded."""
         self.config = config
         self.addresses = Addresses()
-        self.registry = Registry()
+        self.registry = Registry(retire_s=config.request_timeout)
+        self.membership = Membership(self.registry, self._member)
+        self._tokenizers = TokenizerStore()
         self.catalogue = Catalogue(config.policy_file, config.policy)
         self._backoff = backoff or BackoffConfig()
+        self._breaker = BreakerConfig(config.breaker_failures, config.breaker_first, config.breaker_longest)
         self._owner_id = f"router-{secrets.token_hex(12)}"  # new in every process, as the contract wants owners
         self._host = PolicyHost(self.registry, self.catalogue, config.run_limits)
         traces = Traces(config.max_traces)
@@ -63,12 +68,14 @@ class Router:
         self.server = Server(config, "router")
         front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
-        admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=False)
+        admin = AdminServicer(self.registry, self.membership, self.catalogue, traces, take_uploads=False)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
         self._admin_server: Server | None = None
         if config.admin_listen is not None:
             self._admin_server = Server(_admin_config(config, config.admin_listen), "admin")
-            admin = AdminServicer(self.registry, self.catalogue, traces, take_uploads=config.allow_policy_upload)
+            admin = AdminServicer(
+                self.registry, self.membership, self.catalogue, traces, take_uploads=config.allow_policy_upload
+            )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         self._http = HttpServer(lambda: self.serving)
         self._serving: bool | None = None
@@ -94,8 +101,7 @@ class Router:
         if self.config.http_listen is not None:
             self.addresses.http = await self._http.start(self.config.http_listen)
         self.registry.on_change(self._publish_health)
-        store = TokenizerStore()
-        self.registry.start([self._member(address, store) for address in self.config.engine])
+        self.membership.publish(STATIC, self.config.engine)
         return self.addresses
 
     async def run(self) -> None:
@@ -114,10 +120,10 @@ class Router:
     async def _drain(self) -> None:
         self._draining = True
 
-    def _member(self, address: str, store: TokenizerStore) -> Member:
+    def _member(self, address: str) -> Member:
         channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)
         client = EngineClient(address, channel, self._owner_id, max_buffered=self.config.max_buffered_tokens)
-        return Member(address, client, store, self.registry.changed, self._backoff)
+        return Member(address, client, self._tokenizers, self.registry.changed, self._backoff, self._breaker)
 
     def _publish_health(self) -> None:
         serving = bool(self.registry.models())

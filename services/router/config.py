@@ -47,6 +47,11 @@ class RouterConfig(ServerConfig):
     stranded_timeout: float = field(
         default=30.0, metadata={"help": "seconds for which a stream that was cut off waits for an engine to go on with"}
     )
+    breaker_failures: int = field(
+        default=5, metadata={"help": "failures in a row after which an engine is left alone for a while"}
+    )
+    breaker_first: float = field(default=1.0, metadata={"help": "seconds for which it is left alone at first"})
+    breaker_longest: float = field(default=30.0, metadata={"help": "seconds for which it is left alone at most"})
     max_traces: int = field(default=1000, metadata={"help": "recent requests whose verbs are kept"})
     http_listen: str | None = field(default=None, metadata={"help": "host:port for /health and /metrics; none: off"})
     admin_listen: str | None = field(
@@ -73,6 +78,9 @@ class RouterConfig(ServerConfig):
             "max_requests",
             "max_buffered_tokens",
             "max_traces",
+            "breaker_failures",
+            "breaker_first",
+            "breaker_longest",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")

@@ -3,6 +3,9 @@
 RouterError
 ├── NoEngine               UNAVAILABLE          no healthy engine (of that model)
 ├── EngineLost             UNAVAILABLE          an engine went away under a sequence
+├── BreakerOpen            UNAVAILABLE          an engine failed too often and is left alone for a while
+├── UnknownEngine          NOT_FOUND            no engine of the fleet has that address
+├── FleetFull              RESOURCE_EXHAUSTED   more engines than a fleet may have
 ├── UnknownModel           NOT_FOUND
 ├── ModelRequired          INVALID_ARGUMENT     several models, and none was named
 ├── UnknownPolicy          NOT_FOUND
@@ -45,6 +48,27 @@ class EngineLost(RouterError):
 
     code = Code.UNAVAILABLE
     reason = "ENGINE_LOST"
+
+
+class BreakerOpen(RouterError):
+    """The engine failed so often in a row that it is left alone for a while."""
+
+    code = Code.UNAVAILABLE
+    reason = "BREAKER_OPEN"
+
+
+class UnknownEngine(RouterError):
+    """No engine of the fleet has that address."""
+
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_ENGINE"
+
+
+class FleetFull(RouterError):
+    """More engines are named than a fleet may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "FLEET_FULL"
 
 
 class UnknownModel(RouterError):

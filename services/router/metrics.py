@@ -55,4 +55,9 @@ ABANDONED_POLICIES = Counter(
     "Programs that did not end when they were cancelled and were left behind.",
     ["policy"],
 )
+BREAKER_STATE = Gauge(
+    "microserve_router_breaker_state",
+    "Breaker of each engine of the fleet: 0 closed, 1 half open, 2 open.",
+    ["address"],
+)
 ENGINES = Gauge("microserve_router_engines", "Engines of the fleet, by whether they take work.", ["state"])

@@ -10,7 +10,9 @@ from microserve.engine.v1 import engine_pb2
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.router.errors import BadPolicy, UploadDisabled
+from services.router.fleet.breaker import BreakerState
 from services.router.fleet.member import Member
+from services.router.fleet.membership import Membership, checked_address
 from services.router.fleet.registry import Registry
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.loader import load_upload
@@ -20,14 +22,29 @@ from services.router.wire import leg_to_wire
 
 log = logging.getLogger(__name__)
 
+_BREAKERS = {
+    BreakerState.CLOSED: admin_pb2.BREAKER_STATE_CLOSED,
+    BreakerState.HALF_OPEN: admin_pb2.BREAKER_STATE_HALF_OPEN,
+    BreakerState.OPEN: admin_pb2.BREAKER_STATE_OPEN,
+}
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Shows engines, programs and traces, and changes the program in use."""
 
-    def __init__(self, registry: Registry, catalogue: Catalogue, traces: Traces, *, take_uploads: bool) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        membership: Membership,
+        catalogue: Catalogue,
+        traces: Traces,
+        *,
+        take_uploads: bool,
+    ) -> None:
         self._registry = registry
+        self._membership = membership
         self._catalogue = catalogue
         self._traces = traces
         self._take_uploads = take_uploads
@@ -36,7 +53,27 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ListEnginesRequest, context: Context
     ) -> admin_pb2.ListEnginesResponse:
         members = sorted(self._registry.members.values(), key=lambda member: member.address)
-        return admin_pb2.ListEnginesResponse(engines=map(_engine_status, members))
+        return admin_pb2.ListEnginesResponse(engines=map(self._engine_status, members))
+
+    async def AddEngine(self, request: admin_pb2.AddEngineRequest, context: Context) -> admin_pb2.AddEngineResponse:
+        self._membership.add(checked_address(request.address))
+        self._log_change("engine added by an operator", request.address, context)
+        return admin_pb2.AddEngineResponse()
+
+    async def RemoveEngine(
+        self, request: admin_pb2.RemoveEngineRequest, context: Context
+    ) -> admin_pb2.RemoveEngineResponse:
+        self._membership.remove(request.address)
+        self._log_change("engine removed by an operator", request.address, context)
+        return admin_pb2.RemoveEngineResponse()
+
+    async def DrainEngine(
+        self, request: admin_pb2.DrainEngineRequest, context: Context
+    ) -> admin_pb2.DrainEngineResponse:
+        self._membership.drain(request.address, not request.resume)
+        what = "engine resumed by an operator" if request.resume else "engine drained by an operator"
+        self._log_change(what, request.address, context)
+        return admin_pb2.DrainEngineResponse()
 
     async def ListPolicies(
         self, request: admin_pb2.ListPoliciesRequest, context: Context
@@ -73,15 +110,20 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             name=current.spec if in_use else program.name, summary=program.summary, current=in_use, file=program.file
         )
 
+    def _engine_status(self, member: Member) -> admin_pb2.EngineStatus:
+        status = admin_pb2.EngineStatus(
+            address=member.address,
+            healthy=member.healthy,
+            problem=member.state,
+            cached_block_count=len(member.blocks),
+            breaker=_BREAKERS[member.breaker.state],
+            sources=self._membership.sources(member.address),
+        )
+        if member.info is not None:
+            status.info.CopyFrom(engine_pb2.GetInfoResponse.FromString(member.info.raw))
+            status.load.CopyFrom(engine_pb2.WatchLoadResponse.FromString(member.load.raw))
+        return status
 
-def _engine_status(member: Member) -> admin_pb2.EngineStatus:
-    status = admin_pb2.EngineStatus(
-        address=member.address,
-        healthy=member.healthy,
-        problem="it is draining" if not member.problem and member.load.draining else member.problem,
-        cached_block_count=len(member.blocks),
-    )
-    if member.info is not None:
-        status.info.CopyFrom(engine_pb2.GetInfoResponse.FromString(member.info.raw))
-        status.load.CopyFrom(engine_pb2.WatchLoadResponse.FromString(member.load.raw))
-    return status
+    @staticmethod
+    def _log_change(what: str, address: str, context: Context) -> None:
+        log.info(what, extra={"fields": {"address": address, "peer": context.peer()}})

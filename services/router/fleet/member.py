@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from services.protocol.errors import Code, ServiceError
 from services.router.fleet.backoff import Backoff, BackoffConfig
+from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.client import EngineClient
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
@@ -35,6 +36,7 @@ class Member:
         tokenizers: TokenizerStore,
         on_change: Callable[[], None],
         backoff: BackoffConfig,
+        breaker: BreakerConfig,
     ) -> None:
         self.address = address
         self.client = client
@@ -42,18 +44,52 @@ class Member:
         self.tokenizer: Tokenizer | None = None
         self.load = Load()
         self.blocks = CachedBlocks()
+        self.breaker = Breaker(address, breaker)
         self.problem = "not contacted yet"  # empty while it is joined
+        self.drained = False  # by an operator
         self._tokenizers = tokenizers
         self._on_change = on_change
         self._backoff_config = backoff
         self._in_flight = InFlight()
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
+        self._num_users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
 
     @property
     def healthy(self) -> bool:
         """Whether it takes work."""
-        return not self.problem and not self.load.draining
+        return not self.problem and not self.load.draining and not self.drained
+
+    @property
+    def state(self) -> str:
+        """Why it takes no work; empty if it does."""
+        if self.problem:
+            return self.problem
+        if self.load.draining:
+            return "it is draining"
+        return "an operator drains it" if self.drained else ""
+
+    def drain(self, drained: bool) -> None:
+        """An operator's wish: nothing new begins there while it is drained."""
+        self.drained = drained
+        self._on_change()
+
+    def begin_use(self) -> None:
+        """A request calls it."""
+        self._num_users += 1
+        self._unused.clear()
+
+    def end_use(self) -> None:
+        """That request is over."""
+        self._num_users -= 1
+        if not self._num_users:
+            self._unused.set()
+
+    async def unused(self) -> None:
+        """Waits until no request calls it."""
+        await self._unused.wait()
 
     def snapshot(self) -> EngineSnapshot:
         """What is known now. Only for a member that has joined once."""
@@ -121,6 +157,7 @@ class Member:
         await self._leave("it has restarted")
         if self.info is None or self.info.incarnation != info.incarnation:
             self.blocks.clear()
+            self.breaker.reset()
         self.tokenizer = await self._tokenizers.obtain(info.model.tokenizer_digest, self.client.download_tokenizer)
         self.info, self.load = info, Load()
         self._set_problem("")

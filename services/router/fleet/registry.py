@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.router.errors import ModelRequired, NoEngine, UnknownModel
@@ -32,25 +33,55 @@ class Registry:
     """Follows every member while it runs. Engines that give one model name to different weights or vocabularies are
     never mixed: the kind that most of them have is served, then that of the first address."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, retire_s: float = 600.0) -> None:
+        """`retire_s`: how long requests may go on at an engine that was removed."""
         self.members: dict[str, Member] = {}
         self._models: dict[str, Model] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._retiring: dict[Member, asyncio.Task[None]] = {}
+        self._retire_s = retire_s
         self._listeners: list[Callable[[], None]] = []
 
-    def start(self, members: Iterable[Member]) -> None:
-        """Begins to follow them."""
-        for member in members:
-            self.members[member.address] = member
-            self._tasks.append(asyncio.create_task(member.run(), name=f"member {member.address}"))
+    def add(self, member: Member) -> None:
+        """Begins to follow an engine."""
+        self.members[member.address] = member
+        self._tasks[member] = asyncio.create_task(member.run(), name=f"member {member.address}")
+        member.breaker.show()
         self.changed()
+
+    def remove(self, address: str) -> None:
+        """Nothing new begins there. Requests that use it go on."""
+        member = self.members.pop(address)
+        self._retiring[member] = asyncio.create_task(self._retire(member), name=f"retire {address}")
+        self.changed()
+
+    def member(self, address: str) -> Member:
+        """The engine of that address. NoEngine if it has been removed."""
+        member = self.members.get(address)
+        if member is None:
+            raise NoEngine(f"engine {address} has been removed", retry_delay_s=_RETRY_S)
+        return member
 
     async def stop(self) -> None:
         """Ends every stream and sequence."""
-        for task in self._tasks:
+        tasks = [*self._retiring.values(), *self._tasks.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(member.client.close() for member in self.members.values()))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        members = {*self.members.values(), *self._retiring, *self._tasks}
+        await asyncio.gather(*(member.client.close() for member in members))
+
+    async def _retire(self, member: Member) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._retire_s):
+                await member.unused()
+        task = self._tasks.pop(member)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await member.client.close()
+        if member.address not in self.members:
+            member.breaker.hide()
+        del self._retiring[member]
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Calls `listener` whenever an engine joined or left."""
@@ -68,7 +99,9 @@ class Registry:
     def engines(self, key: ModelKey) -> list[EngineSnapshot]:
         """Engines that take work for that model now, by address."""
         model = self._models.get(key.name)
-        return [member.snapshot() for member in model.members] if model is not None and model.key == key else []
+        if model is None or model.key != key:
+            return []
+        return [member.snapshot() for member in model.members if member.breaker.admits]
 
     def models(self) -> list[Model]:
         """What can be served now, by name."""

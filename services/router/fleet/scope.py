@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from services.router.cleanup import Cleanup
 from services.router.errors import PolicyFailed
 from services.router.fleet.legs import Legs
+from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
 from services.router.values import Chunk
@@ -26,6 +27,7 @@ class RequestScope:
         self._reservations: set[Reservation] = set()
         self._sequences: set[Sequence] = set()
         self._streams: list[AsyncGenerator[Chunk, None]] = []
+        self._members: set[Member] = set()
         self._closed = False
         # Not the client's name for the request: clients repeat themselves, and an engine must not be told so.
         self._prefix = secrets.token_hex(12)
@@ -37,6 +39,12 @@ class RequestScope:
         if self._closed:
             raise PolicyFailed("the request is over")
         return f"{self._prefix}/{next(self._numbers)}"
+
+    def use(self, member: Member) -> None:
+        """An engine is called: it is not let go before the request is over."""
+        if member not in self._members:
+            self._members.add(member)
+            member.begin_use()
 
     async def hold(self, reservation: Reservation) -> None:
         """Registers a reservation. PolicyFailed, and it is released, if the request is over."""
@@ -73,7 +81,11 @@ class RequestScope:
         """Ends everything still open; returns how many reservations and sequences that were. Nothing can be begun
         after."""
         self._closed = True
-        return await self.end_all()
+        try:
+            return await self.end_all()
+        finally:
+            while self._members:
+                self._members.pop().end_use()
 
     async def end_all(self) -> int:
         """As close, but the request goes on."""

@@ -91,7 +91,7 @@ class Engine:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
-            self._watched(),
+            self._watched() as succeeded,
             self._member.generating(len(tokens)) as prompt_computed,
         ):
             call_id = scope.next_call_id()
@@ -102,6 +102,7 @@ class Engine:
                     if chunk.token_ids:
                         leg.first_token()
                         prompt_computed()
+                        succeeded()
                         if kv is not None:
                             kv.in_use()
                     if chunk.finish is not None:
@@ -114,10 +115,13 @@ class Engine:
                 scope.ended(sequence)
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Around every verb: an engine that fails is not chosen again for this request."""
+    def _watched(self) -> Iterator[Callable[[], None]]:
+        """Around every verb: an engine that fails is not chosen again for this request. What is yielded tells of a
+        success that comes before the verb's end."""
+        self._scope.use(self._member)
         try:
-            yield
+            with self._member.breaker.call() as succeeded:
+                yield succeeded
         except ServiceError as error:
             if remedy(error) is Remedy.ELSEWHERE:
                 self._scope.avoided.add(self.snapshot.address)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from microserve.engine.v1 import engine_pb2 as _engine_pb2
 from microserve.types.v1 import sampling_pb2 as _sampling_pb2
 import builtins as _builtins
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BreakerState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BreakerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BreakerState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BREAKER_STATE_UNSPECIFIED: _BreakerState.ValueType  # 0
+    """Not said."""
+    BREAKER_STATE_CLOSED: _BreakerState.ValueType  # 1
+    """Calls pass."""
+    BREAKER_STATE_HALF_OPEN: _BreakerState.ValueType  # 2
+    """One call may try."""
+    BREAKER_STATE_OPEN: _BreakerState.ValueType  # 3
+    """No call passes."""
+
+class BreakerState(_BreakerState, metaclass=_BreakerStateEnumTypeWrapper):
+    """BreakerState says whether calls pass to an engine that failed."""
+
+BREAKER_STATE_UNSPECIFIED: BreakerState.ValueType  # 0
+"""Not said."""
+BREAKER_STATE_CLOSED: BreakerState.ValueType  # 1
+"""Calls pass."""
+BREAKER_STATE_HALF_OPEN: BreakerState.ValueType  # 2
+"""One call may try."""
+BREAKER_STATE_OPEN: BreakerState.ValueType  # 3
+"""No call passes."""
+Global___BreakerState: _TypeAlias = BreakerState  # noqa: Y015
 
 @_typing.final
 class ListEnginesRequest(_message.Message):
@@ -49,6 +78,8 @@ class EngineStatus(_message.Message):
     INFO_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     CACHED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Its address."""
     healthy: _builtins.bool
@@ -57,6 +88,8 @@ class EngineStatus(_message.Message):
     """Why it does not, if it does not."""
     cached_block_count: _builtins.int
     """Blocks in its prefix cache, as known from its events."""
+    breaker: Global___BreakerState.ValueType
+    """Its breaker, as it is now."""
     @_builtins.property
     def info(self) -> _engine_pb2.GetInfoResponse:
         """What it said of itself. Not set before the first contact."""
@@ -64,6 +97,10 @@ class EngineStatus(_message.Message):
     @_builtins.property
     def load(self) -> _engine_pb2.WatchLoadResponse:
         """Its last load report."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who names it: static, admin, register, dns or kubernetes."""
 
     def __init__(
         self,
@@ -74,10 +111,12 @@ class EngineStatus(_message.Message):
         info: _engine_pb2.GetInfoResponse | None = ...,
         load: _engine_pb2.WatchLoadResponse | None = ...,
         cached_block_count: _builtins.int = ...,
+        breaker: Global___BreakerState.ValueType = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_block_count", b"cached_block_count", "healthy", b"healthy", "info", b"info", "load", b"load", "problem", b"problem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "breaker", b"breaker", "cached_block_count", b"cached_block_count", "healthy", b"healthy", "info", b"info", "load", b"load", "problem", b"problem", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -106,6 +145,127 @@ class ListEnginesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEnginesResponse: _TypeAlias = ListEnginesResponse  # noqa: Y015
+
+@_typing.final
+class AddEngineRequest(_message.Message):
+    """AddEngineRequest names an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of its EngineService."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddEngineRequest: _TypeAlias = AddEngineRequest  # noqa: Y015
+
+@_typing.final
+class AddEngineResponse(_message.Message):
+    """AddEngineResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddEngineResponse: _TypeAlias = AddEngineResponse  # noqa: Y015
+
+@_typing.final
+class RemoveEngineRequest(_message.Message):
+    """RemoveEngineRequest names an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Its address, as listed."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveEngineRequest: _TypeAlias = RemoveEngineRequest  # noqa: Y015
+
+@_typing.final
+class RemoveEngineResponse(_message.Message):
+    """RemoveEngineResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveEngineResponse: _TypeAlias = RemoveEngineResponse  # noqa: Y015
+
+@_typing.final
+class DrainEngineRequest(_message.Message):
+    """DrainEngineRequest names an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Its address, as listed."""
+    resume: _builtins.bool
+    """Whether it is to get work again."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        resume: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "resume", b"resume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainEngineRequest: _TypeAlias = DrainEngineRequest  # noqa: Y015
+
+@_typing.final
+class DrainEngineResponse(_message.Message):
+    """DrainEngineResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainEngineResponse: _TypeAlias = DrainEngineResponse  # noqa: Y015
 
 @_typing.final
 class PolicyInfo(_message.Message):

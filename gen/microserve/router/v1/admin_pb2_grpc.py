@@ -40,6 +40,21 @@ class AdminServiceStub:
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesRequest.SerializeToString,
                 response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesResponse.FromString,
                 _registered_method=True)
+        self.AddEngine = channel.unary_unary(
+                '/microserve.router.v1.AdminService/AddEngine',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineResponse.FromString,
+                _registered_method=True)
+        self.RemoveEngine = channel.unary_unary(
+                '/microserve.router.v1.AdminService/RemoveEngine',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineResponse.FromString,
+                _registered_method=True)
+        self.DrainEngine = channel.unary_unary(
+                '/microserve.router.v1.AdminService/DrainEngine',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineResponse.FromString,
+                _registered_method=True)
         self.ListPolicies = channel.unary_unary(
                 '/microserve.router.v1.AdminService/ListPolicies',
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.ListPoliciesRequest.SerializeToString,
@@ -68,6 +83,30 @@ class AdminServiceServicer:
 
     def ListEngines(self, request, context):
         """ListEngines shows the fleet as the router sees it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddEngine(self, request, context):
+        """AddEngine takes an engine into the fleet. It gets work as soon as it is healthy. Adding one that is there changes
+        nothing but its sources. INVALID_ARGUMENT: the address is not host:port. RESOURCE_EXHAUSTED (FLEET_FULL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveEngine(self, request, context):
+        """RemoveEngine takes an engine out of the fleet, whoever named it, until it is added again. Requests that use it end
+        in their own time. NOT_FOUND (UNKNOWN_ENGINE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainEngine(self, request, context):
+        """DrainEngine gives an engine no new work, or gives it work again. Requests that use it go on. This router alone is
+        meant; an engine that is told to stop drains itself everywhere. NOT_FOUND (UNKNOWN_ENGINE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +149,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListEngines,
                     request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesRequest.FromString,
                     response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesResponse.SerializeToString,
+            ),
+            'AddEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddEngine,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineResponse.SerializeToString,
+            ),
+            'RemoveEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveEngine,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineResponse.SerializeToString,
+            ),
+            'DrainEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainEngine,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineResponse.SerializeToString,
             ),
             'ListPolicies': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPolicies,
@@ -160,6 +214,87 @@ class AdminService:
             '/microserve.router.v1.AdminService/ListEngines',
             microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesRequest.SerializeToString,
             microserve_dot_router_dot_v1_dot_admin__pb2.ListEnginesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/AddEngine',
+            microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.AddEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/RemoveEngine',
+            microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.RemoveEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/DrainEngine',
+            microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.DrainEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,18 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     ListEngines: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListEnginesRequest, _admin_pb2.ListEnginesResponse]
     """ListEngines shows the fleet as the router sees it."""
+    AddEngine: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AddEngineRequest, _admin_pb2.AddEngineResponse]
+    """AddEngine takes an engine into the fleet. It gets work as soon as it is healthy. Adding one that is there changes
+    nothing but its sources. INVALID_ARGUMENT: the address is not host:port. RESOURCE_EXHAUSTED (FLEET_FULL).
+    """
+    RemoveEngine: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveEngineRequest, _admin_pb2.RemoveEngineResponse]
+    """RemoveEngine takes an engine out of the fleet, whoever named it, until it is added again. Requests that use it end
+    in their own time. NOT_FOUND (UNKNOWN_ENGINE).
+    """
+    DrainEngine: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainEngineRequest, _admin_pb2.DrainEngineResponse]
+    """DrainEngine gives an engine no new work, or gives it work again. Requests that use it go on. This router alone is
+    meant; an engine that is told to stop drains itself everywhere. NOT_FOUND (UNKNOWN_ENGINE).
+    """
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPoliciesRequest, _admin_pb2.ListPoliciesResponse]
     """ListPolicies shows the programs at hand."""
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]
@@ -54,6 +66,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEngines: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListEnginesRequest, _admin_pb2.ListEnginesResponse]  # type: ignore[assignment]
     """ListEngines shows the fleet as the router sees it."""
+    AddEngine: _aio.UnaryUnaryMultiCallable[_admin_pb2.AddEngineRequest, _admin_pb2.AddEngineResponse]  # type: ignore[assignment]
+    """AddEngine takes an engine into the fleet. It gets work as soon as it is healthy. Adding one that is there changes
+    nothing but its sources. INVALID_ARGUMENT: the address is not host:port. RESOURCE_EXHAUSTED (FLEET_FULL).
+    """
+    RemoveEngine: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveEngineRequest, _admin_pb2.RemoveEngineResponse]  # type: ignore[assignment]
+    """RemoveEngine takes an engine out of the fleet, whoever named it, until it is added again. Requests that use it end
+    in their own time. NOT_FOUND (UNKNOWN_ENGINE).
+    """
+    DrainEngine: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainEngineRequest, _admin_pb2.DrainEngineResponse]  # type: ignore[assignment]
+    """DrainEngine gives an engine no new work, or gives it work again. Requests that use it go on. This router alone is
+    meant; an engine that is told to stop drains itself everywhere. NOT_FOUND (UNKNOWN_ENGINE).
+    """
     ListPolicies: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPoliciesRequest, _admin_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """ListPolicies shows the programs at hand."""
     GetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]  # type: ignore[assignment]
@@ -76,6 +100,36 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListEnginesResponse, _abc.Awaitable[_admin_pb2.ListEnginesResponse]]:
         """ListEngines shows the fleet as the router sees it."""
+
+    @_abc_1.abstractmethod
+    def AddEngine(
+        self,
+        request: _admin_pb2.AddEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AddEngineResponse, _abc.Awaitable[_admin_pb2.AddEngineResponse]]:
+        """AddEngine takes an engine into the fleet. It gets work as soon as it is healthy. Adding one that is there changes
+        nothing but its sources. INVALID_ARGUMENT: the address is not host:port. RESOURCE_EXHAUSTED (FLEET_FULL).
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveEngine(
+        self,
+        request: _admin_pb2.RemoveEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RemoveEngineResponse, _abc.Awaitable[_admin_pb2.RemoveEngineResponse]]:
+        """RemoveEngine takes an engine out of the fleet, whoever named it, until it is added again. Requests that use it end
+        in their own time. NOT_FOUND (UNKNOWN_ENGINE).
+        """
+
+    @_abc_1.abstractmethod
+    def DrainEngine(
+        self,
+        request: _admin_pb2.DrainEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainEngineResponse, _abc.Awaitable[_admin_pb2.DrainEngineResponse]]:
+        """DrainEngine gives an engine no new work, or gives it work again. Requests that use it go on. This router alone is
+        meant; an engine that is told to stop drains itself everywhere. NOT_FOUND (UNKNOWN_ENGINE).
+        """
 
     @_abc_1.abstractmethod
     def ListPolicies(

@@ -1,0 +1,120 @@
+"""A breaker per engine: one that fails again and again is left alone for a while, then tried with one call.
+
+The health stream tells of engines that say they are not well; this is for those that say they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from services.protocol.errors import Code, ServiceError
+from services.router.errors import BreakerOpen, EngineLost, RouterError
+from services.router.metrics import BREAKER_STATE
+
+log = logging.getLogger(__name__)
+
+_FAULTS = frozenset({Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
+# Answers of an engine that is in order: it is leaving, or its node's transfer service is gone and it can generate.
+_NO_FAULTS = frozenset({"DRAINING", "KVTRANSFER_GONE", "NOT_DRAINED"})
+
+
+class BreakerState(Enum):
+    """Values as in the metric."""
+
+    CLOSED = 0  # calls pass
+    HALF_OPEN = 1  # one call may try
+    OPEN = 2  # no call passes
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerConfig:
+    """Opens after so many failures in a row, for `first_s`, and after each failed trial for twice as long as before."""
+
+    num_failures: int = 5
+    first_s: float = 1.0
+    longest_s: float = 30.0
+
+
+def is_fault(error: ServiceError) -> bool:
+    """Whether an error is the engine's own: what clients ask for wrongly, cancel, wait for too long or ask too much of
+    is not."""
+    if isinstance(error, RouterError):
+        return isinstance(error, EngineLost)
+    return error.code in _FAULTS and error.reason not in _NO_FAULTS
+
+
+class Breaker:
+    """One engine's. All methods belong to the event loop's thread."""
+
+    def __init__(self, engine: str, config: BreakerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._config = config
+        self._clock = clock
+        self._num_failures = 0  # in a row
+        self._open_s = config.first_s
+        self._open_until: float | None = None  # None: closed
+        self._has_trial = False
+
+    @property
+    def state(self) -> BreakerState:
+        """As it is now; time alone turns open into half open."""
+        if self._open_until is None:
+            return BreakerState.CLOSED
+        return BreakerState.OPEN if self._clock() < self._open_until else BreakerState.HALF_OPEN
+
+    @property
+    def admits(self) -> bool:
+        """Whether a call would pass."""
+        return self._open_until is None or (not self._has_trial and self._clock() >= self._open_until)
+
+    def show(self) -> None:
+        """Lets /metrics read the state from now on."""
+        BREAKER_STATE.labels(self._engine).set_function(lambda: self.state.value)
+
+    def hide(self) -> None:
+        """Ends what `show` began."""
+        BREAKER_STATE.remove(self._engine)
+
+    def reset(self) -> None:
+        """It is another engine now."""
+        self._num_failures, self._open_s, self._open_until = 0, self._config.first_s, None
+
+    @contextmanager
+    def call(self) -> Iterator[Callable[[], None]]:
+        """Around a call. BreakerOpen. What is yielded is to be called where success shows before the call's end."""
+        if not self.admits:
+            raise BreakerOpen(f"engine {self._engine} failed {self._num_failures} times and is left alone")
+        is_trial = self._open_until is not None
+        self._has_trial = self._has_trial or is_trial
+        try:
+            yield self._succeeded
+            self._succeeded()
+        except ServiceError as error:
+            if is_fault(error):
+                self._failed(error)
+            raise
+        finally:
+            if is_trial:
+                self._has_trial = False
+
+    def _succeeded(self) -> None:
+        if self._open_until is not None:
+            log.info("breaker closed", extra={"fields": {"engine": self._engine}})
+        self.reset()
+
+    def _failed(self, error: ServiceError) -> None:
+        self._num_failures += 1
+        was_open = self._open_until is not None
+        if not was_open and self._num_failures < self._config.num_failures:
+            return
+        if was_open and self._clock() < (self._open_until or 0.0):
+            return  # a call from before it opened
+        self._open_until = self._clock() + self._open_s
+        fields = {"engine": self._engine, "failures": self._num_failures, "for_s": self._open_s, "last": error.reason}
+        log.warning("breaker opened", extra={"fields": fields})
+        self._open_s = min(2 * self._open_s, self._config.longest_s)

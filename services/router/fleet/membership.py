@@ -1,0 +1,89 @@
+"""Which addresses belong to the fleet, and who says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+from services.router.errors import FleetFull, InvalidRequest, UnknownEngine
+from services.router.fleet.member import Member
+from services.router.fleet.registry import Registry
+from services.rpc.bind import split_address
+
+log = logging.getLogger(__name__)
+
+MAX_ENGINES = 4096
+MAX_ADDRESS_CHARACTERS = 256
+STATIC, ADMIN = "static", "admin"
+
+
+def checked_address(address: str) -> str:
+    """`address`, if an engine may have it. InvalidRequest."""
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        host, port = "", 0
+    if not host or not port or len(address) > MAX_ADDRESS_CHARACTERS or not address.isprintable() or " " in address:
+        raise InvalidRequest(f"{address[:MAX_ADDRESS_CHARACTERS]!r} is not the host:port of an engine")
+    return address
+
+
+class Membership:
+    """An address is in the fleet while at least one source names it, unless an operator has removed it.
+
+    Sources: the command line, an operator, and those that change by themselves (registration, DNS, Kubernetes). Each
+    publishes its whole list whenever that changes.
+    """
+
+    def __init__(self, registry: Registry, make_member: Callable[[str], Member]) -> None:
+        self._registry = registry
+        self._make_member = make_member
+        self._named: dict[str, tuple[str, ...]] = {}  # by source
+        self._removed: set[str] = set()
+
+    def publish(self, source: str, addresses: Collection[str]) -> None:
+        """Replaces what a source names. FleetFull, and then nothing has changed."""
+        named = self._named | {source: tuple(addresses)}
+        self._apply(named, self._removed)
+        self._named = named
+
+    def sources(self, address: str) -> tuple[str, ...]:
+        """Who names an address."""
+        return tuple(sorted(source for source, addresses in self._named.items() if address in addresses))
+
+    def add(self, address: str) -> None:
+        """An operator adds an engine, or takes back its removal. FleetFull."""
+        self._removed.discard(address)
+        self.publish(ADMIN, {*self._named.get(ADMIN, ()), address})
+
+    def remove(self, address: str) -> None:
+        """An operator removes an engine: nothing new begins there, what has begun ends. It stays out, whoever names
+        it, until it is added again. UnknownEngine."""
+        self._member(address)
+        self._named[ADMIN] = tuple(each for each in self._named.get(ADMIN, ()) if each != address)
+        # What nobody names needs no remembering, so this cannot grow without bound.
+        self._removed = {each for each in (*self._removed, address) if self.sources(each)}
+        self._apply(self._named, self._removed)
+
+    def drain(self, address: str, drained: bool) -> None:
+        """An operator gives an engine no new work, or gives it work again. UnknownEngine."""
+        self._member(address).drain(drained)
+
+    def _member(self, address: str) -> Member:
+        member = self._registry.members.get(address)
+        if member is None:
+            raise UnknownEngine(f"no engine of the fleet has the address {address[:200]!r}")
+        return member
+
+    def _apply(self, named: dict[str, tuple[str, ...]], removed: set[str]) -> None:
+        # A dict, because engines stay in the order in which they were named.
+        wanted = {address: None for addresses in named.values() for address in addresses if address not in removed}
+        if len(wanted) > MAX_ENGINES:
+            raise FleetFull(f"a fleet has at most {MAX_ENGINES} engines, not {len(wanted)}")
+        present = tuple(self._registry.members)
+        for address in (each for each in present if each not in wanted):
+            log.info("engine removed", extra={"fields": {"address": address}})
+            self._registry.remove(address)
+        for address in (each for each in wanted if each not in present):
+            log.info("engine added", extra={"fields": {"address": address}})
+            self._registry.add(self._make_member(address))

@@ -1,0 +1,102 @@
+"""kill -9 of an engine under twenty requests of a router: every client gets every token once, as if nothing had
+happened."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from microserve.router.v1 import router_pb2 as router
+from microserve.types.v1 import sampling_pb2 as sampling
+
+from tests.e2e.prompts import mixed_prompts
+from tests.e2e.suite import Answer, Suite, generate, idle, start_suite, wait_for_load
+from tests.models import make_tiny_llama
+
+pytestmark = pytest.mark.faults
+
+NUM_STREAMS, NUM_TOKENS = 20, 60
+PROMPTS = mixed_prompts(NUM_STREAMS, 500, 200)
+# engine-0 prefills, engine-1 and engine-2 decode.
+DEATHS = {
+    "sender_in_remote_send": (0, "send.layer.1=die"),
+    "receiver_after_prep_recv": (1, "prep_recv.end=die"),
+    "receiver_at_start_generate": (1, "start_generate.begin=die"),
+}
+
+
+def params(number: int) -> dict[str, float]:
+    """Every other request samples, with penalties that depend on where the output begins."""
+    if number % 2:
+        return {"temperature": 0.9, "seed": 1000 + number, "presence_penalty": 0.7, "min_tokens": 40}
+    return {"repetition_penalty": 1.1}
+
+
+async def stream(suite: Suite, number: int, policy: str, begun: asyncio.Event | None = None) -> Answer:
+    """One request through the router; `begun` is set with its first token."""
+    assert suite.router is not None
+    request = router.GenerateRequest(
+        tokens=router.TokenIds(ids=PROMPTS[number]),
+        sampling=sampling.SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2, **params(number)),
+        seed_given=True,
+        cache_salt="routed",
+    )
+    answer = Answer()
+    async for message in suite.router.Generate(request, metadata=(("x-microserve-policy", policy),), timeout=120):
+        answer.token_ids.extend(message.token_ids)
+        answer.logprobs.extend(message.logprobs)
+        answer.legs.extend(message.legs)
+        if message.token_ids and begun is not None:
+            begun.set()
+    return answer
+
+
+async def expected(suite: Suite) -> list[list[int]]:
+    """What engine-2, which nobody kills, generates for each request alone."""
+    alone = await asyncio.gather(
+        *(
+            generate(suite, suite.engines[2], prompt, max_tokens=NUM_TOKENS, salt="alone", **params(number))
+            for number, prompt in enumerate(PROMPTS)
+        )
+    )
+    return [each.token_ids for each in alone]
+
+
+async def check(suite: Suite, answers: list[Answer], tokens: list[list[int]], dead: int) -> None:
+    assert [answer.token_ids for answer in answers] == tokens
+    for answer in answers:
+        assert [each.chosen.token_id for each in answer.logprobs] == answer.token_ids
+    for index, engine in enumerate(suite.engines):
+        if index != dead:
+            await wait_for_load(engine, idle)
+
+
+@pytest.mark.parametrize("policy", ["data_parallel", "disaggregated"])
+async def test_the_decoding_engine_dies_after_the_first_tokens(tmp_path: Path, policy: str) -> None:
+    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy=policy) as suite:
+        tokens = await expected(suite)
+        begun = [asyncio.Event() for _ in PROMPTS]
+        asked = [asyncio.create_task(stream(suite, i, policy, begun[i])) for i in range(NUM_STREAMS)]
+        await asyncio.gather(*(each.wait() for each in begun))
+        suite.engines[1].process.kill()
+        answers = await asyncio.gather(*asked)
+        await check(suite, answers, tokens, dead=1)
+        generations = [[leg for leg in answer.legs if leg.verb == sampling.VERB_START_GENERATE] for answer in answers]
+        continued = [legs for legs in generations if len(legs) > 1]
+        assert continued
+        for first, *_, last in continued:
+            assert first.engine == "engine-1"
+            assert last.engine != "engine-1"
+            assert last.range.end > first.range.end  # with the tokens that the client had
+
+
+@pytest.mark.parametrize("death", DEATHS)
+async def test_an_engine_dies_before_the_first_token(tmp_path: Path, death: str) -> None:
+    dead, point = DEATHS[death]
+    options = {dead: ["--fault-points", point]}
+    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, options_of=options) as suite:
+        tokens = await expected(suite)
+        answers = await asyncio.gather(*(stream(suite, i, "disaggregated") for i in range(NUM_STREAMS)))
+        suite.engines[dead].process.wait(10)
+        await check(suite, answers, tokens, dead)
