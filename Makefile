@@ -92,5 +92,5 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
-	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,http,dev]'
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,dev]'
 	@touch $@ $(RUN_STAMP)

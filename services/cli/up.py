@@ -123,7 +123,7 @@ class _Launcher:
         self._show_endpoints()
         if options.question:
             await self._ask(router.address)
-        self._say(f"serving at {router.address}; Ctrl-C stops it")
+        self._say(f"serving gRPC at {router.address} and OpenAI's API at http://{router.metrics}/v1; Ctrl-C stops it")
         await asyncio.Event().wait()
 
     async def _start(self) -> ServiceProcess:

@@ -17,6 +17,8 @@ from services.router.fleet.member import Member
 from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registry import Registry
 from services.router.http import HttpServer
+from services.router.openai.app import HttpApp
+from services.router.openai.generation import HttpLimits
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
 from services.router.service import GenerationService
@@ -77,7 +79,14 @@ class Router:
                 self.registry, self.membership, self.catalogue, traces, take_uploads=config.allow_policy_upload
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
-        self._http = HttpServer(lambda: self.serving)
+        limits = HttpLimits(config.max_message_bytes, config.client_timeout)
+        self._http_app = HttpApp(service, lambda: self.serving, limits, config.api_key)
+        self._http = HttpServer(
+            self._http_app,
+            client_timeout_s=config.client_timeout,
+            shared=config.reuse_port,
+            tls=config.http_tls,
+        )
         self._serving: bool | None = None
         self._draining = False
 
@@ -119,6 +128,7 @@ class Router:
 
     async def _drain(self) -> None:
         self._draining = True
+        await self._http_app.drain()
 
     def _member(self, address: str) -> Member:
         channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)

@@ -53,6 +53,7 @@ class Ask:
     request_id: str = ""
     policy: str = ""  # name, with parameters after a colon; empty: the current one
     time_left_s: float | None = None  # of the client's deadline
+    beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
 
 
 def check(ask: Ask) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.router.fleet.recovery import RetryLimits
+from services.router.http import HttpTls
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
@@ -53,7 +54,12 @@ class RouterConfig(ServerConfig):
     breaker_first: float = field(default=1.0, metadata={"help": "seconds for which it is left alone at first"})
     breaker_longest: float = field(default=30.0, metadata={"help": "seconds for which it is left alone at most"})
     max_traces: int = field(default=1000, metadata={"help": "recent requests whose verbs are kept"})
-    http_listen: str | None = field(default=None, metadata={"help": "host:port for /health and /metrics; none: off"})
+    http_listen: str | None = field(
+        default=None, metadata={"help": "host:port for the OpenAI-compatible API, /health and /metrics; none: off"}
+    )
+    api_key: tuple[str, ...] = field(
+        default=(), metadata={"help": "key that clients must send; may be repeated; none: all may call", "secret": True}
+    )
     admin_listen: str | None = field(
         default=None, metadata={"help": "host:port of its own for AdminService, beside --listen"}
     )
@@ -90,6 +96,8 @@ class RouterConfig(ServerConfig):
             raise ValueError("--engine-tls-cert and --engine-tls-key go together")
         if self.engine_tls_cert is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-cert needs --engine-tls-ca")
+        if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_key):
+            raise ValueError("an --api-key must be printable ASCII with no space around it")
         self._check_upload()
 
     @property
@@ -98,6 +106,13 @@ class RouterConfig(ServerConfig):
         if self.engine_tls_ca is None:
             return None
         return ClientTls(self.engine_tls_ca, self.engine_tls_cert, self.engine_tls_key)
+
+    @property
+    def http_tls(self) -> HttpTls | None:
+        """That of gRPC serves HTTP too: who asked for TLS wants no prompt in clear text."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return HttpTls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def run_limits(self) -> RunLimits:

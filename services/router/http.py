@@ -1,81 +1,149 @@
-"""/health and /metrics over HTTP/1.1, without a web framework: two pages for probes and scrapers."""
+"""An HTTP/1.1 server in the router's own loop, around any ASGI application."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import socket
+import ssl
 from dataclasses import dataclass
-from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from services.rpc.bind import join_address, split_address
-from services.rpc.errors import port_in_use
+from services.rpc.errors import StartError, port_in_use
 
-_MAX_HEAD_BYTES = 1 << 14
-_HEAD_TIMEOUT_S = 5.0
+_HEAD_TIMEOUT_S = 10.0
+_MAX_HEAD_BYTES = 1 << 16
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+_CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """What is answered."""
+class HttpTls:
+    """PEM files; with `client_ca` only clients signed by it get in."""
 
-    status: HTTPStatus
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
 
-    def encode(self, *, with_body: bool) -> bytes:
-        """The response; one a connection, since scrapes are seconds apart."""
-        head = (
-            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\nContent-Type: {self.content_type}\r\n"
-            f"Content-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
-        )
-        return head.encode() + (self.body if with_body else b"")
+    def context(self) -> ssl.SSLContext:
+        """Reads the files. StartError."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:
+            raise StartError(f"cannot use the certificate for HTTP: {error.strerror or error}") from None
+        return context
 
 
 class HttpServer:
-    """Answers GET and HEAD."""
+    """Serves an application from start() until close()."""
 
-    def __init__(self, is_serving: Callable[[], bool]) -> None:
-        self._is_serving = is_serving
+    def __init__(
+        self, app: ASGIApp, *, client_timeout_s: float, shared: bool = False, tls: HttpTls | None = None
+    ) -> None:
+        """A connection that takes nothing for `client_timeout_s` ends. `shared`: SO_REUSEPORT is on."""
+        self._client_timeout_s = client_timeout_s
+        self._shared = shared
+        self._tls = tls
+        # What fails inside the application is the application's to log.
+        options: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
+        self._config = uvicorn.Config(
+            app, ws="none", lifespan="off", proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S, **options
+        )
+        self._state = ServerState()
         self._server: asyncio.Server | None = None
 
     async def start(self, listen: str) -> str:
         """Binds host:port and returns what was bound. PortInUse, StartError."""
-        host, port = split_address(listen)
-        try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD_BYTES)
-        except OSError as error:
-            raise port_in_use(listen, error) from None
-        return join_address(host, self._server.sockets[0].getsockname()[1])
+        context = self._tls.context() if self._tls is not None else None
+        self._config.load()
+        listener = self._bind(listen)
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: _Protocol(self._config, self._state, {}), sock=listener, ssl=context, backlog=_BACKLOG
+        )
+        return join_address(split_address(listen)[0], listener.getsockname()[1])
 
     async def close(self) -> None:
-        """Frees the port."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
+        """Frees the port and cuts off what is under way. Idempotent; bounded."""
+        if self._server is None:
+            return
+        self._server.close()
+        tasks = tuple(self._state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLOSE_S)
+        for connection in tuple(self._state.connections):
+            connection.transport.abort()
+        await self._server.wait_closed()
+        self._server = None
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _bind(self, listen: str) -> socket.socket:
+        host, port = split_address(listen)
         try:
-            async with asyncio.timeout(_HEAD_TIMEOUT_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                method, _, rest = head.decode("latin-1").partition(" ")
-                page = self._page(method, rest.partition(" ")[0])
-                writer.write(page.encode(with_body=method != "HEAD"))
-                await writer.drain()
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
-            pass  # not a client that waits for an answer
-        finally:
-            writer.close()
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise port_in_use(listen, error) from None
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Accepted connections inherit it: what a client does not take in time, the kernel gives up.
+            timeout_ms = max(1, round(self._client_timeout_s * 1000))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+            listener.bind(address)
+        except (OSError, OverflowError) as error:
+            listener.close()
+            raise port_in_use(listen, error) from None
+        return listener
 
-    def _page(self, method: str, target: str) -> Page:
-        if method not in ("GET", "HEAD"):
-            return Page(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD\n")
-        match target.partition("?")[0]:
-            case "/health" if self._is_serving():
-                return Page(HTTPStatus.OK, b"SERVING\n")
-            case "/health":
-                return Page(HTTPStatus.SERVICE_UNAVAILABLE, b"NOT_SERVING\n")
-            case "/metrics":
-                return Page(HTTPStatus.OK, generate_latest(REGISTRY), CONTENT_TYPE_LATEST)
-        return Page(HTTPStatus.NOT_FOUND, b"there are /health and /metrics\n")
+
+class _Protocol(HttpToolsProtocol):
+    """Uvicorn's connection takes any head of a request, and waits for it for ever; this one does not."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _num_head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > _MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        self._begin_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def _begin_head(self) -> None:
+        self._end_head()
+        self._num_head_bytes = 0
+        self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -61,3 +61,8 @@ BREAKER_STATE = Gauge(
     ["address"],
 )
 ENGINES = Gauge("microserve_router_engines", "Engines of the fleet, by whether they take work.", ["state"])
+HTTP_REQUESTS = Counter(
+    "microserve_router_http_requests",
+    "HTTP requests that were answered, by path and status; 499: the client left first.",
+    ["path", "status"],
+)

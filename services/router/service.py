@@ -22,6 +22,7 @@ from services.router.asking import (
     check_tokens,
     check_vocabulary,
 )
+from services.router.beside import beside
 from services.router.errors import PolicyFailed
 from services.router.fleet.legs import Legs
 from services.router.fleet.registry import Model, Registry
@@ -37,7 +38,8 @@ from services.router.values import FinishReason, Leg, Logprobs, Sampling, Usage
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A piece of an answer. The first names the request and its policy; the last has finish, usage and legs."""
+    """A piece of an answer. The first names the request, its policy and the generating engine; the last has finish,
+    usage and legs."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -47,6 +49,7 @@ class Answer:
     legs: tuple[Leg, ...] = ()
     request_id: str = ""
     policy: str = ""
+    engine: str = ""
 
 
 class Record:
@@ -89,6 +92,8 @@ class GenerationService:
             check(ask)
             with self._admission.enter():
                 program = self._catalogue.resolve(ask.policy)
+                if ask.beside:
+                    program = beside(program, ask.beside)
                 record.policy, record.spec = program.name, program.spec
                 model = self._registry.model(ask.model)
                 request = await self._request(ask, model, record.request_id)
@@ -104,7 +109,12 @@ class GenerationService:
                         first = await anext(answers)
                         record.spec = run.served_by.spec
                         TTFT_SECONDS.labels(record.policy).observe(record.elapsed_s())
-                        yield replace(first, request_id=record.request_id, policy=record.spec)
+                        yield replace(
+                            first,
+                            request_id=record.request_id,
+                            policy=record.spec,
+                            engine=run.legs.generating_engine(),
+                        )
                         async for answer in answers:
                             yield answer
                 finally:
@@ -124,6 +134,10 @@ class GenerationService:
     def models(self) -> list[Model]:
         """What can be served now."""
         return self._registry.models()
+
+    def model(self, name: str) -> Model:
+        """The model of that name; for an empty name the only one."""
+        return self._registry.model(name)
 
     async def _request(self, ask: Ask, model: Model, request_id: str) -> PolicyRequest:
         limit_s = self._max_request_s if ask.time_left_s is None else min(ask.time_left_s, self._max_request_s)

@@ -116,7 +116,7 @@ def gone(pids: list[int], timeout_s: float = 20) -> bool:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     running = Up(free_ports(4), tmp_path_factory.mktemp("run"), make=True)
     try:
-        running.read_until("serving at")
+        running.read_until("serving gRPC at")
         yield running
         children = running.descendants()
         assert len(children) >= 4

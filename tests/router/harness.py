@@ -53,6 +53,12 @@ class Running:
     def first(self) -> FakeEngine:
         return self.engines[0]
 
+    @property
+    def http(self) -> str:
+        """host:port, if the test gave http_listen."""
+        assert self.router.addresses.http is not None
+        return self.router.addresses.http
+
     async def generate(self, prompt: Sequence[int] = PROMPT, **options: Any) -> router_pb2.GenerateResponse:
         """The whole answer. RemoteError."""
         return await complete(self.stub, request(prompt, **options), options.get("policy", ""))

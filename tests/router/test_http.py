@@ -1,35 +1,48 @@
-"""/health and /metrics."""
+"""The HTTP server: /health, /metrics, what clients do wrong, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.router.http import HttpServer
-from services.rpc.errors import PortInUse
+from services.router import http
+from services.router.http import HttpServer, HttpTls
+from services.rpc.errors import PortInUse, StartError
 from tests.router.harness import running
 
 
-async def fetch(address: str, head: str) -> tuple[int, str]:
+async def fetch(address: str, head: str, *, tls: ssl.SSLContext | None = None) -> tuple[int, str]:
+    """Status and body; 0 if the connection ended without an answer."""
     host, port = address.split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
     writer.write(head.encode())
-    answer = (await reader.read()).decode()
+    try:
+        answer = (await reader.read()).decode()
+    except ConnectionError:
+        answer = ""
     writer.close()
-    await writer.wait_closed()
     return int(answer.split()[1]) if answer else 0, answer.partition("\r\n\r\n")[2]
 
 
 async def get(address: str, path: str) -> tuple[int, str]:
-    return await fetch(address, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")
+    return await fetch(address, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
 
 
 async def test_health_follows_the_engines() -> None:
     async with running(1, http_listen="127.0.0.1:0") as suite:
-        address = suite.router.addresses.http
-        assert address is not None
+        address = suite.http
         assert await get(address, "/health") == (200, "SERVING\n")
         assert await get(address, "/health?x=1") == (200, "SERVING\n")
         health = health_pb2_grpc.HealthStub(suite.channels[0])
@@ -45,9 +58,8 @@ async def test_health_follows_the_engines() -> None:
 async def test_metrics() -> None:
     async with running(1, http_listen="127.0.0.1:0") as suite:
         await suite.generate()
-        address = suite.router.addresses.http
-        assert address is not None
-        status, text = await get(address, "/metrics")
+        await get(suite.http, "/v1/models")
+        status, text = await get(suite.http, "/metrics")
         assert status == 200
         for name in (
             'microserve_router_requests_total{code="OK",policy="data_parallel"}',
@@ -55,23 +67,97 @@ async def test_metrics() -> None:
             'microserve_router_ttft_seconds_count{policy="data_parallel"}',
             'microserve_router_engines{state="healthy"} 1.0',
             'microserve_router_tokens_total{kind="output"}',
+            'microserve_router_http_requests_total{path="/v1/models",status="200"}',
         ):
             assert name in text
-        assert await fetch(address, "HEAD /metrics HTTP/1.1\r\n\r\n") == (200, "")
+        assert await fetch(suite.http, "HEAD /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") == (200, "")
 
 
 async def test_other_requests_are_answered_or_dropped() -> None:
     async with running(1, http_listen="127.0.0.1:0") as suite:
-        address = suite.router.addresses.http
-        assert address is not None
-        assert (await get(address, "/nope"))[0] == 404
-        assert (await fetch(address, "POST /health HTTP/1.1\r\n\r\n"))[0] == 405
-        assert (await fetch(address, "x" * 70_000 + "\r\n\r\n"))[0] == 0
-        assert (await get(address, "/health"))[0] == 200
+        assert (await get(suite.http, "/nope"))[0] == 404
+        assert (await fetch(suite.http, "POST /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))[0] == 405
+        assert (await fetch(suite.http, "nonsense\r\n\r\n"))[0] == 400
+        assert (await fetch(suite.http, f"GET /{'x' * 70_000}"))[0] == 0
+        assert (await get(suite.http, "/health"))[0] == 200
+
+
+async def test_a_head_that_does_not_come_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_HEAD_TIMEOUT_S", 0.02)
+    server = HttpServer(hello, client_timeout_s=10)
+    address = await server.start("127.0.0.1:0")
+    assert await fetch(address, "") == (0, "")
+    assert await fetch(address, "GET / HTTP/1.1\r\nHo") == (0, "")
+    # Also the second one of a connection.
+    assert await fetch(address, "GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT") == (200, "hello")
+    await server.close()
+
+
+async def test_what_a_client_does_not_take_is_given_up_by_the_kernel() -> None:
+    given_up = asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def pour() -> None:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+                await asyncio.sleep(0)
+
+        pouring = asyncio.create_task(pour())
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        pouring.cancel()
+        given_up.set()
+
+    server = HttpServer(endless, client_timeout_s=0.1)
+    host, port = (await server.start("127.0.0.1:0")).split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(20):
+            await given_up.wait()
+    await server.close()
+
+
+async def test_close_cuts_off_what_is_under_way() -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    server = HttpServer(endless, client_timeout_s=10)
+    address = await server.start("127.0.0.1:0")
+    asking = asyncio.create_task(get(address, "/"))
+    await begun.wait()
+    await server.close()
+    assert cancelled.is_set()
+    assert (await asking)[0] in (0, 500)
+    await server.close()
+
+
+async def test_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    server = HttpServer(hello, client_timeout_s=10, tls=HttpTls(tmp_path / "cert.pem", tmp_path / "key.pem"))
+    address = await server.start("127.0.0.1:0")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    assert await fetch(address, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", tls=context) == (200, "hello")
+    await server.close()
+    absent = HttpServer(hello, client_timeout_s=10, tls=HttpTls(tmp_path / "none.pem", tmp_path / "key.pem"))
+    with pytest.raises(StartError, match="certificate"):
+        await absent.start("127.0.0.1:0")
 
 
 async def test_a_port_in_use_is_named() -> None:
-    async with running(1, http_listen="127.0.0.1:0") as suite:
-        assert suite.router.addresses.http is not None
-        with pytest.raises(PortInUse, match=suite.router.addresses.http):
-            await HttpServer(lambda: True).start(suite.router.addresses.http)
+    first = HttpServer(hello, client_timeout_s=10)
+    address = await first.start("127.0.0.1:0")
+    with pytest.raises(PortInUse, match=address):
+        await HttpServer(hello, client_timeout_s=10).start(address)
+    await first.close()

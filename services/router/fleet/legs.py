@@ -65,6 +65,11 @@ class Legs:
         """All so far."""
         return tuple(each.leg() for each in self._open)
 
+    def generating_engine(self) -> str:
+        """Name of the engine that start_generate was last called on; empty if it was not."""
+        engines = [leg.engine for leg in self.legs() if leg.verb is Verb.START_GENERATE]
+        return engines[-1] if engines else ""
+
     def generation(self) -> Leg | None:
         """The last start_generate that gave an account."""
         legs = [leg for leg in self.legs() if leg.verb is Verb.START_GENERATE and leg.timing is not None]

@@ -58,6 +58,8 @@ class Tokenizer:
         kind = read_decoder_kind(json.loads(files.tokenizer).get("decoder"))
         self._num_stripped_spaces = kind.num_stripped_spaces
         self._bytes = TokenBytes(self._for_chat, kind.spelling)
+        added = self._for_chat.get_added_tokens_decoder()
+        self._special = {token_id: token.content.encode() for token_id, token in added.items() if token.special}
         self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
 
     async def encode(self, text: str) -> tuple[int, ...]:
@@ -80,6 +82,11 @@ class Tokenizer:
     def detokenizer(self, *, continues: bool = False) -> Detokenizer:
         """A decoder for one sequence; one that continues a text keeps its first space."""
         return Detokenizer(self._bytes, 0 if continues else self._num_stripped_spaces)
+
+    def spell(self, token_id: int) -> bytes:
+        """The bytes of one token; of a special one, its name."""
+        special = self._special.get(token_id)
+        return self._bytes[token_id] if special is None else special
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""

@@ -1,0 +1,103 @@
+"""Several answers to one prompt: the first as the policy wills, the others where the prompt is then cached."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import TypeVar
+
+from services.router.asking import MAX_NAME_CHARACTERS, Ask, check
+from services.router.service import Answer, GenerationService
+
+Item = TypeVar("Item")
+
+
+async def generate_choices(service: GenerationService, ask: Ask, n: int) -> AsyncGenerator[tuple[int, Answer], None]:
+    """(choice, piece of its answer) as they come; choice 0 is what n = 1 gives.
+
+    The others begin with the first token of choice 0, on its engine: the prompt's pages are there, whichever way the
+    policy brought them. One that fails ends all. Closing the generator ends all work for it.
+    """
+    if n == 1:
+        async with aclosing(service.generate(ask)) as answers:
+            async for answer in answers:
+                yield 0, answer
+        return
+    check(ask)
+    ask = _named_and_seeded(ask)
+    async with aclosing(service.generate(ask)) as answers:
+        first = await anext(answers)
+        yield 0, first
+        others = [service.generate(_variant(ask, index, first.engine)) for index in range(1, n)]
+        async with aclosing(merge([answers, *others])) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
+    """(index of the stream, item) as they come. The first stream that fails ends all; each is closed in the end.
+
+    A consumer that is slow holds the streams up: at most one item of each waits.
+    """
+    queue: asyncio.Queue[tuple[int, Item] | _Ended] = asyncio.Queue(len(streams))
+
+    async def pump(index: int, stream: AsyncGenerator[Item, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    await queue.put((index, item))
+        except Exception as error:
+            await queue.put(_Ended(error))
+        else:
+            await queue.put(_Ended())
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_live = len(pumps)
+        while num_live:
+            got = await queue.get()
+            if not isinstance(got, _Ended):
+                yield got
+            elif got.error is not None:
+                raise got.error
+            else:
+                num_live -= 1
+    finally:
+        for task in pumps:
+            task.cancel()
+        if pumps:
+            await asyncio.wait(pumps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A stream has ended, perhaps by failing."""
+
+    error: Exception | None = None
+
+
+def _named_and_seeded(ask: Ask) -> Ask:
+    """With a name and a seed that those of the other choices derive from."""
+    seed = ask.sampling.seed if ask.seed_given else secrets.randbits(63)
+    return replace(
+        ask,
+        request_id=ask.request_id or secrets.token_hex(8),
+        sampling=replace(ask.sampling, seed=seed),
+        seed_given=True,
+    )
+
+
+def _variant(ask: Ask, index: int, engine: str) -> Ask:
+    """The ask of another choice: the same but for name and seed, next to the first."""
+    suffix = f"#{index}"
+    digest = blake2b(b"%d/%d" % (ask.sampling.seed, index), digest_size=8).digest()
+    return replace(
+        ask,
+        request_id=ask.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix,
+        sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little")),
+        beside=engine,
+    )

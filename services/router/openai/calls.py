@@ -1,0 +1,206 @@
+"""From the bodies of /v1/completions and /v1/chat/completions to Asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from services.router.asking import MAX_LOGPROBS, MAX_MESSAGES, Ask, Chat, Prompt, Text, Tokens
+from services.router.openai.errors import bad_value, unsupported
+from services.router.openai.fields import Fields, object_of, text_of, tokens_of
+from services.router.text.template import ChatMessage
+from services.router.values import Sampling
+
+MAX_CHOICES = 128
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chats go on as long as there is room
+# Zero is "off" in our contract, while OpenAI's top_p of 0 keeps the best token alone.
+_LEAST_TOP_P = 1e-6
+_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+_ROLES = {"developer": "system"}  # OpenAI's newer name; no open model's template knows it
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One body, understood. Choice i*n + j is the j-th answer to ask i."""
+
+    asks: tuple[Ask, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What a call says beside its body: the policy wanted and the caller's name for the request; empty: none."""
+
+    policy: str = ""
+    request_id: str = ""
+
+
+def completion(fields: Fields, headers: Headers) -> Call:
+    """A body of /v1/completions. Refusal."""
+    prompts = _prompts(fields.take("prompt"))
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    echo = fields.flag("echo")
+    if echo and logprobs is not None:
+        raise unsupported("echo", "with logprobs is not supported: engines give none for a prompt")
+    n = _choices(fields, len(prompts))
+    fields.only("suffix", "")
+    fields.only("best_of", n)
+    return _call(fields, headers, prompts, n, logprobs, default_max_tokens=COMPLETION_TOKENS, echo=echo)
+
+
+def chat(fields: Fields, headers: Headers) -> Call:
+    """A body of /v1/chat/completions. Refusal."""
+    prompt = Chat(_messages(fields.take("messages")))
+    wanted, best = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    if best is not None and not wanted:
+        raise bad_value("top_logprobs", "needs logprobs to be true")
+    for name, *neutral in (
+        ("tools", []),
+        ("functions", []),
+        ("tool_choice", "none", "auto"),
+        ("function_call", "none", "auto"),
+        ("parallel_tool_calls", True, False),
+        ("modalities", ["text"]),
+        ("audio",),
+        ("prediction",),
+        ("web_search_options",),
+    ):
+        fields.only(name, *neutral)
+    _text_only(fields)
+    return _call(fields, headers, (prompt,), _choices(fields, 1), (best or 0) if wanted else None)
+
+
+def _call(
+    fields: Fields,
+    headers: Headers,
+    prompts: tuple[Prompt, ...],
+    n: int,
+    logprobs: int | None,
+    *,
+    default_max_tokens: int = 0,
+    echo: bool = False,
+) -> Call:
+    """What both kinds have in common; refuses what is left over."""
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    sampling = _sampling(fields, logprobs, (seed or 0) % 2**64, default_max_tokens)
+    stream = fields.flag("stream")
+    options = fields.nested("stream_options")
+    include_usage = False
+    if options is not None:
+        if not stream:
+            raise bad_value("stream_options", "needs stream to be true")
+        include_usage = options.flag("include_usage")
+        options.only("include_obfuscation", False)
+        options.end()
+    stop, model = fields.texts("stop"), fields.text("model") or ""
+    include_stop, salt = fields.flag("include_stop_str_in_output"), fields.text("cache_salt") or ""
+    fields.ignore(_WITHOUT_EFFECT)
+    fields.end()
+    asks = tuple(
+        Ask(
+            prompt,
+            sampling,
+            seed is not None,
+            stop,
+            include_stop,
+            model,
+            salt,
+            headers.request_id,
+            headers.policy,
+        )
+        for prompt in prompts
+    )
+    return Call(asks, n, stream, include_usage, echo)
+
+
+def _sampling(fields: Fields, logprobs: int | None, seed: int, default_max_tokens: int) -> Sampling:
+    """OpenAI's sampling parameters, and those of ours that it lacks."""
+    old, new = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
+    temperature, top_p = fields.number("temperature", 0, 2), fields.number("top_p", 0, 1)
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else max(top_p, _LEAST_TOP_P),
+        top_k=max(0, fields.integer("top_k", -1) or 0),
+        min_p=fields.number("min_p", 0, 1) or 0.0,
+        repetition_penalty=fields.number("repetition_penalty", 0, 100) or 0.0,
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
+        logit_bias=fields.biases("logit_bias"),
+        seed=seed,
+        logprobs=logprobs,
+        stop_token_ids=fields.tokens("stop_token_ids"),
+        min_tokens=fields.integer("min_tokens", 0) or 0,
+        max_tokens=new or old or default_max_tokens,
+        ignore_eos=fields.flag("ignore_eos"),
+    )
+
+
+def _choices(fields: Fields, num_prompts: int) -> int:
+    n = fields.integer("n", 1, MAX_CHOICES) or 1
+    if n * num_prompts > MAX_CHOICES:
+        raise bad_value("n", f"prompts times n may be {MAX_CHOICES} at most")
+    return n
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    """A text, token ids, or an array of either."""
+    if value is None:
+        raise bad_value("prompt", "is missing")
+    if isinstance(value, str):
+        return (Text(text_of(value, "prompt")),)
+    if not isinstance(value, list) or not value:
+        raise bad_value("prompt", "must be a string, token ids, or an array of either that is not empty")
+    if isinstance(value[0], int):
+        return (Tokens(tokens_of(value, "prompt")),)
+    if len(value) > MAX_CHOICES:
+        raise bad_value("prompt", f"has {len(value)} prompts, more than {MAX_CHOICES}")
+    return tuple(
+        Text(text_of(each, "prompt")) if isinstance(each, str) else Tokens(tokens_of(each, "prompt")) for each in value
+    )
+
+
+def _messages(value: object) -> tuple[ChatMessage, ...]:
+    if value is None:
+        raise bad_value("messages", "is missing")
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        raise bad_value("messages", f"must be an array of {MAX_MESSAGES} messages at most")
+    return tuple(_message(each, f"messages[{number}]") for number, each in enumerate(value))
+
+
+def _message(value: object, path: str) -> ChatMessage:
+    fields = object_of(value, path)
+    role = fields.text("role") or ""
+    content = _content(fields.take("content"), f"{path}.content")
+    for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
+        fields.only(name, [])
+    fields.ignore(("name", "refusal", "annotations"))
+    fields.end()
+    return ChatMessage(_ROLES.get(role, role), content)
+
+
+def _content(value: object, path: str) -> str:
+    """A string, or the texts of an array of parts put together."""
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        return text_of(value, path)
+    texts = []
+    for number, each in enumerate(value):
+        part = object_of(each, f"{path}[{number}]")
+        kind: Any = part.take("type")
+        if kind != "text":
+            raise unsupported(f"{path}[{number}]", "is not text, which is all that is supported")
+        texts.append(part.text("text") or "")
+        part.end()
+    return "".join(texts)
+
+
+def _text_only(fields: Fields) -> None:
+    wanted = fields.nested("response_format")
+    if wanted is not None:
+        if wanted.take("type") != "text":
+            raise unsupported("response_format", "other than text is not offered by the engines of this server")
+        wanted.end()
