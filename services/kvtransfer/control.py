@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from services.kvtransfer.errors import InvalidPool
-from services.kvtransfer.memory import SharedSegment
+from services.kvtransfer.memory import SharedSegment, cannot_give
 from services.rpc.pool_client import SLOT_BYTES, slot_view
 
 
@@ -26,9 +26,14 @@ class ControlPage:
 
     @classmethod
     def create(cls, name: str, slot_count: int) -> ControlPage:
-        """A new page with all counters 0."""
+        """A new page with all counters 0. Raises NoMemory."""
         segment = SharedSegment.create(name, slot_count * SLOT_BYTES, prefault=True)
-        return cls(segment, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        try:
+            eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            segment.close()
+            raise cannot_give("a descriptor", error) from error
+        return cls(segment, eventfd)
 
     @classmethod
     def adopt(cls, descriptor: int, eventfd: int) -> ControlPage:

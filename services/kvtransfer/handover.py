@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TICKET_SECONDS = 10.0
 _BACKLOG = 64
+REOPEN_SECONDS = 0.5
 
 # What is done with a good ticket's connection and the descriptors that came with it. It takes both over, unless it
 # raises KvTransferError: then the connection is closed, and it has closed the descriptors.
@@ -39,7 +40,8 @@ class HandoverSocket:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._listener.bind(to_address(self.path))
         self._listener.listen(_BACKLOG)
-        self._loop.add_reader(self._listener, self._incoming)
+        self._reopening: asyncio.TimerHandle | None = None
+        self._open()
         self._invitations: dict[bytes, _Invitation] = {}
         self._strangers: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -58,6 +60,8 @@ class HandoverSocket:
 
     def close(self) -> None:
         """Stops listening. Connections that were handed on stay open."""
+        if self._reopening is not None:
+            self._reopening.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for ticket in tuple(self._invitations):
@@ -65,10 +69,19 @@ class HandoverSocket:
         for connection in tuple(self._strangers):
             self._dismiss(connection)
 
+    def _open(self) -> None:
+        self._loop.add_reader(self._listener, self._incoming)
+
     def _incoming(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors, usually. The caller still waits in the queue, so that the loop would be told for ever.
+            log.error("no engine can be let in", extra={"fields": {"why": error.strerror}})
+            self._loop.remove_reader(self._listener)
+            self._reopening = self._loop.call_later(REOPEN_SECONDS, self._open)
             return
         # An abstract name has no permissions. The ticket is the proof; other users need not even try.
         if peer_of(connection)[1] not in (0, os.geteuid()):

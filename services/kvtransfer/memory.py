@@ -15,6 +15,11 @@ from services.rpc.pool_client import map_shared
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+def cannot_give(what: str, error: OSError) -> NoMemory:
+    """The error for something that the kernel refused."""
+    return NoMemory(f"the machine cannot give {what}: {error.strerror}")
+
+
 class SharedSegment:
     """One memfd of fixed size, mapped. `array` shows its bytes, (size_bytes,), until `close`."""
 
@@ -30,7 +35,10 @@ class SharedSegment:
 
         Raises NoMemory.
         """
-        descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        try:
+            descriptor = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        except OSError as error:
+            raise cannot_give("a descriptor", error) from error
         try:
             os.ftruncate(descriptor, size_bytes)
             if prefault:
@@ -40,7 +48,7 @@ class SharedSegment:
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG):
-                raise NoMemory(f"the machine cannot give {size_bytes} bytes") from error
+                raise cannot_give(f"{size_bytes} bytes", error) from error
             raise
 
     @classmethod
