@@ -47,6 +47,11 @@ def cpu_seconds(service: ServiceProcess) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def mapped_bytes(service: ServiceProcess) -> int:
+    with open(f"/proc/{service.child.pid}/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
 async def a_transfer_works(sender: FakeEngine, receiver: FakeEngine, reservation: str) -> None:
     before = receiver.memory.copy()
     address = await receiver.grant(reservation, 0, 8, [4, 5])
@@ -80,10 +85,8 @@ async def test_no_descriptor_is_left(start_service: type[ServiceProcess]) -> Non
 async def test_no_memory_is_left(start_service: type[ServiceProcess]) -> None:
     service = start_service()
     async with connected(service, "p", "d") as (port, (sender, receiver)):
-        with open(f"/proc/{service.child.pid}/statm") as file:
-            mapped = int(file.read().split()[0]) * resource.getpagesize()
         large = FakeEngine(port, "large", Shape(pages=4096, heads=8, head_dim=64))
-        with limited(service, resource.RLIMIT_AS, mapped + 2**26):
+        with limited(service, resource.RLIMIT_AS, mapped_bytes(service) + 2**26):
             with pytest.raises(ServiceError) as caught:
                 await large.create()
             assert caught.value.reason == "NO_MEMORY"
