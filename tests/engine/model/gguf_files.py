@@ -22,10 +22,17 @@ PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+POST_NORM_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -37,9 +44,10 @@ def write_gguf(
     architecture: str = "llama",
     metadata: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The model of `folder`, matrices quantised, norms float32; metadata overrides single llama.* numbers."""
-    config = json.loads((folder / "config.json").read_text())
+    """The model of `folder`, matrices quantised, norms float32; metadata overrides single numbers."""
+    config = config or json.loads((folder / "config.json").read_text())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     writer = gguf.GGUFWriter(target, architecture)
     numbers: dict[str, Any] = {
@@ -50,6 +58,8 @@ def write_gguf(
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
         "rope.freq_base": config["rope_theta"],
         **(metadata or {}),
     }
@@ -59,9 +69,11 @@ def write_gguf(
     _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
     kind = gguf.GGMLQuantizationType[quantization]
     for name, values in load_file(folder / "model.safetensors").items():
-        short = TOP.get(name) or _layer_name(name)
+        short = TOP.get(name) or _layer_name(name, architecture)
+        if architecture.startswith("gemma") and short.endswith("norm.weight"):
+            values = values + np.float32(1)
         num_heads = heads.get(short.split(".")[2]) if short.startswith("blk.") else None
-        if num_heads:
+        if num_heads and architecture == "llama":
             halves = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
         if values.ndim == 1 or quantization == "F32":
@@ -92,10 +104,11 @@ def write_vocabulary(
     return target
 
 
-def _layer_name(name: str) -> str:
+def _layer_name(name: str, architecture: str) -> str:
     _, _, layer, part = name.split(".", 3)
     part, kind = part.rsplit(".", 1)
-    return f"blk.{layer}.{PARTS[part]}.{kind}"
+    parts = POST_NORM_PARTS if architecture in ("gemma2", "gemma3") else PARTS
+    return f"blk.{layer}.{parts[part]}.{kind}"
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any]) -> None:

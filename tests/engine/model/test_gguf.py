@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.rope import frequencies, plain_frequencies
 from services.engine.model.rope_config import RopeConfig
 from tests.engine.model.gguf_files import write_gguf
+from tests.engine.model.random_models import VARIANTS, WINDOW, save_random
 from tests.engine.model.running import PagedRunner, random_tokens, relative_error
 from tests.models import make_tiny_llama
 
@@ -81,6 +83,36 @@ def test_llama3_rope_is_recognised_by_its_numbers(tmp_path: Path, tiny_folder: P
         converted_folder(write_gguf(tiny_folder, tmp_path / "other.gguf", **stretched))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "architecture", "metadata"),
+    [
+        ("llama", "llama", {}),
+        ("qwen2", "qwen2", {}),
+        ("qwen3", "qwen3", {}),
+        ("gemma", "gemma", {}),
+        ("gemma2", "gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+        ("gemma3", "gemma3", {"rope.freq_base": 1e6}),
+    ],
+)
+def test_every_architecture_equals_its_folder(
+    tmp_path: Path, tiny_folder: Path, variant: str, architecture: str, metadata: dict[str, Any]
+) -> None:
+    config_class, changes = VARIANTS[variant]
+    # The scale of Gemma's scores is not in a GGUF file: that of all but its largest models is meant.
+    usual = {"vocab_size": 512, "head_dim": 8, "num_attention_heads": 6, "query_pre_attn_scalar": 8}
+    folder = tmp_path / "folder"
+    save_random(folder, config_class, {**changes, **usual})
+    shutil.copy(tiny_folder / "tokenizer.json", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = 1e4
+    window = {"attention.sliding_window": WINDOW} if config.get("sliding_window") else {}
+    path = write_gguf(
+        folder, tmp_path / "a.gguf", architecture=architecture, metadata={**window, **metadata}, config=config
+    )
+    assert relative_error(_logits(path), _logits(folder)) < 1e-5
+
+
 def test_window(tmp_path: Path, tiny_folder: Path) -> None:
     path = write_gguf(tiny_folder, tmp_path / "model.gguf", metadata={"attention.sliding_window": 64})
     loaded = load_model(path, device="cpu", dtype=torch.float32)
@@ -90,7 +122,7 @@ def test_window(tmp_path: Path, tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "gemma3"}, "architecture gemma3"),
+        ({"architecture": "mamba"}, "architecture mamba"),
         ({"metadata": {"expert_count": 8}}, "mixture of experts"),
         ({"metadata": {"rope.dimension_count": 8}}, "a part of each head"),
         ({"metadata": {"rope.scaling.type": "yarn"}}, "type yarn"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from services.engine.model.families import FAMILIES
+from services.engine.model.fetch import fetch_model
+from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.loader import load_model
+from tests.engine.model.random_models import VARIANTS, save_random
 from tests.engine.model.running import (
     BACKENDS,
     RELATIVE_ERROR,
@@ -25,72 +27,6 @@ from tests.engine.model.running import (
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 PROMPT_LENGTHS = (1, 17, 500, 3000)
-WINDOW = 40
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-    "initializer_range": 0.3,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
-GEMMA3_ROPE = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-SLIDING = {"sliding_window": WINDOW}
-QWEN_SLIDING = {**SLIDING, "use_sliding_window": True, "max_window_layers": 1}
-GEMMA = {"query_pre_attn_scalar": 24, **SLIDING}
-# (configuration of transformers, what differs from its own defaults and from SHAPE)
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
-    "llama 3 rope": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
-    "llama, linear rope": ("LlamaConfig", {"rope_parameters": LINEAR_ROPE}),
-    "llama, wide heads": ("LlamaConfig", {"head_dim": 20, "rms_norm_eps": 1e-3}),
-    "llama, no grouping": ("LlamaConfig", {"num_key_value_heads": 6}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mistral, window": ("MistralConfig", SLIDING),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen2, window": ("Qwen2Config", {**QWEN_SLIDING, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "qwen3, window and biases": ("Qwen3Config", {**QWEN_SLIDING, "attention_bias": True}),
-    "gemma": ("GemmaConfig", {}),
-    "gemma2": ("Gemma2Config", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 7}),
-    "gemma3, stretched": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 6, "rope_parameters": GEMMA3_ROPE}),
-}
-
-
-def save_random(folder: Path, config_class: str, changes: dict[str, Any]) -> Any:
-    """A random model of transformers, written to `folder` and returned."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**{**SHAPE, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # initialised to constants, which would hide mistakes
-            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    model.eval().save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return model
 
 
 @torch.inference_mode()
@@ -142,12 +78,14 @@ def test_language_model_of_a_model_that_reads_images(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_smollm2(smollm2_folder: Path) -> None:
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_real_model(name: str) -> None:
     """Each prompt is a prefix of the longest, so the reference computes once; we compute chunks, as an engine does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    reference = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    folder = converted_folder(fetch_model(name))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = " ".join(f"Item {n}: the quick brown fox jumps over {n * 37 % 101} lazy dogs." for n in range(300))
     tokens = tokenizer.encode(text)[: max(PROMPT_LENGTHS)]
     assert len(tokens) == max(PROMPT_LENGTHS)
@@ -155,7 +93,7 @@ def test_smollm2(smollm2_folder: Path) -> None:
     expected = reference(torch.tensor([tokens]), logits_to_keep=last_rows).logits[0]
     del reference
 
-    model = load_model(smollm2_folder, device="cpu", dtype=torch.float32).model
+    model = load_model(folder, device="cpu", dtype=torch.float32).model
     for row, length in enumerate(PROMPT_LENGTHS):
         runner = PagedRunner(model, num_pages=200)
         sequence = PagedSequence(tokens[:length])

@@ -46,6 +46,10 @@ class GgufFile:
             raise ModelCorrupt(f"{path} is not a whole GGUF file: {error or type(error).__name__}.") from error
         self.architecture = self.text("general.architecture")
 
+    def own(self, name: str) -> str:
+        """The full name of metadata that stands under the architecture's own."""
+        return f"{self.architecture}.{name}"
+
     def get(self, name: str) -> Any:
         """Metadata, or None."""
         return self._metadata.get(name)
@@ -79,6 +83,10 @@ class GgufFile:
     def optional_count(self, name: str) -> int | None:
         """An integer, or None."""
         return None if self.get(name) is None else self.count(name)
+
+    def optional_number(self, name: str) -> float | None:
+        """A number, or None."""
+        return None if self.get(name) is None else self.number(name)
 
     def values(self, name: str) -> list[Any]:
         """A list that must be there."""

@@ -54,11 +54,13 @@ def _mark_added_tokens(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) 
     """Control tokens are special (hidden from decoded text); user-defined ones only match before splitting."""
     types = file.values("tokenizer.ggml.token_type") if file.get("tokenizer.ggml.token_type") else []
     unknown = file.optional_count("tokenizer.ggml.unknown_token_id")
+    added = []
     for index, kind in enumerate(types):
         if kind == TokenType.CONTROL or (kind == TokenType.UNKNOWN and index == unknown):
-            tokenizer.add_special_tokens([AddedToken(tokens[index], special=True, normalized=False)])
+            added.append(AddedToken(tokens[index], special=True, normalized=False))
         elif kind == TokenType.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(tokens[index], special=False, normalized=False)])
+            added.append(AddedToken(tokens[index], special=False, normalized=False))
+    tokenizer.add_tokens(added)  # at once: each call builds the search for all of them anew
 
 
 def _special(file: GgufFile, tokens: list[str], name: str) -> str | None:
@@ -78,7 +80,7 @@ def _config(file: GgufFile, tokens: list[str]) -> bytes:
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "model_max_length": file.count("llama.context_length"),
+            "model_max_length": file.count(file.own("context_length")),
             **{key: text for key, text in special.items() if text is not None},
         },
         ensure_ascii=False,

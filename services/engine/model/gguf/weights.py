@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.model.errors import UnsupportedModel
+from services.engine.model.gguf.architectures import architecture_of
 from services.engine.model.gguf.config import OUTPUT_HEAD, ROPE_DIVISORS
 from services.engine.model.gguf.reader import GgufFile, GgufTensor
 
@@ -19,17 +21,6 @@ TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     OUTPUT_HEAD: "lm_head.weight",
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # 16-bit formats are kept as they are. A quantised value is a 16-bit scale times an integer, plus an offset: more
@@ -39,27 +30,32 @@ KEPT_FORMATS = {"F16": "F16", "BF16": "BF16"}
 
 def write_safetensors(file: GgufFile, config: dict[str, Any], target: Path) -> None:
     """Converts one tensor at a time, so that a model larger than memory converts too."""
+    architecture = architecture_of(file)
+    names = architecture.layer_names
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = [(_name(file, tensor), tensor) for tensor in file.tensors.values() if tensor.name != ROPE_DIVISORS]
+    stored = [tensor for tensor in file.tensors.values() if tensor.name != ROPE_DIVISORS]
+    tensors = [(_name(file, tensor, names), tensor) for tensor in stored]
     header, end = _header(tensors)
     with target.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         for _, tensor in tensors:
             layer_tensor = LAYER_TENSOR.fullmatch(tensor.name)
-            num_heads = heads.get(layer_tensor[2]) if layer_tensor else None
+            num_heads = heads.get(layer_tensor[2]) if layer_tensor and architecture.is_permuted else None
             values = _values(tensor)
+            if architecture.norm_offset and tensor.name.endswith("norm.weight"):
+                values = values - np.float32(architecture.norm_offset)
             stream.write((_unpermuted(values, num_heads) if num_heads else values).tobytes())
         if stream.tell() != 8 + len(header) + end:
             raise UnsupportedModel(f"{file.path.name} has a tensor whose stored size is not that of its shape.")
 
 
-def _name(file: GgufFile, tensor: GgufTensor) -> str:
+def _name(file: GgufFile, tensor: GgufTensor, layer_names: Mapping[str, str]) -> str:
     if tensor.name in TOP_NAMES:
         return TOP_NAMES[tensor.name]
     match = LAYER_TENSOR.fullmatch(tensor.name)
-    if match is None or match[2] not in LAYER_NAMES:
-        raise UnsupportedModel(f"{file.path.name} has a tensor {tensor.name}, which plain Llama models lack.")
-    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    if match is None or match[2] not in layer_names:
+        raise UnsupportedModel(f"{file.path.name} has a tensor {tensor.name}, which {file.architecture} models lack.")
+    return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
 
 
 def _header(tensors: list[tuple[str, GgufTensor]]) -> tuple[bytes, int]:
