@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_p
 from microserve.types.v1 import sampling_pb2
 
 from services.cli.errors import CliError
-from services.cli.values import Answer, Engine, Leg, Policy, Question
+from services.cli.values import Answer, Arm, Engine, Leg, Policy, Question, Split
 from services.protocol.errors import Code
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
@@ -70,6 +70,21 @@ class RouterClient:
         request = admin_pb2.SetPolicyRequest(name=name, source=source)
         reply = await self._admin.SetPolicy(request, timeout=_ADMIN_TIMEOUT_S)
         return _policy(reply.policy)
+
+    async def roll_back_policy(self) -> Policy:
+        """Restores the last good program."""
+        reply = await self._admin.RollBackPolicy(admin_pb2.RollBackPolicyRequest(), timeout=_ADMIN_TIMEOUT_S)
+        return _policy(reply.policy)
+
+    async def split_policies(self, shares: Mapping[str, float]) -> Split:
+        """Begins a split; with no shares ends it."""
+        wanted = [admin_pb2.PolicyShare(policy=name, percent=percent) for name, percent in shares.items()]
+        request = admin_pb2.SplitPoliciesRequest(shares=wanted)
+        return _split((await self._admin.SplitPolicies(request, timeout=_ADMIN_TIMEOUT_S)).split)
+
+    async def get_split(self) -> Split:
+        """The present or last split with its results."""
+        return _split((await self._admin.GetSplit(admin_pb2.GetSplitRequest(), timeout=_ADMIN_TIMEOUT_S)).split)
 
     @property
     def _admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
@@ -179,6 +194,25 @@ def _engine(engine: admin_pb2.EngineStatus) -> Engine:
 
 def _policy(policy: admin_pb2.PolicyInfo) -> Policy:
     return Policy(policy.name, policy.summary, policy.current, policy.file)
+
+
+def _split(split: admin_pb2.Split) -> Split:
+    return Split(
+        split.active,
+        tuple(
+            Arm(
+                policy=arm.policy,
+                percent=arm.percent,
+                requests=dict(arm.request_count_by_code),
+                ttft_mean_ms=_milliseconds(arm.ttft.mean),
+                ttft_p99_ms=_milliseconds(arm.ttft.p99),
+                tpot_mean_ms=_milliseconds(arm.tpot.mean),
+                jct_mean_ms=_milliseconds(arm.jct.mean),
+                jct_p99_ms=_milliseconds(arm.jct.p99),
+            )
+            for arm in split.arms
+        ),
+    )
 
 
 def _name(value: str, prefix: str) -> str:

@@ -107,6 +107,16 @@ class Fleet:
             options += ["--engine", _address(engine)]
         return self._start("router", name, [*options, *extra])
 
+    def start_again(self, ended: ServiceProcess) -> ServiceProcess:
+        """Starts a service that has ended once more, with the same options, at the addresses it had."""
+        said, command = ended.wait_ready(), list(ended.command)
+        for option, address in (("--listen", said.address), ("--http-listen", said.metrics)):
+            if option in command and address is not None:
+                command[command.index(option) + 1] = address
+        self.processes.remove(ended)
+        ended.close()
+        return self._launch(ended.service, ended.name, command, threads=1)
+
     def stop(self, *, timeout_s: float = _STOP_TIMEOUT_S) -> None:
         """Stops all, users before what they use. What has not ended in time is killed. Exit codes stay readable
         until close()."""
@@ -145,6 +155,9 @@ class Fleet:
         # -P: a file in the working directory that is named like a module must not be taken for it.
         command = [sys.executable, "-P", "-m", f"{self._package}.{service}", *options]
         command += ["--lifeline-fd", str(self._lifeline), "--grace-s", str(self._grace_s)]
+        return self._launch(service, name, command, threads)
+
+    def _launch(self, service: str, name: str, command: Sequence[str], threads: int) -> ServiceProcess:
         log_path = self.folder / f"{name}.log"
         process = ServiceProcess(service, name, command, log_path, _environment(threads), self._lifeline)
         self.processes.append(process)

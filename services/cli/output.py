@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.values import Answer, Endpoint, Engine, Policy
+from services.cli.values import Answer, Endpoint, Engine, Policy, Split
 
 _PIPE_WIDTH = 200
 
@@ -88,6 +88,24 @@ def print_policies(policies: Sequence[Policy]) -> None:
     table = _table("Policies", ["", "policy", "what it does"], [])
     for policy in policies:
         table.add_row("*" if policy.current else "", policy.name, policy.summary)
+    say(table)
+
+
+def print_split(split: Split) -> None:
+    """How requests are shared out and what came of them, the current program first."""
+    if not split.arms:
+        say("requests have not been split")
+        return
+    table = _table(
+        "Split" if split.active else "Split, ended",
+        ["policy"],
+        ["%", "requests", "errors", "ttft ms", "p99", "tpot ms", "jct ms", "p99"],
+    )
+    for arm in split.arms:
+        total = sum(arm.requests.values())
+        times = (arm.ttft_mean_ms, arm.ttft_p99_ms, arm.tpot_mean_ms, arm.jct_mean_ms, arm.jct_p99_ms)
+        errors = total - arm.requests.get("OK", 0)
+        table.add_row(arm.policy, f"{arm.percent:g}", str(total), str(errors), *(f"{time:.1f}" for time in times))
     say(table)
 
 

@@ -64,6 +64,46 @@ def set_command(
     asyncio.run(run())
 
 
+@app.command("rollback")
+def rollback_command(address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
+    """Restores the last program that has answered a request before the current one."""
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            restored = await router.roll_back_policy()
+        output.print_json(restored) if json else print(f"{restored.name}: {restored.summary}")
+
+    asyncio.run(run())
+
+
+@app.command("split")
+def split_command(
+    shares: Annotated[list[str] | None, typer.Argument(metavar="[POLICY=PERCENT]...")] = None,
+    end: Annotated[bool, typer.Option("--end", help="All requests go to the current program again.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+    json: Json = False,
+) -> None:
+    """Shares out requests between programs, or shows what came of it. The current program gets the rest."""
+    wanted = dict(_share(text) for text in shares or ())
+    if end and wanted:
+        raise CliError("--end takes no shares")
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            split = await (router.split_policies(wanted) if wanted or end else router.get_split())
+        output.print_json(split) if json else output.print_split(split)
+
+    asyncio.run(run())
+
+
+def _share(text: str) -> tuple[str, float]:
+    policy, _, percent = text.rpartition("=")
+    try:
+        return policy, float(percent)
+    except ValueError:
+        raise CliError(f"{text!r} is not POLICY=PERCENT") from None
+
+
 def is_file(policy: str) -> bool:
     """Whether NAME|FILE means a file: it ends in .py or has a slash."""
     return policy.endswith(".py") or "/" in policy

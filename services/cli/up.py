@@ -19,10 +19,12 @@ from services.cli.errors import CliError
 from services.cli.fleet import Fleet, core_count
 from services.cli.models import fetch, require_engine
 from services.cli.policy import is_file
-from services.cli.process import ServiceProcess
+from services.cli.process import Ready, ServiceProcess
 from services.cli.values import Endpoint, Question
 
 HOST = "127.0.0.1"
+# By which a router says that a program holds its event loop and cannot be interrupted.
+_EXIT_STUCK = 70
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
 
@@ -185,8 +187,18 @@ class _Launcher:
 
     def _child_died(self, process: ServiceProcess) -> None:
         self._loop.remove_reader(process)
-        if not self._dead.done():
+        if process.service == "router" and process.poll() == _EXIT_STUCK and process.ready.done():
+            # It holds nothing that engines do not release by themselves.
+            self._say("a program holds the router: starting another", {"event": "restarting", "service": "router"})
+            router = self._watch(self._fleet.start_again(process))
+            asyncio.wrap_future(router.ready).add_done_callback(self._restarted)
+        elif not self._dead.done():
             self._dead.set_result(process)
+
+    def _restarted(self, ready: asyncio.Future[Ready]) -> None:
+        # One that could not start has died, which is heard of by itself.
+        if ready.exception() is None:
+            self._show_endpoints()
 
     def _interrupt(self) -> None:
         if self._interrupted:

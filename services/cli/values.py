@@ -78,6 +78,28 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Arm:
+    """One program of a split, and what came of its requests. Times are of those that ended well."""
+
+    policy: str
+    percent: float
+    requests: dict[str, int]  # by canonical status code
+    ttft_mean_ms: float
+    ttft_p99_ms: float
+    tpot_mean_ms: float
+    jct_mean_ms: float
+    jct_p99_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How requests that name no policy are shared out. No arms: there never was a split."""
+
+    active: bool
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a service of the launcher listens."""
 

@@ -13,6 +13,7 @@ from services.rpc.log import configure
 from services.rpc.main import run_main
 
 PROG = "microserve-router"
+EXIT_STUCK = 70  # sysexits.h: internal software error
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def main() -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
-    router = Router(config)
+    router = Router(config, on_stuck=_end_stuck)
     try:
         log.info("starting", extra={"fields": describe(config)})
         addresses = await router.start()
@@ -38,6 +39,12 @@ async def _serve(config: RouterConfig) -> None:
         log.error("ending with programs that do not", extra={"fields": {"count": router.num_running}})
         logging.shutdown()
         os._exit(0)
+
+
+def _end_stuck() -> None:
+    """The event loop can do nothing any more, not even end: the supervisor starts another router."""
+    logging.shutdown()
+    os._exit(EXIT_STUCK)
 
 
 if __name__ == "__main__":

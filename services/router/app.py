@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
@@ -21,6 +22,7 @@ from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
+from services.router.programs.watchdog import Watchdog
 from services.router.service import GenerationService
 from services.router.servicer import RouterServicer
 from services.router.text.store import TokenizerStore
@@ -46,8 +48,15 @@ class Addresses:
 class Router:
     """One router. Make it, start it, run it and close it inside one event loop."""
 
-    def __init__(self, config: RouterConfig, *, backoff: BackoffConfig | None = None) -> None:
-        """BadPolicy if a program of the configuration cannot be loaded."""
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        backoff: BackoffConfig | None = None,
+        on_stuck: Callable[[], None] | None = None,
+    ) -> None:
+        """BadPolicy if a program of the configuration cannot be loaded. `on_stuck` is called from another thread when
+        a program holds the event loop and cannot be interrupted."""
         self.config = config
         self.addresses = Addresses()
         self.registry = Registry(retire_s=config.request_timeout)
@@ -89,6 +98,7 @@ class Router:
         )
         self._serving: bool | None = None
         self._draining = False
+        self._watchdog = Watchdog(config.watchdog_limits, on_stuck)
 
     @property
     def serving(self) -> bool:
@@ -102,6 +112,7 @@ class Router:
 
     async def start(self) -> Addresses:
         """Binds every address and begins to follow the engines. PortInUse, StartError."""
+        self._watchdog.start()
         self.addresses.grpc = await self.server.start()
         self.server.set_serving(ADMIN_SERVICE, True)
         if self._admin_server is not None:
@@ -125,6 +136,7 @@ class Router:
                 await server.stop(0)
         await self._host.close()
         await self.registry.stop()
+        self._watchdog.stop()
 
     async def _drain(self) -> None:
         self._draining = True

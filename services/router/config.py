@@ -8,6 +8,7 @@ from pathlib import Path
 from services.router.fleet.recovery import RetryLimits
 from services.router.http import HttpTls
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
+from services.router.programs.watchdog import BLOCK_TIMEOUT_S, GIVE_UP_TIMEOUT_S, WatchdogLimits
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
@@ -31,6 +32,10 @@ class RouterConfig(ServerConfig):
     policy_file: tuple[Path, ...] = field(default=(), metadata={"help": "a program to have at hand; may be repeated"})
     policy_timeout: float = field(
         default=POLICY_TIMEOUT_S, metadata={"help": "seconds a program may take between two chunks"}
+    )
+    policy_block_timeout: float = field(
+        default=BLOCK_TIMEOUT_S,
+        metadata={"help": "seconds a program may keep the event loop to itself before it is interrupted"},
     )
     request_timeout: float = field(
         default=600.0, metadata={"help": "seconds a request may take, whatever its own deadline"}
@@ -79,6 +84,7 @@ class RouterConfig(ServerConfig):
                 split_address(address)
         for name in (
             "policy_timeout",
+            "policy_block_timeout",
             "request_timeout",
             "client_timeout",
             "max_requests",
@@ -122,6 +128,12 @@ class RouterConfig(ServerConfig):
             max_buffered=self.max_buffered_tokens,
             retries=RetryLimits(self.max_retries, self.stranded_timeout),
         )
+
+    @property
+    def watchdog_limits(self) -> WatchdogLimits:
+        """How long the event loop may stand still."""
+        block_s = self.policy_block_timeout
+        return WatchdogLimits(block_s, max(GIVE_UP_TIMEOUT_S, 4 * block_s))
 
     def _check_upload(self) -> None:
         if not self.allow_policy_upload:

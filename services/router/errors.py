@@ -11,6 +11,7 @@ RouterError
 ├── UnknownPolicy          NOT_FOUND
 ├── UnknownRequest         NOT_FOUND
 ├── BadPolicy              INVALID_ARGUMENT     a program cannot be loaded, or its parameters are wrong
+├── NoEarlierPolicy        FAILED_PRECONDITION  there is no policy to go back to
 ├── UploadDisabled         PERMISSION_DENIED
 ├── PolicyFailed           ABORTED              a program raised, yielded nothing or yielded nonsense
 ├── PolicyTimeout          DEADLINE_EXCEEDED    a program yielded nothing for too long
@@ -104,6 +105,13 @@ class BadPolicy(RouterError):
 
     code = Code.INVALID_ARGUMENT
     reason = "BAD_POLICY"
+
+
+class NoEarlierPolicy(RouterError):
+    """The policy in use is the first one."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_EARLIER_POLICY"
 
 
 class UploadDisabled(RouterError):

@@ -60,6 +60,22 @@ BREAKER_STATE = Gauge(
     "Breaker of each engine of the fleet: 0 closed, 1 half open, 2 open.",
     ["address"],
 )
+ARM_REQUESTS = Counter(
+    "microserve_router_arm_requests",
+    "Requests that ended while traffic was split, by arm (a program with its parameters) and canonical status code.",
+    ["arm", "code"],
+)
+ARM_SECONDS = Histogram(
+    "microserve_router_arm_seconds",
+    "Times of requests that ended well while traffic was split, by arm: ttft, tpot and jct.",
+    ["arm", "time"],
+    buckets=_SECONDS,
+)
+BLOCKED_LOOPS = Counter(
+    "microserve_router_blocked_loops",
+    "Times the event loop was found standing still, by the program that held it (router: none did).",
+    ["policy"],
+)
 ENGINES = Gauge("microserve_router_engines", "Engines of the fleet, by whether they take work.", ["state"])
 HTTP_REQUESTS = Counter(
     "microserve_router_http_requests",

@@ -29,6 +29,7 @@ from services.router.fleet.registry import Model, Registry
 from services.router.metrics import DURATION_SECONDS, REQUESTS, TOKENS, TTFT_SECONDS
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
+from services.router.programs.program import BoundProgram
 from services.router.programs.runner import PolicyRun
 from services.router.request import PolicyRequest
 from services.router.text.output import TextOutput
@@ -58,12 +59,19 @@ class Record:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.policy, self.spec = "none", ""
+        self.program: BoundProgram | None = None
+        self.first_token_s: float | None = None
+        self.output_tokens = 0
         self.legs = Legs()
         self._begin = time.monotonic()
 
     def elapsed_s(self) -> float:
         """Since the request came."""
         return time.monotonic() - self._begin
+
+    def trace(self, code: str) -> Trace:
+        """What is kept of it when it has ended."""
+        return Trace(self.spec, self.legs.legs(), code, self.elapsed_s(), self.first_token_s, self.output_tokens)
 
 
 class GenerationService:
@@ -92,9 +100,9 @@ class GenerationService:
             check(ask)
             with self._admission.enter():
                 program = self._catalogue.resolve(ask.policy)
+                record.program, record.policy, record.spec = program, program.name, program.spec
                 if ask.beside:
                     program = beside(program, ask.beside)
-                record.policy, record.spec = program.name, program.spec
                 model = self._registry.model(ask.model)
                 request = await self._request(ask, model, record.request_id)
                 output = TextOutput(
@@ -108,7 +116,9 @@ class GenerationService:
                     async with aclosing(_answers(run, output, len(request.prompt))) as answers:
                         first = await anext(answers)
                         record.spec = run.served_by.spec
-                        TTFT_SECONDS.labels(record.policy).observe(record.elapsed_s())
+                        record.first_token_s = record.elapsed_s()
+                        TTFT_SECONDS.labels(record.policy).observe(record.first_token_s)
+                        record.output_tokens += len(first.token_ids)
                         yield replace(
                             first,
                             request_id=record.request_id,
@@ -116,6 +126,7 @@ class GenerationService:
                             engine=run.legs.generating_engine(),
                         )
                         async for answer in answers:
+                            record.output_tokens += len(answer.token_ids)
                             yield answer
                 finally:
                     await run.close()
@@ -163,8 +174,10 @@ class GenerationService:
         finally:
             REQUESTS.labels(record.policy, code).inc()
             DURATION_SECONDS.labels(record.policy).observe(record.elapsed_s())
-            if record.spec:
-                self._traces.add(record.request_id, Trace(record.spec, record.legs.legs(), code))
+            if record.program is not None:
+                trace = record.trace(code)
+                self._traces.add(record.request_id, trace)
+                self._catalogue.ended(record.program, trace)
 
 
 async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -> AsyncGenerator[Answer, None]:

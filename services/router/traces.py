@@ -11,11 +11,21 @@ from services.router.values import Leg
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One request that has ended."""
+    """One request that has ended. Times in seconds from its arrival."""
 
     policy: str
     legs: tuple[Leg, ...]
     code: str  # name of the canonical status code
+    duration_s: float = 0.0
+    first_token_s: float | None = None  # None if there was none
+    output_tokens: int = 0
+
+    @property
+    def per_token_s(self) -> float | None:
+        """Mean time between output tokens after the first; None with fewer than two."""
+        if self.first_token_s is None or self.output_tokens < 2:
+            return None
+        return (self.duration_s - self.first_token_s) / (self.output_tokens - 1)
 
 
 class Traces:

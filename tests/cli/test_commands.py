@@ -62,6 +62,22 @@ def test_policy_list_show_set(microserve: Run, router_address: str) -> None:
     assert json.loads(microserve("policy", "show", "--json", *at)[1])["policy"] == "disaggregated"
 
 
+def test_policy_rollback_and_split(microserve: Run, router_address: str) -> None:
+    at = ("--address", router_address)
+    assert microserve("policy", "split", *at) == (0, "requests have not been split\n", "")
+    assert microserve("policy", "rollback", *at) == (0, "data_parallel: One engine does all.\n", "")
+    code, out, _ = microserve("policy", "split", "balanced:ratio=0.5=12.5", "disaggregated=3", *at)
+    assert code == 0
+    row = next(line.split() for line in out.splitlines() if "balanced" in line)
+    assert row[:5] == ["balanced:ratio=0.5", "12.5", "4", "1", "25.0"]
+    split = json.loads(microserve("policy", "split", "--end", "--json", *at)[1])
+    assert (split["active"], split["arms"][1]["requests"]) == (False, {"OK": 3, "ABORTED": 1})
+    for wrong, sentence in ((("disaggregated",), "is not POLICY=PERCENT"), (("--end", "x=1"), "takes no shares")):
+        code, _, err = microserve("policy", "split", *wrong, *at)
+        assert (code, err.count("\n"), sentence in err) == (2, 1, True)
+    microserve("policy", "set", "disaggregated", *at)
+
+
 def test_errors_of_the_router_are_one_line(microserve: Run, router_address: str, tmp_path: Path) -> None:
     at = ("--address", router_address)
     unknown = "microserve: there is no policy 'x' (NOT_FOUND, UNKNOWN_POLICY)\n"

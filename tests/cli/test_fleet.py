@@ -16,7 +16,7 @@ import pytest
 from services.cli.client import wait_serving
 from services.cli.errors import ServiceFailed
 from services.cli.fleet import Fleet
-from tests.cli.conftest import start_up
+from tests.cli.conftest import Run, start_up
 
 pytestmark = pytest.mark.slow
 FAKES = "tests.cli.fakes"
@@ -151,6 +151,22 @@ def test_up_ends_when_a_child_dies(tmp_path: Path) -> None:
         assert launcher.returncode == 1
         assert err.startswith("microserve: engine-1 ended by signal 9\n")
         assert not any(alive(pid) for pid in pids.values())
+
+
+def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, microserve: Run) -> None:
+    with start_up(tmp_path, "m") as launcher:
+        endpoints = {endpoint["name"]: endpoint for endpoint in read_event(launcher)["endpoints"]}
+        read_event(launcher)
+        address = ("--address", endpoints["router"]["grpc"])
+        assert microserve("ask", "stuck", *address)[0] != 0
+        assert read_event(launcher) == {"event": "restarting", "service": "router"}
+        restarted = read_event(launcher)
+        assert (restarted["event"], restarted["endpoints"][-1]["grpc"]) == ("ready", address[1])
+        assert microserve("ask", "Hi", *address)[0] == 0
+        launcher.send_signal(signal.SIGTERM)
+        assert read_event(launcher) == {"event": "stopping"}
+        launcher.communicate(timeout=30)
+        assert launcher.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,11 @@ pytestmark = pytest.mark.slow
 
 
 @asynccontextmanager
-async def router(*options: str, pass_fds: tuple[int, ...] = ()) -> AsyncIterator[asyncio.subprocess.Process]:
+async def router(
+    *options: str, pass_fds: tuple[int, ...] = (), start: tuple[str, str] = ("-m", "services.router")
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.router", "--listen", "127.0.0.1:0", *options),
+        *(sys.executable, *start, "--listen", "127.0.0.1:0", *options),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=ENVIRONMENT,

@@ -9,6 +9,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
+from services.router.admin.wire import split_to_wire
 from services.router.errors import BadPolicy, UploadDisabled
 from services.router.fleet.breaker import BreakerState
 from services.router.fleet.member import Member
@@ -98,6 +99,28 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         fields = {"policy": current.spec, "uploaded": bool(request.source), "peer": context.peer()}
         log.info("policy set", extra={"fields": fields})
         return admin_pb2.SetPolicyResponse(policy=self._describe(current.program))
+
+    async def RollBackPolicy(
+        self, request: admin_pb2.RollBackPolicyRequest, context: Context
+    ) -> admin_pb2.RollBackPolicyResponse:
+        restored = self._catalogue.roll_back()
+        log.info("policy rolled back", extra={"fields": {"policy": restored.spec, "peer": context.peer()}})
+        return admin_pb2.RollBackPolicyResponse(policy=self._describe(restored.program))
+
+    async def SplitPolicies(
+        self, request: admin_pb2.SplitPoliciesRequest, context: Context
+    ) -> admin_pb2.SplitPoliciesResponse:
+        shares = [(share.policy, share.percent) for share in request.shares]
+        if shares:
+            self._catalogue.begin_split(shares)
+        else:
+            self._catalogue.end_split()
+        fields = {"shares": " ".join(f"{name}={percent:g}" for name, percent in shares), "peer": context.peer()}
+        log.info("policies split", extra={"fields": fields})
+        return admin_pb2.SplitPoliciesResponse(split=split_to_wire(self._catalogue.split))
+
+    async def GetSplit(self, request: admin_pb2.GetSplitRequest, context: Context) -> admin_pb2.GetSplitResponse:
+        return admin_pb2.GetSplitResponse(split=split_to_wire(self._catalogue.split))
 
     async def GetTrace(self, request: admin_pb2.GetTraceRequest, context: Context) -> admin_pb2.GetTraceResponse:
         trace = self._traces.get(request.request_id)

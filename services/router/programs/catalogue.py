@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from services.router.errors import BadPolicy, UnknownPolicy
+from services.router.errors import BadPolicy, NoEarlierPolicy, UnknownPolicy
 from services.router.programs.loader import load_file
 from services.router.programs.program import BoundProgram, Program
+from services.router.programs.split import Split
+from services.router.traces import Trace
 
 BUILT_IN = Path(__file__).parent.parent / "policies"
 FALLBACK = "data_parallel"
 MAX_UPLOADED = 64
+MAX_PAST = 16
 
 
 def built_in_programs() -> list[Program]:
     """Those that come with the router."""
     return [load_file(path) for path in sorted(BUILT_IN.glob("*.py")) if path.stem != "__init__"]
+
+
+@dataclass(slots=True)
+class _Use:
+    """A program while it is, or was, the current one."""
+
+    program: BoundProgram
+    answered: bool = False  # whether a request on it has ended well
 
 
 class Catalogue:
@@ -32,12 +45,19 @@ class Catalogue:
             program = load_file(Path(use))
             self.add(program)
             use = program.name
-        self._current = self.resolve(use)
+        self._past: deque[_Use] = deque(maxlen=MAX_PAST)
+        self._use = _Use(self.bind(use))
+        self._split: Split | None = None
 
     @property
     def current(self) -> BoundProgram:
-        """What requests that name no policy run."""
-        return self._current
+        """What requests that name no policy run, but for the shares of a split."""
+        return self._use.program
+
+    @property
+    def split(self) -> Split | None:
+        """How requests that name no policy are shared out, or were last."""
+        return self._split
 
     @property
     def fallback(self) -> BoundProgram:
@@ -51,23 +71,68 @@ class Catalogue:
     def get(self, name: str) -> Program:
         """The program of that name, the current one for an empty name. UnknownPolicy."""
         if not name:
-            return self._current.program
+            return self.current.program
         program = self._programs.get(name)
         if program is None:
             raise UnknownPolicy(f"there is no policy named {name[:100]!r}")
         return program
 
-    def resolve(self, spec: str) -> BoundProgram:
-        """The program for "name" or "name:parameters", the current one for "". UnknownPolicy, BadPolicy."""
-        if not spec:
-            return self._current
+    def bind(self, spec: str) -> BoundProgram:
+        """The program for "name" or "name:parameters". UnknownPolicy, BadPolicy."""
         name, _, text = spec.partition(":")
+        if not name:
+            raise BadPolicy("name a policy")
         return self.get(name).bind(text)
 
+    def resolve(self, spec: str) -> BoundProgram:
+        """The program for a request: as named, else by the split, else the current one. UnknownPolicy, BadPolicy."""
+        if spec:
+            return self.bind(spec)
+        if self._split is not None and not self._split.ended:
+            return self._split.pick()
+        return self.current
+
     def use(self, spec: str) -> BoundProgram:
-        """Makes it the current one, at once and for requests that begin from now on. UnknownPolicy, BadPolicy."""
-        self._current = self.resolve(spec)
-        return self._current
+        """Makes it the current one, at once and for requests that begin from now on; a split ends. UnknownPolicy,
+        BadPolicy."""
+        program = self.bind(spec)
+        self._past.append(self._use)
+        self._use = _Use(program)
+        self.end_split()
+        return program
+
+    def roll_back(self) -> BoundProgram:
+        """Makes the last good one current again, with the code it had: the latest before the current one that has
+        answered a request, else the oldest known. A split ends. NoEarlierPolicy."""
+        if not self._past:
+            raise NoEarlierPolicy(f"no policy was in use before {self.current.spec}")
+        good = [use for use in self._past if use.answered]
+        restored = good[-1] if good else self._past[0]
+        while self._past.pop() is not restored:
+            pass
+        self._use = restored
+        self._programs[restored.program.name] = restored.program.program
+        self.end_split()
+        return restored.program
+
+    def begin_split(self, shares: Sequence[tuple[str, float]]) -> Split:
+        """Shares out the requests that name no policy: (program, percent) each, the rest to the current one.
+        UnknownPolicy, BadPolicy."""
+        self._split = Split(self.current, [(self.bind(spec), percent) for spec, percent in shares])
+        return self._split
+
+    def end_split(self) -> None:
+        """From now on all go to the current one; the results stay to be read."""
+        if self._split is not None:
+            self._split.ended = True
+
+    def ended(self, program: BoundProgram, trace: Trace) -> None:
+        """A request that `program` was to serve has ended."""
+        if self._split is not None:
+            self._split.add(program, trace)
+        if trace.code == "OK":
+            for use in (self._use, *self._past):
+                use.answered = use.answered or use.program is program
 
     def add(self, program: Program) -> None:
         """Takes a program in, in place of an earlier one of that name. BadPolicy for names of built-in ones."""

@@ -9,6 +9,7 @@ import linecache
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from services.router.programs.program import Program
 
 MAX_SOURCE_CHARACTERS = 1 << 16
 LOAD_TIMEOUT_S = 5.0
+_MODULE_PREFIX = "microserve_policy_"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _numbers = itertools.count(1)
 
@@ -82,8 +84,16 @@ def load_source(name: str, source: str, *, file: str = "") -> Program:
     return Program(name, summary, source, file, function, params)
 
 
+def program_name(module: Mapping[str, Any]) -> str | None:
+    """The name of the program whose module has these globals; None for any other module."""
+    name = module.get("__name__")
+    if not isinstance(name, str) or not name.startswith(_MODULE_PREFIX):
+        return None
+    return name.removeprefix(_MODULE_PREFIX).partition("_")[2]
+
+
 def _run(name: str, source: str, file: str) -> ModuleType:
-    module = ModuleType(f"microserve_policy_{name}_{next(_numbers)}")
+    module = ModuleType(f"{_MODULE_PREFIX}{next(_numbers)}_{name}")
     module.__file__ = file
     # Dataclasses look their module up, tracebacks their lines.
     sys.modules[module.__name__] = module

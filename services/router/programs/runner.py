@@ -18,6 +18,7 @@ from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
 from services.router.programs.program import BoundProgram
+from services.router.programs.watchdog import ProgramInterrupted
 from services.router.request import PolicyRequest
 from services.router.values import Chunk
 
@@ -178,6 +179,8 @@ class PolicyRun:
 
     def _explain(self, raised: BaseException) -> ServiceError:
         """What the client is told; the log has the rest."""
+        if _interrupted(raised):
+            return PolicyFailed(f"policy {self.served_by.spec} blocked the router and was interrupted")
         known = _service_error(raised)
         if known is not None:
             return known
@@ -188,6 +191,13 @@ class PolicyRun:
 
     def _cancelled(self) -> bool:
         return self._task.cancelling() > 0
+
+
+def _interrupted(raised: BaseException) -> bool:
+    """Whether the watchdog ended it, in the program or in a task of its own."""
+    if isinstance(raised, BaseExceptionGroup):
+        return any(map(_interrupted, raised.exceptions))
+    return isinstance(raised, ProgramInterrupted)
 
 
 def _service_error(raised: BaseException) -> ServiceError | None:

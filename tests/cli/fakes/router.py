@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -50,7 +51,8 @@ LEGS = [
 
 
 class Router(router_pb2_grpc.RouterServiceServicer):
-    """Answers with the question; "wait" waits for ever after the first word."""
+    """Answers with the question; "wait" waits for ever after the first word, "stuck" ends as a
+    router does whose event loop a program holds."""
 
     def __init__(self, admin: Admin) -> None:
         self.admin = admin
@@ -62,6 +64,8 @@ class Router(router_pb2_grpc.RouterServiceServicer):
         policy = self.admin.find(metadata.get("x-microserve-policy", self.admin.current))
         text = request.text or request.chat.messages[0].content
         yield router_pb2.GenerateResponse(text="You said ", request_id="r1", policy=policy)
+        if text == "stuck":
+            os._exit(os.EX_SOFTWARE)
         if text == "wait":
             await asyncio.Event().wait()
         yield router_pb2.GenerateResponse(text=f"[b]{text}[/b]", token_ids=[1, 2])
@@ -75,6 +79,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     def __init__(self, config: RouterConfig) -> None:
         self.engines = config.engine
         self.current = config.policy
+        self.split = admin_pb2.Split()
 
     def find(self, name: str) -> str:
         if name not in PROGRAMS:
@@ -105,6 +110,21 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             raise UploadDisabled("this router takes no code over the network")
         self.current = self.find(request.name)
         return admin_pb2.SetPolicyResponse(policy=self.info(self.current))
+
+    async def RollBackPolicy(self, request: Any, context: Any) -> admin_pb2.RollBackPolicyResponse:
+        self.current = "data_parallel"
+        return admin_pb2.RollBackPolicyResponse(policy=self.info(self.current))
+
+    async def SplitPolicies(self, request: Any, context: Any) -> admin_pb2.SplitPoliciesResponse:
+        self.split = admin_pb2.Split(active=bool(request.shares), arms=self.split.arms)
+        for share in request.shares:
+            arm = self.split.arms.add(policy=share.policy, percent=share.percent)
+            arm.request_count_by_code.update({"OK": 3, "ABORTED": 1})
+            arm.ttft.mean.FromMilliseconds(25)
+        return admin_pb2.SplitPoliciesResponse(split=self.split)
+
+    async def GetSplit(self, request: Any, context: Any) -> admin_pb2.GetSplitResponse:
+        return admin_pb2.GetSplitResponse(split=self.split)
 
 
 async def serve(config: RouterConfig) -> None:

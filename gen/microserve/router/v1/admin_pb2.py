@@ -22,55 +22,80 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from microserve.engine.v1 import engine_pb2 as microserve_dot_engine_dot_v1_dot_engine__pb2
 from microserve.types.v1 import sampling_pb2 as microserve_dot_types_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n microserve/router/v1/admin.proto\x12\x14microserve.router.v1\x1a!microserve/engine/v1/engine.proto\x1a\"microserve/types/v1/sampling.proto\"\x14\n\x12ListEnginesRequest\"\x8f\x02\n\x0c\x45ngineStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07healthy\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x33\n\x04info\x18\x04 \x01(\x0b\x32%.microserve.engine.v1.GetInfoResponse\x12\x35\n\x04load\x18\x05 \x01(\x0b\x32\'.microserve.engine.v1.WatchLoadResponse\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\x06 \x01(\x04\x12\x33\n\x07\x62reaker\x18\x07 \x01(\x0e\x32\".microserve.router.v1.BreakerState\x12\x0f\n\x07sources\x18\x08 \x03(\t\"J\n\x13ListEnginesResponse\x12\x33\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\".microserve.router.v1.EngineStatus\"#\n\x10\x41\x64\x64\x45ngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x13\n\x11\x41\x64\x64\x45ngineResponse\"&\n\x13RemoveEngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x16\n\x14RemoveEngineResponse\"5\n\x12\x44rainEngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"\x15\n\x13\x44rainEngineResponse\"J\n\nPolicyInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\x15\n\x13ListPoliciesRequest\"J\n\x14ListPoliciesResponse\x12\x32\n\x08policies\x18\x01 \x03(\x0b\x32 .microserve.router.v1.PolicyInfo\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"U\n\x11GetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .microserve.router.v1.PolicyInfo\x12\x0e\n\x06source\x18\x02 \x01(\t\"0\n\x10SetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"E\n\x11SetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .microserve.router.v1.PolicyInfo\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x10GetTraceResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12&\n\x04legs\x18\x02 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x02\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x03\x32\x99\x06\n\x0c\x41\x64minService\x12\x62\n\x0bListEngines\x12(.microserve.router.v1.ListEnginesRequest\x1a).microserve.router.v1.ListEnginesResponse\x12\\\n\tAddEngine\x12&.microserve.router.v1.AddEngineRequest\x1a\'.microserve.router.v1.AddEngineResponse\x12\x65\n\x0cRemoveEngine\x12).microserve.router.v1.RemoveEngineRequest\x1a*.microserve.router.v1.RemoveEngineResponse\x12\x62\n\x0b\x44rainEngine\x12(.microserve.router.v1.DrainEngineRequest\x1a).microserve.router.v1.DrainEngineResponse\x12\x65\n\x0cListPolicies\x12).microserve.router.v1.ListPoliciesRequest\x1a*.microserve.router.v1.ListPoliciesResponse\x12\\\n\tGetPolicy\x12&.microserve.router.v1.GetPolicyRequest\x1a\'.microserve.router.v1.GetPolicyResponse\x12\\\n\tSetPolicy\x12&.microserve.router.v1.SetPolicyRequest\x1a\'.microserve.router.v1.SetPolicyResponse\x12Y\n\x08GetTrace\x12%.microserve.router.v1.GetTraceRequest\x1a&.microserve.router.v1.GetTraceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n microserve/router/v1/admin.proto\x12\x14microserve.router.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!microserve/engine/v1/engine.proto\x1a\"microserve/types/v1/sampling.proto\"\x14\n\x12ListEnginesRequest\"\x8f\x02\n\x0c\x45ngineStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07healthy\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x33\n\x04info\x18\x04 \x01(\x0b\x32%.microserve.engine.v1.GetInfoResponse\x12\x35\n\x04load\x18\x05 \x01(\x0b\x32\'.microserve.engine.v1.WatchLoadResponse\x12\x1a\n\x12\x63\x61\x63hed_block_count\x18\x06 \x01(\x04\x12\x33\n\x07\x62reaker\x18\x07 \x01(\x0e\x32\".microserve.router.v1.BreakerState\x12\x0f\n\x07sources\x18\x08 \x03(\t\"J\n\x13ListEnginesResponse\x12\x33\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\".microserve.router.v1.EngineStatus\"#\n\x10\x41\x64\x64\x45ngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x13\n\x11\x41\x64\x64\x45ngineResponse\"&\n\x13RemoveEngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x16\n\x14RemoveEngineResponse\"5\n\x12\x44rainEngineRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"\x15\n\x13\x44rainEngineResponse\"J\n\nPolicyInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x08\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\x15\n\x13ListPoliciesRequest\"J\n\x14ListPoliciesResponse\x12\x32\n\x08policies\x18\x01 \x03(\x0b\x32 .microserve.router.v1.PolicyInfo\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"U\n\x11GetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .microserve.router.v1.PolicyInfo\x12\x0e\n\x06source\x18\x02 \x01(\t\"0\n\x10SetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"E\n\x11SetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .microserve.router.v1.PolicyInfo\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x10GetTraceResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12&\n\x04legs\x18\x02 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\"\x17\n\x15RollBackPolicyRequest\"J\n\x16RollBackPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .microserve.router.v1.PolicyInfo\".\n\x0bPolicyShare\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\"I\n\x14SplitPoliciesRequest\x12\x31\n\x06shares\x18\x01 \x03(\x0b\x32!.microserve.router.v1.PolicyShare\"C\n\x15SplitPoliciesResponse\x12*\n\x05split\x18\x01 \x01(\x0b\x32\x1b.microserve.router.v1.Split\"\x11\n\x0fGetSplitRequest\">\n\x10GetSplitResponse\x12*\n\x05split\x18\x01 \x01(\x0b\x32\x1b.microserve.router.v1.Split\"E\n\x05Split\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x08\x12,\n\x04\x61rms\x18\x02 \x03(\x0b\x32\x1e.microserve.router.v1.SplitArm\"\xde\x02\n\x08SplitArm\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12U\n\x15request_count_by_code\x18\x03 \x03(\x0b\x32\x36.microserve.router.v1.SplitArm.RequestCountByCodeEntry\x12\x34\n\x04ttft\x18\x04 \x01(\x0b\x32&.microserve.router.v1.TimeDistribution\x12\x34\n\x04tpot\x18\x05 \x01(\x0b\x32&.microserve.router.v1.TimeDistribution\x12\x33\n\x03jct\x18\x06 \x01(\x0b\x32&.microserve.router.v1.TimeDistribution\x1a\x39\n\x17RequestCountByCodeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x9a\x01\n\x10TimeDistribution\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\'\n\x04mean\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03p50\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03p99\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x02\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x03\x32\xcb\x08\n\x0c\x41\x64minService\x12\x62\n\x0bListEngines\x12(.microserve.router.v1.ListEnginesRequest\x1a).microserve.router.v1.ListEnginesResponse\x12\\\n\tAddEngine\x12&.microserve.router.v1.AddEngineRequest\x1a\'.microserve.router.v1.AddEngineResponse\x12\x65\n\x0cRemoveEngine\x12).microserve.router.v1.RemoveEngineRequest\x1a*.microserve.router.v1.RemoveEngineResponse\x12\x62\n\x0b\x44rainEngine\x12(.microserve.router.v1.DrainEngineRequest\x1a).microserve.router.v1.DrainEngineResponse\x12\x65\n\x0cListPolicies\x12).microserve.router.v1.ListPoliciesRequest\x1a*.microserve.router.v1.ListPoliciesResponse\x12\\\n\tGetPolicy\x12&.microserve.router.v1.GetPolicyRequest\x1a\'.microserve.router.v1.GetPolicyResponse\x12\\\n\tSetPolicy\x12&.microserve.router.v1.SetPolicyRequest\x1a\'.microserve.router.v1.SetPolicyResponse\x12k\n\x0eRollBackPolicy\x12+.microserve.router.v1.RollBackPolicyRequest\x1a,.microserve.router.v1.RollBackPolicyResponse\x12h\n\rSplitPolicies\x12*.microserve.router.v1.SplitPoliciesRequest\x1a+.microserve.router.v1.SplitPoliciesResponse\x12Y\n\x08GetSplit\x12%.microserve.router.v1.GetSplitRequest\x1a&.microserve.router.v1.GetSplitResponse\x12Y\n\x08GetTrace\x12%.microserve.router.v1.GetTraceRequest\x1a&.microserve.router.v1.GetTraceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'microserve.router.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BREAKERSTATE']._serialized_start=1247
-  _globals['_BREAKERSTATE']._serialized_end=1371
-  _globals['_LISTENGINESREQUEST']._serialized_start=129
-  _globals['_LISTENGINESREQUEST']._serialized_end=149
-  _globals['_ENGINESTATUS']._serialized_start=152
-  _globals['_ENGINESTATUS']._serialized_end=423
-  _globals['_LISTENGINESRESPONSE']._serialized_start=425
-  _globals['_LISTENGINESRESPONSE']._serialized_end=499
-  _globals['_ADDENGINEREQUEST']._serialized_start=501
-  _globals['_ADDENGINEREQUEST']._serialized_end=536
-  _globals['_ADDENGINERESPONSE']._serialized_start=538
-  _globals['_ADDENGINERESPONSE']._serialized_end=557
-  _globals['_REMOVEENGINEREQUEST']._serialized_start=559
-  _globals['_REMOVEENGINEREQUEST']._serialized_end=597
-  _globals['_REMOVEENGINERESPONSE']._serialized_start=599
-  _globals['_REMOVEENGINERESPONSE']._serialized_end=621
-  _globals['_DRAINENGINEREQUEST']._serialized_start=623
-  _globals['_DRAINENGINEREQUEST']._serialized_end=676
-  _globals['_DRAINENGINERESPONSE']._serialized_start=678
-  _globals['_DRAINENGINERESPONSE']._serialized_end=699
-  _globals['_POLICYINFO']._serialized_start=701
-  _globals['_POLICYINFO']._serialized_end=775
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=777
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=798
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=800
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=874
-  _globals['_GETPOLICYREQUEST']._serialized_start=876
-  _globals['_GETPOLICYREQUEST']._serialized_end=908
-  _globals['_GETPOLICYRESPONSE']._serialized_start=910
-  _globals['_GETPOLICYRESPONSE']._serialized_end=995
-  _globals['_SETPOLICYREQUEST']._serialized_start=997
-  _globals['_SETPOLICYREQUEST']._serialized_end=1045
-  _globals['_SETPOLICYRESPONSE']._serialized_start=1047
-  _globals['_SETPOLICYRESPONSE']._serialized_end=1116
-  _globals['_GETTRACEREQUEST']._serialized_start=1118
-  _globals['_GETTRACEREQUEST']._serialized_end=1155
-  _globals['_GETTRACERESPONSE']._serialized_start=1157
-  _globals['_GETTRACERESPONSE']._serialized_end=1245
-  _globals['_ADMINSERVICE']._serialized_start=1374
-  _globals['_ADMINSERVICE']._serialized_end=2167
+  _globals['_SPLITARM_REQUESTCOUNTBYCODEENTRY']._loaded_options = None
+  _globals['_SPLITARM_REQUESTCOUNTBYCODEENTRY']._serialized_options = b'8\001'
+  _globals['_BREAKERSTATE']._serialized_start=2236
+  _globals['_BREAKERSTATE']._serialized_end=2360
+  _globals['_LISTENGINESREQUEST']._serialized_start=161
+  _globals['_LISTENGINESREQUEST']._serialized_end=181
+  _globals['_ENGINESTATUS']._serialized_start=184
+  _globals['_ENGINESTATUS']._serialized_end=455
+  _globals['_LISTENGINESRESPONSE']._serialized_start=457
+  _globals['_LISTENGINESRESPONSE']._serialized_end=531
+  _globals['_ADDENGINEREQUEST']._serialized_start=533
+  _globals['_ADDENGINEREQUEST']._serialized_end=568
+  _globals['_ADDENGINERESPONSE']._serialized_start=570
+  _globals['_ADDENGINERESPONSE']._serialized_end=589
+  _globals['_REMOVEENGINEREQUEST']._serialized_start=591
+  _globals['_REMOVEENGINEREQUEST']._serialized_end=629
+  _globals['_REMOVEENGINERESPONSE']._serialized_start=631
+  _globals['_REMOVEENGINERESPONSE']._serialized_end=653
+  _globals['_DRAINENGINEREQUEST']._serialized_start=655
+  _globals['_DRAINENGINEREQUEST']._serialized_end=708
+  _globals['_DRAINENGINERESPONSE']._serialized_start=710
+  _globals['_DRAINENGINERESPONSE']._serialized_end=731
+  _globals['_POLICYINFO']._serialized_start=733
+  _globals['_POLICYINFO']._serialized_end=807
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=809
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=830
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=832
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=906
+  _globals['_GETPOLICYREQUEST']._serialized_start=908
+  _globals['_GETPOLICYREQUEST']._serialized_end=940
+  _globals['_GETPOLICYRESPONSE']._serialized_start=942
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1027
+  _globals['_SETPOLICYREQUEST']._serialized_start=1029
+  _globals['_SETPOLICYREQUEST']._serialized_end=1077
+  _globals['_SETPOLICYRESPONSE']._serialized_start=1079
+  _globals['_SETPOLICYRESPONSE']._serialized_end=1148
+  _globals['_GETTRACEREQUEST']._serialized_start=1150
+  _globals['_GETTRACEREQUEST']._serialized_end=1187
+  _globals['_GETTRACERESPONSE']._serialized_start=1189
+  _globals['_GETTRACERESPONSE']._serialized_end=1277
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1279
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=1302
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=1304
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=1378
+  _globals['_POLICYSHARE']._serialized_start=1380
+  _globals['_POLICYSHARE']._serialized_end=1426
+  _globals['_SPLITPOLICIESREQUEST']._serialized_start=1428
+  _globals['_SPLITPOLICIESREQUEST']._serialized_end=1501
+  _globals['_SPLITPOLICIESRESPONSE']._serialized_start=1503
+  _globals['_SPLITPOLICIESRESPONSE']._serialized_end=1570
+  _globals['_GETSPLITREQUEST']._serialized_start=1572
+  _globals['_GETSPLITREQUEST']._serialized_end=1589
+  _globals['_GETSPLITRESPONSE']._serialized_start=1591
+  _globals['_GETSPLITRESPONSE']._serialized_end=1653
+  _globals['_SPLIT']._serialized_start=1655
+  _globals['_SPLIT']._serialized_end=1724
+  _globals['_SPLITARM']._serialized_start=1727
+  _globals['_SPLITARM']._serialized_end=2077
+  _globals['_SPLITARM_REQUESTCOUNTBYCODEENTRY']._serialized_start=2020
+  _globals['_SPLITARM_REQUESTCOUNTBYCODEENTRY']._serialized_end=2077
+  _globals['_TIMEDISTRIBUTION']._serialized_start=2080
+  _globals['_TIMEDISTRIBUTION']._serialized_end=2234
+  _globals['_ADMINSERVICE']._serialized_start=2363
+  _globals['_ADMINSERVICE']._serialized_end=3462
 # @@protoc_insertion_point(module_scope)

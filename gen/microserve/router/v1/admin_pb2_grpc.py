@@ -70,6 +70,21 @@ class AdminServiceStub:
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
                 response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
                 _registered_method=True)
+        self.RollBackPolicy = channel.unary_unary(
+                '/microserve.router.v1.AdminService/RollBackPolicy',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyResponse.FromString,
+                _registered_method=True)
+        self.SplitPolicies = channel.unary_unary(
+                '/microserve.router.v1.AdminService/SplitPolicies',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesResponse.FromString,
+                _registered_method=True)
+        self.GetSplit = channel.unary_unary(
+                '/microserve.router.v1.AdminService/GetSplit',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.FromString,
+                _registered_method=True)
         self.GetTrace = channel.unary_unary(
                 '/microserve.router.v1.AdminService/GetTrace',
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
@@ -135,6 +150,31 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollBackPolicy(self, request, context):
+        """RollBackPolicy restores the last good program, with the code it had: the latest before the current one that has
+        answered a request, else the oldest known. It ends a split. FAILED_PRECONDITION (NO_EARLIER_POLICY): none was in
+        use before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SplitPolicies(self, request, context):
+        """SplitPolicies shares out the requests that name no policy, so that programs can be compared under the same
+        traffic. It begins a new comparison; SetPolicy and RollBackPolicy end it. INVALID_ARGUMENT (BAD_POLICY): the
+        shares make no sense.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSplit(self, request, context):
+        """GetSplit returns what came of the requests of each arm of the split, or of the last one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTrace(self, request, context):
         """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST).
         """
@@ -179,6 +219,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetPolicy,
                     request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.FromString,
                     response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'RollBackPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackPolicy,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyResponse.SerializeToString,
+            ),
+            'SplitPolicies': grpc.unary_unary_rpc_method_handler(
+                    servicer.SplitPolicies,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesResponse.SerializeToString,
+            ),
+            'GetSplit': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSplit,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.SerializeToString,
             ),
             'GetTrace': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrace,
@@ -376,6 +431,87 @@ class AdminService:
             '/microserve.router.v1.AdminService/SetPolicy',
             microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
             microserve_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/RollBackPolicy',
+            microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.RollBackPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SplitPolicies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/SplitPolicies',
+            microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.SplitPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSplit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/GetSplit',
+            microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,18 @@ class AdminServiceStub:
     INVALID_ARGUMENT (BAD_POLICY): the program cannot be loaded; the old one stays. PERMISSION_DENIED
     (UPLOAD_DISABLED): source was given and this router does not take code.
     """
+    RollBackPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollBackPolicyRequest, _admin_pb2.RollBackPolicyResponse]
+    """RollBackPolicy restores the last good program, with the code it had: the latest before the current one that has
+    answered a request, else the oldest known. It ends a split. FAILED_PRECONDITION (NO_EARLIER_POLICY): none was in
+    use before.
+    """
+    SplitPolicies: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SplitPoliciesRequest, _admin_pb2.SplitPoliciesResponse]
+    """SplitPolicies shares out the requests that name no policy, so that programs can be compared under the same
+    traffic. It begins a new comparison; SetPolicy and RollBackPolicy end it. INVALID_ARGUMENT (BAD_POLICY): the
+    shares make no sense.
+    """
+    GetSplit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSplitRequest, _admin_pb2.GetSplitResponse]
+    """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
     GetTrace: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
 
@@ -87,6 +99,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     INVALID_ARGUMENT (BAD_POLICY): the program cannot be loaded; the old one stays. PERMISSION_DENIED
     (UPLOAD_DISABLED): source was given and this router does not take code.
     """
+    RollBackPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollBackPolicyRequest, _admin_pb2.RollBackPolicyResponse]  # type: ignore[assignment]
+    """RollBackPolicy restores the last good program, with the code it had: the latest before the current one that has
+    answered a request, else the oldest known. It ends a split. FAILED_PRECONDITION (NO_EARLIER_POLICY): none was in
+    use before.
+    """
+    SplitPolicies: _aio.UnaryUnaryMultiCallable[_admin_pb2.SplitPoliciesRequest, _admin_pb2.SplitPoliciesResponse]  # type: ignore[assignment]
+    """SplitPolicies shares out the requests that name no policy, so that programs can be compared under the same
+    traffic. It begins a new comparison; SetPolicy and RollBackPolicy end it. INVALID_ARGUMENT (BAD_POLICY): the
+    shares make no sense.
+    """
+    GetSplit: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSplitRequest, _admin_pb2.GetSplitResponse]  # type: ignore[assignment]
+    """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
     GetTrace: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]  # type: ignore[assignment]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
 
@@ -157,6 +181,36 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT (BAD_POLICY): the program cannot be loaded; the old one stays. PERMISSION_DENIED
         (UPLOAD_DISABLED): source was given and this router does not take code.
         """
+
+    @_abc_1.abstractmethod
+    def RollBackPolicy(
+        self,
+        request: _admin_pb2.RollBackPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RollBackPolicyResponse, _abc.Awaitable[_admin_pb2.RollBackPolicyResponse]]:
+        """RollBackPolicy restores the last good program, with the code it had: the latest before the current one that has
+        answered a request, else the oldest known. It ends a split. FAILED_PRECONDITION (NO_EARLIER_POLICY): none was in
+        use before.
+        """
+
+    @_abc_1.abstractmethod
+    def SplitPolicies(
+        self,
+        request: _admin_pb2.SplitPoliciesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SplitPoliciesResponse, _abc.Awaitable[_admin_pb2.SplitPoliciesResponse]]:
+        """SplitPolicies shares out the requests that name no policy, so that programs can be compared under the same
+        traffic. It begins a new comparison; SetPolicy and RollBackPolicy end it. INVALID_ARGUMENT (BAD_POLICY): the
+        shares make no sense.
+        """
+
+    @_abc_1.abstractmethod
+    def GetSplit(
+        self,
+        request: _admin_pb2.GetSplitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetSplitResponse, _abc.Awaitable[_admin_pb2.GetSplitResponse]]:
+        """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
 
     @_abc_1.abstractmethod
     def GetTrace(

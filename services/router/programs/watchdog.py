@@ -1,0 +1,132 @@
+"""Programs that do not give the event loop back are reported and interrupted.
+
+A program runs on the router's one event loop, so a busy loop or a blocking call in it stops every request. A thread
+sees that the loop no longer beats, finds the program on the loop's stack, and sends the main thread a signal whose
+handler raises inside the program: that ends Python loops as well as blocking calls, such as time.sleep. A program that
+swallows even that, or sits in native code, leaves one way out: the process ends, and its supervisor starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from services.router.metrics import BLOCKED_LOOPS
+from services.router.programs.loader import program_name
+
+log = logging.getLogger(__name__)
+
+BLOCK_TIMEOUT_S = 2.0
+GIVE_UP_TIMEOUT_S = 30.0
+SIGNAL = signal.SIGUSR2
+
+
+class ProgramInterrupted(BaseException):
+    """Raised inside a program that blocks the loop. No Exception: programs that try again must not swallow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchdogLimits:
+    """How long the loop may stand still before the program on it is interrupted, and before all is given up."""
+
+    block_s: float = BLOCK_TIMEOUT_S
+    give_up_s: float = GIVE_UP_TIMEOUT_S
+    ticks: int = 4  # how often it looks within block_s
+
+    @property
+    def tick_s(self) -> float:
+        """Between two looks. Time is counted in looks, so a process that was stopped as a whole is not late."""
+        return self.block_s / self.ticks
+
+
+@dataclass(frozen=True, slots=True)
+class _Culprit:
+    """A program on the loop's stack: one run of it, and where it stands."""
+
+    run: int
+    name: str
+    where: str
+
+
+class Watchdog:
+    """Watches the loop it is started in. Interrupting needs that loop to run in the main thread, as it does in the
+    router's process; elsewhere it only reports."""
+
+    def __init__(self, limits: WatchdogLimits, on_stuck: Callable[[], None] | None = None) -> None:
+        """`on_stuck` is called from the watching thread when the loop has stood still for `give_up_s`."""
+        self._limits = limits
+        self._on_stuck = on_stuck
+        self._beats = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begins, from inside the loop."""
+        self._loop_thread = threading.get_ident()
+        self._can_interrupt = threading.current_thread() is threading.main_thread()
+        if self._can_interrupt:
+            signal.signal(SIGNAL, _interrupt)
+        self._beat()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._stopped.set()
+            self._thread.join()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._timer = asyncio.get_running_loop().call_later(self._limits.tick_s, self._beat)
+
+    def _watch(self) -> None:
+        beats, late, seen = 0, 0, None
+        give_up = int(self._limits.give_up_s / self._limits.tick_s)
+        while not self._stopped.wait(self._limits.tick_s):
+            if self._beats != beats:
+                beats, late, seen = self._beats, 0, None
+                continue
+            late += 1
+            culprit = _find(sys._current_frames().get(self._loop_thread))
+            # Twice the same, lest one is blamed that has only just got its turn.
+            if late % self._limits.ticks == 0:
+                self._report(culprit)
+                if culprit is not None and seen is not None and culprit.run == seen.run and self._can_interrupt:
+                    signal.pthread_kill(self._loop_thread, SIGNAL)
+            seen = culprit
+            if late == give_up and self._on_stuck is not None:
+                log.critical("the event loop stands still: giving up", extra={"fields": _fields(culprit)})
+                self._on_stuck()
+
+    def _report(self, culprit: _Culprit | None) -> None:
+        BLOCKED_LOOPS.labels("router" if culprit is None else culprit.name).inc()
+        log.error("the event loop stands still", extra={"fields": _fields(culprit)})
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """On the main thread, between two of its instructions: it is certain now whether a program runs."""
+    if _find(frame) is not None:
+        raise ProgramInterrupted
+
+
+def _find(frame: FrameType | None) -> _Culprit | None:
+    """The program on this stack, if there is one."""
+    where = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    while frame is not None:
+        name = program_name(frame.f_globals)
+        if name is not None:
+            return _Culprit(id(frame), name, where)
+        frame = frame.f_back
+    return None
+
+
+def _fields(culprit: _Culprit | None) -> dict[str, object]:
+    return {} if culprit is None else {"policy": culprit.name, "where": culprit.where}
