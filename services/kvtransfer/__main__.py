@@ -6,12 +6,14 @@ import logging
 import sys
 
 from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import add_KvTransferServiceServicer_to_server
+from microserve.kvtransfer.v1.peer_pb2_grpc import add_KvPeerServiceServicer_to_server
 from prometheus_client import REGISTRY
 
 from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.peer_client import PeerClient
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.servicer import KvTransferServicer
+from services.kvtransfer.transports.pull.servicer import KvPeerServicer
 from services.rpc.config import describe, parse_config
 from services.rpc.log import configure
 from services.rpc.main import run_main
@@ -29,6 +31,7 @@ async def serve(config: KvTransferConfig) -> None:
     service = KvTransfer(config, lambda: server.advertised, PeerClient(config.peer_tls).ask, REGISTRY)
     try:
         add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
+        add_KvPeerServiceServicer_to_server(KvPeerServicer(service.pull_sessions), server.grpc)
         await server.start()
         await server.set_serving(SERVICE, True)
         log.info("serving", extra={"fields": describe(config)})

@@ -44,6 +44,14 @@ class KvTransferConfig(ServerConfig):
     )
     peer_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --peer-tls-cert"})
 
+    nixl_devices: str | None = field(
+        default=None,
+        metadata={
+            "help": "network devices for NIXL, as in UCX_NET_DEVICES; with it pages also move over NIXL, whose peers"
+            " can reach each other's pools unchecked (docs/gpu.md)"
+        },
+    )
+
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):

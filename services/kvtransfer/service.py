@@ -21,7 +21,9 @@ from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.pool_table import PoolEvents, PoolTable
 from services.kvtransfer.push import Push
 from services.kvtransfer.pushes import Pushes, PushOrder
-from services.kvtransfer.transports.base import Peer, Transport
+from services.kvtransfer.transports.base import Peer
+from services.kvtransfer.transports.pull.pulling import Pulling
+from services.kvtransfer.transports.pull.session import PullSessions
 from services.kvtransfer.transports.shm import ShmTransport
 from services.kvtransfer.watch import GrantBatch, GrantFeeds
 from services.protocol.address import KvAddress
@@ -62,11 +64,17 @@ class KvTransfer:
         self._pools = PoolTable(config, self.epoch, PoolEvents(self._engine_gone, self._drained))
         self._copier = Copier(config.copy_threads)
         landings = Landings(self._gate, self._pools.find)
-        transports: tuple[Transport, ...] = (ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes),)
-        self._links = Links(transports, self.epoch, endpoint, ask)
+        self._pulling = Pulling(config, landings, self.epoch)
+        shm = ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes)
+        self._links = Links((shm, *self._pulling.transports), self.epoch, endpoint, ask)
         self._books = Books(self._links, registry)
         self._pushes = Pushes(self._pools, self._links, self._books, config.push_stall_timeout_s)
         registry.register(StatsCollector(self.stats))
+
+    @property
+    def pull_sessions(self) -> PullSessions:
+        """The receiving end of transports that pull."""
+        return self._pulling.sessions
 
     async def create_pool(self, engine_name: str, shape: PoolShape, *, adopt: bool) -> Pool:
         """As PoolTable.create. Raises Draining too."""
@@ -150,6 +158,7 @@ class KvTransfer:
         await self._pushes.finish(Draining("the service stopped"))
         self._feeds.end()
         await self._links.close()
+        await self._pulling.close()
         self._pools.close()
         self._copier.close()
 

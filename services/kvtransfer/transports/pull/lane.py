@@ -1,0 +1,198 @@
+"""The sending service's side of Pull: what is computed is offered, and the receiver's progress followed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+from services.kvtransfer.errors import PeerLost, TransportFailed
+from services.kvtransfer.landing import Claim
+from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
+from services.kvtransfer.transports.pull.fetching import SourcePool, SourceSide
+from services.kvtransfer.transports.pull.puller import PullState
+from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.protocol.address import KvAddress
+from services.protocol.errors import ServiceError
+from services.protocol.grants import AlreadyCommitted
+
+# How long a receiver may take to confirm that it stopped. What it fetches after that it can no longer commit, because
+# `finish` was not said, so the source pages may go to somebody else.
+_LEAVE_TIMEOUT_S = 5.0
+_FINISH_TIMEOUT_S = 30.0
+# Answers to an opening that say nothing about the push: another transport may be tried. UNAVAILABLE is grpc's own.
+_TRY_ANOTHER = frozenset({"NO_TRANSPORT", "TRANSPORT_FAILED", "UNAVAILABLE", "UNIMPLEMENTED"})
+
+
+class PullCaller(Protocol):
+    """Calls of KvPeerService. They raise ServiceError."""
+
+    def pull(self, endpoint: str, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
+        """One stream; closing it breaks it."""
+
+    async def end(self, endpoint: str, address: KvAddress, claim: Claim) -> bool:
+        """EndPull."""
+
+
+class PullTransport:
+    """A Transport whose receiving service fetches the bytes."""
+
+    def __init__(self, side: SourceSide, caller: PullCaller, epoch: bytes, offer: str) -> None:
+        """`offer`: what GetPeer tells of it."""
+        self.capabilities = Capabilities(side.name, Reach.NETWORK)
+        self._side = side
+        self._caller = caller
+        self._epoch = epoch
+        self._offer = offer
+
+    def offer(self) -> str | None:
+        """See Transport.offer."""
+        return self._offer
+
+    def refuses(self, source: Pool, address: KvAddress, peer: Peer) -> Unsupported | None:
+        """Services that offer the same transport are within reach."""
+        if peer.epoch == self._epoch:
+            return Unsupported("the target is in this service")
+        if peer.offers.get(self.capabilities.name) != self._offer:
+            return Unsupported("the receiving service does not offer it")
+        if address.layout != source.shape.layout:
+            return Unsupported("sender and receiver arrange their pages differently")
+        return None
+
+    async def probe(self, peer: Peer) -> float | None:
+        """See Transport.probe. Offered only where somebody asked for it, so it is not held against others."""
+        return None
+
+    async def open(self, request: PutRequest, on_change: Callable[[], None]) -> PullLane | AlreadyCommitted:
+        """See Transport.open."""
+        async with AsyncExitStack() as stack:
+            offer = await stack.enter_async_context(self._side.serve(request.source))
+            lane = PullLane(self._caller, request, self.capabilities.name, offer, on_change)
+            stack.push_async_callback(lane.close)
+            try:
+                committed = await lane.opened()
+            except ServiceError as error:
+                if error.reason in _TRY_ANOTHER:
+                    raise TransportFailed(error.message) from None
+                raise
+            if committed:
+                return AlreadyCommitted.VALUE
+            lane.keep(stack.pop_all())
+            return lane
+
+    async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
+        """See Transport.end_attempt."""
+        return await self._caller.end(peer.endpoint, address, claim)
+
+    async def close(self) -> None:
+        """See Transport.close. Both ends belong to the service."""
+
+
+class PullLane:
+    """A put under way."""
+
+    def __init__(
+        self, caller: PullCaller, request: PutRequest, transport: str, offer: bytes, on_change: Callable[[], None]
+    ) -> None:
+        shape = request.source.shape
+        source = SourcePool(shape.layout, shape.page_count, offer)
+        self._opening = PullOpen(
+            request.address, request.claim, request.part, source, request.source_page_ids, transport
+        )
+        self._on_change = on_change
+        self._to_say: asyncio.Queue[Said] = asyncio.Queue()
+        self._opened: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._finished: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._state = PullState(0, 0, 0.0)
+        self._failure: ServiceError | None = None
+        self._held = AsyncExitStack()
+        self._task = asyncio.create_task(self._follow(caller, request.peer.endpoint))
+
+    @property
+    def num_bytes(self) -> int:
+        """See Lane.num_bytes."""
+        return self._state.num_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """See Lane.busy_s."""
+        return self._state.busy_s
+
+    async def opened(self) -> bool:
+        """Returns, when the receiver has answered, whether there is nothing to do. Raises its refusal."""
+        return await asyncio.shield(self._opened)
+
+    def keep(self, stack: AsyncExitStack) -> None:
+        """What is to end with the lane."""
+        self._held = stack
+
+    def post(self, layer_end: int) -> None:
+        """See Lane.post."""
+        self._to_say.put_nowait(Ready(layer_end))
+
+    def check(self) -> PutProgress:
+        """See Lane.check."""
+        if self._failure is not None:
+            raise self._failure
+        return PutProgress(self._state.layers_done, self._state.num_bytes)
+
+    async def finish(self) -> bool:
+        """See Lane.finish. Raises PeerLost when the receiver does not answer: it may have committed then."""
+        self._to_say.put_nowait(Last.FINISH)
+        try:
+            async with asyncio.timeout(_FINISH_TIMEOUT_S):
+                return await asyncio.shield(self._finished)
+        except TimeoutError:
+            raise PeerLost("the receiving service did not confirm the last byte") from None
+
+    async def close(self) -> None:
+        """See Lane.close."""
+        if not self._task.done():
+            self._to_say.put_nowait(Last.LEAVE)
+            await asyncio.wait([self._task], timeout=_LEAVE_TIMEOUT_S)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        held, self._held = self._held, AsyncExitStack()
+        await held.aclose()
+
+    async def _follow(self, caller: PullCaller, endpoint: str) -> None:
+        try:
+            answers = caller.pull(endpoint, self._opening, self._say())
+            async with contextlib.aclosing(answers):
+                async for answer in answers:
+                    self._heard(answer)
+            self._over(PeerLost("the receiving service ended the stream"))
+        except ServiceError as error:
+            self._over(error)
+        finally:
+            self._over(PeerLost("the push was closed"))
+
+    async def _say(self) -> AsyncGenerator[Said, None]:
+        while True:
+            word = await self._to_say.get()
+            yield word
+            if isinstance(word, Last):
+                return
+
+    def _heard(self, answer: Answer) -> None:
+        match answer:
+            case Opened():
+                self._opened.set_result(answer.committed)
+            case PullState():
+                self._state = answer
+            case Finished():
+                self._finished.set_result(answer.committed)
+        self._on_change()
+
+    def _over(self, why: ServiceError) -> None:
+        """The stream has ended; whoever waits for an answer learns why."""
+        if self._failure is None and not (self._finished.done() or (self._opened.done() and self._opened.result())):
+            self._failure = why
+        for future in (self._opened, self._finished):
+            if not future.done() and self._failure is not None:
+                future.set_exception(self._failure)
+                future.exception()  # nobody may be waiting
+        self._on_change()

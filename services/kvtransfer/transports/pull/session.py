@@ -1,0 +1,173 @@
+"""The receiving service's side of Pull: one stream, from its opening to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import Enum
+
+from services.kvtransfer.errors import InvalidRequest, NoTransport, PushStalled
+from services.kvtransfer.landing import Claim, Landing, Landings
+from services.kvtransfer.plan import plan_pieces
+from services.kvtransfer.pool import PoolShape
+from services.kvtransfer.transports.pull.fetching import SinkSide, SourcePool
+from services.kvtransfer.transports.pull.puller import Puller, PullState
+from services.protocol.address import KvAddress
+from services.protocol.errors import LayoutMismatch
+from services.protocol.grants import AlreadyCommitted
+from services.protocol.ranges import TokenRange
+
+
+@dataclass(frozen=True, slots=True)
+class PullOpen:
+    """What the sender offers; see kvtransfer.v1.PullOpen."""
+
+    address: KvAddress
+    claim: Claim
+    part: TokenRange
+    source: SourcePool
+    source_page_ids: tuple[int, ...]
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The layers before it may be fetched."""
+
+    layer_end: int
+
+
+class Last(Enum):
+    """What a sender says last."""
+
+    FINISH = "FINISH"
+    LEAVE = "LEAVE"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The first answer."""
+
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last answer."""
+
+    committed: bool
+
+
+Said = Ready | Last
+Answer = Opened | PullState | Finished
+
+
+class PullSessions:
+    """Serves every Pull of this service. `sinks` are the transports it offers, by name."""
+
+    def __init__(
+        self,
+        landings: Landings,
+        sinks: Mapping[str, SinkSide],
+        copiers: Executor,
+        max_copy_bytes: int,
+        patience_s: float,
+    ) -> None:
+        self._landings = landings
+        self._sinks = sinks
+        self._copiers = copiers
+        self._max_copy_bytes = max_copy_bytes
+        self._patience_s = patience_s
+
+    async def serve(self, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
+        """Answers of one stream. A stream that breaks, or is closed before its last word, ends the attempt.
+
+        Raises what Landings.open raises, LayoutMismatch, InvalidRequest, InvalidPages, NoTransport, PeerLost,
+        PushStalled.
+        """
+        sink = self._sinks.get(opening.transport)
+        if sink is None:
+            raise NoTransport(f"this service does not offer {opening.transport!r}")
+        self._check(opening)
+        # Before the attempt: if this transport cannot, another one may still open it.
+        async with sink.connect(opening.source) as fetcher:
+            landing = await self._landings.open(opening.address, opening.claim, opening.part)
+            yield Opened(committed=isinstance(landing, AlreadyCommitted))
+            if isinstance(landing, AlreadyCommitted):
+                return
+            max_bytes = min(self._max_copy_bytes, sink.buffer_bytes)
+            layout = landing.pool.shape.layout
+            pieces = plan_pieces(opening.part, opening.source_page_ids, landing.page_ids, layout, max_bytes)
+            news = asyncio.Event()
+            puller = Puller(landing, opening.source, pieces, fetcher, self._copiers, news.set)
+            async with contextlib.aclosing(self._follow(landing, puller, said, news)) as answers:
+                async for answer in answers:
+                    yield answer
+
+    async def _follow(
+        self, landing: Landing, puller: Puller, said: AsyncIterator[Said], news: asyncio.Event
+    ) -> AsyncGenerator[Answer, None]:
+        listener = asyncio.create_task(_listen(said, puller.post, news.set))
+        word: Last | None = None
+        try:
+            async with contextlib.aclosing(self._progress(puller, listener, news)) as states:
+                async for state in states:
+                    yield state
+            word = listener.result()
+            if word is Last.FINISH:
+                yield Finished(puller.finish())
+        finally:
+            listener.cancel()
+            await puller.close()
+            await asyncio.wait([listener])
+            if word is None:
+                await landing.gate.drop_attempt(landing.attempt)
+
+    async def _progress(
+        self, puller: Puller, listener: asyncio.Task[Last], news: asyncio.Event
+    ) -> AsyncGenerator[PullState, None]:
+        """The newest state whenever there is news, until the sender has said its last word."""
+        last: PullState | None = None
+        while True:
+            state = puller.check()
+            if state != last:
+                yield state
+                last = state
+            if listener.done():
+                return
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await news.wait()
+            except TimeoutError:
+                raise PushStalled(f"neither a layer nor a byte came within {self._patience_s:g} s") from None
+            news.clear()
+
+    async def end(self, address: KvAddress, claim: Claim) -> bool:
+        """Gives an attempt up; as Landings.end."""
+        return await self._landings.end(address, claim)
+
+    def _check(self, opening: PullOpen) -> None:
+        """The sender's half of an opening; Landings.open checks the other."""
+        source = opening.source
+        target, _ = self._landings.check(opening.address, opening.claim, opening.part)
+        if source.layout != target.shape.layout:
+            raise LayoutMismatch("sender and receiver arrange their pages differently")
+        if not opening.part:
+            raise InvalidRequest("a push of nothing")
+        PoolShape(source.layout, source.page_count).check_pages(opening.source_page_ids, opening.part)
+
+
+async def _listen(said: AsyncIterator[Said], post: Callable[[int], None], wake: Callable[[], None]) -> Last:
+    """Follows the sender until its last word. Raises InvalidRequest if the stream ends without one."""
+    try:
+        async for word in said:
+            if isinstance(word, Last):
+                return word
+            post(word.layer_end)
+            wake()
+        raise InvalidRequest("the stream ended before its last word")
+    finally:
+        wake()

@@ -1,0 +1,152 @@
+"""The sending side of a pull, against a receiver that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.kvtransfer.errors import NotDrained, NoTransport, PeerLost, TransportFailed
+from services.kvtransfer.landing import Claim
+from services.kvtransfer.pool import Pool, PoolShape
+from services.kvtransfer.transports.base import Peer, PutProgress, PutRequest, Unsupported
+from services.kvtransfer.transports.pull import lane as lane_module
+from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
+from services.kvtransfer.transports.pull.puller import PullState
+from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.protocol.address import KvAddress
+from services.protocol.errors import Code, ServiceError
+from services.protocol.grants import AlreadyCommitted
+from services.protocol.layout import Dtype, PageLayout
+from services.protocol.ranges import TokenRange
+from services.rpc.status import RemoteError
+
+LAYOUT = PageLayout(2, 1, 4, 4, Dtype.FLOAT32)
+PART = TokenRange(0, 4)
+ADDRESS = KvAddress("r", "there:1", b"there", b"secret", PART, (), LAYOUT, b"", b"")
+HERE, THERE = b"here", Peer("there:1", b"there", {"nixl": "1"})
+
+
+class Receiver:
+    """A PullCaller: says what the test scripts, and notes what it hears."""
+
+    def __init__(self, *script: Answer | ServiceError) -> None:
+        self._script = script
+        self.heard: list[Said] = []
+        self.silent = False
+
+    async def pull(self, endpoint: str, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
+        for answer in self._script:
+            if isinstance(answer, ServiceError):
+                raise answer
+            yield answer
+        async for word in said:
+            self.heard.append(word)
+            if self.silent:
+                await asyncio.Event().wait()
+            if word is Last.FINISH:
+                yield Finished(committed=True)
+
+    async def end(self, endpoint: str, address: KvAddress, claim: Claim) -> bool:
+        return endpoint == "there:1"
+
+
+class Side:
+    """A SourceSide that notes who is served."""
+
+    name = "nixl"
+
+    def __init__(self) -> None:
+        self.serving = 0
+
+    @asynccontextmanager
+    async def serve(self, pool: Pool) -> AsyncGenerator[bytes, None]:
+        self.serving += 1
+        try:
+            yield b"offer"
+        finally:
+            self.serving -= 1
+
+
+def _pool(layout: PageLayout = LAYOUT) -> Pool:
+    return Pool("pool", "engine", PoolShape(layout, 4))
+
+
+def _transport(receiver: Receiver, side: Side | None = None) -> PullTransport:
+    return PullTransport(side or Side(), receiver, HERE, "1")
+
+
+async def _open(transport: PullTransport) -> PullLane:
+    request = PutRequest(THERE, _pool(), (0,), PART, ADDRESS, Claim(PART, 1, "w"))
+    lane = await transport.open(request, lambda: None)
+    assert isinstance(lane, PullLane)
+    return lane
+
+
+async def test_a_put_from_open_to_close() -> None:
+    side, receiver = Side(), Receiver(Opened(committed=False), PullState(2, 64, 0.5))
+    lane = await _open(_transport(receiver, side))
+    lane.post(2)
+    assert await lane.finish() is True
+    assert lane.check() == PutProgress(2, 64)
+    assert side.serving == 1
+    await lane.close()
+    await lane.close()
+    assert (lane.num_bytes, lane.busy_s, side.serving) == (64, 0.5, 0)
+    assert receiver.heard == [Ready(2), Last.FINISH]
+
+
+async def test_what_is_committed_opens_no_lane() -> None:
+    side = Side()
+    request = PutRequest(THERE, _pool(), (0,), PART, ADDRESS, Claim(PART, 1, "w"))
+    answer = await _transport(Receiver(Opened(committed=True)), side).open(request, lambda: None)
+    assert (answer, side.serving) == (AlreadyCommitted.VALUE, 0)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [NoTransport("no"), TransportFailed("no"), RemoteError(Code.UNAVAILABLE, "UNAVAILABLE", "no")],
+    ids=lambda error: error.reason,
+)
+async def test_a_receiver_that_cannot_leaves_the_push_to_another_transport(refusal: ServiceError) -> None:
+    side = Side()
+    with pytest.raises(TransportFailed):
+        await _open(_transport(Receiver(refusal), side))
+    assert side.serving == 0
+
+
+async def test_other_refusals_are_the_pushs_own() -> None:
+    with pytest.raises(NotDrained):
+        await _open(_transport(Receiver(NotDrained("busy"))))
+
+
+async def test_a_stream_that_ends_is_a_lost_peer() -> None:
+    lane = await _open(_transport(Receiver(Opened(committed=False), PeerLost("gone"))))
+    with pytest.raises(PeerLost):
+        await lane.finish()
+    with pytest.raises(PeerLost):
+        lane.check()
+    await lane.close()
+
+
+async def test_a_silent_receiver_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "_FINISH_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(lane_module, "_LEAVE_TIMEOUT_S", 0.01)
+    receiver = Receiver(Opened(committed=False))
+    receiver.silent = True
+    lane = await _open(_transport(receiver))
+    with pytest.raises(PeerLost):
+        await lane.finish()
+    await lane.close()
+
+
+async def test_who_is_within_reach() -> None:
+    transport, pool = _transport(Receiver()), _pool()
+    assert transport.refuses(pool, ADDRESS, THERE) is None
+    for peer in (Peer("there:1", b"there", {}), Peer("there:1", b"there", {"nixl": "0"}), Peer("here:1", HERE, {})):
+        assert isinstance(transport.refuses(pool, ADDRESS, peer), Unsupported)
+    other = _pool(PageLayout(2, 1, 4, 8, Dtype.FLOAT32))
+    assert isinstance(transport.refuses(other, ADDRESS, THERE), Unsupported)
+    assert await transport.end_attempt(THERE, ADDRESS, Claim(PART, 1, "w"))
