@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from google.protobuf.duration_pb2 import Duration
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.errors import InvalidRequest
 from services.kvtransfer.landing import Claim
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.errors import LayoutMismatch
+from services.protocol.extents import Extent, ModelPart
 from services.protocol.layout import Dtype, PageLayout, PageOrder
 from services.protocol.ranges import TokenRange
 
@@ -40,6 +42,16 @@ def to_claim(claimed: kv_pb2.TokenRange, number: int, writer_id: str) -> Claim:
     if number < 1:
         raise InvalidRequest("attempts count from 1")
     return Claim(to_range(claimed), number, identifier(writer_id, "writer_id"))
+
+
+def to_part(layout: PageLayout, part: pb.ModelPart | None) -> ModelPart:
+    """What a pool of that layout holds; all of its model if `part` is None. Raises LayoutMismatch."""
+    if part is None:
+        return ModelPart.all_of(layout.layer_count, layout.kv_head_count)
+    layers = (part.layer_begin, part.layer_begin + layout.layer_count)
+    kv_heads = (part.kv_head_begin, part.kv_head_begin + layout.kv_head_count)
+    whole = Extent((0, part.model_layer_count), (0, part.model_kv_head_count))
+    return ModelPart(Extent(layers, kv_heads), whole)
 
 
 def to_layout(message: kv_pb2.PageLayout) -> PageLayout:

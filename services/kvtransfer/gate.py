@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from services.kvtransfer.errors import NotDrained
 from services.protocol.errors import ServiceError
+from services.protocol.extents import UNDIVIDED, Extent
 from services.protocol.grants import (
     AlreadyCommitted,
     Attempt,
@@ -114,10 +115,10 @@ class Gate:
             self._table.end_write(attempt, 0)
         return None
 
-    def mark_in_place(self, attempt: Attempt, part: TokenRange) -> bool:
+    def mark_in_place(self, attempt: Attempt, part: TokenRange, extent: Extent = UNDIVIDED) -> bool:
         """As GrantTable.mark_in_place."""
         with self._lock:
-            committed = self._table.mark_in_place(attempt, part)
+            committed = self._table.mark_in_place(attempt, part, extent)
         self._settle()
         return committed
 

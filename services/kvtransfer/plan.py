@@ -1,24 +1,39 @@
-"""Which bytes of a layer move for a range of tokens: runs of pages, cut into pieces of bounded size."""
+"""Which tokens of a layer move from which pages to which: runs of pages, cut into pieces of bounded size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
+
+WHOLE_PAGES = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Pages in token order, the first one holding the first token of what is planned."""
+
+    page_ids: tuple[int, ...]
+    page_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring pages on both sides, moved by one copy. `tokens` of each page; None: the whole page.
+    """Moved by one copy: the same tokens of neighbouring pages, or some of one page. WHOLE_PAGES if all of them.
 
     Slices, because they are used once a layer and made once a push.
     """
 
     source_pages: slice
+    source_tokens: slice
     target_pages: slice
-    tokens: slice | None = None
+    target_tokens: slice
+
+    @property
+    def whole(self) -> bool:
+        """Whether it moves whole pages to whole pages."""
+        return self.source_tokens == self.target_tokens == WHOLE_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +46,14 @@ class Piece:
 
 
 def plan_pieces(
-    part: TokenRange,
-    source_page_ids: Sequence[int],
-    target_page_ids: Sequence[int],
-    layout: PageLayout,
-    max_bytes: int,
+    part: TokenRange, source: PageTable, target: PageTable, token_bytes: int, max_bytes: int
 ) -> tuple[Piece, ...]:
-    """Cuts a layer's share of a non-empty `part` into pieces of at most `max_bytes`, or of one token if that is more.
-
-    Pages are in token order, the first one holding part.begin, on both sides.
-    """
-    token_bytes = layout.layer_page_bytes // layout.page_size
+    """Cuts what moves of a layer for a non-empty `part`, `token_bytes` a token, into pieces of at most `max_bytes`, or
+    of one token if that is more."""
     pieces: list[Piece] = []
     runs: list[Run] = []
     begin = position = part.begin
-    for run, tokens in _runs(
-        part, source_page_ids, target_page_ids, layout.page_size, max(1, max_bytes // token_bytes)
-    ):
+    for run, tokens in _runs(part, source, target, max(1, max_bytes // token_bytes)):
         if runs and (position + tokens - begin) * token_bytes > max_bytes:
             pieces.append(_piece(begin, position, runs, token_bytes))
             runs, begin = [], position
@@ -55,7 +61,9 @@ def plan_pieces(
             last = runs.pop()
             run = Run(
                 slice(last.source_pages.start, run.source_pages.stop),
+                WHOLE_PAGES,
                 slice(last.target_pages.start, run.target_pages.stop),
+                WHOLE_PAGES,
             )
         runs.append(run)
         position += tokens
@@ -63,23 +71,31 @@ def plan_pieces(
     return tuple(pieces)
 
 
-def _runs(
-    part: TokenRange, sources: Sequence[int], targets: Sequence[int], page_size: int, max_tokens: int
-) -> Iterator[tuple[Run, int]]:
-    """One run a page, or several if a page is larger than a piece may be; and the number of its tokens."""
-    for index, source, target in zip(part.page_indices(page_size), sources, targets, strict=True):
-        end = min(part.end - index * page_size, page_size)
-        for first in range(max(part.begin - index * page_size, 0), end, max_tokens):
-            stop = min(first + max_tokens, end)
-            tokens = None if stop - first == page_size else slice(first, stop)
-            yield Run(slice(source, source + 1), slice(target, target + 1), tokens), stop - first
+def _runs(part: TokenRange, source: PageTable, target: PageTable, max_tokens: int) -> Iterator[tuple[Run, int]]:
+    """Tokens that are together in a page on both sides, and their number; at most `max_tokens` at once."""
+    position = part.begin
+    while position < part.end:
+        from_page, from_token = _place(position, part, source)
+        to_page, to_token = _place(position, part, target)
+        tokens = min(part.end - position, max_tokens, source.page_size - from_token, target.page_size - to_token)
+        from_tokens, to_tokens = slice(from_token, from_token + tokens), slice(to_token, to_token + tokens)
+        if tokens == source.page_size == target.page_size:
+            from_tokens = to_tokens = WHOLE_PAGES
+        yield Run(slice(from_page, from_page + 1), from_tokens, slice(to_page, to_page + 1), to_tokens), tokens
+        position += tokens
+
+
+def _place(position: int, part: TokenRange, table: PageTable) -> tuple[int, int]:
+    """The page of a position, and which of its tokens it is."""
+    index, token = divmod(position, table.page_size)
+    return table.page_ids[index - part.begin // table.page_size], token
 
 
 def _continues(last: Run, run: Run) -> bool:
     """Whether `run` is the whole page after `last`, which is whole as well."""
     return (
-        last.tokens is None
-        and run.tokens is None
+        last.whole
+        and run.whole
         and run.source_pages.start == last.source_pages.stop
         and run.target_pages.start == last.target_pages.stop
     )

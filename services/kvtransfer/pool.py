@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,8 @@ from services.kvtransfer.errors import InvalidPages, InvalidPool
 from services.kvtransfer.liveness import EngineConnection
 from services.kvtransfer.memory import SharedSegment
 from services.protocol.address import KvAddress
-from services.protocol.errors import StaleIncarnation
+from services.protocol.errors import LayoutMismatch, StaleIncarnation
+from services.protocol.extents import ModelPart
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
 from services.rpc.fd_passing import close_descriptors
@@ -28,15 +29,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """Arrangement and number of pages; two pools of one shape are interchangeable."""
+    """Arrangement and number of pages, and what is in them; two pools of one shape are interchangeable.
+
+    Raises LayoutMismatch unless the layout has the layers and heads of the part.
+    """
 
     layout: PageLayout
     page_count: int
+    part: ModelPart
+
+    def __post_init__(self) -> None:
+        extent = self.part.extent
+        if (extent.layer_count, extent.kv_head_count) != (self.layout.layer_count, self.layout.kv_head_count):
+            raise LayoutMismatch("the layout has other numbers of layers or heads than the part of the model")
 
     @property
     def size_bytes(self) -> int:
         """Bytes of such a pool."""
         return self.layout.pool_bytes(self.page_count)
+
+    def with_pages(self, page_count: int) -> PoolShape:
+        """The same arrangement of another number of pages."""
+        return replace(self, page_count=page_count)
 
     def check_pages(self, page_ids: tuple[int, ...], part: TokenRange) -> None:
         """Raises InvalidPages unless these are as many pages of the pool as `part` needs, none of them twice."""

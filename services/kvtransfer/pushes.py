@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from dataclasses import dataclass
 
 from services.kvtransfer.books import Books
@@ -16,7 +17,7 @@ from services.kvtransfer.errors import (
     PushCancelled,
     TransportFailed,
 )
-from services.kvtransfer.landing import Claim
+from services.kvtransfer.landing import Claim, check_convertible
 from services.kvtransfer.links import Links
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.pool_table import PoolTable
@@ -65,8 +66,8 @@ class Pushes:
     async def begin(self, order: PushOrder) -> Push:
         """Begins a push. An earlier push of the same part by the same attempt is ended first.
 
-        Raises StaleEpoch, StaleIncarnation, InvalidPages, InvalidRequest, NoTransport, PeerUnreachable; what the
-        receiving side refuses comes from Push.updates. Cancelling begins nothing.
+        Raises StaleEpoch, StaleIncarnation, InvalidPages, InvalidRequest, LayoutMismatch, NoTransport, PeerUnreachable;
+        what the receiving side refuses comes from Push.updates. Cancelling begins nothing.
         """
         try:
             peer = await self._links.peer(order.address)
@@ -96,8 +97,8 @@ class Pushes:
         """
         pool = self._pools.find(pool_id)
         pool.require(incarnation)
-        claim = _as_writer(claim, pool_id, incarnation)
-        pushes = [push for push in pool.pushes if _attempt_of(push) == (address, claim)]
+        claim = _as_writer(claim, incarnation)
+        pushes = [push for push in self.live() if _attempt_of(push) == (address, claim)]
         for push in pushes:
             push.stop(PushCancelled("the attempt was ended"))
         # Here too, because a peer that is out of reach cannot remember it for us.
@@ -152,6 +153,7 @@ class Pushes:
         if not order.part or not order.claim.range.contains(order.part):
             raise InvalidRequest(f"a push of {order.part} in an attempt at {order.claim.range}")
         pool.shape.check_pages(order.page_ids, order.part)
+        check_convertible(pool.shape, order.address)
         if (order.address, _own_claim(order)) in pool.ended_attempts:
             raise AttemptSuperseded("the attempt was ended")
         if order.ready_slot is None:
@@ -161,9 +163,14 @@ class Pushes:
         return pool, SlotReady(memory.control, order.ready_slot)
 
     def _repeated_by(self, order: PushOrder) -> list[Push]:
-        """Live pushes of the order's attempt that move some of the same tokens."""
+        """Live pushes of the order's attempt that move some of the same tokens out of the same pool."""
         attempt = (order.address, _own_claim(order))
-        return [p for p in self.live() if _attempt_of(p) == attempt and p.request.part.overlaps(order.part)]
+        return [
+            push
+            for push in self.live()
+            if (push.request.source.id, _attempt_of(push)) == (order.pool_id, attempt)
+            and push.request.part.overlaps(order.part)
+        ]
 
 
 def _attempt_of(push: Push) -> tuple[KvAddress, Claim]:
@@ -171,9 +178,10 @@ def _attempt_of(push: Push) -> tuple[KvAddress, Claim]:
 
 
 def _own_claim(order: PushOrder) -> Claim:
-    return _as_writer(order.claim, order.pool_id, order.incarnation)
+    return _as_writer(order.claim, order.incarnation)
 
 
-def _as_writer(claim: Claim, pool_id: str, incarnation: bytes) -> Claim:
-    """The claim under a name that no other engine has: nobody joins the attempt of another engine."""
-    return Claim(claim.range, claim.number, f"{pool_id}/{incarnation.hex()}/{claim.writer_id}")
+def _as_writer(claim: Claim, incarnation: bytes) -> Claim:
+    """The claim under a name that no other engine has, all ranks of one engine share, and tells no incarnation: nobody
+    joins the attempt of another engine."""
+    return Claim(claim.range, claim.number, f"{hashlib.sha256(incarnation).hexdigest()}/{claim.writer_id}")

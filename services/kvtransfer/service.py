@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry
 
@@ -27,6 +27,8 @@ from services.kvtransfer.transports.pull.session import PullSessions
 from services.kvtransfer.transports.shm import ShmTransport
 from services.kvtransfer.watch import GrantBatch, GrantFeeds
 from services.protocol.address import KvAddress
+from services.protocol.errors import LayoutMismatch
+from services.protocol.extents import covers
 from services.protocol.grants import GrantKey, GrantSpec
 
 EPOCH_BYTES = 16
@@ -88,12 +90,21 @@ class KvTransfer:
         return Attachment(self._pools.socket_path, ticket, self._endpoint(), self._config.ready_slot_count)
 
     def grant(self, incarnation: bytes, spec: GrantSpec) -> None:
-        """Opens a window. Raises StaleIncarnation, InvalidPages, Draining and what GrantTable.open_grant raises."""
+        """Opens a window; the pools say what the whole model is.
+
+        Raises StaleIncarnation, InvalidPages, LayoutMismatch, Draining and what GrantTable.open_grant raises.
+        """
         self._require_running()
-        pool = self._pools.find(spec.key.pool_id)
-        pool.require(incarnation)
-        pool.shape.check_pages(spec.page_ids, spec.window)
-        self._gate.open_grant(spec)
+        parts = []
+        for granted in spec.pools:
+            pool = self._pools.find(granted.pool_id)
+            pool.require(incarnation)
+            pool.shape.check_pages(granted.page_ids, spec.window)
+            parts.append(pool.shape.part)
+        whole = parts[0].whole
+        if any(part.whole != whole for part in parts) or not covers(whole, (part.extent for part in parts)):
+            raise LayoutMismatch("the pools together are not one whole model")
+        self._gate.open_grant(replace(spec, whole=whole))
 
     async def revoke(self, incarnation: bytes, key: GrantKey) -> None:
         """Closes a window; nothing writes into it when this returns. Raises StaleIncarnation, NotDrained."""

@@ -12,7 +12,16 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.books import Stats
-from services.kvtransfer.convert import identifier, to_address, to_claim, to_duration, to_layout, to_range, token
+from services.kvtransfer.convert import (
+    identifier,
+    to_address,
+    to_claim,
+    to_duration,
+    to_layout,
+    to_part,
+    to_range,
+    token,
+)
 from services.kvtransfer.errors import InvalidPool, PushCancelled
 from services.kvtransfer.peer_client import PEER_VERSION
 from services.kvtransfer.pool import PoolShape
@@ -21,7 +30,7 @@ from services.kvtransfer.pushes import PushOrder
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.watch import GrantBatch
 from services.protocol.errors import LayoutMismatch
-from services.protocol.grants import GrantKey, GrantSpec
+from services.protocol.grants import GrantKey, GrantSpec, PoolPages
 
 # A string: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,7 +44,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
 
     async def CreatePool(self, request: pb.CreatePoolRequest, context: Context) -> pb.CreatePoolResponse:
         try:
-            shape = PoolShape(to_layout(request.layout), request.page_count)
+            layout = to_layout(request.layout)
+            part = to_part(layout, request.part if request.HasField("part") else None)
+            shape = PoolShape(layout, request.page_count, part)
         except LayoutMismatch as error:
             raise InvalidPool(error.message) from None
         pool = await self._service.create_pool(request.engine_name, shape, adopt=request.adopt)
@@ -57,6 +68,7 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
             token(request.secret, "secret"),
             to_range(request.window),
             tuple(request.page_ids),
+            tuple(PoolPages(pool.pool_id, tuple(pool.page_ids)) for pool in request.other_pools),
         )
         self._service.grant(request.incarnation, spec)
         return pb.GrantResponse()

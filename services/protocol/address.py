@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.protocol.extents import Extent
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
 
@@ -17,10 +18,18 @@ class KvShard:
     kv_heads: tuple[int, int]
     page_ids: tuple[int, ...]
 
+    @property
+    def extent(self) -> Extent:
+        """Its layers and heads. Raises LayoutMismatch if there are none."""
+        return Extent(self.layers, self.kv_heads)
+
 
 @dataclass(frozen=True, slots=True)
 class KvAddress:
-    """Where to write and the right to do so. The secret is left out of repr, so that it reaches no log."""
+    """Where to write and the right to do so. The secret is left out of repr, so that it reaches no log.
+
+    `layout` is that of a pool with the whole model; a shard's pool has the same with its own layers and heads.
+    """
 
     reservation_id: str
     endpoint: str
@@ -31,3 +40,8 @@ class KvAddress:
     layout: PageLayout
     model_digest: bytes
     prompt_digest: bytes
+
+    @property
+    def whole(self) -> Extent:
+        """All layers and heads of the receiver's model."""
+        return Extent((0, self.layout.layer_count), (0, self.layout.kv_head_count))

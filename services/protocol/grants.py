@@ -3,7 +3,10 @@
 A grant opens the window of a reservation. A sender's attempt claims a range of it; copies of the attempt run between
 begin_write and end_write. Fencing an attempt or revoking a grant lets no further copy begin; the copies that are under
 way are waited for ("drained") before anyone else may use the pages. An attempt is committed when all of its range is in
-place, and not before.
+place, every layer and head of it, and not before.
+
+A grant may stand for pages in several pools, those of the ranks of a tensor parallel receiver. It is opened, written,
+committed and revoked as one.
 
 Pure and not thread-safe: its owner, the transfer service, calls it under one lock.
 """
@@ -24,6 +27,7 @@ from services.protocol.errors import (
     ReservationGone,
     WrongSecret,
 )
+from services.protocol.extents import UNDIVIDED, Coverage, Extent
 from services.protocol.ranges import RangeSet, TokenRange
 
 # Revoked reservation ids that are remembered, so that a Grant that was overtaken by its Revoke opens nothing. A call
@@ -40,13 +44,31 @@ class GrantKey:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolPages:
+    """Pages of one pool."""
+
+    pool_id: str
+    page_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GrantSpec:
-    """A window and the pages behind it, the first one holding window.begin."""
+    """A window and the pages behind it, in each pool the first one holding window.begin.
+
+    `page_ids` are of the key's pool, `others` of further pools. `whole` is what has to come for a token to be there.
+    """
 
     key: GrantKey
     secret: bytes = field(repr=False)
     window: TokenRange
     page_ids: tuple[int, ...]
+    others: tuple[PoolPages, ...] = ()
+    whole: Extent = UNDIVIDED
+
+    @property
+    def pools(self) -> tuple[PoolPages, ...]:
+        """All pools, that of the key first."""
+        return (PoolPages(self.key.pool_id, self.page_ids), *self.others)
 
 
 class GrantState(Enum):
@@ -87,7 +109,7 @@ class Attempt:
         self.range = claimed
         self.number = number
         self.writer_id = writer_id
-        self.in_place = RangeSet()
+        self.in_place = Coverage()
         self.writes_under_way = 0
         self.fenced = False
         self.committed = False
@@ -136,10 +158,14 @@ class GrantTable:
             raise ReservationGone("the grant was revoked before it was opened")
         if not spec.window:
             raise InvalidRange("an empty window needs no grant")
-        granted = self._granted_pages.setdefault(spec.key.pool_id, set())
-        if not granted.isdisjoint(spec.page_ids) or len(set(spec.page_ids)) != len(spec.page_ids):
-            raise GrantConflict("a page stands behind two windows")
-        granted.update(spec.page_ids)
+        if len({pool.pool_id for pool in spec.pools}) != len(spec.pools):
+            raise GrantConflict("a pool comes twice")
+        for pool in spec.pools:
+            granted = self._granted_pages.get(pool.pool_id, set())
+            if not granted.isdisjoint(pool.page_ids) or len(set(pool.page_ids)) != len(pool.page_ids):
+                raise GrantConflict("a page stands behind two windows")
+        for pool in spec.pools:
+            self._granted_pages.setdefault(pool.pool_id, set()).update(pool.page_ids)
         self._grants[spec.key] = _Grant(spec)
         self._note(spec.key)
 
@@ -199,27 +225,28 @@ class GrantTable:
             grant.attempts.remove(attempt)
             self._note(attempt.key)
 
-    def mark_in_place(self, attempt: Attempt, part: TokenRange) -> bool:
-        """All layers of `part` are written. Returns whether that committed the attempt.
+    def mark_in_place(self, attempt: Attempt, part: TokenRange, extent: Extent = UNDIVIDED) -> bool:
+        """All layers and heads of `extent` are written for `part`. Returns whether that committed the attempt.
+
+        While a copy of it is under way, because something is sent twice, it is not committed: the end of that sending
+        asks again.
 
         Raises ReservationGone or AttemptSuperseded if the attempt was fenced first: nothing is committed then.
         """
         if attempt.committed:
             return True
         self._require_live(attempt)
-        attempt.in_place = attempt.in_place.add(part)
-        if not attempt.in_place.covers(attempt.range):
-            return False
-        if attempt.writes_under_way:
-            raise AssertionError("committed while a copy is under way")
         grant = self._grants[attempt.key]
+        attempt.in_place = attempt.in_place.add(part, extent)
+        if attempt.writes_under_way or not attempt.in_place.covers(attempt.range, grant.spec.whole):
+            return False
         attempt.committed = True
         grant.attempts.remove(attempt)
         grant.committed = grant.committed.add(attempt.range)
         if grant.committed.covers(grant.spec.window):
             # Every further attempt is answered AlreadyCommitted, so the pages are out of reach already and may be
             # used again before the engine's Revoke arrives.
-            self._granted_pages[attempt.key.pool_id].difference_update(grant.spec.page_ids)
+            self._let_go(grant.spec)
         self._note(attempt.key)
         return True
 
@@ -261,12 +288,14 @@ class GrantTable:
         return key not in self._grants
 
     def keys(self, pool_id: str) -> tuple[GrantKey, ...]:
-        """The grants of a pool that are open or draining."""
-        return tuple(key for key in self._grants if key.pool_id == pool_id)
+        """The grants that are open or draining and have pages in a pool."""
+        return tuple(
+            key for key, grant in self._grants.items() if any(pool.pool_id == pool_id for pool in grant.spec.pools)
+        )
 
     def statuses(self, pool_id: str) -> tuple[GrantStatus, ...]:
-        """The condition of every grant of a pool."""
-        return tuple(self._grants[key].status() for key in self.keys(pool_id))
+        """The condition of every grant whose key names a pool."""
+        return tuple(grant.status() for key, grant in self._grants.items() if key.pool_id == pool_id)
 
     def take_changes(self) -> tuple[GrantStatus, ...]:
         """The newest condition of every grant that changed since the last call."""
@@ -312,8 +341,12 @@ class GrantTable:
         if status.state is GrantState.DRAINED:
             del self._grants[key]
             if not grant.committed.covers(grant.spec.window):
-                self._granted_pages[key.pool_id].difference_update(grant.spec.page_ids)
+                self._let_go(grant.spec)
             self._bury(key)
+
+    def _let_go(self, spec: GrantSpec) -> None:
+        for pool in spec.pools:
+            self._granted_pages[pool.pool_id].difference_update(pool.page_ids)
 
     def _bury(self, key: GrantKey) -> None:
         self._tombstones[key] = None

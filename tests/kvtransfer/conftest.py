@@ -56,9 +56,12 @@ async def start_engine(port: Port, request: pytest.FixtureRequest) -> AsyncItera
     """`await start_engine("d", shape, seed=...)`: an engine with an attached pool; it dies with the test."""
     with contextlib.ExitStack() as stack:
 
-        async def start(name: str, shape: Shape | None = None, *, seed: int | None = None) -> FakeEngine:
+        async def start(
+            name: str, shape: Shape | None = None, *, seed: int | None = None, incarnation: bytes | None = None
+        ) -> FakeEngine:
             # One service serves many tests: names must differ.
             engine = FakeEngine(port, f"{name}@{request.node.name}".replace(" ", "")[:128], shape)
+            engine.incarnation = incarnation or engine.incarnation
             stack.callback(engine.close)
             return await engine.start(seed=seed)
 

@@ -29,6 +29,12 @@ class Shape:
     page_size: int = 4
     pages: int = 16
     dtype: int = kv_pb2.DTYPE_FLOAT32
+    order: int = kv_pb2.PAGE_ORDER_KV_HEAD_TOKEN_DIM
+    # Which part of which model it is; all of it unless stated.
+    first_layer: int = 0
+    first_head: int = 0
+    model_layers: int = 0
+    model_heads: int = 0
 
     def layout(self) -> kv_pb2.PageLayout:
         return kv_pb2.PageLayout(
@@ -37,7 +43,27 @@ class Shape:
             head_dim=self.head_dim,
             page_size=self.page_size,
             dtype=self.dtype,
-            order=kv_pb2.PAGE_ORDER_KV_HEAD_TOKEN_DIM,
+            order=self.order,
+        )
+
+    def part(self) -> pb.ModelPart | None:
+        if not self.model_layers:
+            return None
+        return pb.ModelPart(
+            layer_begin=self.first_layer,
+            kv_head_begin=self.first_head,
+            model_layer_count=self.model_layers,
+            model_kv_head_count=self.model_heads,
+        )
+
+    def shard(self, pool_id: str, pages: list[int]) -> kv_pb2.KvShard:
+        return kv_pb2.KvShard(
+            pool_id=pool_id,
+            layer_begin=self.first_layer,
+            layer_end=self.first_layer + self.layers,
+            kv_head_begin=self.first_head,
+            kv_head_end=self.first_head + self.heads,
+            page_ids=pages,
         )
 
     @property
@@ -61,6 +87,8 @@ class FakeEngine:
 
     async def create(self, **fields: Any) -> Any:
         request = {"engine_name": self.name, "layout": self.shape.layout(), "page_count": self.shape.pages}
+        if (part := self.shape.part()) is not None:
+            request["part"] = part
         reply = await self.port.call("CreatePool", pb.CreatePoolRequest(**{**request, **fields}))
         self.pool_id, self.epoch = reply.pool_id, reply.epoch
         return reply
@@ -110,11 +138,7 @@ class FakeEngine:
             epoch=self.epoch,
             secret=os.urandom(16),
             window=kv_pb2.TokenRange(begin=begin, end=end),
-            shards=[
-                kv_pb2.KvShard(
-                    pool_id=self.pool_id, layer_end=self.shape.layers, kv_head_end=self.shape.heads, page_ids=pages
-                )
-            ],
+            shards=[self.shape.shard(self.pool_id, pages)],
             layout=self.shape.layout(),
         )
         request = pb.GrantRequest(

@@ -7,7 +7,7 @@ import pickle
 from services.protocol.errors import ReservationGone
 from services.protocol.pages import OutOfPages, PageLedger
 from services.protocol.reservation import UNATTACHED, Reservation, ReservationState
-from tests.protocol.state import LEASE, NUM_PAGES, POISON, POOL, WINDOW, Held, WorldState
+from tests.protocol.state import LEASE, NUM_PAGES, POOL, SECOND_POOL, WHOLE, WINDOW, Held, WorldState, poisoned
 
 
 class ReceiverSide(WorldState):
@@ -21,8 +21,8 @@ class ReceiverSide(WorldState):
             pages = self.ledger.allocate(len(WINDOW))
         except OutOfPages:
             return
-        for page in pages:
-            self.content[page] = POISON
+        for page, content in zip(pages, poisoned(len(pages)), strict=True):
+            self.content[page] = content
         self.held[rid] = Held(
             Reservation(WINDOW, self.clock, LEASE), pages, f"secret of {rid}".encode(), self.known_epoch
         )
@@ -92,7 +92,8 @@ class ReceiverSide(WorldState):
     def _read(self, rid: str) -> None:
         held = self.held[rid]
         for position, page in zip(range(WINDOW.begin, WINDOW.end), held.pages, strict=True):
-            assert self.content[page] == f"{rid}:{position}", f"read {self.content[page]} before commit"
+            wanted = [f"{rid}:{position}"] * WHOLE.kv_head_count
+            assert self.content[page] == wanted, f"read {self.content[page]} before commit"
 
     def _publish_and_free(self, rid: str) -> None:
         self._read(rid)
@@ -147,7 +148,7 @@ class ReceiverSide(WorldState):
         """kill -9: its memory is gone; the service sees the connection end."""
         self.receiver_alive = False
         if self.table is not None:
-            for key in self.table.keys(POOL):
+            for key in self.table.keys(SECOND_POOL):  # the loss of either rank is that of the receiver
                 self.table.revoke(key)
 
     def receiver_restarts(self) -> None:
@@ -161,4 +162,5 @@ class ReceiverSide(WorldState):
         self.known_epoch = self.epoch
         if self.table is not None:
             self.table.forget_pool(POOL)
-        self.content = [POISON] * NUM_PAGES
+            self.table.forget_pool(SECOND_POOL)
+        self.content = poisoned(NUM_PAGES)

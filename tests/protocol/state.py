@@ -6,12 +6,15 @@ import pickle
 from dataclasses import dataclass, field
 from typing import Self
 
+from services.protocol.extents import Extent
 from services.protocol.grants import Attempt, GrantTable
 from services.protocol.pages import PageLedger
 from services.protocol.ranges import TokenRange
 from services.protocol.reservation import Reservation
 
-POOL = "pool"
+# The receiver has two ranks with a pool and one of the two KV heads each; the keys of grants name the first.
+POOL, SECOND_POOL = "pool", "second pool"
+WHOLE = Extent((0, 1), (0, 2))
 NUM_PAGES = 3
 WINDOW = TokenRange(0, 2)
 LEASE = 2
@@ -32,18 +35,29 @@ class Held:
     starting: bool = False  # a StartGenerate waits for it or runs on it
 
 
+# A copy of one position by one rank.
+Copy = tuple[int, Extent]
+
+
 @dataclass
 class Sender:
     """A RemoteSend at one of the sending engines."""
 
     range: TokenRange
     number: int
+    # What its ranks have of every token: together all of it.
+    ranks: tuple[Extent, ...] = (WHOLE,)
     alive: bool = True
     asked: bool = False
     attempt: Attempt | None = None
-    writing: int | None = None
-    done_positions: frozenset[int] = frozenset()
+    writing: tuple[Copy, ...] = ()
+    done: frozenset[Copy] = frozenset()
     answer: str | None = None
+
+
+def poisoned(page_count: int) -> list[list[str]]:
+    """What pages hold that nobody wrote."""
+    return [[POISON] * WHOLE.kv_head_count for _ in range(page_count)]
 
 
 @dataclass
@@ -79,7 +93,7 @@ class WorldState:
     epoch: int = 1
     known_epoch: int = 1
     connected: bool = True  # the engine believes that it has the service of known_epoch
-    content: list[str] = field(default_factory=lambda: [POISON] * NUM_PAGES)
+    content: list[list[str]] = field(default_factory=lambda: poisoned(NUM_PAGES))  # of each head of each page
     calls: tuple[tuple[str, int, int, str], ...] = ()  # (kind, epoch, incarnation, reservation)
 
     def freeze(self) -> bytes:
@@ -97,12 +111,14 @@ class WorldState:
         """Whether the engine is connected and the service it is connected to still lives."""
         return self.connected and self.table is not None and self.known_epoch == self.epoch
 
-    def writes(self) -> list[tuple[str, int]]:
-        """(reservation, page) of every copy under way."""
+    def writes(self) -> list[tuple[str, int, int]]:
+        """(reservation, page, head) of every copy under way."""
         return [
-            (s.attempt.key.reservation_id, self.page_of(s, s.writing))
+            (s.attempt.key.reservation_id, self.page_of(s, position), head)
             for s in self.senders.values()
-            if s.writing is not None and s.attempt is not None
+            if s.attempt is not None
+            for position, extent in s.writing
+            for head in range(*extent.kv_heads)
         ]
 
     def page_of(self, sender: Sender, position: int) -> int:

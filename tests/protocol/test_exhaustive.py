@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from services.protocol.extents import Extent
 from services.protocol.grants import Attempt, GrantKey, GrantTable
 from services.protocol.pages import PageLedger
 from services.protocol.ranges import TokenRange
 from services.protocol.reservation import Reservation
+from tests.protocol.state import WHOLE
 from tests.protocol.world import Budget, Sender, World
 
 LEFT, RIGHT, BOTH = TokenRange(0, 1), TokenRange(1, 2), TokenRange(0, 2)
+# The two ranks of a sender, with one of the two heads each.
+RANKS = (Extent((0, 1), (0, 1)), Extent((0, 1), (1, 2)))
 
 
 def disjoint() -> dict[str, Sender]:
@@ -21,6 +25,15 @@ def disjoint() -> dict[str, Sender]:
 
 def superseding() -> dict[str, Sender]:
     return {"A": Sender(BOTH, 1), "B": Sender(BOTH, 2)}
+
+
+def two_ranks() -> dict[str, Sender]:
+    """One sender of two ranks and one that is whole."""
+    return {"A": Sender(LEFT, 1, RANKS), "B": Sender(RIGHT, 1)}
+
+
+def two_ranks_superseded() -> dict[str, Sender]:
+    return {"A": Sender(LEFT, 1, RANKS), "B": Sender(LEFT, 2, RANKS)}
 
 
 SCENARIOS = {
@@ -34,6 +47,9 @@ SCENARIOS = {
     "receiver dies": (superseding, Budget(receiver_deaths=1, starts=1, second_reservation=1)),
     "service dies": (disjoint, Budget(service_deaths=1, starts=1, second_reservation=1, aborts=1)),
     "both die": (superseding, Budget(service_deaths=1, receiver_deaths=1, starts=1)),
+    "two ranks send": (two_ranks, Budget(starts=1, aborts=1, second_reservation=1)),
+    "two ranks, a retry supersedes": (two_ranks_superseded, Budget(aborts=1, sender_deaths=1)),
+    "two ranks, the receiver dies": (two_ranks, Budget(receiver_deaths=1, starts=1)),
     "everything once": (disjoint, Budget(ticks=2, aborts=1, starts=1, sender_deaths=1, service_deaths=1)),
 }
 
@@ -88,14 +104,23 @@ def _renew_after_expiry(machine: Reservation, now: float, lease_s: float) -> Non
     machine.expires_at = now + lease_s
 
 
-def _commit_early(table: GrantTable, attempt: Attempt, part: TokenRange) -> bool:
+_MARK_IN_PLACE = GrantTable.mark_in_place
+
+
+def _commit_early(table: GrantTable, attempt: Attempt, part: TokenRange, extent: Extent) -> bool:
     grant = table._grants[attempt.key]
     grant.committed = grant.committed.add(attempt.range)
     table._note(attempt.key)
     return False
 
 
+def _commit_one_rank(table: GrantTable, attempt: Attempt, part: TokenRange, extent: Extent) -> bool:
+    return _MARK_IN_PLACE(table, attempt, part, WHOLE)
+
+
 MISTAKES = {
+    "committed with the heads of one rank": (
+        two_ranks, Budget(starts=1), GrantTable, "mark_in_place", _commit_one_rank),
     "pages freed without quarantine": (
         superseding, Budget(aborts=1, second_reservation=1), PageLedger, "quarantine", PageLedger.release),
     "revoke does not wait for the copy": (superseding, Budget(aborts=1), GrantTable, "revoke", _revoke_without_fence),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from services.protocol.errors import ProtocolError
-from services.protocol.grants import AlreadyCommitted, Draining, GrantKey, GrantSpec, GrantTable
+from services.protocol.grants import AlreadyCommitted, Draining, GrantKey, GrantSpec, GrantTable, PoolPages
 from services.protocol.ranges import TokenRange
 from tests.protocol.receiver import ReceiverSide
-from tests.protocol.state import POOL, TORN, WINDOW
+from tests.protocol.state import POOL, SECOND_POOL, TORN, WHOLE, WINDOW, Copy, Sender
 
 
 class TransferSide(ReceiverSide):
@@ -24,8 +24,9 @@ class TransferSide(ReceiverSide):
             self.table.revoke(key)
             self._tell_if_drained(rid)
             return
+        second = (PoolPages(SECOND_POOL, held.pages),)
         try:
-            self.table.open_grant(GrantSpec(key, held.secret, WINDOW, held.pages))
+            self.table.open_grant(GrantSpec(key, held.secret, WINDOW, held.pages, second, WHOLE))
         except ProtocolError:
             assert held.machine.ended or held.grant in ("revoking", "drained"), "a living grant was refused"
             return
@@ -59,7 +60,7 @@ class TransferSide(ReceiverSide):
         """kill -9: copies stop where they are; pools survive in the engine's mapping."""
         self.table = None
         for sender in self.senders.values():
-            sender.writing = None
+            sender.writing = ()
             sender.answer = sender.answer or "UNAVAILABLE"
 
     def service_restarts(self) -> None:
@@ -89,8 +90,8 @@ class TransferSide(ReceiverSide):
         elif not isinstance(opened, Draining):
             sender.attempt = opened
 
-    def copy_begins(self, name: str, position: int) -> None:
-        sender = self.senders[name]
+    def copy_begins(self, name: str, copy: Copy) -> None:
+        sender, (position, _) = self.senders[name], copy
         assert self.table is not None
         assert sender.attempt is not None
         try:
@@ -98,28 +99,32 @@ class TransferSide(ReceiverSide):
         except ProtocolError as error:
             sender.answer = error.reason
             return
-        sender.writing = position
-        self.content[self.page_of(sender, position)] = TORN
+        sender.writing = (*sender.writing, copy)
+        self._write(sender, copy, TORN)
 
-    def copy_ends(self, name: str) -> None:
-        sender = self.senders[name]
+    def copy_ends(self, name: str, copy: Copy) -> None:
+        sender, (position, extent) = self.senders[name], copy
         assert self.table is not None
         assert sender.attempt is not None
-        assert sender.writing is not None
-        position, sender.writing = sender.writing, None
-        self.content[self.page_of(sender, position)] = f"{sender.attempt.key.reservation_id}:{position}"
+        sender.writing = tuple(other for other in sender.writing if other != copy)
+        self._write(sender, copy, f"{sender.attempt.key.reservation_id}:{position}")
         self.table.end_write(sender.attempt, 1)
         if not sender.alive:
             sender.answer = "DEAD"
             return
         try:
-            committed = self.table.mark_in_place(sender.attempt, TokenRange(position, position + 1))
+            committed = self.table.mark_in_place(sender.attempt, TokenRange(position, position + 1), extent)
         except ProtocolError as error:
             sender.answer = error.reason
             return
-        sender.done_positions |= {position}
+        sender.done |= {copy}
         if committed:
             sender.answer = "COMMITTED"
+
+    def _write(self, sender: Sender, copy: Copy, content: str) -> None:
+        position, extent = copy
+        for head in range(*extent.kv_heads):
+            self.content[self.page_of(sender, position)][head] = content
 
     def sender_stops(self, name: str, how: str) -> None:
         """Cancelled, or its process died: the service ends the attempt; a copy under way runs to its end."""
@@ -128,5 +133,5 @@ class TransferSide(ReceiverSide):
         if sender.attempt is not None:
             assert self.table is not None
             self.table.end_attempt(sender.attempt)
-        if sender.writing is None:
+        if not sender.writing:
             sender.answer = how

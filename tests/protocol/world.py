@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from services.protocol.extents import Extent
 from services.protocol.reservation import UNATTACHED, ReservationState
 from tests.protocol.state import POOL, Budget, Held, Sender
 from tests.protocol.transfer import TransferSide
@@ -84,26 +85,33 @@ class World(TransferSide):
         offer("service dies", World.service_dies, "service_deaths")
 
     def _sender_actions(self, name: str, sender: Sender, offer: Callable[..., None]) -> None:
-        if self.table is None or sender.answer is not None:
+        if self.table is None:
             return
-        if sender.writing is not None:
-            offer(f"{name} copy ends", lambda w: w.copy_ends(name))
-        if not sender.alive:
+        for copy in sender.writing:
+            offer(f"{name} copy of {copy[0]} ends", lambda w, c=copy: w.copy_ends(name, c))
+        if sender.answer is not None or not sender.alive:
             return
         if sender.attempt is None and self.addressable():
             offer(f"{name} opens", lambda w: w.open_attempt(name))
-        if sender.attempt is not None and sender.writing is None:
-            for position in range(sender.range.begin, sender.range.end):
-                if position not in sender.done_positions:
-                    offer(f"{name} copies {position}", lambda w, p=position: w.copy_begins(name, p))
-                    break
+        if sender.attempt is not None:
+            for extent in sender.ranks:
+                self._rank_actions(name, sender, extent, offer)
         offer(f"{name} cancels", lambda w: w.sender_stops(name, "cancelled"), "sender_cancels")
         offer(f"{name} dies", lambda w: w.sender_stops(name, "dead"), "sender_deaths")
+
+    def _rank_actions(self, name: str, sender: Sender, extent: Extent, offer: Callable[..., None]) -> None:
+        """A rank copies its part of one position after the other."""
+        if any(extent == other for _, other in sender.writing):
+            return
+        copies = ((position, extent) for position in range(sender.range.begin, sender.range.end))
+        copy = next((copy for copy in copies if copy not in sender.done), None)
+        if copy is not None:
+            offer(f"{name} copies {copy[0]} of {extent.kv_heads}", lambda w: w.copy_begins(name, copy))
 
     def check(self) -> None:
         """Safety: no page in two hands, none lost, no write after free, no two writers at one page."""
         writes = self.writes()
-        assert len({page for _, page in writes}) == len(writes), "two copies into one page"
+        assert len({(page, head) for _, page, head in writes}) == len(writes), "two copies into one page"
         if not self.receiver_alive:
             return
         counts = self.ledger.counts()
@@ -116,7 +124,7 @@ class World(TransferSide):
                 assert owners.setdefault(page, rid) == rid, "a page in two hands"
                 assert not self.ledger.is_free(page), "a page in use is free"
         assert counts.held + counts.quarantined == len(owners), "a page is lost"
-        for rid, page in writes:
+        for rid, page, _ in writes:
             assert owners.get(page) == rid, "a write after free"
             assert not self.ledger.is_published(page), "a published page is written"
             assert self.held[rid].machine.state is not ReservationState.ATTACHED, "a write under a running sequence"

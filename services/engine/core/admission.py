@@ -11,6 +11,7 @@ from services.engine.sampling.params import InvalidSampling
 from services.protocol.address import KvAddress
 from services.protocol.errors import InvalidRange, LayoutMismatch, ModelMismatch, OutsideWindow, PromptMismatch
 from services.protocol.hashes import prompt_digest
+from services.protocol.layout import Dtype, PageLayout
 
 
 def check_prompt(tokens: Sequence[int], config: CoreConfig, *, room_for: int = 0) -> None:
@@ -68,12 +69,17 @@ def check_address(address: KvAddress, command: RemoteSend, config: CoreConfig) -
     """Raises ModelMismatch, LayoutMismatch or PromptMismatch if what would be sent is not what is expected there."""
     if address.model_digest != config.model_digest:
         raise ModelMismatch("The receiver holds other weights, another dtype or other rope parameters.")
-    if address.layout != config.layout:
-        raise LayoutMismatch("The receiver's pages are arranged otherwise, and no conversion is known.")
+    if _values(address.layout) != _values(config.layout):
+        raise LayoutMismatch("The receiver's KV has other layers, heads or number formats.")
     head = command.prompt[: address.window.end]
     same_length = len(head) == address.window.end
     if not same_length or prompt_digest(head, command.cache_salt) != address.prompt_digest:
         raise PromptMismatch("The receiver was given another prompt or cache salt.")
+
+
+def _values(layout: PageLayout) -> tuple[int, int, int, Dtype]:
+    """What must be equal on both sides; page size and order are converted by the transfer service."""
+    return layout.layer_count, layout.kv_head_count, layout.head_dim, layout.dtype
 
 
 def check_start_generate(command: StartGenerate, config: CoreConfig) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from services.kvtransfer.copier import Copier, Copy
 from services.kvtransfer.errors import InvalidPages
 from services.kvtransfer.landing import Claim, Landing, Landings
-from services.kvtransfer.plan import Piece, Run, plan_pieces
+from services.kvtransfer.leg_copy import LayerPair, LegCopy, SourceTokens, copy_runs
+from services.kvtransfer.plan import Piece
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
-from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import AlreadyCommitted
-from services.protocol.layout import PageLayout
 
 
 class ShmTransport:
@@ -50,23 +48,18 @@ class ShmTransport:
         return None
 
     async def open(self, request: PutRequest, on_change: Callable[[], None]) -> ShmLane | AlreadyCommitted:
-        """See Transport.open. Raises LayoutMismatch unless both pools have the same layout."""
-        target, page_ids = self._landings.check(request.address, request.claim, request.part)
-        if request.source.shape.layout != target.shape.layout:
-            raise LayoutMismatch("sender and receiver arrange their pages differently")
-        if request.source is target and not set(request.source_page_ids).isdisjoint(page_ids):
-            raise InvalidPages("a page is source and target at once")
-        landing = await self._landings.open(request.address, request.claim, request.part)
+        """See Transport.open."""
+        shards = self._landings.check(request.address, request.claim, request.part)
+        for shard in shards:
+            if request.source is shard.pool and not set(request.source_page_ids).isdisjoint(shard.page_ids):
+                raise InvalidPages("a page is source and target at once")
+        extent = request.source.shape.part.extent
+        landing = await self._landings.open(request.address, request.claim, request.part, extent)
         if isinstance(landing, AlreadyCommitted):
             return landing
-        pieces = plan_pieces(
-            request.part,
-            request.source_page_ids,
-            landing.page_ids,
-            target.shape.layout,
-            self._max_copy_bytes,
-        )
-        return ShmLane(self._copier, request.source.pages, landing, pieces, on_change)
+        tokens = SourceTokens(request.source, request.source_page_ids, request.part)
+        ways = [LegCopy(tokens, landing.shards[leg.target_index], leg, self._max_copy_bytes) for leg in landing.legs]
+        return ShmLane(self._copier, landing, ways, on_change)
 
     async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
         """See Transport.end_attempt."""
@@ -76,15 +69,13 @@ class ShmTransport:
         """See Transport.close. The threads belong to the service."""
 
 
-class LayerPages:
-    """Two views of one layer of a pool."""
+class LayerCopy(NamedTuple):
+    """One piece of one layer."""
 
-    __slots__ = ("tokens", "whole")
-
-    def __init__(self, pages: NDArray[np.uint8], layout: PageLayout) -> None:
-        self.whole = pages  # (page_count, layer_page_bytes)
-        # (page_count, k|v and head, token, byte)
-        self.tokens = pages.reshape(-1, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
+    layer: int
+    pool: Pool
+    pair: LayerPair
+    piece: Piece
 
 
 class ShmLane:
@@ -93,18 +84,12 @@ class ShmLane:
     def __init__(
         self,
         copier: Copier,
-        source: NDArray[np.uint8],  # (layer_count, page_count, layer_page_bytes)
         landing: Landing,
-        pieces: tuple[Piece, ...],
+        ways: Sequence[LegCopy],
         on_change: Callable[[], None],
     ) -> None:
         self._copier = copier
-        layout = landing.pool.shape.layout
-        self._source = [LayerPages(layer, layout) for layer in source]
-        self._target = [LayerPages(layer, layout) for layer in landing.pool.pages]
-        self._layer_count = layout.layer_count
         self._landing = landing
-        self._pieces = pieces
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._listening = ExitStack()
@@ -112,10 +97,14 @@ class ShmLane:
         self._idle: asyncio.Future[None] | None = None
         # The rest is shared with the copying threads, under the lock.
         self._lock = threading.Lock()
-        self._taken = 0
+        self._ways = ways
         self._posted = 0
+        self._entered = 0
+        self._next: deque[LayerCopy] = deque()  # of the layer that was entered last
         self._under_way = 0
-        self._left_of_layer = [len(pieces)] * self._layer_count
+        self._left_of_layer = [
+            sum(len(way.pieces) for way in ways if layer in way.layers) for layer in range(landing.extent.layer_count)
+        ]
         self._layers_done = 0
         self._num_bytes = 0
         self._busy_ns = 0
@@ -136,7 +125,7 @@ class ShmLane:
     def post(self, layer_end: int) -> None:
         """See Lane.post."""
         with self._lock:
-            self._posted = max(self._posted, layer_end * len(self._pieces))
+            self._posted = max(self._posted, layer_end)
         self._copier.submit(self)
 
     def check(self) -> PutProgress:
@@ -145,7 +134,7 @@ class ShmLane:
             self._notified = False
             failure = self._failure
             progress = PutProgress(self._layers_done, self._num_bytes)
-        if failure is None and progress.layers_done < self._layer_count:
+        if failure is None and progress.layers_done < len(self._left_of_layer):
             failure = self._landing.refusal()
         if failure is not None:
             raise failure
@@ -165,34 +154,44 @@ class ShmLane:
         if self._idle is not None:
             await asyncio.shield(self._idle)
         # A view that outlives the put would keep a freed pool mapped.
-        self._source, self._target = [], []
+        self._ways = []
+        self._next.clear()
 
     def take(self) -> Copy | None:
         """See CopySource.take."""
         with self._lock:
-            if self._closed or self._failure is not None or self._taken >= self._posted:
+            if self._closed or self._failure is not None:
                 return None
-            layer, index = divmod(self._taken, len(self._pieces))
-            self._taken += 1
+            while not self._next:
+                if self._entered >= self._posted:
+                    return None
+                self._enter(self._entered)
+                self._entered += 1
             self._under_way += 1
-        return partial(self._copy, layer, self._pieces[index])
+            return partial(self._copy, self._next.popleft())
 
-    def _copy(self, layer: int, piece: Piece) -> None:
+    def _enter(self, layer: int) -> None:
+        for way in self._ways:
+            if layer in way.layers:
+                pair = way.layer(layer)
+                self._next.extend(LayerCopy(layer, way.pool, pair, piece) for piece in way.pieces)
+
+    def _copy(self, copy: LayerCopy) -> None:
         failure: Exception | None = None
         begin = time.perf_counter_ns()
         try:
-            self._landing.begin_write(piece.part)
+            self._landing.begin_write(copy.piece.part)
             num_bytes = 0
             try:
-                copy_runs(self._source[layer], self._target[layer], piece.runs)
-                num_bytes = piece.num_bytes
+                copy_runs(copy.pair, copy.piece.runs)
+                num_bytes = copy.piece.num_bytes
             finally:
-                self._landing.end_write(num_bytes)
+                self._landing.end_write(copy.pool, num_bytes)
         except Exception as error:  # the thread must go on; whoever checks the lane gets it
             failure = error
-        self._copied(layer, piece, failure, time.perf_counter_ns() - begin)
+        self._copied(copy, failure, time.perf_counter_ns() - begin)
 
-    def _copied(self, layer: int, piece: Piece, failure: Exception | None, busy_ns: int) -> None:
+    def _copied(self, copy: LayerCopy, failure: Exception | None, busy_ns: int) -> None:
         with self._lock:
             self._under_way -= 1
             self._busy_ns += busy_ns
@@ -201,8 +200,8 @@ class ShmLane:
                 self._failure = self._failure or failure
                 news = True
             else:
-                self._num_bytes += piece.num_bytes
-                self._left_of_layer[layer] -= 1
+                self._num_bytes += copy.piece.num_bytes
+                self._left_of_layer[copy.layer] -= 1
                 while self._layers_done < len(self._left_of_layer) and not self._left_of_layer[self._layers_done]:
                     self._layers_done += 1
                     news = True
@@ -216,12 +215,3 @@ class ShmLane:
         if self._idle is not None and self._under_way == 0 and not self._idle.done():
             self._idle.set_result(None)
         self._on_change()
-
-
-def copy_runs(source: LayerPages, target: LayerPages, runs: tuple[Run, ...]) -> None:
-    """Copies pages of a layer. numpy releases the GIL in each, and knows that the two do not overlap."""
-    for run in runs:
-        if run.tokens is None:
-            target.whole[run.target_pages] = source.whole[run.source_pages]
-        else:
-            target.tokens[run.target_pages, :, run.tokens] = source.tokens[run.source_pages, :, run.tokens]

@@ -29,7 +29,7 @@ ORDERS: dict[str, tuple[Change, str]] = {
     "pool": (lambda o: setattr(o, "pool_id", o.pool_id + "9999"), "UNKNOWN_POOL"),
     "target pool": (lambda o: setattr(o.target.shards[0], "pool_id", o.pool_id + "9999"), "RESERVATION_GONE"),
     "reservation": (lambda o: setattr(o.target, "reservation_id", "other"), "RESERVATION_GONE"),
-    "no shard": (lambda o: o.target.ClearField("shards"), "NO_TRANSPORT"),
+    "no shard": (lambda o: o.target.ClearField("shards"), "LAYOUT_MISMATCH"),
     "half the layers": (lambda o: setattr(o.target.shards[0], "layer_end", 2), "LAYOUT_MISMATCH"),
     "half the heads": (lambda o: setattr(o.target.shards[0], "kv_head_begin", 1), "LAYOUT_MISMATCH"),
     "stated layout": (lambda o: setattr(o.target.layout, "head_dim", 8), "LAYOUT_MISMATCH"),
@@ -86,13 +86,12 @@ async def test_a_wrong_push_writes_nothing(start_engine: StartEngine, change: Ch
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(page_size=8),
         Shape(layers=4),
         Shape(heads=1),
         Shape(head_dim=8),
         Shape(dtype=kv_pb2.DTYPE_FLOAT16),
     ],
-    ids=["page_size", "layers", "heads", "head_dim", "dtype"],
+    ids=["layers", "heads", "head_dim", "dtype"],
 )
 async def test_pools_of_other_layouts(start_engine: StartEngine, shape: Shape) -> None:
     sender, receiver = await start_engine("p", seed=1), await start_engine("d", shape)

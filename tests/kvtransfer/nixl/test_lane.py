@@ -18,6 +18,7 @@ from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
 from services.protocol.address import KvAddress
 from services.protocol.errors import Code, ServiceError
+from services.protocol.extents import ModelPart
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
@@ -71,7 +72,7 @@ class Side:
 
 
 def _pool(layout: PageLayout = LAYOUT) -> Pool:
-    return Pool("pool", "engine", PoolShape(layout, 4))
+    return Pool("pool", "engine", PoolShape(layout, 4, ModelPart.all_of(layout.layer_count, layout.kv_head_count)))
 
 
 def _transport(receiver: Receiver, side: Side | None = None) -> PullTransport:

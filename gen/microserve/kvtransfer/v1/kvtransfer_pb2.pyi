@@ -91,6 +91,7 @@ class CreatePoolRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     PAGE_COUNT_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     engine_name: _builtins.str
     """Name of the engine it is for; one pool a name. 1 to 128 printable ASCII characters without spaces."""
     page_count: _builtins.int
@@ -103,6 +104,12 @@ class CreatePoolRequest(_message.Message):
     def layout(self) -> _kv_pb2.PageLayout:
         """Arrangement of the pages."""
 
+    @_builtins.property
+    def part(self) -> Global___ModelPart:
+        """Which part of the model's KV the pool holds. Not set: all of it. A part that the model does not have, or that
+        contradicts the layout, is INVALID_ARGUMENT (INVALID_POOL).
+        """
+
     def __init__(
         self,
         *,
@@ -110,14 +117,51 @@ class CreatePoolRequest(_message.Message):
         layout: _kv_pb2.PageLayout | None = ...,
         page_count: _builtins.int = ...,
         adopt: _builtins.bool = ...,
+        part: Global___ModelPart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "engine_name", b"engine_name", "layout", b"layout", "page_count", b"page_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "engine_name", b"engine_name", "layout", b"layout", "page_count", b"page_count", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreatePoolRequest: _TypeAlias = CreatePoolRequest  # noqa: Y015
+
+@_typing.final
+class ModelPart(_message.Message):
+    """ModelPart says which layers and KV heads of a model a pool holds, as a rank of a tensor parallel engine does: as many as
+    the pool's layout says, from these on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_BEGIN_FIELD_NUMBER: _builtins.int
+    KV_HEAD_BEGIN_FIELD_NUMBER: _builtins.int
+    MODEL_LAYER_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_KV_HEAD_COUNT_FIELD_NUMBER: _builtins.int
+    layer_begin: _builtins.int
+    """First layer in the pool."""
+    kv_head_begin: _builtins.int
+    """First KV head in the pool."""
+    model_layer_count: _builtins.int
+    """Layers of the whole model."""
+    model_kv_head_count: _builtins.int
+    """KV heads of the whole model."""
+    def __init__(
+        self,
+        *,
+        layer_begin: _builtins.int = ...,
+        kv_head_begin: _builtins.int = ...,
+        model_layer_count: _builtins.int = ...,
+        model_kv_head_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_head_begin", b"kv_head_begin", "layer_begin", b"layer_begin", "model_kv_head_count", b"model_kv_head_count", "model_layer_count", b"model_layer_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPart: _TypeAlias = ModelPart  # noqa: Y015
 
 @_typing.final
 class CreatePoolResponse(_message.Message):
@@ -223,6 +267,7 @@ class GrantRequest(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     PAGE_IDS_FIELD_NUMBER: _builtins.int
+    OTHER_POOLS_FIELD_NUMBER: _builtins.int
     pool_id: _builtins.str
     """The receiving pool."""
     incarnation: _builtins.bytes
@@ -239,6 +284,12 @@ class GrantRequest(_message.Message):
     def page_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Pages in token order, the first one holding window.begin."""
 
+    @_builtins.property
+    def other_pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolPages]:
+        """Pages of the engine's other pools, if its KV is split over several: the window is opened, committed and revoked in
+        all of them as one. All pools have the same incarnation and together the whole model; pool_id names the grant.
+        """
+
     def __init__(
         self,
         *,
@@ -248,14 +299,43 @@ class GrantRequest(_message.Message):
         secret: _builtins.bytes = ...,
         window: _kv_pb2.TokenRange | None = ...,
         page_ids: _abc.Iterable[_builtins.int] | None = ...,
+        other_pools: _abc.Iterable[Global___PoolPages] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "page_ids", b"page_ids", "pool_id", b"pool_id", "reservation_id", b"reservation_id", "secret", b"secret", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "other_pools", b"other_pools", "page_ids", b"page_ids", "pool_id", b"pool_id", "reservation_id", b"reservation_id", "secret", b"secret", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GrantRequest: _TypeAlias = GrantRequest  # noqa: Y015
+
+@_typing.final
+class PoolPages(_message.Message):
+    """PoolPages are pages of one pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    PAGE_IDS_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """The pool."""
+    @_builtins.property
+    def page_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Pages in token order, the first one holding window.begin."""
+
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        page_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_ids", b"page_ids", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolPages: _TypeAlias = PoolPages  # noqa: Y015
 
 @_typing.final
 class GrantResponse(_message.Message):
@@ -323,7 +403,12 @@ Global___RevokeResponse: _TypeAlias = RevokeResponse  # noqa: Y015
 
 @_typing.final
 class PushRequest(_message.Message):
-    """PushRequest moves one contiguous range of tokens."""
+    """PushRequest moves one contiguous range of tokens: the layers and KV heads that the source pool holds.
+
+    Sender and receiver may differ in page size, in the order of the axes and in how the model is split over pools. Every rank
+    of a tensor parallel sender pushes its own part, under the same attempt, range and writer; the attempt is committed when
+    every token has every layer and head. The ranks are known as one engine by their equal incarnation.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

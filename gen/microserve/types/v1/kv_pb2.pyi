@@ -267,11 +267,13 @@ class KvAddress(_message.Message):
 
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvShard]:
-        """Where the pages are. Exactly one shard unless the receiver is tensor parallel."""
+        """Where the pages are. Exactly one shard unless the receiver is tensor parallel; together they have the whole model."""
 
     @_builtins.property
     def layout(self) -> Global___PageLayout:
-        """Arrangement of the receiver's pool."""
+        """Arrangement of the receiver's pages, with the layers and KV heads of the whole model; a shard's pool has the same
+        with its own.
+        """
 
     def __init__(
         self,

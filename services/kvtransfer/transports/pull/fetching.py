@@ -74,12 +74,12 @@ def extents_of(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: 
     for run in runs:
         begin = layout.offset(layer, run.source_pages.start, page_count)
         num_pages = run.source_pages.stop - run.source_pages.start
-        if run.tokens is None:
+        if run.whole:
             extents.append(Extent(begin, num_pages * layout.layer_page_bytes))
             continue
         # One extent for keys and one for values of each head.
         head_bytes = layout.page_size * layout.token_bytes
-        first, num_tokens = run.tokens.start, run.tokens.stop - run.tokens.start
+        first, num_tokens = run.source_tokens.start, run.source_tokens.stop - run.source_tokens.start
         for head in range(2 * layout.kv_head_count):
             offset = begin + head * head_bytes + first * layout.token_bytes
             extents.append(Extent(offset, num_tokens * layout.token_bytes))
@@ -91,6 +91,6 @@ def place(data: NDArray[np.uint8], pages: NDArray[np.uint8], runs: Sequence[Run]
     tokens = pages.reshape(-1, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
     begin = 0
     for run in runs:
-        target = pages[run.target_pages] if run.tokens is None else tokens[run.target_pages, :, run.tokens]
+        target = pages[run.target_pages] if run.whole else tokens[run.target_pages, :, run.target_tokens]
         target[...] = data[begin : begin + target.size].reshape(target.shape)
         begin += target.size

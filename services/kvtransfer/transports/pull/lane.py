@@ -58,7 +58,7 @@ class PullTransport:
             return Unsupported("the target is in this service")
         if peer.offers.get(self.capabilities.name) != self._offer:
             return Unsupported("the receiving service does not offer it")
-        if address.layout != source.shape.layout:
+        if address.layout != source.shape.layout or len(address.shards) > 1:
             return Unsupported("sender and receiver arrange their pages differently")
         return None
 

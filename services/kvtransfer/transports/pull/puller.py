@@ -48,7 +48,9 @@ class Puller:
         self._fetcher = fetcher
         self._copiers = copiers
         self._on_change = on_change
-        self._layout = landing.pool.shape.layout
+        (shard,) = landing.shards
+        self._pool = shard.pool
+        self._layout = shard.pool.shape.layout
         self._left_of_layer = [len(pieces)] * self._layout.layer_count
         self._layers_done = 0
         self._num_bytes = 0
@@ -127,10 +129,10 @@ class Puller:
         self._landing.begin_write(piece.part)
         num_bytes = 0
         try:
-            place(data, self._landing.pool.pages[layer], piece.runs, self._layout)
+            place(data, self._pool.pages[layer], piece.runs, self._layout)
             num_bytes = piece.num_bytes
         finally:
-            self._landing.end_write(num_bytes)
+            self._landing.end_write(self._pool, num_bytes)
 
 
 async def _to_the_end(copy: asyncio.Future[None]) -> None:

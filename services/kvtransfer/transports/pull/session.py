@@ -11,8 +11,7 @@ from enum import Enum
 
 from services.kvtransfer.errors import InvalidRequest, NoTransport, PushStalled
 from services.kvtransfer.landing import Claim, Landing, Landings
-from services.kvtransfer.plan import plan_pieces
-from services.kvtransfer.pool import PoolShape
+from services.kvtransfer.plan import PageTable, plan_pieces
 from services.kvtransfer.transports.pull.fetching import SinkSide, SourcePool
 from services.kvtransfer.transports.pull.puller import Puller, PullState
 from services.protocol.address import KvAddress
@@ -94,13 +93,15 @@ class PullSessions:
         self._check(opening)
         # Before the attempt: if this transport cannot, another one may still open it.
         async with sink.connect(opening.source) as fetcher:
-            landing = await self._landings.open(opening.address, opening.claim, opening.part)
+            landing = await self._landings.open(opening.address, opening.claim, opening.part, opening.address.whole)
             yield Opened(committed=isinstance(landing, AlreadyCommitted))
             if isinstance(landing, AlreadyCommitted):
                 return
             max_bytes = min(self._max_copy_bytes, sink.buffer_bytes)
-            layout = landing.pool.shape.layout
-            pieces = plan_pieces(opening.part, opening.source_page_ids, landing.page_ids, layout, max_bytes)
+            layout, (shard,) = opening.source.layout, landing.shards
+            source, target = (PageTable(ids, layout.page_size) for ids in (opening.source_page_ids, shard.page_ids))
+            token_bytes = layout.layer_page_bytes // layout.page_size
+            pieces = plan_pieces(opening.part, source, target, token_bytes, max_bytes)
             news = asyncio.Event()
             puller = Puller(landing, opening.source, pieces, fetcher, self._copiers, news.set)
             async with contextlib.aclosing(self._follow(landing, puller, said, news)) as answers:
@@ -152,12 +153,12 @@ class PullSessions:
     def _check(self, opening: PullOpen) -> None:
         """The sender's half of an opening; Landings.open checks the other."""
         source = opening.source
-        target, _ = self._landings.check(opening.address, opening.claim, opening.part)
-        if source.layout != target.shape.layout:
-            raise LayoutMismatch("sender and receiver arrange their pages differently")
+        shards = self._landings.check(opening.address, opening.claim, opening.part)
+        if len(shards) != 1 or source.layout != opening.address.layout:
+            raise LayoutMismatch("this transport moves whole models between equal arrangements only")
         if not opening.part:
             raise InvalidRequest("a push of nothing")
-        PoolShape(source.layout, source.page_count).check_pages(opening.source_page_ids, opening.part)
+        shards[0].pool.shape.with_pages(source.page_count).check_pages(opening.source_page_ids, opening.part)
 
 
 async def _listen(said: AsyncIterator[Said], post: Callable[[int], None], wake: Callable[[], None]) -> Last:
