@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
 
 from services.router.admin.servicer import AdminServicer
+from services.router.admission.admission import Admission
 from services.router.config import RouterConfig
 from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.breaker import BreakerConfig
@@ -68,12 +69,14 @@ class Router:
         self._owner_id = f"router-{secrets.token_hex(12)}"  # new in every process, as the contract wants owners
         self._host = PolicyHost(self.registry, self.catalogue, config.run_limits)
         traces = Traces(config.max_traces)
+        self.admission = Admission(config.admission_limits, self.registry.capacity)
+        self.registry.on_load(self.admission.pump, lambda: self.admission.num_waiting > 0)
         service = GenerationService(
             self.registry,
             self.catalogue,
             self._host,
             traces,
-            max_requests=config.max_requests,
+            admission=self.admission,
             max_request_s=config.request_timeout,
         )
         self.server = Server(config, "router")
@@ -145,7 +148,7 @@ class Router:
     def _member(self, address: str) -> Member:
         channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)
         client = EngineClient(address, channel, self._owner_id, max_buffered=self.config.max_buffered_tokens)
-        return Member(address, client, self._tokenizers, self.registry.changed, self._backoff, self._breaker)
+        return Member(address, client, self._tokenizers, self.registry, self._backoff, self._breaker)
 
     def _publish_health(self) -> None:
         serving = bool(self.registry.models())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.router.admission.ticket import Priority
 from services.router.errors import EmptyPrompt, InvalidRequest, PromptTooLong
 from services.router.fleet.registry import Model
 from services.router.text.template import ChatMessage
@@ -11,6 +12,7 @@ from services.router.values import Sampling
 
 MAX_NAME_CHARACTERS = 128
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+_PRIORITIES = tuple(each.value for each in Priority)
 MAX_MESSAGES = 4_096
 MAX_STOP_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_LOGPROBS = 1_024, 4_096, 20
 
@@ -53,6 +55,8 @@ class Ask:
     request_id: str = ""
     policy: str = ""  # name, with parameters after a colon; empty: the current one
     time_left_s: float | None = None  # of the client's deadline
+    priority: str = ""  # of admission.ticket.Priority; empty: normal
+    tenant: str = ""  # who shares the fleet fairly with the others
     beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
 
 
@@ -61,6 +65,9 @@ def check(ask: Ask) -> None:
     check_prompt(ask.prompt)
     _check_name("request_id", ask.request_id)
     _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
+    _check_name("tenant", ask.tenant)
+    if ask.priority and ask.priority not in _PRIORITIES:
+        raise InvalidRequest(f"priority {ask.priority[:MAX_NAME_CHARACTERS]!r} is not one of {', '.join(_PRIORITIES)}")
     _bounded("stop", len(ask.stop), MAX_STOPS, "strings")
     for stop in ask.stop:
         _bounded("a stop string", len(stop), MAX_STOP_CHARACTERS, "characters")

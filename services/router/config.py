@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.router.admission.ticket import AdmissionLimits
 from services.router.fleet.recovery import RetryLimits
 from services.router.http import HttpTls
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
@@ -43,7 +44,12 @@ class RouterConfig(ServerConfig):
     client_timeout: float = field(
         default=60.0, metadata={"help": "seconds for which a client may take nothing of its answer"}
     )
-    max_requests: int = field(default=1024, metadata={"help": "requests under way at once; more are refused"})
+    max_requests: int = field(default=1024, metadata={"help": "requests waiting and running; more are refused"})
+    max_queued: int = field(default=256, metadata={"help": "requests that wait in each priority; more are refused"})
+    queue_timeout: float = field(default=5.0, metadata={"help": "seconds a request may wait for its turn"})
+    prompt_queue: float = field(
+        default=2.0, metadata={"help": "seconds of computing prompts that the engines are given in advance"}
+    )
     max_buffered_tokens: int = field(
         default=MAX_BUFFERED_TOKENS, metadata={"help": "tokens kept for a client that reads too slowly"}
     )
@@ -88,6 +94,9 @@ class RouterConfig(ServerConfig):
             "request_timeout",
             "client_timeout",
             "max_requests",
+            "max_queued",
+            "queue_timeout",
+            "prompt_queue",
             "max_buffered_tokens",
             "max_traces",
             "breaker_failures",
@@ -119,6 +128,16 @@ class RouterConfig(ServerConfig):
         if self.tls_cert is None or self.tls_key is None:
             return None
         return HttpTls(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @property
+    def admission_limits(self) -> AdmissionLimits:
+        """How much may begin."""
+        return AdmissionLimits(
+            max_requests=self.max_requests,
+            max_queued=self.max_queued,
+            queue_s=self.queue_timeout,
+            prompt_s=self.prompt_queue,
+        )
 
     @property
     def run_limits(self) -> RunLimits:

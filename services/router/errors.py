@@ -24,7 +24,7 @@ RouterError
 ├── NoChatTemplate         FAILED_PRECONDITION
 ├── BadTokenizer           FAILED_PRECONDITION  an engine's tokenizer cannot be used
 ├── IncompatibleEngine     FAILED_PRECONDITION  an engine speaks another contract
-├── Overloaded             RESOURCE_EXHAUSTED   too many requests at once
+├── Overloaded             RESOURCE_EXHAUSTED   the request cannot begin in time
 └── SlowConsumer           RESOURCE_EXHAUSTED   a client reads too slowly for the room there is
 """
 
@@ -204,7 +204,7 @@ class IncompatibleEngine(RouterError):
 
 
 class Overloaded(RouterError):
-    """As many requests as the router takes are under way."""
+    """The request cannot begin in time: as many as the fleet takes run, and as many as may wait do."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"

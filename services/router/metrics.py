@@ -12,6 +12,18 @@ REQUESTS = Counter(
     ["policy", "code"],
 )
 REQUESTS_IN_FLIGHT = Gauge("microserve_router_requests_in_flight", "Requests under way.")
+QUEUED = Gauge("microserve_router_queued", "Requests that wait for their turn, by priority.", ["priority"])
+QUEUE_SECONDS = Histogram(
+    "microserve_router_queue_seconds",
+    "Time for which requests that had to wait waited, by priority.",
+    ["priority"],
+    buckets=_SECONDS,
+)
+REFUSALS = Counter(
+    "microserve_router_refusals",
+    "Requests refused before an engine was asked, by priority and reason.",
+    ["priority", "reason"],
+)
 TTFT_SECONDS = Histogram(
     "microserve_router_ttft_seconds",
     "Time from a request's arrival to its first token, by policy.",

@@ -10,7 +10,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from services.protocol.errors import ServiceError
-from services.router.admission import Admission
+from services.router.admission.admission import Admission
+from services.router.admission.ticket import Priority, Ticket
 from services.router.asking import (
     Ask,
     Chat,
@@ -84,14 +85,14 @@ class GenerationService:
         host: PolicyHost,
         traces: Traces,
         *,
-        max_requests: int,
+        admission: Admission,
         max_request_s: float,
     ) -> None:
         self._registry = registry
         self._catalogue = catalogue
         self._host = host
         self._traces = traces
-        self._admission = Admission(max_requests)
+        self._admission = admission
         self._max_request_s = max_request_s
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Answer, None]:
@@ -110,26 +111,15 @@ class GenerationService:
                     ask.stop,
                     include_stop=ask.include_stop,
                 )
-                run = self._host.run(program, request)
-                record.legs = run.legs
-                try:
-                    async with aclosing(_answers(run, output, len(request.prompt))) as answers:
-                        first = await anext(answers)
-                        record.spec = run.served_by.spec
-                        record.first_token_s = record.elapsed_s()
-                        TTFT_SECONDS.labels(record.policy).observe(record.first_token_s)
-                        record.output_tokens += len(first.token_ids)
-                        yield replace(
-                            first,
-                            request_id=record.request_id,
-                            policy=record.spec,
-                            engine=run.legs.generating_engine(),
-                        )
-                        async for answer in answers:
-                            record.output_tokens += len(answer.token_ids)
-                            yield answer
-                finally:
-                    await run.close()
+                async with (
+                    self._admission.turn(_ticket(ask, request)) as turn,
+                    aclosing(self._run(program, request, output, record)) as answers,
+                ):
+                    first = await anext(answers)
+                    turn.first_token()
+                    yield first
+                    async for answer in answers:
+                        yield answer
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
         """Token ids of a prompt."""
@@ -149,6 +139,28 @@ class GenerationService:
     def model(self, name: str) -> Model:
         """The model of that name; for an empty name the only one."""
         return self._registry.model(name)
+
+    async def _run(
+        self, program: BoundProgram, request: PolicyRequest, output: TextOutput, record: Record
+    ) -> AsyncGenerator[Answer, None]:
+        """The program's answer; all it left on engines has ended when this has."""
+        run = self._host.run(program, request)
+        record.legs = run.legs
+        try:
+            async with aclosing(_answers(run, output, len(request.prompt))) as answers:
+                first = await anext(answers)
+                record.spec = run.served_by.spec
+                record.first_token_s = record.elapsed_s()
+                TTFT_SECONDS.labels(record.policy).observe(record.first_token_s)
+                record.output_tokens += len(first.token_ids)
+                yield replace(
+                    first, request_id=record.request_id, policy=record.spec, engine=run.legs.generating_engine()
+                )
+                async for answer in answers:
+                    record.output_tokens += len(answer.token_ids)
+                    yield answer
+        finally:
+            await run.close()
 
     async def _request(self, ask: Ask, model: Model, request_id: str) -> PolicyRequest:
         limit_s = self._max_request_s if ask.time_left_s is None else min(ask.time_left_s, self._max_request_s)
@@ -215,6 +227,18 @@ async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:
             return await model.tokenizer.encode_chat(messages)
         case Tokens(ids):
             return ids
+
+
+def _ticket(ask: Ask, request: PolicyRequest) -> Ticket:
+    return Ticket(
+        request.model,
+        len(request.prompt),
+        ask.sampling.max_tokens,
+        Priority(ask.priority) if ask.priority else Priority.NORMAL,
+        ask.tenant,
+        request.deadline,
+        follows=bool(ask.beside),
+    )
 
 
 def _seeded(ask: Ask) -> Sampling:

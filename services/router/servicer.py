@@ -17,6 +17,8 @@ from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, 
 from services.rpc.deadline import time_left
 
 POLICY_METADATA = "x-microserve-policy"
+PRIORITY_METADATA = "x-microserve-priority"
+TENANT_METADATA = "x-microserve-tenant"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -82,7 +84,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
 
 def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
-    policies = [value for key, value in context.invocation_metadata() or () if key == POLICY_METADATA]
+    said = {key: str(value) for key, value in context.invocation_metadata() or ()}
     return Ask(
         prompt=_prompt(request),
         sampling=sampling_from_wire(request.sampling),
@@ -92,7 +94,9 @@ def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
         model=request.model,
         cache_salt=request.cache_salt,
         request_id=request.request_id,
-        policy=str(policies[-1]) if policies else "",
+        policy=said.get(POLICY_METADATA, ""),
+        priority=said.get(PRIORITY_METADATA, ""),
+        tenant=said.get(TENANT_METADATA, ""),
         time_left_s=time_left(context),
     )
 

@@ -11,7 +11,7 @@ from microserve.router.v1 import admin_pb2
 
 from services.router.programs.results import Distribution
 from services.rpc.status import RemoteError, from_rpc_error
-from tests.fakes import FakeError, Fault
+from tests.fakes import FakeBug, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running
 from tests.router.test_admin import UPLOADED, UPLOADS, use
 
@@ -66,14 +66,14 @@ async def test_each_arm_gets_its_percentage_and_its_results() -> None:
 async def test_errors_are_counted_for_the_arm_that_had_them() -> None:
     async with running() as suite:
         await split(suite, disaggregated=50)
-        suite.first.faults["RemoteSend"] = Fault(FakeError("no sending today"))
-        suite.engines[1].faults["RemoteSend"] = Fault(FakeError("no sending today"))
+        suite.first.faults["RemoteSend"] = Fault(FakeBug("no sending today"))
+        suite.engines[1].faults["RemoteSend"] = Fault(FakeBug("no sending today"))
         for number in range(10):
             with suppress(RemoteError):
                 await suite.generate(cache_salt=str(number))
         arms = await results(suite)
         assert dict(arms["data_parallel"].request_count_by_code) == {"OK": 5}
-        assert dict(arms["disaggregated"].request_count_by_code) == {"RESOURCE_EXHAUSTED": 5}
+        assert dict(arms["disaggregated"].request_count_by_code) == {"INTERNAL": 5}
         assert arms["disaggregated"].jct.count == 0
 
 

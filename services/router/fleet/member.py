@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from services.protocol.errors import Code, ServiceError
 from services.router.fleet.backoff import Backoff, BackoffConfig
@@ -22,6 +22,16 @@ log = logging.getLogger(__name__)
 Event = TypeVar("Event")
 
 
+class MemberListener(Protocol):
+    """Who wants to know."""
+
+    def changed(self) -> None:
+        """A member takes work now, or takes none any more."""
+
+    def loaded(self) -> None:
+        """A member has told its load."""
+
+
 class Member:
     """Health, description, load and cached blocks of the engine at one address.
 
@@ -34,7 +44,7 @@ class Member:
         address: str,
         client: EngineClient,
         tokenizers: TokenizerStore,
-        on_change: Callable[[], None],
+        listener: MemberListener,
         backoff: BackoffConfig,
         breaker: BreakerConfig,
     ) -> None:
@@ -48,7 +58,9 @@ class Member:
         self.problem = "not contacted yet"  # empty while it is joined
         self.drained = False  # by an operator
         self._tokenizers = tokenizers
-        self._on_change = on_change
+        self._listener = listener
+        self._excess = (0, 0)  # sequences and prompt tokens of others, by the last report
+        self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
         self._in_flight = InFlight()
         self._snapshot: EngineSnapshot | None = None
@@ -62,6 +74,10 @@ class Member:
         """Whether it takes work."""
         return not self.problem and not self.load.draining and not self.drained
 
+    def label(self, name: str) -> str:
+        """A label given to the engine at start; empty if it has none of that name."""
+        return self.info.labels.get(name, "") if self.info is not None else ""
+
     @property
     def state(self) -> str:
         """Why it takes no work; empty if it does."""
@@ -74,7 +90,7 @@ class Member:
     def drain(self, drained: bool) -> None:
         """An operator's wish: nothing new begins there while it is drained."""
         self.drained = drained
-        self._on_change()
+        self._listener.changed()
 
     def begin_use(self) -> None:
         """A request calls it."""
@@ -187,7 +203,7 @@ class Member:
 
     def _set_problem(self, problem: str) -> None:
         self.problem, self._snapshot = problem, None
-        self._on_change()
+        self._listener.changed()
 
     async def _follow(
         self, open_stream: Callable[[], AsyncGenerator[Event, None]], take: Callable[[Event], bool]
@@ -212,8 +228,13 @@ class Member:
     def _take_load(self, load: Load) -> bool:
         drains = load.draining != self.load.draining
         self.load, self._snapshot = load, None
+        ours, before = self._in_flight, self._excess
+        self._excess = max(0, load.sequences - ours.sequences), max(0, load.queued_tokens - ours.prompt_tokens)
+        # The less of two reports: one alone lags behind calls of ours that have just begun or ended.
+        self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))
         if drains:
-            self._on_change()
+            self._listener.changed()
+        self._listener.loaded()
         return True
 
     def _take_event(self, event: KvEvent) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from services.router.admission.ticket import Capacity
 from services.router.errors import ModelRequired, NoEngine, UnknownModel
+from services.router.fleet.choose import DECODE, PREFILL, ROLE
 from services.router.fleet.info import EngineSnapshot
 from services.router.fleet.member import Member
 from services.router.metrics import ENGINES
@@ -16,6 +19,7 @@ from services.router.request import ModelKey
 from services.router.text.tokenizer import Tokenizer
 
 _RETRY_S = 1.0
+_COUNT_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Registry:
         self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._retiring: dict[Member, asyncio.Task[None]] = {}
         self._retire_s = retire_s
+        self._capacities: dict[ModelKey, tuple[float, Capacity]] = {}  # with when it was counted
+        self._on_load: list[tuple[Callable[[], None], Callable[[], bool]]] = []
         self._listeners: list[Callable[[], None]] = []
 
     def add(self, member: Member) -> None:
@@ -87,13 +93,27 @@ class Registry:
         """Calls `listener` whenever an engine joined or left."""
         self._listeners.append(listener)
 
+    def on_load(self, listener: Callable[[], None], wants: Callable[[], bool]) -> None:
+        """Calls `listener` for each load report while `wants()`."""
+        self._on_load.append((listener, wants))
+
+    def loaded(self) -> None:
+        """An engine has told its load."""
+        for listener, wants in self._on_load:
+            if wants():
+                self._capacities.clear()
+                listener()
+
     def changed(self) -> None:
         """An engine joined or left."""
         healthy = [member for member in self.members.values() if member.healthy]
         ENGINES.labels("healthy").set(len(healthy))
         ENGINES.labels("unhealthy").set(len(self.members) - len(healthy))
         self._models = _models(healthy)
+        self._capacities.clear()
         for listener in self._listeners:
+            listener()
+        for listener, _ in self._on_load:
             listener()
 
     def engines(self, key: ModelKey) -> list[EngineSnapshot]:
@@ -102,6 +122,16 @@ class Registry:
         if model is None or model.key != key:
             return []
         return [member.snapshot() for member in model.members if member.breaker.admits]
+
+    def capacity(self, key: ModelKey) -> Capacity:
+        """What the engines of a model can take in all, counted anew after a moment: fleets may be large."""
+        now = time.monotonic()
+        when, capacity = self._capacities.get(key, (-_COUNT_AGAIN_S, Capacity()))
+        if now - when >= _COUNT_AGAIN_S:
+            model = self._models.get(key.name)
+            capacity = _capacity(model.members if model is not None and model.key == key else ())
+            self._capacities[key] = now, capacity
+        return capacity
 
     def models(self) -> list[Model]:
         """What can be served now, by name."""
@@ -120,6 +150,20 @@ class Registry:
         if not name and self._models:
             return next(iter(self._models.values()))
         raise NoEngine("no healthy engine serves this model", retry_delay_s=_RETRY_S)
+
+
+def _capacity(members: Sequence[Member]) -> Capacity:
+    """Where engines are labelled with both roles, sequences count where they decode and prompts where they prefill."""
+    members = [member for member in members if member.breaker.admits]
+    has_roles = {PREFILL, DECODE} <= {member.label(ROLE) for member in members}
+    computing = [each for each in members if not (has_roles and each.label(ROLE) == DECODE)]
+    decoding = [each for each in members if not (has_roles and each.label(ROLE) == PREFILL)]
+    return Capacity(
+        num_engines=len(computing),
+        sequences=sum(max(1, member.info.max_batch_size) for member in decoding if member.info is not None),
+        others_sequences=sum(member.others.sequences for member in decoding),
+        others_prompt_tokens=sum(member.others.prompt_tokens for member in computing),
+    )
 
 
 def _models(healthy: Iterable[Member]) -> dict[str, Model]:

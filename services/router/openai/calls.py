@@ -32,10 +32,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What a call says beside its body: the policy wanted and the caller's name for the request; empty: none."""
+    """What a call says beside its body: the policy wanted, the caller's name for the request, its priority and its
+    tenant; empty: none."""
 
     policy: str = ""
     request_id: str = ""
+    priority: str = ""
+    tenant: str = ""
 
 
 def completion(fields: Fields, headers: Headers) -> Call:
@@ -110,6 +113,8 @@ def _call(
             salt,
             headers.request_id,
             headers.policy,
+            priority=headers.priority,
+            tenant=headers.tenant,
         )
         for prompt in prompts
     )

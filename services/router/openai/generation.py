@@ -59,7 +59,12 @@ class Generation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = HttpHeaders(scope=scope)
         body = await _body(receive, headers, self._limits.max_body_bytes)
-        named = Headers(headers.get("x-microserve-policy", ""), headers.get("x-request-id", ""))
+        named = Headers(
+            headers.get("x-microserve-policy", ""),
+            headers.get("x-request-id", ""),
+            headers.get("x-microserve-priority", ""),
+            headers.get("x-microserve-tenant", ""),
+        )
         call = self._read(Fields.parse(body), named)
         await _while_there(receive, self._answer(call, scope, receive, send))
 

@@ -28,6 +28,9 @@ if _version_not_supported:
 class RouterServiceStub:
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     def __init__(self, channel):
@@ -66,6 +69,9 @@ class RouterServiceStub:
 class RouterServiceServicer:
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     def Generate(self, request, context):
@@ -146,6 +152,9 @@ def add_RouterServiceServicer_to_server(servicer, server):
 class RouterService:
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     @staticmethod

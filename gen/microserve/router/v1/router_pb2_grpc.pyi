@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class RouterServiceStub:
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     @_typing.overload
@@ -55,6 +58,9 @@ class RouterServiceStub:
 class RouterServiceAsyncStub(RouterServiceStub):
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -77,6 +83,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     """RouterService generates text with a fleet of engines. Which engine does what is decided by a policy: the
     router's current one, or the one named by call metadata x-microserve-policy.
+
+    Call metadata x-microserve-priority (high, normal, low; normal if not given) and x-microserve-tenant (1 to 128
+    printable characters) say how a request shares the fleet with others where not all can begin at once.
     """
 
     @_abc_1.abstractmethod

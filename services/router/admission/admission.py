@@ -1,0 +1,165 @@
+"""Which requests begin now, which wait and which are refused: before an engine is bothered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from services.router.admission.line import Line, Waiter
+from services.router.admission.ticket import AdmissionLimits, Capacity, Ticket
+from services.router.errors import Overloaded, RequestTimeout
+from services.router.metrics import QUEUE_SECONDS, QUEUED, REFUSALS, REQUESTS_IN_FLIGHT
+from services.router.request import ModelKey
+
+_RETRY_S = 1.0
+_LONGEST_RETRY_S = 30.0
+# A prompt that takes longer is not waiting for its turn on an engine: its program or its engine hangs.
+_FORGET_PROMPT_S = 30.0
+
+
+class Turn:
+    """A request that runs."""
+
+    def __init__(self, line: Line, ticket: Ticket) -> None:
+        self._line, self._ticket = line, ticket
+        self._counts_prompt = True
+        self._forgetting = asyncio.get_running_loop().call_later(_FORGET_PROMPT_S, self._forget_prompt)
+
+    def first_token(self) -> None:
+        """Its prompt has been computed; only the first call counts."""
+        if self._counts_prompt:
+            self._counts_prompt = False
+            self._forgetting.cancel()
+            self._line.first_token(self._ticket)
+            self._line.pump()
+
+    def end(self) -> None:
+        """It runs no more."""
+        self._forgetting.cancel()
+        if self._counts_prompt:
+            self._forget_prompt()
+        self._line.end()
+        self._line.pump()
+
+    def _forget_prompt(self) -> None:
+        self._counts_prompt = False
+        self._line.forget_prompt(self._ticket)
+        self._line.pump()
+
+
+class Admission:
+    """Bounds what runs by what the fleet can take, so that overload is refused and not turned into latency."""
+
+    def __init__(
+        self,
+        limits: AdmissionLimits,
+        capacity: Callable[[ModelKey], Capacity],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._capacity = capacity
+        self._clock = clock
+        self._num_requests = 0
+        self._lines: dict[ModelKey, Line] = {}
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Counts a request for as long as the block runs, before anything is done for it. Overloaded."""
+        if self._num_requests >= self._limits.max_requests:
+            REFUSALS.labels("none", "max_requests").inc()
+            raise Overloaded(f"{self._limits.max_requests} requests are under way", retry_delay_s=_RETRY_S)
+        self._num_requests += 1
+        REQUESTS_IN_FLIGHT.inc()
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            REQUESTS_IN_FLIGHT.dec()
+
+    @asynccontextmanager
+    async def turn(self, ticket: Ticket) -> AsyncIterator[Turn]:
+        """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not begin
+        in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
+        line = self._lines.get(ticket.model)
+        if line is None:
+            line = self._lines[ticket.model] = Line(self._limits, lambda: self._capacity(ticket.model), self._clock)
+        try:
+            if ticket.follows or (not line.num_waiting and line.has_room()):
+                line.begin(ticket)
+            else:
+                await self._wait(line, ticket)
+            turn = Turn(line, ticket)
+            try:
+                yield turn
+            finally:
+                turn.end()
+        finally:
+            if line.idle and self._lines.get(ticket.model) is line and not self._capacity(ticket.model).num_engines:
+                del self._lines[ticket.model]  # a model that is gone; others keep what their speed was
+
+    def pump(self) -> None:
+        """The fleet may have more room."""
+        for line in self._lines.values():
+            line.pump()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return sum(line.num_waiting for line in self._lines.values())
+
+    async def _wait(self, line: Line, ticket: Ticket) -> None:
+        """Until `line` has begun the request."""
+        limit_s = self._longest_wait_s(line, ticket)
+        waiter = Waiter(ticket)
+        line.push(waiter)
+        begin, queued = self._clock(), QUEUED.labels(ticket.priority.value)
+        queued.inc()
+        try:
+            # Not cancelled by the timeout's own passing: a turn that was given must not be lost.
+            await asyncio.wait({waiter.turn}, timeout=limit_s)
+        except asyncio.CancelledError:
+            if waiter.turn.done():
+                Turn(line, ticket).end()
+            raise
+        finally:
+            queued.dec()
+            line.discard(waiter)
+            QUEUE_SECONDS.labels(ticket.priority.value).observe(self._clock() - begin)
+        if not waiter.turn.done():
+            if asyncio.get_running_loop().time() >= ticket.deadline:
+                self._refused(ticket, "deadline")
+                raise RequestTimeout("the request's time was over before its turn came")
+            self._refused(ticket, "queue_time")
+            raise Overloaded(
+                f"the request's turn did not come within {limit_s:.3g} s", retry_delay_s=self._retry_s(line, ticket)
+            )
+
+    def _longest_wait_s(self, line: Line, ticket: Ticket) -> float:
+        """How long it may wait. Overloaded if it should not even begin to."""
+        left_s = ticket.deadline - asyncio.get_running_loop().time()
+        if line.num_waiting_of(ticket.priority) >= self._limits.max_queued:
+            self._refused(ticket, "queue_full")
+            raise Overloaded(
+                f"{self._limits.max_queued} requests of priority {ticket.priority.value} wait already",
+                retry_delay_s=self._retry_s(line, ticket),
+            )
+        wait_s = line.expected_wait_s(ticket)
+        if wait_s > self._limits.queue_s:
+            self._refused(ticket, "queue_time")
+            raise Overloaded(f"the request would wait for about {wait_s:.3g} s", retry_delay_s=wait_s)
+        if wait_s + line.expected_prompt_s(ticket) > left_s:
+            self._refused(ticket, "deadline")
+            raise Overloaded(
+                "the request could not begin before its deadline", retry_delay_s=self._retry_s(line, ticket)
+            )
+        return min(self._limits.queue_s, max(0.0, left_s))
+
+    @staticmethod
+    def _retry_s(line: Line, ticket: Ticket) -> float:
+        return min(line.expected_wait_s(ticket) or _RETRY_S, _LONGEST_RETRY_S)
+
+    @staticmethod
+    def _refused(ticket: Ticket, reason: str) -> None:
+        REFUSALS.labels(ticket.priority.value, reason).inc()

@@ -1,0 +1,277 @@
+"""Who begins, who waits and who is refused, on a clock that jumps; the engines are simulated ones."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from services.router.admission.admission import Admission
+from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
+from services.router.errors import Overloaded, RequestTimeout, RouterError
+from services.router.request import ModelKey
+from tests.virtual_time import run
+
+KEY = ModelKey("m", b"d", b"t")
+TICKET = Ticket(KEY, 100, 100)
+NO_LIMITS = AdmissionLimits(queue_s=1e9, max_queued=10**9, prompt_s=1e9, min_prompt_tokens=10**9)
+
+
+def admission_of(sequences: int, limits: AdmissionLimits = NO_LIMITS, num_engines: int = 1) -> Admission:
+    loop = asyncio.get_running_loop()
+    return Admission(limits, lambda _: Capacity(num_engines, sequences), loop.time)
+
+
+async def work(admission: Admission, ticket: Ticket, seconds: float, done: list[str], name: str) -> None:
+    async with admission.turn(ticket) as turn:
+        turn.first_token()
+        await asyncio.sleep(seconds)
+    done.append(name)
+
+
+async def all_of(works: list[Awaitable[None]]) -> list[BaseException | None]:
+    return await asyncio.gather(*works, return_exceptions=True)
+
+
+def test_more_than_fit_wait_and_all_have_their_turn() -> None:
+    async def main() -> None:
+        admission, done = admission_of(2), []
+        await all_of([work(admission, TICKET, 1, done, str(i)) for i in range(6)])
+        assert done == list("012345")
+        assert asyncio.get_running_loop().time() == pytest.approx(3)
+        assert admission.num_waiting == 0
+
+    run(main())
+
+
+def test_prompts_that_are_not_computed_fill_the_fleet() -> None:
+    async def main() -> None:
+        admission = admission_of(100, replace(NO_LIMITS, prompt_s=0.0, min_prompt_tokens=250))
+        begun: list[int] = []
+
+        async def one(number: int) -> None:
+            async with admission.turn(TICKET) as turn:
+                begun.append(number)
+                await asyncio.sleep(1)
+                turn.first_token()
+                await asyncio.sleep(100)
+
+        tasks = [asyncio.create_task(one(i)) for i in range(6)]
+        await asyncio.sleep(0.5)
+        assert len(begun) == 3  # the third finds 200 of 250
+        await asyncio.sleep(1)
+        assert len(begun) == 6
+        await asyncio.gather(*tasks)
+
+    run(main())
+
+
+def test_a_prompt_that_is_never_computed_does_not_fill_it_for_ever() -> None:
+    async def main() -> None:
+        admission, done = admission_of(100, replace(NO_LIMITS, prompt_s=0.0, min_prompt_tokens=1)), []
+
+        async def hang() -> None:
+            async with admission.turn(TICKET):
+                await asyncio.sleep(1000)
+
+        hanging = asyncio.create_task(hang())
+        await asyncio.sleep(0)
+        await work(admission, TICKET, 0, done, "next")
+        assert asyncio.get_running_loop().time() == pytest.approx(30)
+        hanging.cancel()
+        await asyncio.gather(hanging, return_exceptions=True)
+
+    run(main())
+
+
+def test_classes_share_by_weight_and_none_starves() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        works = [work(admission, replace(TICKET, priority=p), 1, done, p.value) for p in Priority for _ in range(50)]
+        await all_of(works)
+        assert Counter(done[1:22]) == {"high": 16, "normal": 4, "low": 1}
+
+    run(main())
+
+
+def test_tenants_share_alike_however_many_requests_they_send() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        works = [work(admission, replace(TICKET, tenant="many"), 1, done, "many") for _ in range(100)]
+        works += [work(admission, replace(TICKET, tenant="few"), 1, done, "few") for _ in range(5)]
+        await all_of(works)
+        assert Counter(done[:11])["few"] == 5
+
+    run(main())
+
+
+def test_one_that_cannot_begin_in_time_is_refused_at_once() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=8.0)), []
+        works = [asyncio.create_task(work(admission, TICKET, 1, done, "early")) for _ in range(8)]
+        await asyncio.sleep(2.5)  # long enough to know how fast it goes
+        with pytest.raises(Overloaded, match="deadline") as caught:
+            await work(admission, replace(TICKET, deadline=loop.time() + 2), 1, done, "late")
+        assert caught.value.retry_delay_s == pytest.approx(4, rel=0.7)
+        assert loop.time() == 2.5
+        await work(admission, replace(TICKET, deadline=loop.time() + 60), 1, done, "patient")
+        await asyncio.gather(*works)
+        assert len(done) == 9
+
+    run(main())
+
+
+def test_who_waits_too_long_is_refused_by_whose_limit_it_was() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=5.0)), []
+        loop = asyncio.get_running_loop()
+        first = asyncio.create_task(work(admission, TICKET, 100, done, "first"))
+        await asyncio.sleep(0)
+        hurried, patient = await all_of(
+            [
+                work(admission, replace(TICKET, deadline=loop.time() + 2), 1, done, "hurried"),
+                work(admission, TICKET, 1, done, "patient"),
+            ]
+        )
+        assert isinstance(hurried, RequestTimeout)
+        assert isinstance(patient, Overloaded)
+        assert loop.time() == pytest.approx(5)
+        assert admission.num_waiting == 0
+        await first
+
+    run(main())
+
+
+def test_a_full_queue_refuses_at_once_and_other_classes_not() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, max_queued=2)), []
+        works = [asyncio.create_task(work(admission, TICKET, 1, done, "w")) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="2 requests of priority normal") as caught:
+            await work(admission, TICKET, 1, done, "w")
+        assert caught.value.retry_delay_s is not None
+        await work(admission, replace(TICKET, priority=Priority.HIGH), 1, done, "high")
+        await asyncio.gather(*works)
+
+    run(main())
+
+
+def test_cancelling_at_any_moment_loses_no_turn() -> None:
+    async def main(after_s: float) -> None:
+        admission, done = admission_of(1), []
+        works = [asyncio.create_task(work(admission, TICKET, 1, done, str(i))) for i in range(4)]
+        await asyncio.sleep(after_s)
+        works[1].cancel()
+        works[2].cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+        await work(admission, TICKET, 1, done, "after")
+        assert done[-1] == "after"
+        assert "3" in done
+        assert admission.num_waiting == 0
+
+    for after_s in (0.0, 0.5, 1.0, 1.5, 2.0):  # at 1.0 its turn is given in the same moment
+        run(main(after_s))
+
+
+def test_choices_of_a_request_that_has_begun_do_not_queue() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        first = asyncio.create_task(work(admission, TICKET, 5, done, "first"))
+        await asyncio.sleep(0)
+        await work(admission, replace(TICKET, follows=True), 1, done, "choice")
+        assert done == ["choice"]
+        await first
+
+    run(main())
+
+
+def test_without_engines_nobody_waits_to_be_told() -> None:
+    async def main() -> None:
+        admission, done = admission_of(0, num_engines=0), []
+        await work(admission, TICKET, 0, done, "told")
+        assert done == ["told"]
+
+    run(main())
+
+
+# --- overload ---------------------------------------------------------------------------------------------------
+
+PREFILL_RATE, TOKEN_S, SLOTS = 2000.0, 0.02, 16  # tokens a second, seconds a token, sequences of an engine
+PROMPT, OUTPUT = 200, 100
+TTFT_GOAL_S = 3.0
+SECONDS = 60
+
+
+@dataclass
+class StubEngine:
+    """Prompts one after another, sequences beside one another, queues without a bound."""
+
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(SLOTS))
+    prefill: asyncio.Lock = field(default_factory=asyncio.Lock)
+    num_sequences: int = 0
+
+    async def generate(self, ticket: Ticket, first_token: Callable[[], None]) -> None:
+        self.num_sequences += 1
+        try:
+            async with self.slots:
+                async with self.prefill:
+                    await asyncio.sleep(ticket.num_prompt_tokens / PREFILL_RATE)
+                first_token()
+                await asyncio.sleep(ticket.max_tokens * TOKEN_S)
+        finally:
+            self.num_sequences -= 1
+
+
+async def goodput(
+    rate: float, limits: AdmissionLimits, *, with_deadlines: bool = False, sequences: int = 2 * SLOTS
+) -> float:
+    """Answers a second whose first token came in time, for requests that arrive at random."""
+    rng, loop = random.Random(3), asyncio.get_running_loop()
+    engines = [StubEngine() for _ in range(2)]
+    admission = Admission(limits, lambda _: Capacity(2, sequences), loop.time)
+    good = 0
+
+    async def client() -> None:
+        nonlocal good
+        arrival, first = loop.time(), []
+        deadline = arrival + TTFT_GOAL_S if with_deadlines else float("inf")
+        ticket = Ticket(KEY, PROMPT, OUTPUT, deadline=deadline)
+        with suppress(RouterError):
+            async with admission.turn(ticket) as turn:
+
+                def first_token() -> None:
+                    turn.first_token()
+                    first.append(loop.time() - arrival)
+
+                await min(engines, key=lambda each: each.num_sequences).generate(ticket, first_token)
+                good += first[0] <= TTFT_GOAL_S and arrival < SECONDS
+
+    clients = []
+    while loop.time() < SECONDS:
+        clients.append(asyncio.create_task(client()))
+        await asyncio.sleep(rng.expovariate(rate))
+    await asyncio.gather(*clients)
+    return good / SECONDS
+
+
+LIMITS = AdmissionLimits(max_requests=10**6, queue_s=2.0)
+
+
+@pytest.mark.parametrize("with_deadlines", [True, False])
+def test_at_three_times_the_peak_goodput_stays(with_deadlines: bool) -> None:
+    rates = [8, 11, 14, 17, 20, 48]
+    measured = [run(goodput(rate, LIMITS, with_deadlines=with_deadlines)) for rate in rates]
+    peak = max(measured)
+    assert peak > 10, measured  # 2 engines x 16 slots / 2.1 s is about 15 a second
+    assert measured[-1] >= 0.9 * peak, measured
+
+
+def test_without_bounds_it_would_not() -> None:
+    """The check of the check: the same engines collapse when everybody is let in."""
+    assert run(goodput(48, NO_LIMITS, sequences=10**9)) < 5

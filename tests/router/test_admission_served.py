@@ -1,0 +1,124 @@
+"""Admission as clients of a whole router see it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc.aio
+import pytest
+from microserve.router.v1 import admin_pb2, router_pb2
+
+from services.router.metrics import REFUSALS
+from services.rpc.status import from_rpc_error
+from tests.fakes import FakeEngine
+from tests.router.harness import PROMPT, Running, failing, model, request, running
+
+
+def small_engines(names: str) -> list[FakeEngine]:
+    """One sequence at a time each."""
+    peers: dict[str, FakeEngine] = {}
+    return [FakeEngine(model(), name, peers=peers, max_batch_size=1) for name in names]
+
+
+async def waiting(suite: Running, number: int) -> None:
+    """Until so many requests wait for their turn."""
+    admission = suite.router.admission
+    async with asyncio.timeout(5):
+        while admission.num_waiting != number:
+            await asyncio.wait_for(suite.admin.ListEngines(admin_pb2.ListEnginesRequest()), 5)
+
+
+async def test_what_the_engines_cannot_take_waits_in_the_router() -> None:
+    async with running(engines=small_engines("ab")) as suite:
+        for engine in suite.engines:
+            engine.gate.clear()
+        asked = [asyncio.create_task(suite.generate()) for _ in range(6)]
+        await waiting(suite, 4)
+        assert [len(engine.sequences) for engine in suite.engines] == [1, 1]
+        for engine in suite.engines:
+            engine.gate.set()
+        for answer in await asyncio.gather(*asked):
+            assert list(answer.token_ids) == model().generate(PROMPT, 8)
+
+
+async def test_a_turn_that_does_not_come_is_refused_with_advice() -> None:
+    before = REFUSALS.labels("normal", "queue_time")._value.get()
+    async with running(engines=small_engines("a"), queue_timeout=0.1) as suite:
+        suite.first.gate.clear()
+        call = suite.stream()
+        await suite.first.until(lambda: suite.first.sequences)
+        with failing("RESOURCE_EXHAUSTED", "OVERLOADED") as caught:
+            await suite.generate()
+        assert caught.value.retry_delay_s
+        call.cancel()
+    assert REFUSALS.labels("normal", "queue_time")._value.get() == before + 1
+
+
+async def test_a_client_that_leaves_the_queue_leaves_nothing_behind() -> None:
+    async with running(engines=small_engines("a")) as suite:
+        suite.first.gate.clear()
+        running_call, waiting_call = suite.stream(), suite.stream()
+        await waiting(suite, 1)
+        waiting_call.cancel()
+        await waiting(suite, 0)
+        suite.first.gate.set()
+        assert [piece async for piece in running_call]
+        assert len(suite.first.called("StartGenerate")) == 1
+
+
+async def test_an_engine_that_joins_gives_room() -> None:
+    async with running(engines=small_engines("a")) as suite:
+        suite.first.gate.clear()
+        call = suite.stream()
+        await suite.first.until(lambda: suite.first.sequences)
+        asked = asyncio.create_task(suite.generate())
+        await waiting(suite, 1)
+        [new] = small_engines("b")
+        await new.start()
+        suite.router.membership.add(new.address)
+        assert (await asked).legs[0].engine == "b"
+        suite.first.gate.set()
+        call.cancel()
+        await new.stop()
+
+
+async def test_sequences_of_another_router_count() -> None:
+    async with running(engines=small_engines("a"), queue_timeout=0.2) as suite:
+        suite.first.sequences.add("somebody else's")
+        member = suite.router.registry.members[suite.first.address]
+        reported = asyncio.Event()
+        suite.router.registry.on_load(reported.set, lambda: True)
+        async with asyncio.timeout(5):
+            while member.others.sequences != 1:  # one report alone may only lag behind
+                suite.first._notify()
+                await reported.wait()
+                reported.clear()
+        with failing("RESOURCE_EXHAUSTED", "OVERLOADED"):
+            await suite.generate()
+        asked = asyncio.create_task(suite.generate())
+        await waiting(suite, 1)
+        suite.first.sequences.clear()
+        suite.first._notify()
+        assert list((await asked).token_ids) == model().generate(PROMPT, 8)
+
+
+@pytest.mark.parametrize(("key", "value"), [("priority", "urgent"), ("tenant", "t" * 200)])
+async def test_priority_and_tenant_are_checked(key: str, value: str) -> None:
+    async with running(1) as suite:
+        with failing("INVALID_ARGUMENT", "INVALID_REQUEST"):
+            await said(suite, {key: value})
+        for good in ({"priority": "high", "tenant": "somebody"}, {"priority": "low"}):
+            assert len((await said(suite, good)).token_ids) == 8
+
+
+async def said(suite: Running, metadata: dict[str, str]) -> router_pb2.GenerateResponse:
+    """An answer to a request with this metadata."""
+    call = suite.stub.Complete(
+        router_pb2.CompleteRequest(request=request()),
+        metadata=[(f"x-microserve-{key}", value) for key, value in metadata.items()],
+        timeout=10,
+    )
+    try:
+        return (await call).response
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None

@@ -1,0 +1,91 @@
+"""Shares of a fair queue."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.router.admission.fair_queue import FairQueue
+
+
+def drained(queue: FairQueue[str]) -> list[str]:
+    return [queue.pop()[0] for _ in range(len(queue))]
+
+
+def test_one_flow_is_first_come_first_served() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in "abc":
+        queue.push("flow", 5, item)
+    assert (len(queue), drained(queue), len(queue)) == (3, ["a", "b", "c"], 0)
+    with pytest.raises(IndexError):
+        queue.pop()
+
+
+def test_a_flood_does_not_hold_up_others() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(100):
+        queue.push("flood", 10, f"flood {number}")
+    assert queue.pop() == ("flood 0", 10)
+    queue.push("other", 10, "other")
+    assert "other" in [queue.pop()[0], queue.pop()[0]]
+
+
+def test_large_items_are_taken_less_often() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(40):
+        queue.push("large", 40, f"large {number}")
+        queue.push("small", 10, f"small {number}")
+    counts = Counter(item.split()[0] for item in drained(queue)[:25])
+    assert counts == {"small": 20, "large": 5}
+
+
+def test_an_idle_flow_saves_nothing_up() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(20):
+        queue.push("busy", 1, f"busy {number}")
+    for _ in range(10):
+        queue.pop()
+    for number in range(20):
+        queue.push("late", 1, f"late {number}")
+    assert Counter(item.split()[0] for item in drained(queue)[:10]) == {"busy": 5, "late": 5}
+
+
+def test_what_is_discarded_costs_nothing() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(10):
+        queue.push("impatient", 100, f"impatient {number}")
+    for number in range(10):
+        queue.discard(f"impatient {number}")
+    queue.discard("unknown")
+    queue.push("other", 1, "other")
+    assert queue.cost_before("impatient") == 1
+    queue.push("impatient", 1, "again")
+    assert drained(queue) == ["other", "again"]
+
+
+def test_flows_that_are_gone_are_forgotten() -> None:
+    queue: FairQueue[int] = FairQueue()
+    for number in range(10_000):
+        queue.push(f"tenant {number}", 1, number)
+        queue.pop() if number % 2 else queue.discard(number)
+    assert len(queue._ends) < 200
+    assert len(queue._heap) < 200
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 50)), min_size=1, max_size=60))
+def test_flows_that_wait_get_equal_shares(pushed: list[tuple[str, int]]) -> None:
+    """While both wait, what they got differs by no more than two largest items."""
+    queue: FairQueue[int] = FairQueue()
+    for number, (flow, cost) in enumerate(pushed):
+        queue.push(flow, cost, number)
+    waiting = Counter(flow for flow, _ in pushed)
+    got = dict.fromkeys("ab", 0)
+    while waiting["a"] and waiting["b"]:
+        number, cost = queue.pop()
+        flow = pushed[number][0]
+        got[flow] += cost
+        waiting[flow] -= 1
+        assert abs(got["a"] - got["b"]) <= 2 * 50
