@@ -9,7 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
 from services.engine.core.api import Timing, TokenLogprobs
-from services.engine.errors import BadRequest
+from services.engine.errors import BadRequest, BadSampling
+from services.engine.sampling.guide import Guide, GuideKind
 from services.engine.sampling.params import SamplingParams
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.layout import Dtype, PageLayout, PageOrder
@@ -119,7 +120,17 @@ def from_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
         min_tokens=message.min_tokens,
         max_tokens=message.max_tokens or None,
         ignore_eos=message.ignore_eos,
+        guide=_from_guide(message.guide) if message.HasField("guide") else None,
     )
+
+
+def _from_guide(message: sampling_pb2.Guide) -> Guide:
+    """A guide. Raises BadSampling for one that says nothing."""
+    field = message.WhichOneof("kind")
+    if field is None:
+        raise BadSampling("guide says nothing.")
+    texts = tuple(message.choice.texts) if field == "choice" else (getattr(message, field),)
+    return Guide(GuideKind(field), texts)
 
 
 def to_timing(timing: Timing) -> sampling_pb2.Timing:

@@ -2,6 +2,7 @@
 
     EngineError
     ├── BadRequest, EmptyPrompt, TokenOutOfRange, PromptTooLong, BadSampling    the request can never be served
+    ├── InvalidGuide, GuidesUnavailable                                         its output cannot be guided so, or here
     ├── QueueFull, NoPages                                                      no room now: retry after the delay
     ├── NoKvTransfer, TransferServiceGone                                       no way to receive or send KV
     ├── SequenceExists                                                          a StartGenerate of that id is live
@@ -53,6 +54,20 @@ class BadSampling(EngineError):
 
     code = Code.INVALID_ARGUMENT
     reason = "INVALID_SAMPLING"
+
+
+class InvalidGuide(EngineError):
+    """A guide is not in its language, too complex to follow, or does not fit what was generated already."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_GUIDE"
+
+
+class GuidesUnavailable(EngineError):
+    """This engine cannot guide its output: its tokenizer is not one that guides work with."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "GUIDES_UNAVAILABLE"
 
 
 class QueueFull(EngineError):

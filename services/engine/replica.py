@@ -17,6 +17,7 @@ from services.engine.core.loop import EngineLoop
 from services.engine.core.runner import TorchRunner
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits
+from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
 from services.engine.metrics import TimedRunner
 from services.engine.model.errors import ModelError
@@ -86,8 +87,15 @@ class Replica:
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
         runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
-        core = EngineCore(self._core_config(), TimedRunner(runner), front, link, faults=self._faults())
-        return EngineLoop(core, front)
+        guides = GuideCompiler(
+            self.model.tokenizer.tokenizer_json,
+            self.limits.vocab_size,
+            self.model.config.eos_token_ids,
+            lambda news: loop.submit(news),
+        )
+        core = EngineCore(self._core_config(), TimedRunner(runner), front, link, guides=guides, faults=self._faults())
+        loop = EngineLoop(core, front)
+        return loop
 
     def _shaped(self, memory: torch.Tensor) -> torch.Tensor:
         layout = self.layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from services.protocol.ranges import TokenRange
 
@@ -26,6 +27,14 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Guide:
+    """What the output must be: a field of types.v1.Guide, and its text or, for a choice, its texts."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen; types.v1.SamplingParams has the meaning and bounds of each, engines enforce them."""
 
@@ -43,6 +52,7 @@ class Sampling:
     min_tokens: int = 0
     max_tokens: int = 0
     ignore_eos: bool = False
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)

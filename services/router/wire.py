@@ -10,6 +10,7 @@ from services.protocol.ranges import TokenRange
 from services.router.values import (
     Chunk,
     FinishReason,
+    Guide,
     Leg,
     Logprobs,
     Sampling,
@@ -59,7 +60,31 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams) -> Sampling:
         min_tokens=message.min_tokens,
         max_tokens=message.max_tokens,
         ignore_eos=message.ignore_eos,
+        guide=_guide_from_wire(message.guide),
     )
+
+
+def _guide_from_wire(message: sampling_pb2.Guide) -> Guide | None:
+    match message.WhichOneof("kind"):
+        case None:
+            return None
+        case "choice":
+            return Guide("choice", tuple(message.choice.texts))
+        case kind:
+            return Guide(kind, (getattr(message, kind),))
+
+
+def _guide_to_wire(guide: Guide | None) -> sampling_pb2.Guide | None:
+    match guide:
+        case None:
+            return None
+        case Guide("choice", texts):
+            return sampling_pb2.Guide(choice=sampling_pb2.Choice(texts=texts))
+        case Guide(kind, (text,)):
+            message = sampling_pb2.Guide()
+            setattr(message, kind, text)
+            return message
+    raise ValueError("a guide has one text")
 
 
 def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
@@ -78,6 +103,7 @@ def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
         min_tokens=sampling.min_tokens,
         max_tokens=sampling.max_tokens,
         ignore_eos=sampling.ignore_eos,
+        guide=_guide_to_wire(sampling.guide),
     )
 
 

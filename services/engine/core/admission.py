@@ -92,6 +92,8 @@ def check_start_generate(command: StartGenerate, config: CoreConfig) -> None:
         raise InvalidRange(f"begin {command.begin} is not within the prompt of {len(command.prompt)} tokens.")
     if command.reservation is None and command.begin:
         raise InvalidRange("Without a reservation, begin is 0.")
+    if command.forced and command.sampling.guide is not None:
+        raise BadSampling("Forced tokens and a guide exclude each other.")
     try:
         command.sampling.validate(config.vocab_size)
     except InvalidSampling as error:

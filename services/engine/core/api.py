@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
+from services.engine.core.guides import GuideState
 from services.engine.sampling.params import SamplingParams
 from services.protocol.address import KvAddress
 from services.protocol.errors import ServiceError
@@ -247,6 +248,17 @@ class TransferServiceReady:
     ready_slots: int
 
 
+# --- answer of whoever compiles guides -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GuideReady:
+    """The guide of sequence `number` can be followed from the tokens that it has, or cannot."""
+
+    number: int
+    outcome: GuideState | ServiceError
+
+
 # --- state of the engine -------------------------------------------------------------------------------------
 
 
@@ -285,7 +297,7 @@ class CacheEvent:
 Command: TypeAlias = (
     PrepRecv | RemoteSend | StartGenerate | Cancel | Release | Renew | Abort | ListReservations
     | GrantOpened | GrantFailed | GrantProgress | GrantDrained | PushEnded
-    | TransferServiceLost | TransferServiceReady | Drain | WatchCache | UnwatchCache
+    | TransferServiceLost | TransferServiceReady | GuideReady | Drain | WatchCache | UnwatchCache
 )  # fmt: skip
 
 

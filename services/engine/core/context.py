@@ -11,6 +11,7 @@ from services.engine.core.blocks import BlockChain
 from services.engine.core.calls import Calls
 from services.engine.core.config import CoreConfig
 from services.engine.core.faults import FaultPoints
+from services.engine.core.guides import GuidePort
 from services.engine.core.pace import Pace
 from services.engine.core.plan import Runner
 from services.engine.core.pool import PagePool
@@ -36,6 +37,7 @@ class Context:
     outputs: list[SequenceOutput]  # of this step, until they are handed over
     faults: FaultPoints
     pace: Pace
+    guides: GuidePort | None  # None: no output can be guided
     arrivals: count[int]
     draining: bool = False
 

@@ -16,6 +16,7 @@ from services.engine.core.config import CoreConfig
 from services.engine.core.context import Context
 from services.engine.core.dispatch import Desks, refusal_of, refuse
 from services.engine.core.faults import FaultPoints, NoFaults
+from services.engine.core.guides import GuidePort
 from services.engine.core.pace import Pace
 from services.engine.core.plan import Runner
 from services.engine.core.pool import PagePool
@@ -38,6 +39,7 @@ class EngineCore:
         listener: EngineListener,
         port: KvPort | None = None,
         *,
+        guides: GuidePort | None = None,
         clock: Callable[[], float] = time.monotonic,
         faults: FaultPoints | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class EngineCore:
             outputs=[],
             faults=faults or NoFaults(),
             pace=Pace(),
+            guides=guides,
             arrivals=count(1),
         )
         self._listener = listener
@@ -88,6 +91,8 @@ class EngineCore:
 
     def stop(self) -> None:
         """Answers everything that is open with UNAVAILABLE. The core must not be used afterwards."""
+        if self._context.guides is not None:
+            self._context.guides.close()
         self._hand_over_outputs()
         self._desks.fail_all(EngineStopped("The engine has stopped."))
         self._hand_over_outputs()

@@ -101,6 +101,8 @@ class Desks:
                 self.cache_watch.watch(command.watcher_id, command.on_event)
             case api.UnwatchCache():
                 self.cache_watch.unwatch(command.watcher_id)
+            case api.GuideReady():
+                self.generations.guide_ready(command)
             case api.Drain():
                 self.context.draining = True
                 self.drains.append(command.reply)

@@ -6,7 +6,7 @@ from collections import Counter
 
 from services.engine.core.account import Account
 from services.engine.core.admission import check_start_generate
-from services.engine.core.api import FinishReason, ReservationRef, SequenceOutput, StartGenerate, TokenLogprobs
+from services.engine.core.api import FinishReason, GuideReady, SequenceOutput, StartGenerate, TokenLogprobs
 from services.engine.core.booking import Booking
 from services.engine.core.context import Context
 from services.engine.core.fingerprints import fingerprint
@@ -15,7 +15,7 @@ from services.engine.core.reservations import Reservations
 from services.engine.core.sequence import Phase, Sequence
 from services.engine.core.stopping import finish_reason, has_all
 from services.engine.core.timers import Timer
-from services.engine.errors import DeadlineExceeded, SequenceExists
+from services.engine.errors import DeadlineExceeded, GuidesUnavailable, InvalidGuide, SequenceExists
 from services.protocol.errors import InvalidRange, PromptMismatch, ReservationGone, ServiceError
 from services.protocol.reservation import ReservationState
 
@@ -77,22 +77,41 @@ class Generations:
         if known is not None and known.call is not None:
             raise SequenceExists("A sequence of this request id is alive.")
         context.check_not_draining()
-        booking = self._booking(command, command.reservation) if command.reservation else None
+        booking = self._find_booking(command)
         if booking is None:
             context.check_queue()
         if command.deadline is not None and command.deadline <= context.clock():
             raise DeadlineExceeded("The deadline had passed when the request arrived.")
         generation = Generation(self, command, self._sequence(command))
+        is_guided = self._compile_guide(generation)
         context.calls.begin(command.key, mark, generation)
         self._live[generation.sequence.number] = generation
         if command.deadline is not None:
             generation.timer = context.timers.at(command.deadline, lambda: self._too_late(generation))
         if has_all(generation.sequence, command.sampling, context.config):
             self.finish(generation, FinishReason.LENGTH)
-        elif booking is None:
-            context.scheduler.add(generation.sequence)
-        else:
-            self._await(generation, booking)
+        elif not is_guided:
+            self._enqueue(generation, booking)
+
+    def guide_ready(self, news: GuideReady) -> None:
+        """The guide of a sequence, if it still lives, is compiled: it joins the queue, unless there is no more to say.
+
+        The reservation is looked up again: its lease ran on meanwhile.
+        """
+        generation = self._live.get(news.number)
+        if generation is None:
+            return
+        if isinstance(news.outcome, ServiceError):
+            self.fail(generation, news.outcome)
+            return
+        generation.sequence.guide = news.outcome
+        if news.outcome.is_finished:
+            self.finish(generation, FinishReason.STOP)
+            return
+        try:
+            self._enqueue(generation, self._find_booking(generation.command))
+        except ServiceError as error:
+            self.fail(generation, error)
 
     def attach(self, generation: Generation) -> None:
         """Takes over the pages of a filled reservation and joins the queue. They are whole, so they are published."""
@@ -119,6 +138,12 @@ class Generations:
         account.prefilled(now)
         account.generated_tokens += 1
         sequence.append(chosen.token_id)
+        if sequence.guide is not None:
+            try:
+                sequence.guide.advance(chosen.token_id)
+            except InvalidGuide as error:
+                self.fail(generation, error)
+                return
         reason = finish_reason(sequence, generation.command.sampling, self._context.config)
         if reason is not None:
             self._context.faults.reach("start_generate.end")
@@ -152,9 +177,28 @@ class Generations:
         for generation in self._live.values():
             users.update(generation.sequence.pages)
 
-    def _booking(self, command: StartGenerate, ref: ReservationRef) -> Booking:
-        """The reservation that a command names. Raises what is wrong with it."""
-        booking = self._reservations.find(ref)
+    def _compile_guide(self, generation: Generation) -> bool:
+        """Has the sequence's guide compiled, if it has one; guide_ready goes on. GuidesUnavailable, QueueFull."""
+        sequence, guide = generation.sequence, generation.command.sampling.guide
+        if guide is None:
+            return False
+        if self._context.guides is None:
+            raise GuidesUnavailable("This engine cannot guide its output.")
+        sequence.phase = Phase.WAITING_FOR_GUIDE
+        self._context.guides.compile(sequence.number, guide, tuple(sequence.tokens[sequence.num_prompt :]))
+        return True
+
+    def _enqueue(self, generation: Generation, booking: Booking | None) -> None:
+        if booking is None:
+            self._context.scheduler.add(generation.sequence)
+        else:
+            self._await(generation, booking)
+
+    def _find_booking(self, command: StartGenerate) -> Booking | None:
+        """The reservation that a command names, if it does. Raises what is wrong with it."""
+        if command.reservation is None:
+            return None
+        booking = self._reservations.find(command.reservation)
         if command.begin > booking.end:
             raise InvalidRange(f"begin {command.begin} is beyond the reservation's end {booking.end}.")
         seed = self._context.chain((), command.cache_salt).seed

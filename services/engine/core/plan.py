@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.engine.sampling.params import SamplingParams
 
 
@@ -18,6 +21,7 @@ class SampleSpec:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     forced_token_id: int | None = None
+    allowed: NDArray[np.uint8] | None = None  # a bit a token id, see GuideState; None: any token
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ class TorchRunner:
         chosen: Sequence[Chosen] = ()
         if specs:
             rows = [
-                SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id) for spec in specs
+                SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id, spec.allowed)
+                for spec in specs
             ]
             logits = self._model.logits(hidden[batch.logits_rows])  # (rows, vocab)
             sampled = sample(logits, rows, self._eos_token_ids)

@@ -8,6 +8,7 @@ from enum import Enum
 from services.engine.core.account import Account
 from services.engine.core.api import RequestKey
 from services.engine.core.blocks import BlockChain
+from services.engine.core.guides import GuideState
 from services.engine.core.plan import SampleSpec
 from services.engine.sampling.params import SamplingParams
 
@@ -15,6 +16,7 @@ from services.engine.sampling.params import SamplingParams
 class Phase(Enum):
     """Where a sequence is. COMPUTED is a send's: all is computed, and not all is moved."""
 
+    WAITING_FOR_GUIDE = "WAITING_FOR_GUIDE"
     WAITING_FOR_KV = "WAITING_FOR_KV"
     WAITING = "WAITING"
     RUNNING = "RUNNING"
@@ -29,7 +31,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "account", "awaited", "chain", "forced", "goal", "key", "num_computed", "num_given", "num_prompt",
+        "account", "awaited", "chain", "forced", "goal", "guide", "key", "num_computed", "num_given", "num_prompt",
         "num_published", "number", "pages", "phase", "sampling",
     )  # fmt: skip
 
@@ -54,6 +56,7 @@ class Sequence:
         self.num_prompt = num_prompt  # of those, the prompt; the rest is output generated elsewhere
         self.sampling = sampling
         self.forced = forced
+        self.guide: GuideState | None = None  # once it is compiled, if the request has one
         self.phase = Phase.WAITING_FOR_KV  # until it is put into a queue
         self.awaited: bytes | None = None  # the block that it waits for while another sequence computes it
         self.pages: array[int] = array("i")
@@ -91,7 +94,8 @@ class Sequence:
             return None
         num_new = len(self.tokens) - self.num_given
         forced = self.forced[num_new] if self.forced else None
-        return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced)
+        allowed = self.guide.allowed if self.guide is not None else None
+        return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced, allowed)
 
     def append(self, token: int) -> None:
         """Adds a chosen token."""

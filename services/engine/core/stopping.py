@@ -10,6 +10,8 @@ from services.engine.sampling.params import SamplingParams
 
 def finish_reason(sequence: Sequence, params: SamplingParams, config: CoreConfig) -> str | None:
     """Why a sequence ends with its newest token; None if it goes on. Forced tokens end it only with the last."""
+    if sequence.guide is not None and sequence.guide.is_finished:
+        return FinishReason.STOP
     if not sequence.forced and _is_stop(sequence, params, config):
         return FinishReason.STOP
     return FinishReason.LENGTH if has_all(sequence, params, config) else None

@@ -88,6 +88,8 @@ def to_start_generate(
         raise InvalidRange("begin must be 0 without a reservation.")
     sampling = from_sampling(request.sampling)
     limits.check_sampling(sampling)
+    if forced and sampling.guide is not None:
+        raise BadSampling("forced_token_ids and a guide exclude each other.")
     prompt_token_count = request.prompt_token_count or len(prompt)
     if sampling.max_tokens is not None and len(prompt) - prompt_token_count >= sampling.max_tokens:
         raise BadSampling("max_tokens are there already: nothing is left to generate.")

@@ -1,4 +1,4 @@
-"""Changes to single logits that a request asked for: bias, end tokens held back, penalties."""
+"""Changes to single logits that a request asked for: bias, end tokens held back, penalties, what a guide forbids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.sampling.params import SamplingParams
@@ -40,6 +41,18 @@ def adjust(
         produced, counts = np.unique(output, return_counts=True)
         amounts = params.presence_penalty + params.frequency_penalty * counts
         logits[_index(produced, logits)] -= torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
+
+
+def restrict(adjusted: Tensor, logits: Tensor, allowed: NDArray[np.uint8]) -> None:
+    """Leaves only the allowed tokens in one row, adjusted (vocab,); allowed has a bit a token, lowest first.
+
+    Where min_tokens holds back all that may follow, the guide wins: logits (vocab,) are the model's own.
+    """
+    bits = np.unpackbits(allowed, count=logits.shape[0], bitorder="little").view(np.bool_)
+    forbidden = torch.from_numpy(~bits).to(logits.device)
+    adjusted.masked_fill_(forbidden, -torch.inf)
+    if not adjusted.isfinite().any():
+        adjusted.copy_(logits.masked_fill(forbidden, -torch.inf))
 
 
 def _index(ids: Sequence[int] | np.ndarray, logits: Tensor) -> Tensor:

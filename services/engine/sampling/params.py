@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.engine.sampling.guide import Guide
+
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_PENALTY = 2.0  # of presence and frequency, either sign
@@ -30,7 +32,8 @@ class InvalidSampling(ValueError):
 class SamplingParams:
     """Sampling as vLLM and OpenAI define it; the defaults decode greedily.
 
-    The filters act on the logits in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+    The filters act on the logits in this order: logit_bias, min_tokens, penalties, guide, temperature, min_p, top_k,
+    top_p.
     """
 
     temperature: float = 0.0  # divides the logits; 0 takes the largest
@@ -47,6 +50,7 @@ class SamplingParams:
     min_tokens: int = 0  # no end or stop token before this many output tokens
     max_tokens: int | None = None  # None: as many as the context leaves room for
     ignore_eos: bool = False
+    guide: Guide | None = None  # what the output must be
 
     @staticmethod
     def bias_pairs(bias: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
@@ -91,6 +95,8 @@ class SamplingParams:
             _check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
             if self.min_tokens > self.max_tokens:
                 raise InvalidSampling("min_tokens", f"min_tokens must not exceed max_tokens, {self.max_tokens}.")
+        if self.guide is not None and (problem := self.guide.problem()) is not None:
+            raise InvalidSampling("guide", problem)
 
 
 def _check_float(field: str, value: Any, low: float, high: float) -> None:

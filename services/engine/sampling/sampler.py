@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from services.engine.sampling.adjust import adjust, needs_adjusting
+from services.engine.sampling.adjust import adjust, needs_adjusting, restrict
 from services.engine.sampling.draw import draw
 from services.engine.sampling.params import SamplingParams
 from services.engine.sampling.philox import uniforms
@@ -22,6 +24,7 @@ class SamplingRow:
     token_ids: Sequence[int]  # prompt and output so far; only read, and only during the call
     num_prompt_tokens: int  # the tokens after these count as output
     forced_token_id: int | None = None  # taken whatever the logits say; log-probabilities stay the model's
+    allowed: NDArray[np.uint8] | None = None  # a bit a token id, the least significant of a byte first; None: any
 
     @property
     def position(self) -> int:
@@ -64,13 +67,17 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
 
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int]) -> Tensor:
-    changed = [i for i, row in enumerate(rows) if needs_adjusting(row.params, row.output_length)]
+    changed = [
+        i for i, row in enumerate(rows) if row.allowed is not None or needs_adjusting(row.params, row.output_length)
+    ]
     if not changed:
         return logits
     adjusted = logits.clone()
     for i in changed:
         row = rows[i]
         adjust(adjusted[i], row.params, row.token_ids, row.num_prompt_tokens, eos_token_ids)
+        if row.allowed is not None:
+            restrict(adjusted[i], logits[i], row.allowed)
     return adjusted
 
 

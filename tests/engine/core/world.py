@@ -12,6 +12,7 @@ from services.engine.core import api
 from services.engine.core.config import CoreConfig
 from services.engine.core.core import EngineCore
 from services.engine.core.faults import FaultPoints
+from services.engine.core.guides import GuidePort
 from services.engine.core.plan import Runner
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
@@ -36,6 +37,7 @@ class Node:
         *,
         make_runner: Callable[[CoreConfig], Runner] | None = None,
         faults: FaultPoints | None = None,
+        make_guides: Callable[[Callable[[api.Command], None]], GuidePort] | None = None,
         **options: Any,
     ) -> None:
         self.name = name
@@ -54,7 +56,8 @@ class Node:
             self.service.submit = self.inbox.append
             self.service.announce()
         port = None if network is None else self.service
-        self.core = EngineCore(self.config, self.runner, self, port, clock=clock, faults=faults)
+        guides = make_guides(self.inbox.append) if make_guides else None
+        self.core = EngineCore(self.config, self.runner, self, port, clock=clock, guides=guides, faults=faults)
 
     # --- EngineListener ---------------------------------------------------------------------------------------
 
