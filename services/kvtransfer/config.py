@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
 
@@ -36,6 +37,20 @@ class KvTransferConfig(ServerConfig):
         default=0.05, metadata={"help": "seconds between two reports of bytes written under a grant"}
     )
 
+    data_listen: str | None = field(
+        default="127.0.0.1:0",
+        metadata={"help": "host:port where other transfer services connect to write KV; none: no transfers by tcp"},
+    )
+    data_advertise: str | None = field(
+        default=None, metadata={"help": "host or host:port that other transfer services reach the data port at"}
+    )
+    data_connections: int = field(default=64, metadata={"help": "connections that the data port takes"})
+    connections_per_peer: int = field(
+        default=1, metadata={"help": "connections to the data port of one other transfer service"}
+    )
+    checksums: bool = field(
+        default=False, metadata={"help": "check KV end to end; DATA_LOSS where it arrives other than it was sent"}
+    )
     peer_tls_ca: Path | None = field(
         default=None, metadata={"help": "PEM roots of other transfer services' certificates; with it TLS to them is on"}
     )
@@ -54,6 +69,10 @@ class KvTransferConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
+        if self.data_listen is not None:
+            split_address(self.data_listen)
+        if min(self.data_connections, self.connections_per_peer) < 1:
+            raise ValueError("--data-connections and --connections-per-peer are at least 1")
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):
             raise ValueError("--peer-tls-cert and --peer-tls-key go together")
         if self.peer_tls_cert is not None and self.peer_tls_ca is None:

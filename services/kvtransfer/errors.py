@@ -12,6 +12,9 @@
         ├── PeerUnreachable      the receiver's service does not answer
         ├── TransportFailed      a way of moving bytes there does not work at present
         ├── PeerLost             the receiver's service went away in the middle
+        ├── ProtocolViolation    a peer says what no service of this version says
+        ├── TooManyConnections   the data port has no room for one more
+        ├── ChecksumMismatch     bytes arrived other than they were sent
         ├── PushStalled          the ready counter stood still for too long
         ├── PushCancelled        nobody waits for the push any more
         ├── EngineGone           the engine of the pool died or was replaced
@@ -99,6 +102,27 @@ class PeerLost(KvTransferError):
 
     code = Code.UNAVAILABLE
     reason = "PEER_LOST"
+
+
+class ProtocolViolation(KvTransferError):
+    """What came over a connection is nothing that a service of this version sends; the connection ends."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "PROTOCOL_VIOLATION"
+
+
+class TooManyConnections(KvTransferError):
+    """The data port has as many connections as it takes."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_CONNECTIONS"
+
+
+class ChecksumMismatch(KvTransferError):
+    """Bytes arrived other than they were sent; they do not count."""
+
+    code = Code.DATA_LOSS
+    reason = "CHECKSUM_MISMATCH"
 
 
 class PushStalled(KvTransferError):

@@ -86,6 +86,11 @@ class Gate:
         with self._lock:
             return self._table.check(key, secret)
 
+    def check_proof(self, key: GrantKey, challenge: bytes, proof: bytes) -> GrantSpec:
+        """As GrantTable.check_proof."""
+        with self._lock:
+            return self._table.check_proof(key, challenge, proof)
+
     async def open_attempt(
         self, key: GrantKey, secret: bytes, claimed: TokenRange, number: int, writer_id: str
     ) -> Attempt | AlreadyCommitted:

@@ -96,10 +96,22 @@ class Landings:
             return attempt
         return Landing(self._gate, attempt, part, extent, shards, ways)
 
+    def admit(self, address: KvAddress, challenge: bytes, proof: bytes) -> KvAddress:
+        """The address with its secret, which the writer did not tell but prove: see protocol.grants.prove.
+
+        Raises WrongSecret, ReservationGone, InvalidRequest.
+        """
+        self._pool(address.shards[:1])
+        return replace(address, secret=self._gate.check_proof(_key(address), challenge, proof).secret)
+
     async def end(self, address: KvAddress, claim: Claim) -> bool:
         """Ends an attempt, known or not. Returns whether its range is committed. Raises what open raises."""
         self._pool(address.shards[:1])
         return await self._gate.end_attempt(_key(address), address.secret, claim.range, claim.number, claim.writer_id)
+
+    async def drop(self, attempt: Attempt) -> None:
+        """Ends an attempt whose writer is gone. Raises NotDrained."""
+        await self._gate.drop_attempt(attempt)
 
     def check(self, address: KvAddress, claim: Claim, part: TokenRange) -> tuple[LandingShard, ...]:
         """The pools and their pages for `part`, if the address is what was granted and the claim is within it.

@@ -6,13 +6,11 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 
 from services.kvtransfer.errors import PeerUnreachable
-from services.kvtransfer.transports.base import Peer
+from services.kvtransfer.transports.base import PEER_VERSION, Peer
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls, make_channel
 from services.rpc.status import RemoteError, remote_errors
 
-# Of GetInfo, of the offers of the transports and of what they say to each other.
-PEER_VERSION = 1
 ASK_TIMEOUT_S = 5.0
 
 

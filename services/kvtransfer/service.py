@@ -21,10 +21,12 @@ from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.pool_table import PoolEvents, PoolTable
 from services.kvtransfer.push import Push
 from services.kvtransfer.pushes import Pushes, PushOrder
-from services.kvtransfer.transports.base import Peer
+from services.kvtransfer.transports.base import Peer, Transport
 from services.kvtransfer.transports.pull.pulling import Pulling
 from services.kvtransfer.transports.pull.session import PullSessions
 from services.kvtransfer.transports.shm import ShmTransport
+from services.kvtransfer.transports.tcp.transport import TcpConfig, TcpTransport
+from services.kvtransfer.transports.tcp.wire import MAX_PUT_BYTES
 from services.kvtransfer.watch import GrantBatch, GrantFeeds
 from services.protocol.address import KvAddress
 from services.protocol.errors import LayoutMismatch
@@ -67,8 +69,11 @@ class KvTransfer:
         self._copier = Copier(config.copy_threads)
         landings = Landings(self._gate, self._pools.find)
         self._pulling = Pulling(config, landings, self.epoch)
-        shm = ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes)
-        self._links = Links((shm, *self._pulling.transports), self.epoch, endpoint, ask)
+        transports: list[Transport] = [ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes)]
+        transports += self._pulling.transports
+        if config.data_listen is not None:
+            transports.append(TcpTransport(landings, self.epoch, endpoint, _tcp_config(config, config.data_listen)))
+        self._links = Links(transports, self.epoch, endpoint, ask)
         self._books = Books(self._links, registry)
         self._pushes = Pushes(self._pools, self._links, self._books, config.push_stall_timeout_s)
         registry.register(StatsCollector(self.stats))
@@ -191,3 +196,18 @@ class KvTransfer:
     def _require_running(self) -> None:
         if self._draining:
             raise Draining("the service is about to stop")
+
+
+def _tcp_config(config: KvTransferConfig, listen: str) -> TcpConfig:
+    return TcpConfig(
+        listen,
+        config.data_advertise,
+        config.data_connections,
+        config.connections_per_peer,
+        min(config.max_copy_bytes, MAX_PUT_BYTES),
+        config.checksums,
+        config.tls_cert,
+        config.tls_key,
+        config.tls_client_ca,
+        config.peer_tls,
+    )

@@ -23,11 +23,11 @@ from services.kvtransfer.convert import (
     token,
 )
 from services.kvtransfer.errors import InvalidPool, PushCancelled
-from services.kvtransfer.peer_client import PEER_VERSION
 from services.kvtransfer.pool import PoolShape
 from services.kvtransfer.push import PushProgress
 from services.kvtransfer.pushes import PushOrder
 from services.kvtransfer.service import KvTransfer
+from services.kvtransfer.transports.base import PEER_VERSION
 from services.kvtransfer.watch import GrantBatch
 from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import GrantKey, GrantSpec, PoolPages

@@ -71,6 +71,11 @@ class GrantSpec:
         return (PoolPages(self.key.pool_id, self.page_ids), *self.others)
 
 
+def prove(secret: bytes, challenge: bytes) -> bytes:
+    """Shows that one knows a secret without telling it: good for this challenge only."""
+    return hmac.digest(secret, challenge, "sha256")
+
+
 class GrantState(Enum):
     """Condition of a grant as its engine sees it."""
 
@@ -172,6 +177,13 @@ class GrantTable:
     def check(self, key: GrantKey, secret: bytes) -> GrantSpec:
         """The grant, if it is open and the secret is right. Raises ReservationGone or WrongSecret."""
         return self._open(key, secret).spec
+
+    def check_proof(self, key: GrantKey, challenge: bytes, proof: bytes) -> GrantSpec:
+        """As check, for a writer that shows `prove` of the secret in place of the secret."""
+        grant = self._find(key)
+        if not hmac.compare_digest(prove(grant.spec.secret, challenge), proof):
+            raise WrongSecret("the proof was not made with the secret of the reservation")
+        return grant.spec
 
     def open_attempt(
         self, key: GrantKey, secret: bytes, claimed: TokenRange, number: int, writer_id: str
@@ -313,10 +325,14 @@ class GrantTable:
             del self._changed[key]
         self._granted_pages.pop(pool_id, None)
 
-    def _open(self, key: GrantKey, secret: bytes) -> _Grant:
+    def _find(self, key: GrantKey) -> _Grant:
         grant = self._grants.get(key)
         if grant is None or grant.revoked:
             raise ReservationGone("the reservation has ended")
+        return grant
+
+    def _open(self, key: GrantKey, secret: bytes) -> _Grant:
+        grant = self._find(key)
         if not hmac.compare_digest(grant.spec.secret, secret):
             raise WrongSecret("the secret is not that of the reservation")
         return grant

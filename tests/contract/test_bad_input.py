@@ -125,7 +125,7 @@ SPOILED: dict[str, tuple[Callable[[engine.RemoteSendRequest], object], grpc.Stat
         spoil(lambda a: setattr(a.layout, "head_dim", 2)), grpc.StatusCode.FAILED_PRECONDITION, "LAYOUT_MISMATCH"),
     "other service": (
         spoil(lambda a: a.MergeFrom(kv.KvAddress(endpoint="127.0.0.1:1", epoch=bytes(16)))),
-        grpc.StatusCode.FAILED_PRECONDITION, "NO_TRANSPORT"),
+        grpc.StatusCode.UNAVAILABLE, "PEER_UNREACHABLE"),
     "begin after end": (lambda r: setattr(r.range, "begin", 31), INVALID, "INVALID_RANGE"),
     "beyond the window": (lambda r: setattr(r.range, "end", 40), grpc.StatusCode.OUT_OF_RANGE, "OUTSIDE_WINDOW"),
 }  # fmt: skip

@@ -31,7 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def service() -> Iterator[ServiceProcess]:
     """One service process for all tests that do not end it."""
-    process = ServiceProcess("--pool-keep-s", "60")
+    yield from _run("--pool-keep-s", "60")
+
+
+def _run(*argv: str) -> Iterator[ServiceProcess]:
+    process = ServiceProcess(*argv)
     yield process
     process.terminate()
     code, errors = process.end()
@@ -39,28 +43,56 @@ def service() -> Iterator[ServiceProcess]:
     assert "Traceback" not in errors, errors
 
 
-@pytest_asyncio.fixture(params=["shm-direct", "shm-grpc"], loop_scope="session")
-async def port(request: pytest.FixtureRequest) -> AsyncIterator[Port]:
-    """Every transport, in this process and through a real service process."""
-    _transport, _, way = request.param.partition("-")
-    if way == "direct":
-        port: Port = DirectPort()
-    else:
-        port = GrpcPort(request.getfixturevalue("service").address)
+@pytest.fixture(scope="session")
+def far_service() -> Iterator[ServiceProcess]:
+    """The service process of another node."""
+    yield from _run("--pool-keep-s", "60")
+
+
+@pytest.fixture(params=["shm-direct", "shm-grpc", "tcp-direct", "tcp-grpc"])
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(transport, how the service is called): every transport, in this process and through real service processes."""
+    transport, _, how = request.param.partition("-")
+    return transport, how
+
+
+@pytest.fixture
+def transport(way: tuple[str, str]) -> str:
+    """The transport under test."""
+    return way[0]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def port(way: tuple[str, str], request: pytest.FixtureRequest) -> AsyncIterator[Port]:
+    """The senders' service."""
+    port = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue("service").address)
     yield port
     await port.close()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def start_engine(port: Port, request: pytest.FixtureRequest) -> AsyncIterator[StartEngine]:
-    """`await start_engine("d", shape, seed=...)`: an engine with an attached pool; it dies with the test."""
+async def far_port(way: tuple[str, str], port: Port, request: pytest.FixtureRequest) -> AsyncIterator[Port]:
+    """The receivers' service: the senders' own, or one that is reached over the network."""
+    if way[0] == "shm":
+        yield port
+        return
+    far = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue("far_service").address)
+    yield far
+    await far.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start_engine(port: Port, far_port: Port, request: pytest.FixtureRequest) -> AsyncIterator[StartEngine]:
+    """`await start_engine("d", shape, seed=...)`: an engine with an attached pool; it dies with the test. Those whose
+    names begin with d or e live at the receivers' service."""
     with contextlib.ExitStack() as stack:
 
         async def start(
             name: str, shape: Shape | None = None, *, seed: int | None = None, incarnation: bytes | None = None
         ) -> FakeEngine:
+            at = far_port if name[0] in "de" else port
             # One service serves many tests: names must differ.
-            engine = FakeEngine(port, f"{name}@{request.node.name}".replace(" ", "")[:128], shape)
+            engine = FakeEngine(at, f"{name}@{request.node.name}".replace(" ", "")[:128], shape)
             engine.incarnation = incarnation or engine.incarnation
             stack.callback(engine.close)
             return await engine.start(seed=seed)

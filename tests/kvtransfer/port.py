@@ -5,6 +5,7 @@ Both ends speak protobuf, so a test is written once. Every failure is a ServiceE
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.peer_client import PeerClient
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.servicer import KvTransferServicer
+from services.kvtransfer.transports.base import Peer
 from services.rpc.channel import make_channel
 from services.rpc.status import remote_errors
 
@@ -36,12 +38,24 @@ class Port(Protocol):
         """Ends the port."""
 
 
+# Services of this process that may meet, by endpoint.
+_direct: dict[str, KvTransfer] = {}
+_serial = itertools.count()
+
+
+async def _ask(endpoint: str) -> Peer:
+    service = _direct.get(endpoint)
+    return service.info() if service is not None else await PeerClient(None).ask(endpoint)
+
+
 class DirectPort:
     """The service in this process, without a wire."""
 
     def __init__(self, **options: Any) -> None:
-        self.service = KvTransfer(KvTransferConfig(**options), lambda: "here:1", PeerClient(None).ask)
+        endpoint = f"direct-{next(_serial)}:1"
+        self.service = KvTransfer(KvTransferConfig(**options), lambda: endpoint, _ask)
         self._servicer = KvTransferServicer(self.service)
+        _direct[endpoint] = self.service
 
     async def call(self, method: str, request: Any) -> Any:
         return await getattr(self._servicer, method)(request, None)
@@ -52,6 +66,7 @@ class DirectPort:
                 yield response
 
     async def close(self) -> None:
+        _direct.pop(self.service.info().endpoint, None)
         await self.service.close()
 
 

@@ -20,6 +20,9 @@ from services.protocol.address import KvAddress
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.ranges import TokenRange
 
+# Of what services tell each other in GetInfo and what their transports say to each other.
+PEER_VERSION = 1
+
 
 class Reach(Enum):
     """How far a transport goes."""

@@ -59,7 +59,7 @@ async def test_layouts(start_engine: StartEngine, shape: Shape) -> None:
     np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, begin, end, from_pages, to_pages))
 
 
-async def test_layer_by_layer(start_engine: StartEngine) -> None:
+async def test_layer_by_layer(start_engine: StartEngine, transport: str) -> None:
     """With the sender held after layer k, layers 0..k are in place and the rest is untouched."""
     sender, receiver = await start_engine("p", seed=3), await start_engine("d")
     before = receiver.memory.copy()
@@ -73,7 +73,7 @@ async def test_layer_by_layer(start_engine: StartEngine) -> None:
         wanted = expected(before, receiver, sender, 1, 10, [1, 2, 3], [4, 5, 9], layers=layers)
         np.testing.assert_array_equal(receiver.memory, wanted)
     last = await push.done()
-    assert last.transport == "shm"
+    assert last.transport == transport
     assert last.exposed.ToNanoseconds() > 0
 
 

@@ -134,7 +134,7 @@ async def test_pools_that_are_no_whole_model(start_ranks: StartRanks) -> None:
     twice = RankedEngine(MODEL, [*halves.ranks, halves.ranks[0]])
     await refused(twice.grant("r", 0, 8, [[4, 5], [6, 7], [8, 9]]), "GRANT_CONFLICT")
     await refused(halves.grant("r", 0, 8, [[4, 5], [6, 16]]), "INVALID_PAGES")
-    stranger = await start_ranks("q", MODEL, HALVES)
+    stranger = await start_ranks("e", MODEL, HALVES)
     mixed = RankedEngine(MODEL, [halves.ranks[0], stranger.ranks[1]])
     await refused(mixed.grant("r", 0, 8, [[4, 5], [6, 7]]), "STALE_INCARNATION")
     await halves.grant("r", 0, 8, [[4, 5], [6, 7]])

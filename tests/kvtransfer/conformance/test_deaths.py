@@ -79,9 +79,9 @@ async def test_an_attempt_between_two_pushes_ends_with_its_engine(port: Port, st
     await watch.close()
 
 
-async def test_the_receiver_is_killed(port: Port, start_engine: StartEngine, start_process: StartProcess) -> None:
+async def test_the_receiver_is_killed(far_port: Port, start_engine: StartEngine, start_process: StartProcess) -> None:
     sender, other = await start_engine("p", seed=1), await start_engine("e")
-    receiver, process = await _sender(port, "killed-receiver", start_process)
+    receiver, process = await _sender(far_port, "killed-receiver", start_process)
     address = await receiver.grant("r", 0, 8, [4, 5])
     push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0))
     elsewhere = await other.grant("r", 0, 8, [4, 5])

@@ -54,7 +54,7 @@ async def test_the_pool_of_a_live_engine(start_engine: StartEngine) -> None:
     assert caught.value.reason == "POOL_IN_USE"
 
 
-async def test_another_layout_replaces_the_pool(port: Port, start_engine: StartEngine) -> None:
+async def test_another_layout_replaces_the_pool(start_engine: StartEngine) -> None:
     engine = await start_engine("d")
     first = engine.pool_id
     engine.close()
@@ -62,7 +62,7 @@ async def test_another_layout_replaces_the_pool(port: Port, start_engine: StartE
     await engine.create()
     assert engine.pool_id != first
     with pytest.raises(ServiceError) as caught:
-        await port.call("AttachPool", pb.AttachPoolRequest(pool_id=first, incarnation=bytes(16)))
+        await engine.port.call("AttachPool", pb.AttachPoolRequest(pool_id=first, incarnation=bytes(16)))
     assert caught.value.reason == "UNKNOWN_POOL"
 
 

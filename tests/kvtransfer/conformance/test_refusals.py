@@ -27,7 +27,7 @@ ORDERS: dict[str, tuple[Change, str]] = {
     "incarnation": (lambda o: setattr(o, "incarnation", os.urandom(16)), "STALE_INCARNATION"),
     "pool of another epoch": (lambda o: setattr(o, "pool_id", "0-1"), "STALE_EPOCH"),
     "pool": (lambda o: setattr(o, "pool_id", o.pool_id + "9999"), "UNKNOWN_POOL"),
-    "target pool": (lambda o: setattr(o.target.shards[0], "pool_id", o.pool_id + "9999"), "RESERVATION_GONE"),
+    "target pool": (lambda o: _to_pool(o, "9999"), "RESERVATION_GONE"),
     "reservation": (lambda o: setattr(o.target, "reservation_id", "other"), "RESERVATION_GONE"),
     "no shard": (lambda o: o.target.ClearField("shards"), "LAYOUT_MISMATCH"),
     "half the layers": (lambda o: setattr(o.target.shards[0], "layer_end", 2), "LAYOUT_MISMATCH"),
@@ -54,6 +54,10 @@ ORDERS: dict[str, tuple[Change, str]] = {
 def _elsewhere(order: pb.PushRequest) -> None:
     order.target.epoch = os.urandom(16)
     order.target.endpoint = "127.0.0.1:1"
+
+
+def _to_pool(order: pb.PushRequest, suffix: str) -> None:
+    order.target.shards[0].pool_id += suffix
 
 
 def _move(order: pb.PushRequest, begin: int, end: int, pages: list[int]) -> None:
@@ -153,9 +157,7 @@ GRANTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("fields", "reason"), GRANTS.values(), ids=[name.replace(" ", "_") for name in GRANTS])
-async def test_a_wrong_grant_opens_nothing(
-    port: Port, start_engine: StartEngine, fields: dict[str, Any], reason: str
-) -> None:
+async def test_a_wrong_grant_opens_nothing(start_engine: StartEngine, fields: dict[str, Any], reason: str) -> None:
     engine = await start_engine("d")
     given: dict[str, Any] = {
         "pool_id": engine.pool_id,
@@ -166,13 +168,13 @@ async def test_a_wrong_grant_opens_nothing(
         "page_ids": [1, 2, 3],
     }
     with pytest.raises(ServiceError) as caught:
-        await port.call("Grant", pb.GrantRequest(**{**given, **fields}))
+        await engine.port.call("Grant", pb.GrantRequest(**{**given, **fields}))
     assert caught.value.reason == reason
     # The pages are still free for another window.
     await engine.grant("other", 0, 12, [1, 2, 3])
 
 
-async def test_the_same_grant_again(port: Port, start_engine: StartEngine) -> None:
+async def test_the_same_grant_again(start_engine: StartEngine) -> None:
     engine = await start_engine("d")
     address = await engine.grant("r", 0, 8, [1, 2])
     request = pb.GrantRequest(
@@ -183,10 +185,10 @@ async def test_the_same_grant_again(port: Port, start_engine: StartEngine) -> No
         window=address.window,
         page_ids=[1, 2],
     )
-    await port.call("Grant", request)
+    await engine.port.call("Grant", request)
     request.page_ids[:] = [1, 3]
     with pytest.raises(ServiceError) as caught:
-        await port.call("Grant", request)
+        await engine.port.call("Grant", request)
     assert caught.value.reason == "GRANT_CONFLICT"
     with pytest.raises(ServiceError) as caught:
         await engine.grant("other", 0, 4, [2])
