@@ -16,7 +16,7 @@ from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_p
 from microserve.types.v1 import sampling_pb2
 
 from services.cli.errors import CliError
-from services.cli.values import Answer, Arm, Engine, Leg, Policy, Question, Split
+from services.cli.values import Answer, Arm, Engine, Explanation, Leg, Option, Policy, Question, Split
 from services.protocol.errors import Code
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
@@ -85,6 +85,23 @@ class RouterClient:
     async def get_split(self) -> Split:
         """The present or last split with its results."""
         return _split((await self._admin.GetSplit(admin_pb2.GetSplitRequest(), timeout=_ADMIN_TIMEOUT_S)).split)
+
+    async def explain(self, request_id: str) -> Explanation:
+        """Why a recent request ran where it did."""
+        request = admin_pb2.ExplainRequestRequest(request_id=request_id)
+        reply = await self._admin.ExplainRequest(request, timeout=_ADMIN_TIMEOUT_S)
+        return Explanation(
+            request_id=request_id,
+            policy=reply.policy,
+            code=reply.code,
+            chosen=_option(reply.chosen) if reply.HasField("chosen") else None,
+            alternatives=tuple(map(_option, reply.alternatives)),
+            weighed=reply.weighed_count,
+            ttft_ms=_milliseconds(reply.ttft) if reply.HasField("ttft") else None,
+            jct_ms=_milliseconds(reply.jct),
+            output_tokens=reply.output_token_count,
+            legs=tuple(map(_leg, reply.legs)),
+        )
 
     @property
     def _admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
@@ -212,6 +229,23 @@ def _split(split: admin_pb2.Split) -> Split:
             )
             for arm in split.arms
         ),
+    )
+
+
+def _option(option: admin_pb2.PlacementOption) -> Option:
+    return Option(
+        pattern=option.pattern,
+        decode=option.decode_engine,
+        prefill=option.prefill_engine,
+        split=option.split,
+        wait_ms=_milliseconds(option.wait),
+        compute_ms=_milliseconds(option.compute),
+        transfer_ms=_milliseconds(option.transfer),
+        decode_ms=_milliseconds(option.decode),
+        delay_ms=_milliseconds(option.delay),
+        ttft_ms=_milliseconds(option.ttft),
+        jct_ms=_milliseconds(option.jct),
+        cost_ms=_milliseconds(option.cost),
     )
 
 

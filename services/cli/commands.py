@@ -58,6 +58,21 @@ def engines(address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
     asyncio.run(run())
 
 
+def explain(
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="Its id, as `microserve ask --json` prints it.")],
+    address: Address = DEFAULT_ADDRESS,
+    json: Json = False,
+) -> None:
+    """Shows why a recent request ran where it did, and what came of it."""
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            explanation = await router.explain(request)
+        output.print_json(explanation) if json else output.print_explanation(explanation)
+
+    asyncio.run(run())
+
+
 @model_app.command("fetch")
 def fetch_command(name: Annotated[str, typer.Argument(metavar="NAME|DIR|FILE.gguf|HF-ID")], json: Json = False) -> None:
     """Brings a model into the cache and prints its folder."""

@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("ask")(commands.ask)
 app.command("engines")(commands.engines)
+app.command("explain")(commands.explain)
 app.add_typer(policy.app, name="policy")
 app.add_typer(commands.model_app, name="model")
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.values import Answer, Endpoint, Engine, Policy, Split
+from services.cli.values import Answer, Endpoint, Engine, Explanation, Leg, Option, Policy, Split
 
 _PIPE_WIDTH = 200
 
@@ -34,12 +34,43 @@ def print_piece(text: str) -> None:
 
 def print_legs(answer: Answer) -> None:
     """What happened: one row a verb."""
+    _print_verbs(
+        f"{answer.policy}: {answer.prompt_tokens} prompt tokens, {answer.output_tokens} generated", answer.legs
+    )
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """Expected against actual, the alternatives, and the verbs. Times in milliseconds."""
+    _print_verbs(f"{explanation.policy}: {explanation.code}, {explanation.output_tokens} generated", explanation.legs)
+    if explanation.chosen is None:
+        say("this policy weighs no placements")
+        return
     table = _table(
-        f"{answer.policy}: {answer.prompt_tokens} prompt tokens, {answer.output_tokens} generated",
+        f"{explanation.weighed} placements weighed",
+        ["", "pattern", "prefill", "decode"],
+        ["split", "wait", "compute", "transfer", "ttft", "decode", "jct", "delay", "cost"],
+    )
+    for option in (explanation.chosen, *explanation.alternatives):
+        table.add_row(*_option_row(option, chosen=option is explanation.chosen))
+    ttft = "" if explanation.ttft_ms is None else f"{explanation.ttft_ms:.1f}"
+    table.add_row("", "as it was", "", "", "", "", "", "", ttft, "", f"{explanation.jct_ms:.1f}", "", "")
+    say(table)
+
+
+def _option_row(option: Option, *, chosen: bool) -> list[str]:
+    words = ["*" if chosen else "", option.pattern, option.prefill or "-", option.decode]
+    ahead = (option.wait_ms, option.compute_ms, option.transfer_ms, option.ttft_ms)
+    after = (option.decode_ms, option.jct_ms, option.delay_ms, option.cost_ms)
+    return [*words, str(option.split), *(f"{time:.1f}" for time in (*ahead, *after))]
+
+
+def _print_verbs(title: str, legs: Sequence[Leg]) -> None:
+    table = _table(
+        title,
         ["verb", "engine"],
         ["range", "matched", "sent", "computed", "generated", "bytes", "ms"],
     )
-    for leg in answer.legs:
+    for leg in legs:
         table.add_row(
             leg.verb,
             leg.engine,

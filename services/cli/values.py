@@ -100,6 +100,40 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """One way to serve a request, and what was expected of it."""
+
+    pattern: str
+    decode: str
+    prefill: str
+    split: int
+    wait_ms: float
+    compute_ms: float
+    transfer_ms: float
+    decode_ms: float
+    delay_ms: float
+    ttft_ms: float
+    jct_ms: float
+    cost_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a request ran where it did. `chosen` is None if its policy weighs nothing."""
+
+    request_id: str
+    policy: str
+    code: str
+    chosen: Option | None
+    alternatives: tuple[Option, ...]
+    weighed: int
+    ttft_ms: float | None
+    jct_ms: float
+    output_tokens: int
+    legs: tuple[Leg, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a service of the launcher listens."""
 

@@ -12,6 +12,7 @@ from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
 from services.router.admin.servicer import AdminServicer
 from services.router.admission.admission import Admission
 from services.router.config import RouterConfig
+from services.router.cost.book import CostBook
 from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.breaker import BreakerConfig
 from services.router.fleet.client import EngineClient
@@ -107,6 +108,11 @@ class Router:
     def serving(self) -> bool:
         """Whether new requests can be served: there is an engine, and the router is not draining."""
         return bool(self._serving) and not self._draining
+
+    @property
+    def costs(self) -> CostBook:
+        """What was measured of the fleet."""
+        return self._host.costs
 
     @property
     def num_running(self) -> int:

@@ -44,6 +44,10 @@ class PolicyRequest:
         """The same request after these tokens more: what comes next is what would have come without a break."""
         return replace(self, prompt=(*self.prompt, *token_ids), num_generated=self.num_generated + len(token_ids))
 
+    def is_hashed(self, page_size: int) -> bool:
+        """Whether block_hashes has its answer at hand."""
+        return (page_size, self.model.digest) in self._hashes
+
     def block_hashes(self, page_size: int) -> list[bytes]:
         """Names of the prompt's full blocks on engines of its model; computed once for a page size."""
         key = (page_size, self.model.digest)

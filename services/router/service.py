@@ -72,7 +72,15 @@ class Record:
 
     def trace(self, code: str) -> Trace:
         """What is kept of it when it has ended."""
-        return Trace(self.spec, self.legs.legs(), code, self.elapsed_s(), self.first_token_s, self.output_tokens)
+        return Trace(
+            self.spec,
+            self.legs.legs(),
+            code,
+            self.elapsed_s(),
+            self.first_token_s,
+            self.output_tokens,
+            self.legs.decision,
+        )
 
 
 class GenerationService:

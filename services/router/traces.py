@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from services.router.cost.decision import Decision
 from services.router.errors import UnknownRequest
 from services.router.values import Leg
 
@@ -19,6 +20,7 @@ class Trace:
     duration_s: float = 0.0
     first_token_s: float | None = None  # None if there was none
     output_tokens: int = 0
+    decision: Decision | None = None  # None if its program did not ask for the cheapest placement
 
     @property
     def per_token_s(self) -> float | None:

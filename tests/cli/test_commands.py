@@ -78,6 +78,19 @@ def test_policy_rollback_and_split(microserve: Run, router_address: str) -> None
     microserve("policy", "set", "disaggregated", *at)
 
 
+def test_explain(microserve: Run, router_address: str) -> None:
+    code, out, _ = microserve("explain", "r1", "--address", router_address)
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["*", "balanced", "engine-0", "engine-1", "48"] in [row[:5] for row in rows]
+    assert ["data_parallel", "-", "engine-0"] in [row[:3] for row in rows]
+    assert ["as", "it", "was", "80.0"] in rows
+    assert "weighs no placements" in microserve("explain", "plain", "--address", router_address)[1]
+    explained = json.loads(microserve("explain", "r1", "--json", "--address", router_address)[1])
+    assert (explained["chosen"]["jct_ms"], explained["weighed"], explained["jct_ms"]) == (70.0, 9, 80.0)
+    assert len(explained["legs"]) == 3
+
+
 def test_errors_of_the_router_are_one_line(microserve: Run, router_address: str, tmp_path: Path) -> None:
     at = ("--address", router_address)
     unknown = "microserve: there is no policy 'x' (NOT_FOUND, UNKNOWN_POLICY)\n"
@@ -140,5 +153,5 @@ def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
 def test_help_lists_the_commands(microserve: Run) -> None:
     code, out, _ = microserve("--help")
     assert code == 0
-    for command in ("up", "ask", "engines", "policy", "model"):
+    for command in ("up", "ask", "engines", "explain", "policy", "model"):
         assert command in out

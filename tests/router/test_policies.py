@@ -11,7 +11,15 @@ from tests.fakes import FakeEngine
 from tests.router.harness import PROMPT, model, running, verbs
 
 LENGTH, END = len(PROMPT), len(PROMPT) - 1
-POLICIES = ["data_parallel", "disaggregated", "context_aware", "balanced", "balanced:0.5", "balanced:ratio=0.9"]
+POLICIES = [
+    "data_parallel",
+    "disaggregated",
+    "context_aware",
+    "balanced",
+    "balanced:0.5",
+    "balanced:ratio=0.9",
+    "adaptive",
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -9,7 +9,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
-from services.router.admin.wire import split_to_wire
+from services.router.admin.wire import explanation_to_wire, split_to_wire
 from services.router.errors import BadPolicy, UploadDisabled
 from services.router.fleet.breaker import BreakerState
 from services.router.fleet.member import Member
@@ -125,6 +125,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def GetTrace(self, request: admin_pb2.GetTraceRequest, context: Context) -> admin_pb2.GetTraceResponse:
         trace = self._traces.get(request.request_id)
         return admin_pb2.GetTraceResponse(policy=trace.policy, legs=map(leg_to_wire, trace.legs), code=trace.code)
+
+    async def ExplainRequest(
+        self, request: admin_pb2.ExplainRequestRequest, context: Context
+    ) -> admin_pb2.ExplainRequestResponse:
+        return explanation_to_wire(self._traces.get(request.request_id))
 
     def _describe(self, program: Program) -> admin_pb2.PolicyInfo:
         current = self._catalogue.current

@@ -4,14 +4,50 @@ from __future__ import annotations
 
 from microserve.router.v1 import admin_pb2
 
+from services.router.cost.decision import Option
 from services.router.programs.results import Distribution
 from services.router.programs.split import Arm, Split
-from services.router.wire import duration
+from services.router.traces import Trace
+from services.router.wire import duration, leg_to_wire
 
 
 def split_to_wire(split: Split | None) -> admin_pb2.Split | None:
     """With what came of each arm so far."""
     return None if split is None else admin_pb2.Split(active=not split.ended, arms=map(_arm, split.arms))
+
+
+def explanation_to_wire(trace: Trace) -> admin_pb2.ExplainRequestResponse:
+    """What was weighed, and what came of it."""
+    message = admin_pb2.ExplainRequestResponse(
+        policy=trace.policy,
+        code=trace.code,
+        ttft=None if trace.first_token_s is None else duration(trace.first_token_s),
+        jct=duration(trace.duration_s),
+        output_token_count=trace.output_tokens,
+        legs=map(leg_to_wire, trace.legs),
+    )
+    if trace.decision is not None:
+        message.chosen.CopyFrom(_option(trace.decision.chosen))
+        message.alternatives.extend(map(_option, trace.decision.alternatives))
+        message.weighed_count = trace.decision.num_weighed
+    return message
+
+
+def _option(option: Option) -> admin_pb2.PlacementOption:
+    return admin_pb2.PlacementOption(
+        pattern=option.pattern.value,
+        decode_engine=option.decode,
+        prefill_engine=option.prefill,
+        split=option.split,
+        wait=duration(option.wait_s),
+        compute=duration(option.compute_s),
+        transfer=duration(option.transfer_s),
+        decode=duration(option.decode_s),
+        delay=duration(option.delay_s),
+        ttft=duration(option.ttft_s),
+        jct=duration(option.jct_s),
+        cost=duration(option.cost_s),
+    )
 
 
 def _arm(arm: Arm) -> admin_pb2.SplitArm:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
+from services.router.cost.decision import Decision
 from services.router.metrics import VERB_SECONDS
 from services.router.values import Leg, Timing, Verb
 
@@ -44,6 +45,7 @@ class Legs:
     """The verbs of one request in order of their beginning."""
 
     def __init__(self) -> None:
+        self.decision: Decision | None = None  # why the request runs where it does, if its program asked
         self._open: list[OpenLeg] = []
 
     @contextmanager

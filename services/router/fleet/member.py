@@ -137,20 +137,30 @@ class Member:
             await self._stop_following()
 
     @contextmanager
-    def generating(self, num_prompt_tokens: int) -> Iterator[Callable[[], None]]:
-        """Counts a sequence; what is yielded is called at its first token, when its prompt has been computed."""
-        pending = num_prompt_tokens
+    def expecting(self) -> Iterator[None]:
+        """Counts a sequence from its reservation on, so that others see it coming while its KV is on the way."""
+        self._count(1, 0)
+        try:
+            yield
+        finally:
+            self._count(-1, 0)
+
+    @contextmanager
+    def generating(self, num_prompt_tokens: int, *, expected: bool) -> Iterator[Callable[[], None]]:
+        """Counts a sequence unless it was expected, and its prompt; what is yielded is called at its first token,
+        when its prompt has been computed."""
+        pending, sequences = num_prompt_tokens, int(not expected)
 
         def prompt_computed() -> None:
             nonlocal pending
             self._count(0, -pending)
             pending = 0
 
-        self._count(1, pending)
+        self._count(sequences, pending)
         try:
             yield prompt_computed
         finally:
-            self._count(-1, -pending)
+            self._count(-sequences, -pending)
 
     @contextmanager
     def sending(self, num_tokens: int) -> Iterator[None]:

@@ -11,6 +11,7 @@ from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.cleanup import Cleanup
 from services.router.fleet.client import EngineClient, ReservedKv
+from services.router.fleet.info import EngineSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ _GONE = (Code.NOT_FOUND, Code.ABORTED)
 class Reservation:
     """Where the KV of [matched, end) will arrive. Keeps its lease alive until it is used up or released."""
 
-    def __init__(self, engine: str, kv: ReservedKv, client: EngineClient, cleanup: Cleanup) -> None:
-        self.engine = engine
+    def __init__(self, receiver: EngineSnapshot, kv: ReservedKv, client: EngineClient, cleanup: Cleanup) -> None:
+        self.receiver = receiver
         self.kv = kv
         self._client = client
         self._cleanup = cleanup
@@ -32,7 +33,7 @@ class Reservation:
         self._renew_after(kv.lease_s)
 
     def __repr__(self) -> str:
-        return f"Reservation({self.kv.reservation_id} on {self.engine}, {self.missing})"
+        return f"Reservation({self.kv.reservation_id} on {self.receiver.info.name}, {self.missing})"
 
     @property
     def matched(self) -> int:

@@ -7,6 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
+from services.router.cost.book import CostBook, GenerationEnd
+from services.router.cost.decision import Decision
+from services.router.cost.placement import Planner
+from services.router.cost.speeds import EngineSpeeds, LinkSpeed
 from services.router.fleet import choose
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
@@ -14,7 +18,7 @@ from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.scope import RequestScope
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, Timing, Verb
+from services.router.values import Chunk, FinishReason, Leg, Timing, Verb
 
 # After these an engine has certainly not made a reservation.
 _REFUSALS = frozenset(
@@ -32,15 +36,25 @@ _REFUSALS = frozenset(
 class Engine:
     """An engine as chosen for one request: what was known of it then, and its verbs."""
 
-    def __init__(self, snapshot: EngineSnapshot, member: Member, scope: RequestScope) -> None:
+    def __init__(self, snapshot: EngineSnapshot, member: Member, scope: RequestScope, costs: CostBook) -> None:
         self.snapshot = snapshot
         self._member = member
         self._scope = scope
+        self._costs = costs
 
     @property
     def info(self) -> EngineInfo:
         """Name, labels, sizes."""
         return self.snapshot.info
+
+    @property
+    def speeds(self) -> EngineSpeeds:
+        """How fast it computes, as measured."""
+        return self._costs.engine(self.snapshot)
+
+    def link(self, receiver: Engine) -> LinkSpeed:
+        """How fast it sends KV to another engine, as measured."""
+        return self._costs.link(self.snapshot, receiver.snapshot)
 
     def cached_prefix(self, request: PolicyRequest) -> int:
         """Tokens of the prompt that are probably cached there."""
@@ -59,7 +73,8 @@ class Engine:
         reservation = await self._reserve(request, end, max_wait_s)
         await self._scope.hold(reservation)
         try:
-            yield reservation
+            with self._member.expecting():
+                yield reservation
         finally:
             await self._scope.let_go(reservation)
 
@@ -75,8 +90,10 @@ class Engine:
             self._member.sending(len(tokens)),
         ):
             call_id, attempt = self._scope.next_call_id(), kv.next_attempt(tokens)
+            begin = self._member.snapshot()
             timing = await self._member.client.remote_send(call_id, request, tokens, kv.kv, attempt)
             leg.end(timing)
+            self._costs.sent(begin, kv.receiver, tokens, timing, leg.leg().elapsed_s)
             return timing
 
     def start_generate(
@@ -89,10 +106,11 @@ class Engine:
         self, request: PolicyRequest, begin: int, kv: Reservation | None
     ) -> AsyncGenerator[Chunk, None]:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
+        before = self._member.snapshot()
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
             self._watched() as succeeded,
-            self._member.generating(len(tokens)) as prompt_computed,
+            self._member.generating(self._to_compute(request, tokens), expected=kv is not None) as prompt_computed,
         ):
             call_id = scope.next_call_id()
             sequence = self._member.client.start_generate(call_id, request, begin, kv.kv if kv is not None else None)
@@ -110,9 +128,35 @@ class Engine:
                         leg.end(chunk.timing)
                         if kv is not None:
                             kv.used_up()
+                        if chunk.timing is not None and chunk.finish is not FinishReason.CANCELLED:
+                            self._generated(request, before, leg.leg(), chunk.timing, expected=kv is not None)
                     yield chunk
             finally:
                 scope.ended(sequence)
+
+    def _to_compute(self, request: PolicyRequest, tokens: TokenRange) -> int:
+        """How many of the tokens are not cached, if that is cheap to say; else all."""
+        known = request.is_hashed(self.info.page_size)
+        return max(1, tokens.end - max(tokens.begin, self.cached_prefix(request) if known else 0))
+
+    def _generated(
+        self, request: PolicyRequest, before: EngineSnapshot, leg: Leg, timing: Timing, *, expected: bool
+    ) -> None:
+        per_token_s = 0.0
+        if leg.first_token_s is not None and timing.generated_tokens > 1:
+            per_token_s = (leg.elapsed_s - leg.first_token_s) / (timing.generated_tokens - 1)
+        after = self._member.snapshot()
+        self._costs.generated(
+            GenerationEnd(
+                begin=before,
+                end=after,
+                beside_at_begin=max(0, before.sequences - int(expected)),
+                beside_at_end=max(0, after.sequences - 1),
+                prompt_tokens=len(request.prompt),
+                per_token_s=per_token_s,
+                timing=timing,
+            )
+        )
 
     @contextmanager
     def _watched(self) -> Iterator[Callable[[], None]]:
@@ -138,7 +182,8 @@ class Engine:
                     scope.cleanup.spawn("abort", client.abort(call_id, timeout_s=CALL_TIMEOUT_S))
                 raise
             leg.end(kv.timing)
-        return Reservation(self.info.name, kv, client, scope.cleanup)
+        self._costs.reserved(self.snapshot, leg.leg().elapsed_s)
+        return Reservation(self.snapshot, kv, client, scope.cleanup)
 
 
 class Fleet:
@@ -149,7 +194,9 @@ class Fleet:
         scope: RequestScope,
         members: Callable[[str], Member],
         engines: Callable[[], list[EngineSnapshot]],
+        costs: CostBook,
     ) -> None:
+        self._costs = costs
         self._scope = scope
         self._members = members
         self._engines = engines
@@ -161,7 +208,7 @@ class Fleet:
 
     def engine(self, snapshot: EngineSnapshot) -> Engine:
         """The engine that a snapshot describes, to call it."""
-        return Engine(snapshot, self._members(snapshot.address), self._scope)
+        return Engine(snapshot, self._members(snapshot.address), self._scope, self._costs)
 
     def least_loaded(self, request: PolicyRequest) -> Engine:
         """The engine with the fewest sequences for its size. NoEngine."""
@@ -176,6 +223,15 @@ class Fleet:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
         prefill, decode = choose.pair_by_prefix(request, self._candidates())
         return self.engine(prefill), self.engine(decode)
+
+    def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
+        """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`
+        does it all. Why, is kept with the request's trace. NoEngine."""
+        placements = Planner(self._costs, request, self._candidates()).placements()
+        self._scope.legs.decision = Decision.of(placements)
+        best = placements[0]
+        prefill = None if best.prefill is None else self.engine(best.prefill)
+        return prefill, self.engine(best.decode), best.split
 
     def _candidates(self) -> list[EngineSnapshot]:
         return [engine for engine in self._engines() if engine.address not in self._scope.avoided]

@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 
 from services.router.cleanup import Cleanup
+from services.router.cost.book import CostBook
 from services.router.fleet.recovery import Recovery
 from services.router.fleet.registry import Registry
 from services.router.fleet.scope import RequestScope
@@ -24,6 +25,7 @@ class PolicyHost:
         self._catalogue = catalogue
         self._limits = limits
         self._cleanup = Cleanup(limits.close_s)
+        self.costs = CostBook()
         self._runs: set[PolicyRun] = set()
 
     @property
@@ -35,7 +37,7 @@ class PolicyHost:
         """Begins the program; the caller must close the run."""
         scope = RequestScope(self._cleanup)
         engines = partial(self._registry.engines, request.model)
-        fleet = Fleet(scope, self._registry.member, engines)
+        fleet = Fleet(scope, self._registry.member, engines, self.costs)
         recovery = Recovery(request, scope, engines, self._limits.retries)
         run = PolicyRun(
             program, self._catalogue.fallback, request, fleet, scope, recovery, self._limits, self._runs.discard

@@ -123,6 +123,17 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             arm.ttft.mean.FromMilliseconds(25)
         return admin_pb2.SplitPoliciesResponse(split=self.split)
 
+    async def ExplainRequest(self, request: Any, context: Any) -> admin_pb2.ExplainRequestResponse:
+        if request.request_id == "plain":
+            return admin_pb2.ExplainRequestResponse(policy="data_parallel", code="OK")
+        reply = admin_pb2.ExplainRequestResponse(policy="adaptive", code="OK", weighed_count=9, legs=LEGS)
+        reply.chosen.pattern, reply.chosen.decode_engine, reply.chosen.split = "balanced", "engine-1", 48
+        reply.chosen.prefill_engine = "engine-0"
+        reply.chosen.jct.FromMilliseconds(70)
+        reply.alternatives.add(pattern="data_parallel", decode_engine="engine-0")
+        reply.jct.FromMilliseconds(80)
+        return reply
+
     async def GetSplit(self, request: Any, context: Any) -> admin_pb2.GetSplitResponse:
         return admin_pb2.GetSplitResponse(split=self.split)
 

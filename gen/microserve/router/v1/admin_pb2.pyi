@@ -790,3 +790,171 @@ class TimeDistribution(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TimeDistribution: _TypeAlias = TimeDistribution  # noqa: Y015
+
+@_typing.final
+class ExplainRequestRequest(_message.Message):
+    """ExplainRequestRequest names a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its name, from GenerateResponse.request_id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestRequest: _TypeAlias = ExplainRequestRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRequestResponse(_message.Message):
+    """ExplainRequestResponse is what was weighed and what came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    WEIGHED_COUNT_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    JCT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    LEGS_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """The policy that served it."""
+    code: _builtins.str
+    """Canonical status code name of its outcome, OK if it ended well."""
+    weighed_count: _builtins.int
+    """Placements that were weighed in all."""
+    output_token_count: _builtins.int
+    """Tokens generated."""
+    @_builtins.property
+    def chosen(self) -> Global___PlacementOption:
+        """What was chosen. Not set if the policy weighs nothing."""
+
+    @_builtins.property
+    def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementOption]:
+        """The best of the other kinds, the cheapest first, at most 8."""
+
+    @_builtins.property
+    def ttft(self) -> _duration_pb2.Duration:
+        """Time to the first token, as it was. Not set if there was none."""
+
+    @_builtins.property
+    def jct(self) -> _duration_pb2.Duration:
+        """Time to the end, as it was."""
+
+    @_builtins.property
+    def legs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.Leg]:
+        """Its verbs."""
+
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        code: _builtins.str = ...,
+        chosen: Global___PlacementOption | None = ...,
+        alternatives: _abc.Iterable[Global___PlacementOption] | None = ...,
+        weighed_count: _builtins.int = ...,
+        ttft: _duration_pb2.Duration | None = ...,
+        jct: _duration_pb2.Duration | None = ...,
+        output_token_count: _builtins.int = ...,
+        legs: _abc.Iterable[_sampling_pb2.Leg] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "jct", b"jct", "ttft", b"ttft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "chosen", b"chosen", "code", b"code", "jct", b"jct", "legs", b"legs", "output_token_count", b"output_token_count", "policy", b"policy", "ttft", b"ttft", "weighed_count", b"weighed_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequestResponse: _TypeAlias = ExplainRequestResponse  # noqa: Y015
+
+@_typing.final
+class PlacementOption(_message.Message):
+    """PlacementOption is one way to serve a request, with what was expected of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    DECODE_ENGINE_FIELD_NUMBER: _builtins.int
+    PREFILL_ENGINE_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    JCT_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.str
+    """data_parallel, cached, disaggregated, balanced or migration."""
+    decode_engine: _builtins.str
+    """Engine that decodes."""
+    prefill_engine: _builtins.str
+    """Engine that provides KV, or empty."""
+    split: _builtins.int
+    """Tokens of the prompt that it provides."""
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """Waiting for prompts of others."""
+
+    @_builtins.property
+    def compute(self) -> _duration_pb2.Duration:
+        """Computing the prompt, on both engines."""
+
+    @_builtins.property
+    def transfer(self) -> _duration_pb2.Duration:
+        """Reserving and sending."""
+
+    @_builtins.property
+    def decode(self) -> _duration_pb2.Duration:
+        """Generating after the first token."""
+
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """What it costs the sequences beside it, all together."""
+
+    @_builtins.property
+    def ttft(self) -> _duration_pb2.Duration:
+        """Time to the first token."""
+
+    @_builtins.property
+    def jct(self) -> _duration_pb2.Duration:
+        """Time to the end."""
+
+    @_builtins.property
+    def cost(self) -> _duration_pb2.Duration:
+        """What was compared: jct and delay."""
+
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.str = ...,
+        decode_engine: _builtins.str = ...,
+        prefill_engine: _builtins.str = ...,
+        split: _builtins.int = ...,
+        wait: _duration_pb2.Duration | None = ...,
+        compute: _duration_pb2.Duration | None = ...,
+        transfer: _duration_pb2.Duration | None = ...,
+        decode: _duration_pb2.Duration | None = ...,
+        delay: _duration_pb2.Duration | None = ...,
+        ttft: _duration_pb2.Duration | None = ...,
+        jct: _duration_pb2.Duration | None = ...,
+        cost: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "delay", b"delay", "jct", b"jct", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "decode_engine", b"decode_engine", "delay", b"delay", "jct", b"jct", "pattern", b"pattern", "prefill_engine", b"prefill_engine", "split", b"split", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementOption: _TypeAlias = PlacementOption  # noqa: Y015

@@ -90,6 +90,11 @@ class AdminServiceStub:
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
                 response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceResponse.FromString,
                 _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/microserve.router.v1.AdminService/ExplainRequest',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -182,6 +187,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRequest(self, request, context):
+        """ExplainRequest returns why a recent request ran where it did: what was expected of each placement, and what came.
+        NOT_FOUND (UNKNOWN_REQUEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -239,6 +252,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetTrace,
                     request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceRequest.FromString,
                     response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -539,6 +557,33 @@ class AdminService:
             '/microserve.router.v1.AdminService/GetTrace',
             microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
             microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/ExplainRequest',
+            microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.ExplainRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,10 @@ class AdminServiceStub:
     """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
     GetTrace: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
+    ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
+    """ExplainRequest returns why a recent request ran where it did: what was expected of each placement, and what came.
+    NOT_FOUND (UNKNOWN_REQUEST).
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -113,6 +117,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
     GetTrace: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]  # type: ignore[assignment]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
+    """ExplainRequest returns why a recent request ran where it did: what was expected of each placement, and what came.
+    NOT_FOUND (UNKNOWN_REQUEST).
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService shows and changes how the router works while traffic flows."""
@@ -219,5 +227,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetTraceResponse, _abc.Awaitable[_admin_pb2.GetTraceResponse]]:
         """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _admin_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainRequestResponse, _abc.Awaitable[_admin_pb2.ExplainRequestResponse]]:
+        """ExplainRequest returns why a recent request ran where it did: what was expected of each placement, and what came.
+        NOT_FOUND (UNKNOWN_REQUEST).
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

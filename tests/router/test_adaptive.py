@@ -1,0 +1,123 @@
+"""adaptive over fake engines: it takes the pattern that is the cheapest, says why, and learns from what comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from microserve.router.v1 import admin_pb2
+
+from services.router.cost.book import FIRST_GUESS_OUTPUT
+from services.router.cost.speeds import EngineSpeeds
+from services.rpc.status import from_rpc_error
+from tests.fakes import FakeEngine, Fault
+from tests.router.harness import PROMPT, Running, failing, model, running, verbs
+
+ON_FIRST = """
+async def policy(request, fleet):
+    [first] = [engine for engine in fleet.engines if engine.info.name == "a"]
+    async for chunk in first.start_generate(request):
+        yield chunk
+"""
+END = len(PROMPT) - 1
+
+
+def measured(suite: Running, engine: FakeEngine, *, token_s: float, step_s: float) -> None:
+    """What the router is to believe of an engine."""
+    speeds = EngineSpeeds()
+    speeds.prefill.coefficients, speeds.decode.coefficients = [0.0, token_s, 0.0, 0.0], [step_s, 0.0, 0.0]
+    suite.router.costs._engines[engine.address, engine.incarnation] = speeds
+
+
+async def explain(suite: Running, request_id: str) -> admin_pb2.ExplainRequestResponse:
+    try:
+        return await suite.admin.ExplainRequest(admin_pb2.ExplainRequestRequest(request_id=request_id))
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+async def test_an_idle_fleet_serves_data_parallel_and_says_why() -> None:
+    async with running(policy="adaptive") as suite:
+        answer = await suite.generate(request_id="mine")
+        assert [verb for verb, *_ in verbs(answer)] == ["start_generate"]
+        explained = await explain(suite, "mine")
+        assert (explained.policy, explained.code, explained.output_token_count) == ("adaptive", "OK", 8)
+        chosen = explained.chosen
+        assert (chosen.pattern, chosen.decode_engine) == ("data_parallel", answer.legs[0].engine)
+        assert {each.pattern for each in explained.alternatives} == {"data_parallel", "disaggregated", "balanced"}
+        assert 0 < explained.ttft.ToNanoseconds() <= explained.jct.ToNanoseconds()
+        total = chosen.jct.ToNanoseconds() + chosen.delay.ToNanoseconds()
+        assert chosen.cost.ToNanoseconds() == pytest.approx(total, abs=2)
+        assert explained.weighed_count > len(explained.alternatives)
+        assert list(explained.legs) == list(answer.legs)
+
+
+async def test_the_fast_one_prefills_and_the_other_decodes() -> None:
+    async with running(policy="adaptive") as suite:
+        measured(suite, suite.engines[0], token_s=1e-3, step_s=1.0)
+        measured(suite, suite.engines[1], token_s=1.0, step_s=1e-2)
+        answer = await suite.generate(request_id="mine", ignore_eos=True)
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert verbs(answer) == [
+            ("prep_recv", "b", 0, END),
+            ("remote_send", "a", 0, END),
+            ("start_generate", "b", END, END + 1),
+        ]
+        assert (await explain(suite, "mine")).chosen.pattern == "disaggregated"
+
+
+async def test_a_cached_context_is_used_where_it_is_and_moved_when_that_engine_is_busy(tmp_path: Path) -> None:
+    path = tmp_path / "on_first.py"
+    path.write_text(ON_FIRST)
+    async with running(policy="adaptive", policy_file=(path,)) as suite:
+        holder = suite.first
+        for engine in suite.engines:
+            measured(suite, engine, token_s=0.5, step_s=0.1)
+        holder.kv.publish(PROMPT, "")
+        await suite.cached(holder, 12)
+        await suite.generate(request_id="cached")
+        explained = await explain(suite, "cached")
+        assert (explained.chosen.pattern, explained.chosen.decode_engine) == ("cached", "a")
+        holder.gate.clear()
+        suite.router.costs._engines[holder.address, holder.incarnation].decode.coefficients = [0.1, 0.2, 0.0]
+        busy = [suite.stream(PROMPT, policy="on_first") for _ in range(3)]
+        await holder.until(lambda: len(holder.sequences) == 3)
+        answer = await suite.generate(request_id="moved")
+        assert verbs(answer)[:2] == [("prep_recv", "b", 0, 48), ("remote_send", "a", 0, 48)]
+        assert (await explain(suite, "moved")).chosen.pattern == "migration"
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        for call in busy:
+            call.cancel()
+        holder.gate.set()
+
+
+async def test_what_engines_do_is_learned() -> None:
+    async with running(policy="disaggregated") as suite:
+        for number in range(10):
+            await suite.generate(cache_salt=str(number))
+        first, second = (suite.router.registry.members[each.address].snapshot() for each in suite.engines)
+        costs = suite.router.costs
+        assert costs.engine(second).decode.num_observations == 10
+        assert costs.engine(second).reserve.num_observations == 10
+        assert costs.link(first, second).send.num_observations == 10
+        assert 0 < costs.link(first, second).send.predict((1.0, 0.0, 50.0)) < 1.0
+        assert costs.mean_output < FIRST_GUESS_OUTPUT
+
+
+async def test_a_sequence_is_seen_coming_while_its_kv_is_on_the_way() -> None:
+    async with running(policy="disaggregated") as suite:
+        sending = suite.first.faults["RemoteSend"] = Fault()
+        call = suite.stream()
+        await sending.reached.wait()
+        receiver = suite.router.registry.members[suite.engines[1].address]
+        assert receiver.snapshot().sequences == 1
+        call.cancel()
+
+
+async def test_a_request_that_is_unknown_cannot_be_explained() -> None:
+    async with running() as suite:
+        await suite.generate(request_id="plain")
+        assert not (await explain(suite, "plain")).HasField("chosen")
+        with failing("NOT_FOUND", "UNKNOWN_REQUEST"):
+            await explain(suite, "nope")
