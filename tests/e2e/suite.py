@@ -196,12 +196,14 @@ async def generate(
     return result
 
 
-async def ask(suite: Suite, prompt: Sequence[int], policy: str, *, max_tokens: int = 16, salt: str = "") -> Answer:
+async def ask(
+    suite: Suite, prompt: Sequence[int], policy: str, *, max_tokens: int = 16, salt: str = "", **params: object
+) -> Answer:
     """Generate through the router with token ids."""
     assert suite.router is not None
     request = router.GenerateRequest(
         tokens=router.TokenIds(ids=prompt),
-        sampling=sampling.SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=2),
+        sampling=sampling.SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=2, **params),
         cache_salt=salt,
     )
     answer = Answer()

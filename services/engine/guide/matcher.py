@@ -16,6 +16,8 @@ from services.engine.sampling.guide import Guide, GuideKind
 # Fuel of the library, measured with hostile grammars: at most about 0.3 s for the first step, 30 ms for another.
 _LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, verbose_errors=False)
 _MAX_REASON = 200  # characters
+# Between the parts of JSON: enough for indented text, and an end to it, because a model may like blanks too much.
+_WHITESPACE = r"\n?[ \t]{0,20}"
 
 
 class GuideMatcher:
@@ -72,7 +74,7 @@ def make_matcher(tokenizer: LLTokenizer, guide: Guide, vocab_size: int) -> Guide
 def _grammar(guide: Guide) -> Any:
     match guide.kind:
         case GuideKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(guide.texts[0])
+            return LLMatcher.grammar_from_json_schema(guide.texts[0], defaults={"whitespace_pattern": _WHITESPACE})
         case GuideKind.REGEX:
             return LLMatcher.grammar_from_regex(guide.texts[0])
         case GuideKind.CHOICE:

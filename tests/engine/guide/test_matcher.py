@@ -63,6 +63,20 @@ def allowed_tokens(matcher: GuideMatcher) -> list[int]:
     return np.flatnonzero(np.unpackbits(matcher.allowed, count=VOCAB, bitorder="little")).tolist()
 
 
+def test_blanks_in_json_come_to_an_end(vocabulary: LLTokenizer, tokenizer: Tokenizer) -> None:
+    matcher = make_matcher(vocabulary, json_schema("{}"), VOCAB)
+    blank = tokenizer.token_to_id("Ġ")
+    for token in tokenizer.encode("[1,").ids:
+        matcher.advance(token)
+    num_blanks = 0
+    while blank in allowed_tokens(matcher):
+        matcher.advance(blank)
+        num_blanks += 1
+        assert num_blanks < 30
+    assert num_blanks > 0
+    assert tokenizer.token_to_id("2") in allowed_tokens(matcher)
+
+
 def walk(matcher: GuideMatcher, choose: random.Random, most: int = 200) -> list[int]:
     """Random allowed tokens until nothing may follow, the end token included if it was taken."""
     tokens: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -150,6 +151,32 @@ def test_logit_bias() -> None:
     tokens = sample(logits.expand(2, -1), [_row(banned), _row(wanted)])
     assert tokens[0].token_id == int(logits[0].topk(2).indices[1])
     assert tokens[1].token_id == 7
+
+
+def _bits(*tokens: int, size: int = 16) -> np.ndarray:
+    bits = np.zeros(size, dtype=np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_only_allowed_tokens(temperature: float) -> None:
+    logits = torch.linspace(10, 0, 13)[None]  # more bits than tokens
+    params = SamplingParams(temperature=temperature, logit_bias=((1, 100.0),), logprobs=1)
+    rows = [SamplingRow(params, [0] * n, n, allowed=_bits(9, 11, 14)) for n in range(1, 30)]
+    free = _row(SamplingParams(logprobs=0))
+    *tokens, last = sample(logits.expand(30, -1), [*rows, free])
+    assert {token.token_id for token in tokens} == ({9} if temperature == 0 else {9, 11})
+    assert tokens[0].top[0][0] == 0  # the model's own
+    assert last.token_id == 0
+
+
+def test_the_guide_wins_over_min_tokens() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0]])
+    params = SamplingParams(min_tokens=9)
+    for allowed, expected in (((1, 2), 1), ((0, 2), 2), ((0,), 0)):
+        row = SamplingRow(params, [1], 1, allowed=_bits(*allowed))
+        assert sample(logits, [row], eos_token_ids=(0,))[0].token_id == expected
 
 
 def test_min_tokens_holds_back_end_and_stop_tokens() -> None:
