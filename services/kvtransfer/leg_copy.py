@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.kvtransfer.conversion import LayerView, canonical_bytes, layer_view
 from services.kvtransfer.landing import LandingShard
-from services.kvtransfer.plan import PageTable, Run, plan_pieces
+from services.kvtransfer.plan import PageTable, Piece, Run, plan_pieces
 from services.kvtransfer.pool import Pool
 from services.protocol.extents import Leg
 from services.protocol.ranges import TokenRange
+
+# Into the pages of a layer. One page by its number: numpy is quicker with that than with a slice.
+PageIndex: TypeAlias = "int | slice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,39 +41,61 @@ class LegCopy:
         self._verbatim = replace(source, layer_count=1) == replace(target, layer_count=1) and (
             leg.head_count == source.kv_head_count
         )
-        self.pieces = plan_pieces(
+        pieces = plan_pieces(
             tokens.part,
             PageTable(tokens.page_ids, source.page_size),
             PageTable(shard.page_ids, target.page_size),
             canonical_bytes(source, leg.head_count, 1),
             max_bytes,
         )
+        self.pieces = tuple(self._prepare(piece) for piece in pieces)
 
     def layer(self, source_layer: int) -> LayerPair:
         """The pages of one layer on both sides."""
         source, target = self._pages[0][source_layer], self._pages[1][self._leg.target_layer(source_layer)]
         return LayerPair(
-            (source, target) if self._verbatim else None,
+            source,
+            target,
             layer_view(source, self._layouts[0], self._leg.source_heads),
             layer_view(target, self._layouts[1], self._leg.target_heads),
         )
 
+    def _prepare(self, piece: Piece) -> PieceCopy:
+        stored = [run for run in piece.runs if self._verbatim and run.whole]
+        pages = tuple((_index(run.target_pages), _index(run.source_pages)) for run in stored)
+        return PieceCopy(
+            piece.part, piece.num_bytes, pages, tuple(run for run in piece.runs if not (self._verbatim and run.whole))
+        )
+
+
+class PieceCopy(NamedTuple):
+    """What is copied under one check: pages as they are stored, target before source, and tokens axis by axis."""
+
+    part: TokenRange
+    num_bytes: int
+    pages: tuple[tuple[PageIndex, PageIndex], ...]
+    runs: tuple[Run, ...]
+
 
 class LayerPair(NamedTuple):
-    """One layer of two pools: as stored, (page_count, layer_page_bytes) each, if both store it alike; and in canonical
-    axes, restricted to the heads that move."""
+    """One layer of two pools: as stored, (page_count, layer_page_bytes) each; and in canonical axes, restricted to the
+    heads that move."""
 
-    stored: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None
+    stored_source: NDArray[np.uint8]
+    stored_target: NDArray[np.uint8]
     source: LayerView
     target: LayerView
 
 
-def copy_runs(pair: LayerPair, runs: tuple[Run, ...]) -> None:
-    """Copies tokens of a layer. numpy releases the GIL in each copy, and knows that the two do not overlap."""
-    for run in runs:
-        if pair.stored is not None and run.whole:
-            source, target = pair.stored
-            target[run.target_pages] = source[run.source_pages]
-        else:
-            for kept, sent in zip(pair.target, pair.source, strict=True):
-                kept[run.target_pages, :, run.target_tokens] = sent[run.source_pages, :, run.source_tokens]
+def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
+    """Copies a piece of one layer. numpy releases the GIL in each copy, and knows that the two do not overlap."""
+    source, target = pair.stored_source, pair.stored_target
+    for target_pages, source_pages in piece.pages:
+        target[target_pages] = source[source_pages]
+    for run in piece.runs:
+        for kept, sent in zip(pair.target, pair.source, strict=True):
+            kept[run.target_pages, :, run.target_tokens] = sent[run.source_pages, :, run.source_tokens]
+
+
+def _index(pages: slice) -> PageIndex:
+    return int(pages.start) if pages.stop - pages.start == 1 else pages

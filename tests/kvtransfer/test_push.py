@@ -37,15 +37,15 @@ class Brake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self._go_on = asyncio.Event(), threading.Event()
         self.copies = 0
-        loop, copy_runs = asyncio.get_running_loop(), shm.copy_runs
+        loop, copy_piece = asyncio.get_running_loop(), shm.copy_piece
 
         def braked(*arguments: object) -> None:
             self.copies += 1
             loop.call_soon_threadsafe(self.begun.set)
             assert self._go_on.wait(PATIENCE_S)
-            copy_runs(*arguments)  # type: ignore[arg-type]
+            copy_piece(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(shm, "copy_runs", braked)
+        monkeypatch.setattr(shm, "copy_piece", braked)
 
     def let_go(self) -> None:
         self._go_on.set()
@@ -161,7 +161,7 @@ async def test_a_copy_that_fails_ends_its_push_and_nothing_else(pair: PAIR, monk
 
     address = await receiver.grant("r", 0, 8, [4, 5])
     with monkeypatch.context() as context:
-        context.setattr(shm, "copy_runs", broken)
+        context.setattr(shm, "copy_piece", broken)
         with pytest.raises(ZeroDivisionError):
             await sender.push(sender.order(address, 0, 8, [1, 2])).done()
     # The threads live, and nothing is left under way.

@@ -14,8 +14,7 @@ from typing import NamedTuple
 from services.kvtransfer.copier import Copier, Copy
 from services.kvtransfer.errors import InvalidPages
 from services.kvtransfer.landing import Claim, Landing, Landings
-from services.kvtransfer.leg_copy import LayerPair, LegCopy, SourceTokens, copy_runs
-from services.kvtransfer.plan import Piece
+from services.kvtransfer.leg_copy import LayerPair, LegCopy, PieceCopy, SourceTokens, copy_piece
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
@@ -75,7 +74,7 @@ class LayerCopy(NamedTuple):
     layer: int
     pool: Pool
     pair: LayerPair
-    piece: Piece
+    piece: PieceCopy
 
 
 class ShmLane:
@@ -183,7 +182,7 @@ class ShmLane:
             self._landing.begin_write(copy.piece.part)
             num_bytes = 0
             try:
-                copy_runs(copy.pair, copy.piece.runs)
+                copy_piece(copy.pair, copy.piece)
                 num_bytes = copy.piece.num_bytes
             finally:
                 self._landing.end_write(copy.pool, num_bytes)
