@@ -16,6 +16,7 @@ from services.engine.front.front import Front
 from services.engine.kvlink.client import TransferClient
 from services.engine.kvlink.link import KvLink
 from services.engine.metrics import LoadCollector
+from services.engine.registration import Registrar
 from services.engine.servicer import EngineServicer, TransferView
 from services.rpc.channel import ClientTls, make_channel
 from services.rpc.config import describe, parse_config
@@ -54,6 +55,11 @@ async def serve(config: EngineConfig) -> None:
         if link is not None:
             link.abandon(key)
 
+    async def drain() -> None:
+        await registrar.leave()
+        await front.drain()
+
+    registrar = Registrar(config.register, config.register_token, config.register_tls)
     front = Front(submit, stopped, abandoned)
     link: KvLink | None = None
     channel: grpc.aio.Channel | None = None
@@ -78,8 +84,10 @@ async def serve(config: EngineConfig) -> None:
         await server.set_serving(SERVICE, True)
         log.info("serving", extra={"fields": describe(config)})
         server.announce()
-        await server.run(on_drain=front.drain)
+        registrar.start(server.advertised)
+        await server.run(on_drain=drain)
     finally:
+        await registrar.leave()
         collector.close()
         has_ended = await asyncio.to_thread(loop.stop, STEP_PATIENCE_S)
         if link is not None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from services.engine.core.faults import ScriptedFaults
 from services.rpc.bind import split_address
+from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
 
 # Set by test runners, and by nobody else.
 TESTING_VARIABLE = "MICROSERVE_TESTING"
 MAX_NAME_CHARACTERS = 128
+_WILDCARDS = ("0.0.0.0", "::", "*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,11 @@ class EngineConfig(ServerConfig):
     lease_default: float = field(default=30.0, metadata={"help": "seconds a reservation lives by default"})
     lease_max: float = field(default=600.0, metadata={"help": "longest lease in seconds"})
     labels: tuple[str, ...] = field(default=(), metadata={"help": "key=value for GetInfo; repeatable"})
+    register: tuple[str, ...] = field(default=(), metadata={"help": "host:port of a router to join; may be repeated"})
+    register_token: str | None = field(default=None, metadata={"help": "token of these routers", "secret": True})
+    register_ca: Path | None = field(
+        default=None, metadata={"help": "PEM roots of these routers; with it they are called by TLS"}
+    )
     poison_pages: bool = field(default=False, metadata={"help": "fill freed pages with NaN, to find reads of them"})
     fault_points: tuple[str, ...] = field(
         default=(), metadata={"help": "where tests hold or break the engine", "hidden": True}
@@ -71,6 +78,7 @@ class EngineConfig(ServerConfig):
             raise ValueError("--max-context must be at least 2")
         if not 0 < self.lease_default <= self.lease_max:
             raise ValueError("--lease-default must be above 0 and at most --lease-max")
+        self._check_register()
         if any("=" not in label for label in self.labels):
             raise ValueError("--labels must be key=value")
         if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
@@ -101,6 +109,18 @@ class EngineConfig(ServerConfig):
     def num_threads(self) -> int:
         """The threads in force."""
         return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def register_tls(self) -> ClientTls | None:
+        """How to reach routers; the engine shows its own certificate. None: in clear text."""
+        return ClientTls(self.register_ca, self.tls_cert, self.tls_key) if self.register_ca is not None else None
+
+    def _check_register(self) -> None:
+        for router in self.register:
+            split_address(router)
+        # What is bound to every address has none to tell.
+        if self.register and self.advertise is None and split_address(self.listen)[0] in _WILDCARDS:
+            raise ValueError("--register needs --advertise where --listen is every address")
 
     def _check_counts(self) -> None:
         for flag, value in (

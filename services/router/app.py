@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from microserve.router.v1 import admin_pb2_grpc, router_pb2_grpc
+from microserve.router.v1 import admin_pb2_grpc, registration_pb2_grpc, router_pb2_grpc
 
 from services.router.admin.servicer import AdminServicer
 from services.router.admission.admission import Admission
@@ -16,8 +17,11 @@ from services.router.cost.book import CostBook
 from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.breaker import BreakerConfig
 from services.router.fleet.client import EngineClient
+from services.router.fleet.dns import follow_dns
+from services.router.fleet.endpoint_slices import ServiceTarget, check_installed, follow_endpoint_slices
 from services.router.fleet.member import Member
 from services.router.fleet.membership import STATIC, Membership
+from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.http import HttpServer
 from services.router.openai.app import HttpApp
@@ -25,6 +29,7 @@ from services.router.openai.generation import HttpLimits
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
 from services.router.programs.watchdog import Watchdog
+from services.router.registration import RegistrationServicer
 from services.router.service import GenerationService
 from services.router.servicer import RouterServicer
 from services.router.text.store import TokenizerStore
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 
 ROUTER_SERVICE = "microserve.router.v1.RouterService"
 ADMIN_SERVICE = "microserve.router.v1.AdminService"
+REGISTRATION_SERVICE = "microserve.router.v1.RegistrationService"
 
 
 @dataclass(slots=True)
@@ -93,6 +99,12 @@ class Router:
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         limits = HttpLimits(config.max_message_bytes, config.client_timeout)
+        self._registrations = Registrations(self.membership, config.register_lease)
+        registration = RegistrationServicer(
+            self._registrations, config.register_token, trust_certificates=config.register_by_certificate
+        )
+        registration_pb2_grpc.add_RegistrationServiceServicer_to_server(registration, self.server.grpc)
+        self._following: list[asyncio.Task[None]] = []  # sources that change by themselves
         self._http_app = HttpApp(service, lambda: self.serving, limits, config.api_key)
         self._http = HttpServer(
             self._http_app,
@@ -124,13 +136,22 @@ class Router:
         self._watchdog.start()
         self.addresses.grpc = await self.server.start()
         self.server.set_serving(ADMIN_SERVICE, True)
+        self.server.set_serving(REGISTRATION_SERVICE, True)
         if self._admin_server is not None:
             self.addresses.admin = await self._admin_server.start()
             self._admin_server.set_serving(ADMIN_SERVICE, True)
         if self.config.http_listen is not None:
             self.addresses.http = await self._http.start(self.config.http_listen)
         self.registry.on_change(self._publish_health)
+        if self.config.engine_kubernetes:
+            check_installed()
         self.membership.publish(STATIC, self.config.engine)
+        for service in self.config.engine_kubernetes:
+            watch = follow_endpoint_slices(ServiceTarget.parse(service), self.membership)
+            self._following.append(asyncio.create_task(watch, name=f"kubernetes {service}"))
+        for target in self.config.engine_dns:
+            follow = follow_dns(target, self.membership, self.config.dns_interval)
+            self._following.append(asyncio.create_task(follow, name=f"dns {target}"))
         return self.addresses
 
     async def run(self) -> None:
@@ -139,10 +160,14 @@ class Router:
 
     async def close(self) -> None:
         """Ends everything; requests still under way are cut off and released on their engines."""
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
         await self._http.close()
         for server in (self.server, self._admin_server):
             if server is not None:
                 await server.stop(0)
+        self._registrations.close()
         await self._host.close()
         await self.registry.stop()
         self._watchdog.stop()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.router.admission.ticket import AdmissionLimits
+from services.router.fleet.endpoint_slices import ServiceTarget
 from services.router.fleet.recovery import RetryLimits
 from services.router.http import HttpTls
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
@@ -14,6 +15,7 @@ from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
 
+_SHORTEST_TOKEN = 16
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -26,6 +28,23 @@ class RouterConfig(ServerConfig):
         default=None, metadata={"help": "port to serve /metrics on beside --http-listen; none: off"}
     )
     engine: tuple[str, ...] = field(default=(), metadata={"help": "host:port of an engine; may be repeated"})
+    engine_dns: tuple[str, ...] = field(
+        default=(), metadata={"help": "host:port whose every address is an engine; may be repeated"}
+    )
+    dns_interval: float = field(default=5.0, metadata={"help": "seconds between two looks at --engine-dns"})
+    engine_kubernetes: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "namespace/service[:port] whose ready endpoints are engines; may be repeated"},
+    )
+    register_token: str | None = field(
+        default=None, metadata={"help": "token by which engines may join by themselves; none: off", "secret": True}
+    )
+    register_by_certificate: bool = field(
+        default=False, metadata={"help": "engines may join by a certificate that --tls-client-ca trusts"}
+    )
+    register_lease: float = field(
+        default=10.0, metadata={"help": "seconds for which an engine that joined by itself stays unless heard of again"}
+    )
     policy: str = field(
         default="data_parallel",
         metadata={"help": "program for requests that name none: NAME, NAME:PARAMETERS or FILE.py"},
@@ -81,11 +100,10 @@ class RouterConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
-        if not self.engine:
-            raise ValueError("at least one --engine is needed")
+        self._check_sources()
         if len(set(self.engine)) < len(self.engine):
             raise ValueError("an --engine is named twice")
-        for address in (*self.engine, self.http_listen, self.admin_listen):
+        for address in (*self.engine, *self.engine_dns, self.http_listen, self.admin_listen):
             if address is not None:
                 split_address(address)
         for name in (
@@ -99,6 +117,8 @@ class RouterConfig(ServerConfig):
             "prompt_queue",
             "max_buffered_tokens",
             "max_traces",
+            "dns_interval",
+            "register_lease",
             "breaker_failures",
             "breaker_first",
             "breaker_longest",
@@ -153,6 +173,17 @@ class RouterConfig(ServerConfig):
         """How long the event loop may stand still."""
         block_s = self.policy_block_timeout
         return WatchdogLimits(block_s, max(GIVE_UP_TIMEOUT_S, 4 * block_s))
+
+    def _check_sources(self) -> None:
+        sources = (self.engine, self.engine_dns, self.engine_kubernetes, self.register_token)
+        if not any(sources) and not self.register_by_certificate:
+            raise ValueError("no engine can join: give --engine, --engine-dns, --engine-kubernetes or --register-token")
+        for target in self.engine_kubernetes:
+            ServiceTarget.parse(target)
+        if self.register_token is not None and len(self.register_token) < _SHORTEST_TOKEN:
+            raise ValueError(f"--register-token must have at least {_SHORTEST_TOKEN} characters")
+        if self.register_by_certificate and self.tls_client_ca is None:
+            raise ValueError("--register-by-certificate needs --tls-client-ca")
 
     def _check_upload(self) -> None:
         if not self.allow_policy_upload:

@@ -6,6 +6,8 @@ RouterError
 ├── BreakerOpen            UNAVAILABLE          an engine failed too often and is left alone for a while
 ├── UnknownEngine          NOT_FOUND            no engine of the fleet has that address
 ├── FleetFull              RESOURCE_EXHAUSTED   more engines than a fleet may have
+├── RegistrationDisabled   PERMISSION_DENIED    engines do not join this router by themselves
+├── NotAuthenticated       UNAUTHENTICATED      an engine did not prove that it may join
 ├── UnknownModel           NOT_FOUND
 ├── ModelRequired          INVALID_ARGUMENT     several models, and none was named
 ├── UnknownPolicy          NOT_FOUND
@@ -70,6 +72,20 @@ class FleetFull(RouterError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "FLEET_FULL"
+
+
+class RegistrationDisabled(RouterError):
+    """Engines cannot join this router by themselves."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "REGISTRATION_DISABLED"
+
+
+class NotAuthenticated(RouterError):
+    """Whoever wants to join the fleet has not proved that it may."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "NOT_AUTHENTICATED"
 
 
 class UnknownModel(RouterError):

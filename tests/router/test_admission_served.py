@@ -57,7 +57,9 @@ async def test_a_turn_that_does_not_come_is_refused_with_advice() -> None:
 async def test_a_client_that_leaves_the_queue_leaves_nothing_behind() -> None:
     async with running(engines=small_engines("a")) as suite:
         suite.first.gate.clear()
-        running_call, waiting_call = suite.stream(), suite.stream()
+        running_call = suite.stream()
+        await suite.first.until(lambda: suite.first.sequences)
+        waiting_call = suite.stream()
         await waiting(suite, 1)
         waiting_call.cancel()
         await waiting(suite, 0)

@@ -1,0 +1,55 @@
+"""Engines behind a name that resolves to other addresses as time passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import pytest
+
+from services.router.errors import FleetFull
+from services.router.fleet.dns import follow_dns, resolve
+from tests.virtual_time import run
+
+
+class Published:
+    """What a membership was told, with the time."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[float, str, list[str]]] = []
+
+    def publish(self, source: str, addresses: Collection[str]) -> None:
+        if len(addresses) > 2:
+            raise FleetFull("too many")
+        self.told.append((asyncio.get_running_loop().time(), source, list(addresses)))
+
+
+def test_a_name_is_asked_for_again_and_failures_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [["10.0.0.1"], ["10.0.0.1", "fd00::2"], OSError("no server"), None, ["1", "2", "3"], ["10.0.0.3"]]
+
+    async def look_up(host: str, port: int) -> list[str]:
+        assert (host, port) == ("engines", 50051)
+        answer = answers.pop(0) if answers else ["10.0.0.3"]
+        if answer is None:
+            await asyncio.sleep(1000)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    async def main() -> list[tuple[float, str, list[str]]]:
+        published = Published()
+        following = asyncio.create_task(follow_dns("engines:50051", published, 5.0, look_up))  # type: ignore[arg-type]
+        await asyncio.sleep(31)
+        following.cancel()
+        return published.told
+
+    assert run(main()) == [
+        (0, "dns:engines:50051", ["10.0.0.1:50051"]),
+        (5, "dns:engines:50051", ["10.0.0.1:50051", "[fd00::2]:50051"]),
+        (30, "dns:engines:50051", ["10.0.0.3:50051"]),  # after a failure, a timeout and too many
+    ]
+    assert caplog.text.count("name not resolved") == 1
+
+
+async def test_a_real_name_resolves() -> None:
+    assert "127.0.0.1" in await resolve("localhost", 1)
