@@ -94,6 +94,7 @@ async def serve(config: EngineConfig) -> None:
             await link.close()
         if channel is not None:
             await channel.close()
+        await asyncio.to_thread(replica.close)
     if not has_ended:
         # Something native holds the thread, and the interpreter cannot end beside it.
         log.critical("the loop thread does not end: leaving it behind")

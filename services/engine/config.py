@@ -30,6 +30,9 @@ class EngineConfig(ServerConfig):
         default=None, metadata={"help": "PEM roots of the KV transfer service; with it the link uses TLS"}
     )
     threads: int | None = field(default=None, metadata={"help": "threads that compute; none: one a core"})
+    tp: int = field(
+        default=1, metadata={"help": "tensor parallel: processes (on GPUs: GPUs) that share the model, on this node"}
+    )
     device: str = field(default="cpu", metadata={"help": "cpu, cuda or cuda:N"})
     dtype: str = field(
         default="auto",
@@ -125,6 +128,7 @@ class EngineConfig(ServerConfig):
     def _check_counts(self) -> None:
         for flag, value in (
             ("--threads", self.threads),
+            ("--tp", self.tp),
             ("--pages", self.pages),
             ("--kv-memory-mib", self.kv_memory_mib),
             ("--page-size", self.page_size),

@@ -14,20 +14,26 @@ from services.engine.core.config import CoreConfig
 from services.engine.core.core import EngineCore
 from services.engine.core.faults import ScriptedFaults
 from services.engine.core.loop import EngineLoop
+from services.engine.core.plan import Runner
 from services.engine.core.runner import TorchRunner
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
+from services.engine.loading import TORCH_DTYPES, load, torch_device
 from services.engine.metrics import TimedRunner
 from services.engine.model.errors import ModelError
-from services.engine.model.loader import LoadedModel, load_model
+from services.engine.model.loader import LoadedModel
+from services.engine.model.shard import WHOLE, Shard
+from services.engine.parallel.collective import TorchCollective
+from services.engine.parallel.pool import pool_part
+from services.engine.parallel.ranks import Ranks
+from services.engine.parallel.runner import ParallelRunner
 from services.engine.servicer import EngineIdentity
 from services.protocol.layout import Dtype, PageLayout
 from services.rpc.errors import StartError
 from services.rpc.pool_client import AttachedPool
 
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MIB = 1 << 20
 _DEFAULT_MIB = 1024
 
@@ -42,6 +48,8 @@ class Replica:
     num_pages: int
     incarnation: bytes
     device: torch.device
+    shard: Shard
+    ranks: Ranks | None
 
     @property
     def limits(self) -> Limits:
@@ -72,21 +80,28 @@ class Replica:
         )
 
     def private_pool(self) -> torch.Tensor:
-        """A pool of this process alone, zeroed; see kv_tensor for its shape."""
-        size = self.layout.pool_bytes(self.num_pages)
-        return self._shaped(torch.zeros(size, dtype=torch.uint8, device=self.device))
+        """A pool of this replica alone, zeroed: what rank 0 has of it."""
+        if self.ranks is not None:
+            self.ranks.attach(self._pool_shape, None)
+        return pool_part(self._pool_shape, self.shard, self.device, self._dtype, None)
 
     def attached_pool(self, pool: AttachedPool) -> torch.Tensor:
-        """The memory shared with the KV transfer service as a tensor; it must not outlive the mapping."""
-        return self._shaped(torch.from_numpy(pool.memory))
+        """What rank 0 has of the memory shared with the KV transfer service; it must not outlive the mapping."""
+        if self.ranks is not None:
+            self.ranks.attach(self._pool_shape, pool.descriptors[0])
+        whole = torch.from_numpy(pool.memory).view(self._dtype).view(self._pool_shape)
+        return whole[:, :, :, self.shard.part(self.layout.kv_head_count)]
 
     def make_loop(self, kv: torch.Tensor, front: Front, link: KvLink | None) -> EngineLoop:
         """The loop thread over a pool, not started. Raises StartError for an attention backend that does not fit."""
         try:
-            attention = make_attention(self.config.attention, kv, self.model.config)
+            attention = make_attention(self.config.attention, kv, self.model.model.config)
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
-        runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
+        runner: Runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
+        if self.ranks is not None:
+            runner = ParallelRunner(runner, self.ranks)
+            self.ranks.watch(front.on_fatal)
         guides = GuideCompiler(
             self.model.tokenizer.tokenizer_json,
             self.limits.vocab_size,
@@ -97,11 +112,20 @@ class Replica:
         loop = EngineLoop(core, front)
         return loop
 
-    def _shaped(self, memory: torch.Tensor) -> torch.Tensor:
+    def close(self) -> None:
+        """Ends the other ranks; the loop must have ended. Blocks for seconds at most."""
+        if self.ranks is not None:
+            self.ranks.close()
+
+    @property
+    def _pool_shape(self) -> tuple[int, ...]:
+        """Of the whole model's pool, (layers, pages, 2, kv_heads, page_size, head_dim)."""
         layout = self.layout
-        return memory.view(_TORCH_DTYPES[self.config.dtype_name]).view(
-            layout.layer_count, self.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim
-        )
+        return layout.layer_count, self.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.config.dtype_name]
 
     def _core_config(self) -> CoreConfig:
         config, limits = self.config, self.limits
@@ -126,12 +150,20 @@ class Replica:
 
 
 def load_replica(config: EngineConfig) -> Replica:
-    """Reads the weights and sizes the pool. Raises StartError with a sentence if either cannot be."""
+    """Reads the weights, on all ranks, and sizes the pool. Raises StartError with a sentence if either cannot be."""
     torch.set_num_threads(config.num_threads)
-    device = _device(config)
+    device = torch_device(config)
+    if device.type != "cpu" and config.kvtransfer is not None:
+        raise StartError("a KV transfer service holds pools in host memory: a GPU engine needs --kvtransfer none")
+    ranks = Ranks(config) if config.tp > 1 else None
     try:
-        model = load_model(config.model, device=device, dtype=_TORCH_DTYPES[config.dtype_name])
-    except ModelError as error:
+        shard = _rank_zero(config, ranks, device)
+        model = load(config, device, shard)
+        if ranks is not None:
+            ranks.wait_loaded()
+    except (ModelError, StartError) as error:
+        if ranks is not None:
+            ranks.close()
         raise StartError(str(error)) from None
     layout = PageLayout(
         layer_count=model.config.num_layers,
@@ -141,19 +173,16 @@ def load_replica(config: EngineConfig) -> Replica:
         dtype=Dtype[config.dtype_name.upper()],
     )
     num_pages = config.pages or max(1, _kv_bytes(config, device) // layout.pool_bytes(1))
-    return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device)
+    return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device, shard, ranks)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _rank_zero(config: EngineConfig, ranks: Ranks | None, device: torch.device) -> Shard:
+    if ranks is None:
+        return WHOLE
     try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise StartError(f"--device {config.device} is no device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StartError(f"--device {config.device}: there is no GPU that torch can use")
-    if device.type != "cpu" and config.kvtransfer is not None:
-        raise StartError("a KV transfer service holds pools in host memory: a GPU engine needs --kvtransfer none")
-    return device
+        return Shard(0, config.tp, TorchCollective(ranks.meeting_place, 0, config.tp, device))
+    except RuntimeError as error:
+        raise StartError(f"the ranks did not find each other: {error}") from None
 
 
 def _kv_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -46,21 +46,28 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
         """See Runner."""
-        self._copy(plan.copies)
-        batch = make_batch(plan.segments, self._kv.shape[4], self._model.device)
-        hidden = self._model.forward(batch, self._attention, self._when_written(on_layer))  # (num_tokens, hidden)
+        logits = self.compute(plan.copies, plan.segments, on_layer)
         specs = [segment.sample for segment in plan.segments if segment.sample is not None]
         chosen: Sequence[Chosen] = ()
-        if specs:
+        if logits is not None:
             rows = [
                 SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id, spec.allowed)
                 for spec in specs
             ]
-            logits = self._model.logits(hidden[batch.logits_rows])  # (rows, vocab)
             sampled = sample(logits, rows, self._eos_token_ids)
             chosen = [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
         self._wait()
         return chosen
+
+    @torch.inference_mode()
+    def compute(
+        self, copies: Sequence[PageCopy], segments: Sequence[Segment], on_layer: Callable[[int], None] | None
+    ) -> Tensor | None:
+        """The step without its choices: logits, (rows, vocab), of the segments with a SampleSpec, None if none has."""
+        self._copy(copies)
+        batch = make_batch(segments, self._kv.shape[4], self._model.device)
+        hidden = self._model.forward(batch, self._attention, self._when_written(on_layer))  # (num_tokens, hidden)
+        return self._model.logits(hidden[batch.logits_rows]) if batch.logits_rows.numel() else None
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """See Runner."""

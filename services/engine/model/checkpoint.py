@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -32,8 +32,11 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copies a tensor into `target`, converting dtype and device. Raises ModelCorrupt naming file and tensor."""
+    def read_into(self, name: str, target: Tensor, shape: Sequence[int], part: tuple[slice, ...] = ()) -> None:
+        """Copies `part` of a tensor of `shape` into `target`, converting dtype and device.
+
+        Raises ModelCorrupt naming file and tensor.
+        """
         if name not in self._handles:
             raise ModelCorrupt(f"{self._folder} lacks the tensor {name}.")
         path, handle = self._handles[name]
@@ -41,15 +44,15 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
-        if tensor.shape != target.shape:
+        if tensor.shape != tuple(shape):
             raise ModelCorrupt(
-                f"{path}: the tensor {name} has shape {tuple(tensor.shape)} where {tuple(target.shape)} is needed."
+                f"{path}: the tensor {name} has shape {tuple(tensor.shape)} where {tuple(shape)} is needed."
             )
         if not tensor.is_floating_point():
             raise UnsupportedModel(f"{path}: the tensor {name} holds {tensor.dtype}, which this engine does not read.")
         self._unread.discard(name)
         self._identify(name, tensor)
-        target.copy_(tensor)
+        target.copy_(tensor[part])
 
     def require_all_read(self, *, prefixes: tuple[str, ...] = (), suffixes: tuple[str, ...] = ()) -> None:
         """Raises ModelCorrupt for a tensor that the model has no use for: its numbers would be wrong without it.

@@ -12,6 +12,7 @@ from services.engine.model.checkpoint import Checkpoint
 from services.engine.model.config import ModelConfig
 from services.engine.model.decoder import DecoderWeights, LayerWeights
 from services.engine.model.linear.linear import DenseLinear, Linear, LinearFactory
+from services.engine.model.shard import WHOLE, Shard
 
 # Frequencies that old checkpoints stored although they follow from the configuration.
 UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -28,37 +29,51 @@ OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads tensors of known shape into new memory of one dtype and device, and makes linear layers of them."""
+    """Reads tensors of known shape into new memory of one dtype and device, and makes linear layers of this rank's
+    part of them. Sizes are those of the whole model."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
     make_linear: LinearFactory
     norm_offset: float
+    shard: Shard
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.checkpoint.read_into(name, target)
+        self.checkpoint.read_into(name, target, shape)
         return target
 
     def norm(self, name: str, size: int) -> Tensor:
         target = torch.empty(size, dtype=torch.float32, device=self.device)
-        self.checkpoint.read_into(f"{name}.weight", target)
+        self.checkpoint.read_into(f"{name}.weight", target, (size,))
         return target.add_(self.norm_offset)
 
     def stacked(self, prefix: str, parts: Sequence[tuple[str, int]], suffix: str, *columns: int) -> Tensor:
-        """Several (rows, *columns) tensors one under the other."""
-        target = torch.empty((sum(rows for _, rows in parts), *columns), dtype=self.dtype, device=self.device)
+        """This rank's rows of several (rows, *columns) tensors, one under the other."""
+        own = [(name, rows, self.shard.part(rows)) for name, rows in parts]
+        num_rows = sum(part.stop - part.start for _, _, part in own)
+        target = torch.empty((num_rows, *columns), dtype=self.dtype, device=self.device)
         start = 0
-        for name, rows in parts:
-            self.checkpoint.read_into(f"{prefix}{name}.{suffix}", target[start : start + rows])
-            start += rows
+        for name, rows, part in own:
+            end = start + part.stop - part.start
+            self.checkpoint.read_into(f"{prefix}{name}.{suffix}", target[start:end], (rows, *columns), (part,))
+            start = end
         return target
 
     def linear(self, prefix: str, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """One layer that does the work of several of the checkpoint on the same input, one under the other."""
         weight = self.stacked(prefix, parts, "weight", columns)
         return self.make_linear(weight, self.stacked(prefix, parts, "bias") if has_bias else None)
+
+    def summed(self, name: str, rows: int, columns: int, has_bias: bool) -> Linear:
+        """A layer whose input is spread over the ranks. A bias belongs to the sum, not to each part of it."""
+        part = self.shard.part(columns)
+        weight = torch.empty((rows, part.stop - part.start), dtype=self.dtype, device=self.device)
+        self.checkpoint.read_into(f"{name}.weight", weight, (rows, columns), (slice(None), part))
+        bias = self.tensor(f"{name}.bias", rows) if has_bias else None
+        alone = self.shard.count == 1
+        return self.shard.summed(self.make_linear(weight, bias if alone else None), bias)
 
 
 def read_decoder_weights(
@@ -67,20 +82,27 @@ def read_decoder_weights(
     dtype: torch.dtype,
     device: torch.device,
     make_linear: LinearFactory = DenseLinear,
+    shard: Shard = WHOLE,
 ) -> DecoderWeights:
-    """All weights of `config`. Raises ModelCorrupt for a missing, superfluous or misshapen tensor."""
-    reader = _Reader(checkpoint, dtype, device, make_linear, config.norm_offset)
+    """The weights of `config`, the whole model's, that `shard` has.
+
+    Raises ModelCorrupt for a missing, superfluous or misshapen tensor.
+    """
+    reader = _Reader(checkpoint, dtype, device, make_linear, config.norm_offset, shard)
     prefix, head_name = next((place for place in PLACES if place[0] + EMBEDDING in checkpoint), PLACES[0])
     embedding = reader.tensor(prefix + EMBEDDING, config.vocab_size, config.hidden_size)
     layers = tuple(_read_layer(reader, config, f"{prefix}layers.{index}.") for index in range(config.num_layers))
     norm = reader.norm(f"{prefix}norm", config.hidden_size)
     tied = config.tie_word_embeddings
-    head = make_linear(embedding if tied else reader.tensor(head_name, config.vocab_size, config.hidden_size), None)
+    if tied:
+        head = make_linear(embedding[shard.part(config.vocab_size)], None)
+    else:
+        head = reader.linear("", [(head_name.removesuffix(".weight"), config.vocab_size)], config.hidden_size, False)
     checkpoint.require_all_read(
         prefixes=() if prefix == PLACES[0][0] else OTHER_PARTS,
         suffixes=(*UNUSED_SUFFIXES, head_name) if tied else UNUSED_SUFFIXES,  # a stored head is a copy then
     )
-    return DecoderWeights(embedding, layers, norm, head)
+    return DecoderWeights(embedding, layers, norm, shard.collected(head))
 
 
 def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
@@ -95,11 +117,11 @@ def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeigh
         input_norm=reader.norm(f"{prefix}input_layernorm", hidden),
         query_key_value=reader.linear(attention, projections, hidden, config.query_key_value_bias),
         query_key_norm=_query_key_norm(reader, config, attention) if config.query_key_norm else None,
-        output=reader.linear(attention, [("o_proj", hidden)], num_queries, config.attention_output_bias),
+        output=reader.summed(f"{attention}o_proj", hidden, num_queries, config.attention_output_bias),
         attention_norm=reader.norm(f"{prefix}post_attention_layernorm", hidden) if config.post_norms else None,
         mlp_norm=reader.norm(f"{prefix}{mlp_norm}", hidden),
         gate_up=reader.linear(mlp, gates, hidden, config.mlp_bias),
-        down=reader.linear(mlp, [("down_proj", hidden)], intermediate, config.mlp_bias),
+        down=reader.summed(f"{mlp}down_proj", hidden, intermediate, config.mlp_bias),
         down_norm=reader.norm(f"{prefix}post_feedforward_layernorm", hidden) if config.post_norms else None,
     )
 
@@ -107,4 +129,5 @@ def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeigh
 def _query_key_norm(reader: _Reader, config: ModelConfig, prefix: str) -> Tensor:
     """The weight of every head: all query heads share one, all key heads another."""
     query, key = (reader.norm(f"{prefix}{name}", config.head_dim) for name in ("q_norm", "k_norm"))
-    return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
+    own = reader.shard.of(config)
+    return torch.cat((query.expand(own.num_heads, -1), key.expand(own.num_kv_heads, -1)))

@@ -16,6 +16,7 @@ from services.engine.model.decoder_weights import read_decoder_weights
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.linear.linear import DenseLinear, LinearFactory
+from services.engine.model.shard import WHOLE, Shard
 from services.engine.model.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
 DIGEST_BYTES = 16
@@ -32,21 +33,28 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path, *, device: str | torch.device, dtype: torch.dtype, make_linear: LinearFactory = DenseLinear
+    source: str | Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    make_linear: LinearFactory = DenseLinear,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
 
-    The model computes in `dtype`; `make_linear` may keep the weights of its linear layers in another form.
+    The model computes in `dtype`; `make_linear` may keep the weights of its linear layers in another form. Of a model
+    that several ranks share, the decoder is this rank's part; all else tells of the whole.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
     folder = model_folder(source)
     config = load_config(folder)
+    own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), make_linear)
+        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), make_linear, shard)
         digest = _digest(config, dtype, checkpoint.identity())
-    return LoadedModel(config, Decoder(config, weights), digest, tokenizer)
+    return LoadedModel(config, Decoder(own, weights), digest, tokenizer)
 
 
 def model_folder(source: str | Path) -> Path:

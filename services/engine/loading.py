@@ -1,0 +1,33 @@
+"""A model as an engine's options ask for it, on each rank alike."""
+
+from __future__ import annotations
+
+import torch
+
+from services.engine.config import EngineConfig
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.model.shard import Shard
+from services.rpc.errors import StartError
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedModel:
+    """Reads the weights. Raises ModelError with a sentence."""
+    return load_model(config.model, device=device, dtype=TORCH_DTYPES[config.dtype_name], shard=shard)
+
+
+def torch_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """Where a rank computes: each on a GPU of its own, from the one that is named. Raises StartError."""
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise StartError(f"--device {config.device} is no device") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise StartError(f"--device {config.device}: there is no GPU that torch can use")
+        if (device.index or 0) + config.tp > torch.cuda.device_count():
+            raise StartError(f"--tp {config.tp} from {config.device} on: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", (device.index or 0) + rank)
+        torch.cuda.set_device(device)
+    return device
