@@ -47,7 +47,7 @@ class ParallelRunner:
 
 
 def _without_history(segment: Segment) -> Segment:
-    """Tokens are chosen on rank 0 alone; the others need not be sent all that came before."""
+    """Tokens are chosen on rank 0 alone; the others need not be sent what that takes."""
     if segment.sample is None:
         return segment
-    return replace(segment, sample=replace(segment.sample, token_ids=()))
+    return replace(segment, sample=replace(segment.sample, token_ids=(), allowed=None))
