@@ -44,14 +44,23 @@ class Fleet:
     given.
     """
 
-    def __init__(self, folder: Path | None = None, *, grace_s: float = 5.0, package: str = "services") -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        grace_s: float = 5.0,
+        package: str = "services",
+        within: Sequence[str] = (),
+    ) -> None:
         """`grace_s`: seconds that calls under way may take to end when a service is asked to stop. `package` holds
-        the modules kvtransfer, engine and router to run."""
+        the modules kvtransfer, engine and router to run. `within`: a command that runs the command behind it, for
+        instance in a network namespace."""
         self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="microserve-"))
         self.processes: list[ServiceProcess] = []
         self._grace_s = grace_s
         self._package = package
+        self._within = within
         self._lifeline, self._lifeline_end = os.pipe()
 
     def __enter__(self) -> Fleet:
@@ -153,7 +162,7 @@ class Fleet:
 
     def _start(self, service: str, name: str, options: Sequence[str], threads: int = 1) -> ServiceProcess:
         # -P: a file in the working directory that is named like a module must not be taken for it.
-        command = [sys.executable, "-P", "-m", f"{self._package}.{service}", *options]
+        command = [*self._within, sys.executable, "-P", "-m", f"{self._package}.{service}", *options]
         command += ["--lifeline-fd", str(self._lifeline), "--grace-s", str(self._grace_s)]
         return self._launch(service, name, command, threads)
 
