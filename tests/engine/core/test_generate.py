@@ -179,3 +179,20 @@ def test_cached_pages_make_room_oldest_first() -> None:
     assert newest.account.matched_tokens > 0
     assert oldest.account.matched_tokens == 0
     assert oldest.tokens == engine.expected(prompt_of(16, start=0), 1)
+
+
+def test_many_answers_to_one_prompt_share_its_pages_while_the_first_still_computes_them() -> None:
+    engine = node(max_step_tokens=8)
+    prompt = prompt_of(30)  # seven full pages of four tokens, computed in four steps, and two tokens
+    streams = [engine.generate(prompt, SamplingParams(max_tokens=6, temperature=1.0, seed=seed)) for seed in range(4)]
+    engine.step()
+    while not any(stream.tokens for stream in streams):
+        engine.step()
+        assert engine.pages.held <= 7 + 4  # the prompt's pages once, and a last one for each
+    engine.run()
+    assert [s.tokens for s in streams] == [
+        engine.expected(prompt, 6, SamplingParams(temperature=1.0, seed=seed)) for seed in range(4)
+    ]
+    assert [stream.account.matched_tokens for stream in streams] == [0, 28, 28, 28]
+    assert sum(stream.account.computed_tokens for stream in streams) == 30 + 3 * 2
+    engine.assert_idle()
