@@ -58,6 +58,7 @@ class FakeDescription(EngineServiceServicer):
         self.gate.set()
         self.contract_version = "1.0"
         self.sequences: set[str] = set()
+        self.running: dict[str, asyncio.Task[None]] = {}  # sequences of the session
         self.num_sends = 0
         self.draining = False
         self.address = ""

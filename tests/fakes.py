@@ -55,6 +55,11 @@ class FakeBug(ServiceError):
 class FakeEngine(FakeDescription):
     """One engine, to be started. `peers` finds the others by the address that stands in a KvAddress."""
 
+    def cancel_sequences(self) -> None:
+        """As an engine does it that is told to stop and whose grace is over."""
+        for task in self.running.values():
+            task.cancel()
+
     async def start(self, listen: str = "127.0.0.1:0") -> str:
         self.server = Server(ServerConfig(listen=listen, metrics_port=None), "engine")
         add_EngineServiceServicer_to_server(self, self.server.grpc)
@@ -138,7 +143,7 @@ class FakeEngine(FakeDescription):
 
     async def Session(self, requests: Any, context: Any) -> AsyncIterator[pb.SessionResponse]:
         outputs: asyncio.Queue[pb.SequenceOutput | None] = asyncio.Queue()
-        running: dict[str, asyncio.Task[None]] = {}
+        running = self.running
 
         async def read() -> None:
             async for command in requests:

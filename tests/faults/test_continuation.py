@@ -12,11 +12,12 @@ from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Answer, Suite, generate, idle, start_suite, wait_for_load
+from tests.faults.test_kills import router_sees
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults
 
-NUM_STREAMS, NUM_TOKENS = 20, 60
+NUM_STREAMS, NUM_TOKENS = 20, 150
 PROMPTS = mixed_prompts(NUM_STREAMS, 500, 200)
 # engine-0 prefills, engine-1 and engine-2 decode.
 DEATHS = {
@@ -29,7 +30,7 @@ DEATHS = {
 def params(number: int) -> dict[str, float]:
     """Every other request samples, with penalties that depend on where the output begins."""
     if number % 2:
-        return {"temperature": 0.9, "seed": 1000 + number, "presence_penalty": 0.7, "min_tokens": 40}
+        return {"temperature": 0.9, "seed": 1000 + number, "presence_penalty": 0.7, "min_tokens": 100}
     return {"repetition_penalty": 1.1}
 
 
@@ -100,3 +101,18 @@ async def test_an_engine_dies_before_the_first_token(tmp_path: Path, death: str)
         answers = await asyncio.gather(*(stream(suite, i, "disaggregated") for i in range(NUM_STREAMS)))
         suite.engines[dead].process.wait(10)
         await check(suite, answers, tokens, dead)
+
+
+async def test_an_engine_that_is_told_to_stop_hands_its_streams_over(tmp_path: Path) -> None:
+    """Two SIGTERMs, the second of which cuts the grace short."""
+    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
+        tokens = await expected(suite)
+        begun = [asyncio.Event() for _ in PROMPTS]
+        asked = [asyncio.create_task(stream(suite, i, "data_parallel", begun[i])) for i in range(NUM_STREAMS)]
+        await asyncio.gather(*(each.wait() for each in begun))
+        suite.engines[1].process.terminate()
+        await router_sees(suite, 2)
+        suite.engines[1].process.terminate()
+        answers = await asyncio.gather(*asked)
+        await check(suite, answers, tokens, dead=1)
+        assert any(len(answer.legs) > 1 for answer in answers)

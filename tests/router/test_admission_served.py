@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc.aio
+import openai
 import pytest
 from microserve.router.v1 import admin_pb2, router_pb2
 
@@ -124,3 +125,25 @@ async def said(suite: Running, metadata: dict[str, str]) -> router_pb2.GenerateR
         return (await call).response
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from None
+
+
+async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks() -> None:
+    options = {"http_listen": "127.0.0.1:0", "queue_timeout": 0.1}
+    async with (
+        running(engines=small_engines("a"), **options) as suite,
+        openai.AsyncOpenAI(base_url=f"http://{suite.http}/v1", api_key="any", max_retries=0) as client,
+    ):
+        ask = client.completions.create
+        with pytest.raises(openai.BadRequestError, match="priority"):
+            await ask(model="fake", prompt="x", extra_headers={"x-microserve-priority": "urgent"})
+        headers = {"x-microserve-priority": "low", "x-microserve-tenant": "somebody"}
+        assert (await ask(model="fake", prompt="x", extra_headers=headers)).choices
+        suite.first.gate.clear()
+        call = suite.stream()
+        await suite.first.until(lambda: suite.first.sequences)
+        before = REFUSALS.labels("low", "queue_time")._value.get()
+        with pytest.raises(openai.RateLimitError) as caught:
+            await ask(model="fake", prompt="x", extra_headers=headers)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert REFUSALS.labels("low", "queue_time")._value.get() == before + 1
+        call.cancel()

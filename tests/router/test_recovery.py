@@ -156,6 +156,19 @@ async def test_a_random_seed_of_the_routers_is_kept() -> None:
         assert list(answer.token_ids) == model().generate(PROMPT, 8, seed=seed)
 
 
+async def test_a_sequence_that_an_engine_cancels_by_itself_goes_on_elsewhere() -> None:
+    async with running(2) as suite:
+        first = suite.first
+        fault = first.faults["StartGenerate"] = Fault(after_tokens=3)
+        asked = asyncio.create_task(suite.generate())
+        await fault.reached.wait()
+        first.cancel_sequences()
+        answer = await asked
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert answer.finish_reason == 2
+        assert [leg.engine for leg in answer.legs] == ["a", "b"]
+
+
 async def test_a_refusal_of_every_engine_reaches_the_client_at_once() -> None:
     async with running(3) as suite:
         break_all(suite, "StartGenerate", FakeError("there is no room", retry_delay_s=7.0))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc.aio
 from microserve.engine.v1 import engine_pb2
@@ -13,7 +14,7 @@ from microserve.engine.v1 import engine_pb2
 from services.protocol.errors import Code, ServiceError
 from services.router.errors import EngineLost
 from services.router.fleet.mailbox import Mailbox
-from services.router.values import Chunk
+from services.router.values import Chunk, FinishReason
 from services.router.wire import chunk_from_wire
 from services.rpc.status import from_error_message, from_rpc_error
 
@@ -71,6 +72,7 @@ class _Stream:
         self._engine = engine
         self._call = call
         self._live: dict[str, Mailbox] = {}
+        self._cancelled: set[str] = set()  # of these, the ones that we ended
         # Bounded without a limit of its own: a sequence puts in at most one start and one cancel.
         self._outbox: deque[engine_pb2.SessionRequest] = deque()
         self._wake = asyncio.Event()
@@ -88,6 +90,7 @@ class _Stream:
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self._live:
+            self._cancelled.add(request_id)
             self._post(engine_pb2.SessionRequest(cancel=engine_pb2.CancelSequence(request_id=request_id)))
 
     def _post(self, command: engine_pb2.SessionRequest) -> None:
@@ -132,10 +135,16 @@ class _Stream:
             mailbox.close(from_error_message(output.error))
         else:
             chunk = chunk_from_wire(output.output)
-            mailbox.put(chunk)
+            if chunk.finish is FinishReason.CANCELLED and output.request_id not in self._cancelled:
+                # Nobody here wanted it: the engine is going away, and what it said so far is not an answer.
+                mailbox.put(replace(chunk, finish=None, timing=None))
+                mailbox.close(EngineLost(f"engine {self._engine} ended a sequence"))
+            else:
+                mailbox.put(chunk)
             if chunk.finish is not None:
                 mailbox.close()
             elif mailbox.closed:  # overflowed
                 self._cancel(output.request_id)
         if mailbox.closed:
             del self._live[output.request_id]
+            self._cancelled.discard(output.request_id)
