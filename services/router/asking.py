@@ -14,6 +14,7 @@ MAX_NAME_CHARACTERS = 128
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 _PRIORITIES = tuple(each.value for each in Priority)
 MAX_MESSAGES = 4_096
+MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_LOGPROBS = 1_024, 4_096, 20
 
 
@@ -77,6 +78,11 @@ def check(ask: Ask) -> None:
     _bounded("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
     _bounded("logprobs", sampling.logprobs or 0, MAX_LOGPROBS, "alternatives")
+
+
+def check_choices(n: int) -> None:
+    """InvalidRequest for more answers to one prompt than are given."""
+    _bounded("n", n, MAX_CHOICES, "choices")
 
 
 def check_prompt(prompt: Prompt) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
 
-from services.router.asking import MAX_NAME_CHARACTERS, Ask, check
+from services.router.asking import MAX_NAME_CHARACTERS, Ask, check, check_choices
 from services.router.service import Answer, GenerationService
 
 Item = TypeVar("Item")
@@ -28,6 +28,7 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
                 yield 0, answer
         return
     check(ask)
+    check_choices(n)
     ask = _named_and_seeded(ask)
     async with aclosing(service.generate(ask)) as answers:
         first = await anext(answers)

@@ -40,8 +40,8 @@ from services.router.values import FinishReason, Leg, Logprobs, Sampling, Usage
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A piece of an answer. The first names the request, its policy and the generating engine; the last has finish,
-    usage and legs."""
+    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids;
+    the last has finish, usage and legs."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -52,6 +52,7 @@ class Answer:
     request_id: str = ""
     policy: str = ""
     engine: str = ""
+    prompt_ids: tuple[int, ...] = ()
 
 
 class Record:
@@ -140,6 +141,10 @@ class GenerationService:
         check_vocabulary(token_ids, model)
         return model.tokenizer.decode(token_ids)
 
+    def echo(self, ask: Ask, token_ids: tuple[int, ...]) -> str:
+        """The text of a prompt of these ids: as it was given, or what the ids say."""
+        return ask.prompt.text if isinstance(ask.prompt, Text) else self.decode(token_ids, ask.model)
+
     def models(self) -> list[Model]:
         """What can be served now."""
         return self._registry.models()
@@ -162,7 +167,11 @@ class GenerationService:
                 TTFT_SECONDS.labels(record.policy).observe(record.first_token_s)
                 record.output_tokens += len(first.token_ids)
                 yield replace(
-                    first, request_id=record.request_id, policy=record.spec, engine=run.legs.generating_engine()
+                    first,
+                    request_id=record.request_id,
+                    policy=record.spec,
+                    engine=run.legs.generating_engine(),
+                    prompt_ids=request.prompt,
                 )
                 async for answer in answers:
                     record.output_tokens += len(answer.token_ids)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
-from services.router.asking import Ask, Chat, Prompt, Text, Tokens
+from services.router.asking import Ask, Chat, Prompt, Text, Tokens, check_choices
+from services.router.choices import generate_choices
 from services.router.errors import EmptyPrompt, SlowConsumer
 from services.router.service import Answer, GenerationService
 from services.router.text.template import ChatMessage
@@ -35,20 +37,37 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with aclosing(self._service.generate(_ask(request, context))) as answers:
-            async for answer in answers:
-                await self._write(context, answer)
+        async with aclosing(self._pieces(request, context)) as pieces:
+            async for piece in pieces:
+                await self._write(context, piece)
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
-        whole = router_pb2.GenerateResponse()
-        text: list[str] = []
-        async with aclosing(self._service.generate(_ask(request.request, context))) as answers:
-            async for answer in answers:
-                text.append(answer.text)
+        check_choices(request.request.n)
+        choices = [router_pb2.GenerateResponse() for _ in range(request.request.n or 1)]
+        texts: list[list[str]] = [[] for _ in choices]
+        async with aclosing(self._pieces(request.request, context)) as pieces:
+            async for piece in pieces:
+                texts[piece.choice].append(piece.text)
                 # Merging appends what is repeated and sets what is set, which each field is once.
-                whole.MergeFrom(_to_wire(answer))
-        whole.text = "".join(text)
-        return router_pb2.CompleteResponse(response=whole)
+                choices[piece.choice].MergeFrom(piece)
+        for choice, parts in zip(choices, texts, strict=True):
+            choice.text = "".join(parts)
+        return router_pb2.CompleteResponse(response=choices[0], other_choices=choices[1:])
+
+    async def _pieces(
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+        """All choices on the wire, as they come."""
+        ask = _ask(request, context)
+        wants_echo = request.echo
+        async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
+            async for choice, answer in answers:
+                piece = _to_wire(choice, answer)
+                if wants_echo and not choice:
+                    piece.prompt.text = self._service.echo(ask, answer.prompt_ids)
+                    piece.prompt.token_ids.extend(answer.prompt_ids)
+                    wants_echo = False
+                yield piece
 
     async def Tokenize(self, request: router_pb2.TokenizeRequest, context: Context) -> router_pb2.TokenizeResponse:
         prompt = _chat(request.chat) if request.WhichOneof("input") == "chat" else Text(request.text)
@@ -74,11 +93,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ]
         )
 
-    async def _write(self, context: Context, answer: Answer) -> None:
+    async def _write(self, context: Context, piece: router_pb2.GenerateResponse) -> None:
         """SlowConsumer if the client takes nothing for too long: a write waits for room in the connection."""
         try:
             async with asyncio.timeout(self._client_timeout_s):
-                await context.write(_to_wire(answer))
+                await context.write(piece)
         except TimeoutError:
             raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
 
@@ -116,12 +135,13 @@ def _chat(chat: router_pb2.ChatMessages) -> Chat:
     return Chat(tuple(ChatMessage(message.role, message.content) for message in chat.messages))
 
 
-def _to_wire(answer: Answer) -> router_pb2.GenerateResponse:
+def _to_wire(choice: int, answer: Answer) -> router_pb2.GenerateResponse:
     message = router_pb2.GenerateResponse(
         text=answer.text,
         token_ids=answer.token_ids,
         request_id=answer.request_id,
         policy=answer.policy,
+        choice=choice,
     )
     if answer.logprobs:
         message.logprobs.extend(map(logprobs_to_wire, answer.logprobs))

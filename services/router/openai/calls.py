@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from services.router.asking import MAX_LOGPROBS, MAX_MESSAGES, Ask, Chat, Prompt, Text, Tokens
+from services.router.asking import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, Ask, Chat, Prompt, Text, Tokens
 from services.router.openai.errors import bad_value, unsupported
 from services.router.openai.fields import Fields, object_of, text_of, tokens_of
 from services.router.text.template import ChatMessage
 from services.router.values import Sampling
 
-MAX_CHOICES = 128
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chats go on as long as there is room
 # Zero is "off" in our contract, while OpenAI's top_p of 0 keeps the best token alone.
 _LEAST_TOP_P = 1e-6

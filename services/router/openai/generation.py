@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from services.protocol.errors import ServiceError
-from services.router.asking import Prompt, Text, Tokens
 from services.router.choices import generate_choices, merge
 from services.router.errors import EngineLost
 from services.router.fleet.registry import Model
@@ -73,7 +72,7 @@ class Generation:
         async with aclosing(self._choices(call)) as pieces:
             # Whatever is wrong with the request shows before the first piece, when the status can still tell.
             first = await anext(pieces)
-            answers = _Answers(call, self._new_shape(call, model, first[1].request_id), model)
+            answers = _Answers(call, self._new_shape(call, model, first[1].request_id), self._service)
             header = {"x-request-id": first[1].request_id}
             if call.stream:
                 await _stream(send, header, answers.events(first, pieces), self._limits.client_timeout_s)
@@ -104,10 +103,10 @@ Pieces = AsyncGenerator[tuple[int, Answer], None]
 class _Answers:
     """All choices of one call, from pieces to JSON."""
 
-    def __init__(self, call: Call, shape: ChatShape | CompletionShape, model: Model) -> None:
+    def __init__(self, call: Call, shape: ChatShape | CompletionShape, service: GenerationService) -> None:
         self._call = call
         self._shape = shape
-        self._prompts = [_text(ask.prompt, model) if call.echo else "" for ask in call.asks]
+        self._service = service
         self._choices = [Choice() for _ in range(len(call.asks) * call.n)]
         self._begun: set[int] = set()
 
@@ -147,24 +146,17 @@ class _Answers:
             raise EngineLost("an engine cancelled the request before it ended")
         choice = self._choices[index]
         choice.finish, choice.usage = answer.finish, answer.usage
-        prompt = "" if index in self._begun else self._prompts[index // self._call.n]
+        text = answer.text
+        if self._call.echo and index not in self._begun:
+            text = self._service.echo(self._call.asks[index // self._call.n], answer.prompt_ids) + text
         self._begun.add(index)
-        return prompt + answer.text
+        return text
 
 
 async def _chain(first: tuple[int, Answer], pieces: Pieces) -> Pieces:
     yield first
     async for piece in pieces:
         yield piece
-
-
-def _text(prompt: Prompt, model: Model) -> str:
-    match prompt:
-        case Text(text):
-            return text
-        case Tokens(ids):
-            return model.tokenizer.decode(ids)
-    return ""
 
 
 def _event(value: Json) -> bytes:

@@ -109,6 +109,8 @@ class GenerateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    ECHO_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text; special tokens in it are treated as text."""
     seed_given: _builtins.bool
@@ -121,6 +123,12 @@ class GenerateRequest(_message.Message):
     """Prefixes are shared only between requests with equal salts."""
     request_id: _builtins.str
     """The caller's name for the request, used in logs and traces. Empty: the router makes one."""
+    n: _builtins.int
+    """Answers wanted, at most 128. Zero means 1. Choice 0 is what n = 1 gives; the others differ in their seed, which
+    derives from that of the request, and run where choice 0 left the prompt's pages.
+    """
+    echo: _builtins.bool
+    """Whether to tell the prompt as it was computed."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """A conversation."""
@@ -150,10 +158,12 @@ class GenerateRequest(_message.Message):
         model: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        n: _builtins.int = ...,
+        echo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_stop", b"include_stop", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "seed_given", b"seed_given", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "echo", b"echo", "include_stop", b"include_stop", "model", b"model", "n", b"n", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "seed_given", b"seed_given", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -192,8 +202,38 @@ class Usage(_message.Message):
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
+class PromptEcho(_message.Message):
+    """PromptEcho is a prompt as it was computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Its text: as it was given, or what its token ids say, special tokens left out."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its token ids."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptEcho: _TypeAlias = PromptEcho  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
-    """GenerateResponse is a piece of the answer."""
+    """GenerateResponse is a piece of an answer. With n above 1 pieces of all choices come as they are ready; "first" and
+    "last" are then said of each choice.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,6 +245,8 @@ class GenerateResponse(_message.Message):
     LEGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """New text, always whole characters. May be empty while a character or a stop string is incomplete."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -213,6 +255,8 @@ class GenerateResponse(_message.Message):
     """Set in the first message: the request's name."""
     policy: _builtins.str
     """Set in the first message: the policy that serves it."""
+    choice: _builtins.int
+    """Which answer it is a piece of, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens."""
@@ -229,6 +273,10 @@ class GenerateResponse(_message.Message):
     def legs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.Leg]:
         """Set in the last message: every verb that was called for this request, in order of their beginning."""
 
+    @_builtins.property
+    def prompt(self) -> Global___PromptEcho:
+        """Set in the first message of choice 0, if asked for."""
+
     def __init__(
         self,
         *,
@@ -240,10 +288,12 @@ class GenerateResponse(_message.Message):
         legs: _abc.Iterable[_sampling_pb2.Leg] | None = ...,
         request_id: _builtins.str = ...,
         policy: _builtins.str = ...,
+        choice: _builtins.int = ...,
+        prompt: Global___PromptEcho | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "legs", b"legs", "logprobs", b"logprobs", "policy", b"policy", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "legs", b"legs", "logprobs", b"logprobs", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,18 +330,24 @@ class CompleteResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESPONSE_FIELD_NUMBER: _builtins.int
+    OTHER_CHOICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def response(self) -> Global___GenerateResponse:
-        """The whole answer."""
+        """The whole answer, that of choice 0."""
+
+    @_builtins.property
+    def other_choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateResponse]:
+        """Choices 1 to n - 1, in order."""
 
     def __init__(
         self,
         *,
         response: Global___GenerateResponse | None = ...,
+        other_choices: _abc.Iterable[Global___GenerateResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["other_choices", b"other_choices", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

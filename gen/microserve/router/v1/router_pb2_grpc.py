@@ -77,7 +77,8 @@ class RouterServiceServicer:
     def Generate(self, request, context):
         """Generate streams text as it is produced. Cancelling it ends all work for it on every engine.
 
-        INVALID_ARGUMENT: empty or overlong prompt, bad sampling values. NOT_FOUND: UNKNOWN_POLICY,
+        INVALID_ARGUMENT: empty or overlong prompt, bad sampling values, too many choices. UNAUTHENTICATED: no valid
+        key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
         UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
         ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
         """

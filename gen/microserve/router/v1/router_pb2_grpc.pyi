@@ -41,7 +41,8 @@ class RouterServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]
     """Generate streams text as it is produced. Cancelling it ends all work for it on every engine.
 
-    INVALID_ARGUMENT: empty or overlong prompt, bad sampling values. NOT_FOUND: UNKNOWN_POLICY,
+    INVALID_ARGUMENT: empty or overlong prompt, bad sampling values, too many choices. UNAUTHENTICATED: no valid
+    key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
     UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
     ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
     """
@@ -67,7 +68,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate streams text as it is produced. Cancelling it ends all work for it on every engine.
 
-    INVALID_ARGUMENT: empty or overlong prompt, bad sampling values. NOT_FOUND: UNKNOWN_POLICY,
+    INVALID_ARGUMENT: empty or overlong prompt, bad sampling values, too many choices. UNAUTHENTICATED: no valid
+    key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
     UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
     ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
     """
@@ -96,7 +98,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateResponse], _abc.AsyncIterator[_router_pb2.GenerateResponse]]:
         """Generate streams text as it is produced. Cancelling it ends all work for it on every engine.
 
-        INVALID_ARGUMENT: empty or overlong prompt, bad sampling values. NOT_FOUND: UNKNOWN_POLICY,
+        INVALID_ARGUMENT: empty or overlong prompt, bad sampling values, too many choices. UNAUTHENTICATED: no valid
+        key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
         UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
         ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
         """
