@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc.aio
 import openai
 import pytest
 from microserve.router.v1 import admin_pb2, router_pb2
 
+from services.router.admission.ticket import Capacity
 from services.router.metrics import REFUSALS
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine
@@ -103,6 +105,22 @@ async def test_sequences_of_another_router_count() -> None:
         suite.first.sequences.clear()
         suite.first._notify()
         assert list((await asked).token_ids) == model().generate(PROMPT, 8)
+
+
+async def test_room_is_counted_where_the_work_is_done() -> None:
+    """Of engines with roles, those that prefill have no sequences to give, and those that decode no prompts."""
+    peers: dict[str, FakeEngine] = {}
+    labels = {"a": {"role": "prefill"}, "b": {"role": "decode"}, "c": {"role": "decode"}, "d": {}}
+    engines = [FakeEngine(model(), name, peers=peers, labels=labels[name], max_batch_size=8) for name in "abcd"]
+    async with running(engines=engines) as suite:
+        registry = suite.router.registry
+        key = registry.models()[0].key
+        assert registry.capacity(key) == Capacity(num_engines=2, sequences=24)
+        suite.router.membership.remove(engines[0].address)  # without one role there is none
+        assert registry.capacity(key) == Capacity(num_engines=3, sequences=24)
+        suite.router.membership.drain(engines[1].address, True)
+        assert registry.capacity(key) == Capacity(num_engines=2, sequences=16)
+        assert registry.capacity(replace(key, digest=b"other")) == Capacity()
 
 
 @pytest.mark.parametrize(("key", "value"), [("priority", "urgent"), ("tenant", "t" * 200)])

@@ -105,7 +105,7 @@ class Recovery:
         has_others = self._has_others()
         if cure is Remedy.WITHOUT_TRANSFER:
             self._without_transfer = True
-        elif isinstance(error, NoEngine) or (error.code is Code.RESOURCE_EXHAUSTED and not has_others):
+        elif self._is_short_of_room(error, has_others):
             self._check_stranded(error)
         else:
             self._num_failures += 1
@@ -137,6 +137,11 @@ class Recovery:
             length = len(self.request.prompt)
             self._scope.avoided.update(each.address for each in engines if each.info.max_context <= length)
         return any(each.address not in self._scope.avoided for each in engines)
+
+    def _is_short_of_room(self, error: ServiceError, has_others: bool) -> bool:
+        """Whether nothing is broken: there is only nowhere to go on now."""
+        is_full = error.code is Code.RESOURCE_EXHAUSTED and (self.request.num_generated > 0 or not has_others)
+        return is_full or isinstance(error, NoEngine)
 
     def _check_stranded(self, error: ServiceError) -> None:
         now = asyncio.get_running_loop().time()
