@@ -37,8 +37,8 @@ class EngineConfig(ServerConfig):
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "number format of weights and KV; auto: float32 on cpu, bfloat16 elsewhere",
-            "choices": ("auto", "float32", "bfloat16", "float16"),
+            "help": "number format; int8: weights in bytes, all else float32; auto: int8 on cpu, bfloat16 elsewhere",
+            "choices": ("auto", "int8", "float32", "bfloat16", "float16"),
         },
     )
     attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
@@ -82,6 +82,8 @@ class EngineConfig(ServerConfig):
         if not 0 < self.lease_default <= self.lease_max:
             raise ValueError("--lease-default must be above 0 and at most --lease-max")
         self._check_register()
+        if self.dtype == "int8" and self.device != "cpu":
+            raise ValueError("--dtype int8 needs --device cpu")
         if any("=" not in label for label in self.labels):
             raise ValueError("--labels must be key=value")
         if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
@@ -103,10 +105,15 @@ class EngineConfig(ServerConfig):
 
     @property
     def dtype_name(self) -> str:
-        """The number format in force."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "float32" if self.device == "cpu" else "bfloat16"
+        """The number format of activations and KV, and of weights too unless they are kept in bytes."""
+        if self.dtype == "auto":
+            return "float32" if self.device == "cpu" else "bfloat16"
+        return "float32" if self.dtype == "int8" else self.dtype
+
+    @property
+    def weights_in_bytes(self) -> bool:
+        """Whether linear layers keep their weights in bytes."""
+        return self.dtype == "int8" or (self.dtype == "auto" and self.device == "cpu")
 
     @property
     def num_threads(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from services.engine.config import EngineConfig
+from services.engine.model.linear.factory import linear_maker
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.shard import Shard
 from services.rpc.errors import StartError
@@ -14,7 +15,13 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedModel:
     """Reads the weights. Raises ModelError with a sentence."""
-    return load_model(config.model, device=device, dtype=TORCH_DTYPES[config.dtype_name], shard=shard)
+    return load_model(
+        config.model,
+        device=device,
+        dtype=TORCH_DTYPES[config.dtype_name],
+        linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weights_in_bytes),
+        shard=shard,
+    )
 
 
 def torch_device(config: EngineConfig, rank: int = 0) -> torch.device:

@@ -15,7 +15,7 @@ from services.engine.model.decoder import Decoder
 from services.engine.model.decoder_weights import read_decoder_weights
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
-from services.engine.model.linear.linear import DenseLinear, LinearFactory
+from services.engine.model.linear.linear import DENSE, LinearMaker
 from services.engine.model.shard import WHOLE, Shard
 from services.engine.model.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
@@ -37,12 +37,12 @@ def load_model(
     *,
     device: str | torch.device,
     dtype: torch.dtype,
-    make_linear: LinearFactory = DenseLinear,
+    linear: LinearMaker = DENSE,
     shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
 
-    The model computes in `dtype`; `make_linear` may keep the weights of its linear layers in another form. Of a model
+    The model computes in `dtype`; `linear` may keep the weights of its linear layers in another form. Of a model
     that several ranks share, the decoder is this rank's part; all else tells of the whole.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
@@ -52,8 +52,8 @@ def load_model(
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), make_linear, shard)
-        digest = _digest(config, dtype, checkpoint.identity())
+        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), linear.make, shard)
+        digest = _digest(config, f"{dtype}{linear.form}", checkpoint.identity())
     return LoadedModel(config, Decoder(own, weights), digest, tokenizer)
 
 
@@ -63,8 +63,8 @@ def model_folder(source: str | Path) -> Path:
     return path if path.is_dir() else converted_folder(path)
 
 
-def _digest(config: ModelConfig, dtype: torch.dtype, weights: bytes) -> bytes:
-    """What KV depends on: the weights (see Checkpoint.identity) and what is computed with them, in which dtype."""
+def _digest(config: ModelConfig, numbers: str, weights: bytes) -> bytes:
+    """What KV depends on: the weights (see Checkpoint.identity), what is computed with them, in which numbers."""
     computed = dataclasses.replace(config, eos_token_ids=(), max_context=0, weights_dtype="")
-    computation = f"{computed} {dtype}"
+    computation = f"{computed} {numbers}"
     return blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()

@@ -21,7 +21,9 @@ def test_labels_and_no_transfer_service() -> None:
 
 
 def test_the_format_follows_the_device() -> None:
-    assert read().dtype_name == "float32"
+    assert (read().dtype_name, read().weights_in_bytes) == ("float32", True)
+    assert not read("--dtype", "float32").weights_in_bytes
+    assert not read("--device", "cuda:1").weights_in_bytes
     assert read("--device", "cuda:1").dtype_name == "bfloat16"
     assert read("--device", "cuda", "--dtype", "float16").dtype_name == "float16"
 
@@ -38,6 +40,7 @@ def test_the_format_follows_the_device() -> None:
         ("--lease-default", "20", "--lease-max", "10"),
         ("--labels", "zone"),
         ("--dtype", "int3"),
+        ("--device", "cuda", "--dtype", "int8"),
         ("--max-context", "1"),
         ("--unheard-of", "1"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -32,3 +33,14 @@ class DenseLinear:
     def __call__(self, rows: Tensor) -> Tensor:
         """See Linear."""
         return F.linear(rows, self._weight, self._bias)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMaker:
+    """A factory, and the name of the form that its layers give to weights; empty if they keep them as they are."""
+
+    make: LinearFactory
+    form: str = ""
+
+
+DENSE = LinearMaker(DenseLinear)

@@ -1,0 +1,148 @@
+"""Threads that compute one job together, chunk by chunk.
+
+A step of a small model is a few hundred jobs of some microseconds, too short to wake a thread for each. Helpers
+therefore look for the next job for a while before they sleep, and whoever posts a job does every chunk that nobody
+has taken: a helper that sleeps, or that the system does not let run, is never waited for.
+
+A job is taken from one word, (ticket << 32) | chunks left, by compare and exchange. A ticket is used once, and a job
+ends only after every chunk that was taken is done, so what a taker reads about its job is still true.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from services.engine.kernels.machine_code import compiled
+from services.engine.kernels.memory import atomic_add, atomic_load, atomic_store, atomic_swap_if, call_kernel
+
+# Words of the board, each on a cache line of its own.
+_LINE, _NUM_LINES = 64, 4
+_CLAIM, _DONE, _KERNEL, _JOB = (_LINE * line for line in range(_NUM_LINES))
+_LEFT = 0xFFFFFFFF
+# Looks for a job before a helper sleeps, some 0.3 ms: longer than what lies between two jobs of a step.
+_PATIENCE = 20_000
+_LOOKS_A_YIELD = 16
+
+_let_others_run = types.ExternalFunction("sched_yield", types.int32())
+
+
+@compiled
+def _take(board: int) -> bool:
+    """Computes one chunk, if there is one that nobody has taken; False if there is none."""
+    word = atomic_load(board + _CLAIM)
+    left = word & _LEFT
+    if left == 0:
+        return False
+    if atomic_swap_if(board + _CLAIM, word, word - 1):
+        call_kernel(atomic_load(board + _KERNEL), atomic_load(board + _JOB), left - 1)
+        atomic_add(board + _DONE, 1)
+    return True
+
+
+@compiled
+def _compute(board: int, kernel: int, job: Any, num_chunks: int) -> None:
+    """Posts a job and takes part in it until all of it is done."""
+    atomic_store(board + _KERNEL, kernel)
+    atomic_store(board + _JOB, job.ctypes.data)
+    atomic_store(board + _DONE, 0)
+    ticket = (atomic_load(board + _CLAIM) >> 32) + 1
+    atomic_store(board + _CLAIM, (ticket << 32) | num_chunks)
+    while _take(board):
+        pass
+    while atomic_load(board + _DONE) < num_chunks:
+        pass
+
+
+@compiled
+def _compute_alone(kernel: int, job: Any, num_chunks: int) -> None:
+    for chunk in range(num_chunks):
+        call_kernel(kernel, job.ctypes.data, chunk)
+
+
+@compiled
+def _help(board: int, patience: int) -> None:
+    """Takes part in jobs until so many looks have found none."""
+    idle = 0
+    while idle < patience:
+        if _take(board):
+            idle = 0
+        else:
+            idle += 1
+            if idle % _LOOKS_A_YIELD == 0:
+                _let_others_run()
+
+
+class _Helper:
+    """A thread that takes part in its team's jobs, and sleeps when there has been none for a while."""
+
+    def __init__(self, board: int, name: str) -> None:
+        self._board = board
+        self._is_asleep = False
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+
+    def rouse(self) -> None:
+        """Wakes it if it sleeps. Called by one thread at a time."""
+        if self._is_asleep:
+            self._is_asleep = False
+            self._wake.release()
+
+    def _serve(self) -> None:
+        while True:
+            self._is_asleep = True
+            self._wake.acquire()
+            _help(self._board, _PATIENCE)
+
+
+class Team:
+    """The calling thread and num_threads - 1 helpers. One job at a time: a second caller computes alone."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._lock = threading.Lock()
+        words = np.zeros((_NUM_LINES + 1) * 8, dtype=np.int64)
+        self._memory = words  # the board is the part of it that begins a cache line
+        self._board = words.ctypes.data + -words.ctypes.data % _LINE
+        _help(self._board, 0)  # compiled or loaded now: in a helper that would fight for the GIL with the first steps
+        self._helpers = [_Helper(self._board, f"team-{number}") for number in range(1, num_threads)]
+
+    def run(self, kernel: int, job: NDArray[np.int64], num_chunks: int) -> None:
+        """Computes all chunks of a job; what its addresses name must stay until then, as it does in the caller."""
+        if num_chunks == 1 or not self._helpers or not self._lock.acquire(blocking=False):
+            _compute_alone(kernel, job, num_chunks)
+            return
+        try:
+            for helper in self._helpers:
+                helper.rouse()
+            _compute(self._board, kernel, job, num_chunks)
+        finally:
+            self._lock.release()
+
+
+_teams: dict[int, Team] = {}
+_teams_lock = threading.Lock()
+
+
+def team_of(num_threads: int) -> Team:
+    """The one team of that size of this process."""
+    with _teams_lock:
+        if num_threads not in _teams:
+            _teams[num_threads] = Team(num_threads)
+        return _teams[num_threads]
+
+
+def addresses(*values: Any) -> NDArray[np.int64]:
+    """The arguments of a job: integers as they are, of tensors and arrays their addresses."""
+    return np.array([_address(value) for value in values], dtype=np.int64)
+
+
+def _address(value: Any) -> int:
+    if isinstance(value, int):
+        return value
+    return int(value.ctypes.data) if isinstance(value, np.ndarray) else int(value.data_ptr())
