@@ -75,6 +75,26 @@ async def test_the_official_openai_client(suite: Suite) -> None:
             await client.completions.create(model=model, prompt=[10**6])
 
 
+async def test_an_answer_held_to_a_schema(suite: Suite) -> None:
+    schema = {"type": "object", "properties": {"sky": {"enum": ["blue", "red"]}}, "required": ["sky"]}
+    wanted = {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": schema | {"additionalProperties": False}},
+    }
+    async with openai.AsyncOpenAI(base_url=f"{url(suite)}/v1", api_key="any", max_retries=0) as client:
+        answer = await client.chat.completions.create(
+            model="", messages=USER, max_tokens=200, temperature=0, response_format=wanted
+        )  # type: ignore[call-overload]
+        assert json.loads(answer.choices[0].message.content)["sky"] in ("blue", "red")
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(
+                model="",
+                messages=USER,
+                response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+            )
+        assert caught.value.code == "invalid_guide"
+
+
 async def test_a_client_that_leaves_frees_the_engines(suite: Suite) -> None:
     async with openai.AsyncOpenAI(base_url=f"{url(suite)}/v1", api_key="any", max_retries=0) as client:
         stream = await client.completions.create(

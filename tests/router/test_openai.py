@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -187,6 +188,18 @@ async def test_sampling_reaches_the_engine() -> None:
         assert (second.temperature, second.top_p, second.max_tokens) == (1.0, 1.0, 3)
 
 
+async def test_response_formats_reach_the_engine() -> None:
+    schema = {"type": "object", "properties": {"größe": {"type": "integer"}}}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    formats: list[Any] = [{"type": "text"}, {"type": "json_object"}, named]
+    async with serving() as (suite, client):
+        for each in formats:
+            await client.chat.completions.create(model="fake", messages=USER, max_tokens=1, response_format=each)
+        guides = [start.sampling.guide for start in suite.first.called("Session")]
+        assert [guide.WhichOneof("kind") for guide in guides] == [None, "json_schema", "json_schema"]
+        assert [json.loads(guide.json_schema) for guide in guides[1:]] == [{"type": "object"}, schema]
+
+
 async def test_stop_strings() -> None:
     async with serving(fake_model=script(STORY)) as (_, client):
         for stop in ("n grö", ["zzz", "n grö"]):
@@ -254,7 +267,9 @@ async def test_keys() -> None:
         ({"messages": []}, None, "empty_prompt"),
         ({"stop": "x" * 257}, None, "invalid_request"),
         ({"tools": [{"type": "function"}]}, "tools", "unsup"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsup"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "unknown_parameter"),
         ({"modalities": ["audio"]}, "modalities", "unsup"),
         ({"tempreature": 1}, "tempreature", "unknown_parameter"),
         ({"model": "nope"}, None, "model_not_found"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from services.router.asking import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, Ask,
 from services.router.openai.errors import bad_value, unsupported
 from services.router.openai.fields import Fields, object_of, text_of, tokens_of
 from services.router.text.template import ChatMessage
-from services.router.values import Sampling
+from services.router.values import Guide, Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chats go on as long as there is room
 # Zero is "off" in our contract, while OpenAI's top_p of 0 keeps the best token alone.
@@ -71,7 +72,6 @@ def chat(fields: Fields, headers: Headers) -> Call:
         ("web_search_options",),
     ):
         fields.only(name, *neutral)
-    _text_only(fields)
     return _call(fields, headers, (prompt,), _choices(fields, 1), (best or 0) if wanted else None)
 
 
@@ -139,6 +139,7 @@ def _sampling(fields: Fields, logprobs: int | None, seed: int, default_max_token
         min_tokens=fields.integer("min_tokens", 0) or 0,
         max_tokens=new or old or default_max_tokens,
         ignore_eos=fields.flag("ignore_eos"),
+        guide=_guide(fields),
     )
 
 
@@ -202,9 +203,32 @@ def _content(value: object, path: str) -> str:
     return "".join(texts)
 
 
-def _text_only(fields: Fields) -> None:
+def _guide(fields: Fields) -> Guide | None:
+    """What response_format holds the output to; None: nothing."""
     wanted = fields.nested("response_format")
-    if wanted is not None:
-        if wanted.take("type") != "text":
-            raise unsupported("response_format", "other than text is not offered by the engines of this server")
-        wanted.end()
+    if wanted is None:
+        return None
+    match wanted.take("type"):
+        case "text":
+            schema = None
+        case "json_object":
+            schema = {"type": "object"}
+        case "json_schema":
+            schema = _schema(wanted)
+        case _:
+            raise bad_value("response_format.type", "must be text, json_object or json_schema")
+    wanted.end()
+    return None if schema is None else Guide("json_schema", (json.dumps(schema, ensure_ascii=False),))
+
+
+def _schema(response_format: Fields) -> dict[str, Any]:
+    """The JSON Schema in a response_format. What engines cannot hold of it they refuse, so `strict` adds nothing."""
+    named = response_format.nested("json_schema")
+    if named is None:
+        raise bad_value("response_format.json_schema", "is missing")
+    named.ignore(("name", "description", "strict"))
+    schema = named.take("schema")
+    if not isinstance(schema, dict):
+        raise bad_value("response_format.json_schema.schema", "must be an object")
+    named.end()
+    return schema
