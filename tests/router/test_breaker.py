@@ -143,6 +143,8 @@ async def test_a_broken_engine_is_left_alone_and_shown(caplog: pytest.LogCapture
         assert len(suite.first.called("StartGenerate")) == 3
         listed = {each.info.engine_name: each for each in (await listing(suite)).engines}
         assert listed["a"].breaker == admin_pb2.BREAKER_STATE_OPEN
+        assert (listed["a"].healthy, listed["b"].healthy) == (False, True)
+        assert "failed too often" in listed["a"].problem
         assert listed["b"].breaker == admin_pb2.BREAKER_STATE_CLOSED
         assert "breaker opened" in caplog.text
 

@@ -141,7 +141,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     def _engine_status(self, member: Member) -> admin_pb2.EngineStatus:
         status = admin_pb2.EngineStatus(
             address=member.address,
-            healthy=member.healthy,
+            healthy=not member.state,
             problem=member.state,
             cached_block_count=len(member.blocks),
             breaker=_BREAKERS[member.breaker.state],

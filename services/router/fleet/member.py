@@ -85,7 +85,9 @@ class Member:
             return self.problem
         if self.load.draining:
             return "it is draining"
-        return "an operator drains it" if self.drained else ""
+        if self.drained:
+            return "an operator drains it"
+        return "" if self.breaker.admits else "it failed too often and is left alone for a while"
 
     def drain(self, drained: bool) -> None:
         """An operator's wish: nothing new begins there while it is drained."""
