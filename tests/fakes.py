@@ -60,8 +60,8 @@ class FakeEngine(FakeDescription):
         for task in self.running.values():
             task.cancel()
 
-    async def start(self, listen: str = "127.0.0.1:0") -> str:
-        self.server = Server(ServerConfig(listen=listen, metrics_port=None), "engine")
+    async def start(self, listen: str = "127.0.0.1:0", **options: Any) -> str:
+        self.server = Server(ServerConfig(listen=listen, metrics_port=None, **options), "engine")
         add_EngineServiceServicer_to_server(self, self.server.grpc)
         self.address = await self.server.start()
         self.peers[self.address] = self

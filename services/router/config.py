@@ -98,6 +98,10 @@ class RouterConfig(ServerConfig):
     engine_tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate to show to engines (mTLS)"})
     engine_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --engine-tls-cert"})
 
+    engine_tls_name: str | None = field(
+        default=None, metadata={"help": "name in the engines' certificates where it is not the host of their address"}
+    )
+
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
         self._check_sources()
@@ -133,6 +137,8 @@ class RouterConfig(ServerConfig):
             raise ValueError("--engine-tls-cert needs --engine-tls-ca")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_key):
             raise ValueError("an --api-key must be printable ASCII with no space around it")
+        if self.engine_tls_name is not None and self.engine_tls_ca is None:
+            raise ValueError("--engine-tls-name needs --engine-tls-ca")
         self._check_upload()
 
     @property
@@ -140,7 +146,7 @@ class RouterConfig(ServerConfig):
         """How to reach engines; None: in clear text."""
         if self.engine_tls_ca is None:
             return None
-        return ClientTls(self.engine_tls_ca, self.engine_tls_cert, self.engine_tls_key)
+        return ClientTls(self.engine_tls_ca, self.engine_tls_cert, self.engine_tls_key, self.engine_tls_name)
 
     @property
     def http_tls(self) -> HttpTls | None:

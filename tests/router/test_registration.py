@@ -149,6 +149,28 @@ async def test_a_certificate_is_as_good_as_a_token(tmp_path: Path) -> None:
         assert set(router.registry.members) == {"host:1"}
 
 
+@pytest.mark.slow
+async def test_engines_without_names_of_their_own_share_one_certificate(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate = authority.issue_cert("engines.example.org")
+    certificate.private_key_pem.write_to_path(tmp_path / "engine.key")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "engine.pem")
+    engine = FakeEngine(model(), "a")
+    address = await engine.start(tls_cert=tmp_path / "engine.pem", tls_key=tmp_path / "engine.key")
+    options = {"engine": (address,), "engine_tls_ca": tmp_path / "ca.pem"}
+    async with empty_router(**options, engine_tls_name="engines.example.org") as router:
+        await until(router, 1)
+    async with empty_router(**options) as router:
+        changed = asyncio.Event()
+        router.registry.on_change(changed.set)
+        async with asyncio.timeout(5):
+            await changed.wait()  # its first try has failed
+        assert router.registry.members[address].problem
+        assert not router.registry.members[address].healthy
+    await engine.stop()
+
+
 def test_what_is_configured_is_checked_and_hidden() -> None:
     def router(*words: str) -> RouterConfig:
         return read_config(RouterConfig, words, "microserve-router", {})
