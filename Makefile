@@ -18,7 +18,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ verify: lint type verify-proto ## what CI checks beside the tests
 bench: $(DEV_STAMP) ## measure; docs/benchmarks.md says what
 	$(BIN)/python -m bench $(ARGS)
 
+bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; a quarter of an hour
+	$(BIN)/python -m bench.policies $(ARGS)
+
 constraints: $(DEV_STAMP) ## write constraints.txt from what is installed in .venv
 	$(BIN)/python deploy/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
 
@@ -92,5 +95,5 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
-	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,dev]'
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,bench,dev]'
 	@touch $@ $(RUN_STAMP)

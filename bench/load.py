@@ -85,7 +85,7 @@ async def run_load(channel: grpc.aio.Channel, policy: str, load: Load) -> Result
 
     async def one(prompt: list[int]) -> Sample:
         async with slots:
-            return await _request(channel, policy, prompt, load.output_tokens)
+            return await ask(channel, policy, prompt, load.output_tokens)
 
     begin = time.perf_counter()
     async with asyncio.TaskGroup() as group:
@@ -93,14 +93,25 @@ async def run_load(channel: grpc.aio.Channel, policy: str, load: Load) -> Result
     return Result(policy, [task.result() for task in tasks], time.perf_counter() - begin)
 
 
-async def _request(channel: grpc.aio.Channel, policy: str, prompt: list[int], output_tokens: int) -> Sample:
+async def ask(
+    channel: grpc.aio.Channel,
+    policy: str,
+    prompt: Sequence[int],
+    output_tokens: int,
+    *,
+    salt: str = "",
+    timeout_s: float | None = None,
+) -> Sample:
+    """One request that generates exactly so many tokens. A call that fails raises grpc's error."""
     request = router_pb2.GenerateRequest(
         tokens=router_pb2.TokenIds(ids=prompt),
         sampling=sampling_pb2.SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+        cache_salt=salt,
     )
     begin = time.perf_counter()
     first, count = 0.0, 0
-    call = router_pb2_grpc.RouterServiceStub(channel).Generate(request, metadata=(("x-microserve-policy", policy),))
+    stub = router_pb2_grpc.RouterServiceStub(channel)
+    call = stub.Generate(request, metadata=(("x-microserve-policy", policy),), timeout=timeout_s)
     async for piece in call:
         if piece.token_ids and not count:
             first = time.perf_counter() - begin

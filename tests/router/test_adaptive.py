@@ -9,6 +9,7 @@ import pytest
 from microserve.router.v1 import admin_pb2
 
 from services.router.cost.book import FIRST_GUESS_OUTPUT
+from services.router.cost.least_squares import LeastSquares
 from services.router.cost.speeds import EngineSpeeds
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine, Fault
@@ -20,13 +21,15 @@ async def policy(request, fleet):
     async for chunk in first.start_generate(request):
         yield chunk
 """
+SURE = (1e-9,) * 4
 END = len(PROMPT) - 1
 
 
-def measured(suite: Running, engine: FakeEngine, *, token_s: float, step_s: float) -> None:
+def measured(suite: Running, engine: FakeEngine, *, token_s: float, step_s: float, sequence_s: float = 0.0) -> None:
     """What the router is to believe of an engine."""
     speeds = EngineSpeeds()
-    speeds.prefill.coefficients, speeds.decode.coefficients = [0.0, token_s, 0.0, 0.0], [step_s, 0.0, 0.0]
+    speeds.prefill = LeastSquares((0.0, token_s, 0.0, 0.0), SURE)
+    speeds.decode = LeastSquares((step_s, sequence_s, 0.0), SURE[:3])
     suite.router.costs._engines[engine.address, engine.incarnation] = speeds
 
 
@@ -80,7 +83,7 @@ async def test_a_cached_context_is_used_where_it_is_and_moved_when_that_engine_i
         explained = await explain(suite, "cached")
         assert (explained.chosen.pattern, explained.chosen.decode_engine) == ("cached", "a")
         holder.gate.clear()
-        suite.router.costs._engines[holder.address, holder.incarnation].decode.coefficients = [0.1, 0.2, 0.0]
+        measured(suite, holder, token_s=0.5, step_s=0.1, sequence_s=0.2)
         busy = [suite.stream(PROMPT, policy="on_first") for _ in range(3)]
         await holder.until(lambda: len(holder.sequences) == 3)
         answer = await suite.generate(request_id="moved")

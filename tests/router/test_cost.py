@@ -13,7 +13,7 @@ from services.router.cost.book import FIRST_GUESS_OUTPUT, CostBook, GenerationEn
 from services.router.cost.decision import MAX_ALTERNATIVES, Decision
 from services.router.cost.least_squares import LeastSquares
 from services.router.cost.placement import Pattern, Placement, Planner
-from services.router.cost.speeds import PREFILL_S_PER_TOKEN, DecodeWork, PrefillWork, SendWork
+from services.router.cost.speeds import PREFILL_S_PER_TOKEN, DecodeWork, EngineSpeeds, PrefillWork, SendWork
 from services.router.errors import NoEngine
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
@@ -119,6 +119,24 @@ def test_more_work_never_takes_less_time() -> None:
         x = (1.0, source.uniform(1, 100), source.uniform(1, 100))
         model.observe(x, max(1e-3, 1.0 - 5e-3 * x[2]))
         assert min(model.coefficients) >= 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thousands_of_observations_stay_numerically_sound(seed: int) -> None:
+    """Features as they come: a constant, a few sequences, thousands of tokens of context, the last two correlated."""
+    source, speeds, errors = random.Random(seed), EngineSpeeds(), list[float]()
+    for number in range(3000):
+        sequences = source.randrange(1, 12)
+        work = DecodeWork(sequences, sequences * source.uniform(300, 500))
+        seconds = step_s(sequences) + 1e-6 * work.context
+        if number > 20:
+            errors.append(abs(speeds.step_s(work) / seconds - 1))
+        luck = source.choice((0.5, 1, 1, 1, 1, 1, 1, 1, 1, 40)) if number > 20 else 1
+        speeds.decode.observe(work.features, seconds * luck * source.uniform(0.9, 1.1))
+    errors.sort()
+    assert errors[len(errors) // 2] < 0.05
+    assert errors[int(0.99 * len(errors))] < 0.2
+    assert errors[-1] < 0.5
 
 
 def test_forgetting_does_not_make_the_unobserved_uncertain_without_bound() -> None:

@@ -1,7 +1,8 @@
 """Linear models that are fitted while observations come.
 
-Recursive least squares (Plackett, "Some theorems in least squares", Biometrika 1950) with a prior, forgetting, and
-Huber's weights against outliers (Huber, "Robust estimation of a location parameter", 1964).
+Least squares with a prior, forgetting, and Huber's weights against outliers (Huber, "Robust estimation of a location
+parameter", 1964). What is kept are the sums of the normal equations, to which observations only add: the recursive form
+subtracts, and with features as different as a constant and thousands of tokens it soon subtracts too much.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ RELATIVE_NOISE = 0.1  # times on a busy machine repeat within about a tenth
 OUTLIER = 3.0  # typical deviations beyond which an observation counts less and less
 CHANGED_AFTER = 6  # outliers in a row on the same side
 TRUSTED_AFTER = 4  # observations; before that there is no telling what is an outlier
+SOLVED_EVERY = 8  # observations, unless somebody asks; solving is most of the work
 
 
 class LeastSquares:
@@ -20,18 +22,28 @@ class LeastSquares:
 
     def __init__(self, prior: Sequence[float], spread: Sequence[float]) -> None:
         """`prior`: coefficients before the first observation; `spread`: how far off they may be."""
-        self.coefficients = list(prior)
         self.num_observations = 0
-        self._limits = [each * each for each in spread]
+        self._prior = list(prior)
+        self._certainty = [1 / (each * each) for each in spread]
+        self._coefficients = list(prior)
         self._deviation = 1.0  # typical |error| in units of the assumed noise
         self._begin()
 
     def _begin(self) -> None:
-        """The coefficients are a guess."""
-        size = len(self._limits)
-        self._covariance = [[self._limits[i] if i == j else 0.0 for j in range(size)] for i in range(size)]
-        self._num_trusted = 0
+        """Nothing is known but the prior."""
+        size = len(self._prior)
+        self._squares = [[0.0] * size for _ in range(size)]
+        self._moments = [0.0] * size
+        self._num_trusted = self._num_unsolved = 0
         self._run = 0  # outliers in a row on the same side, negative below
+
+    @property
+    def coefficients(self) -> list[float]:
+        """Those that fit best."""
+        if self._num_unsolved:
+            self._num_unsolved = 0
+            self._coefficients = self._solve()
+        return self._coefficients
 
     def predict(self, x: Sequence[float]) -> float:
         """y of that x."""
@@ -39,43 +51,69 @@ class LeastSquares:
 
     def observe(self, x: Sequence[float], y: float) -> None:
         """Takes in one observation, `y` positive."""
-        error = y - self.predict(x)
         noise = RELATIVE_NOISE * y
         if self._num_trusted >= TRUSTED_AFTER:
-            noise *= self._doubt(error, y)
+            predicted = sum(each * value for each, value in zip(self._coefficients, x, strict=True))
+            noise = RELATIVE_NOISE * max(y, predicted) * self._doubt(predicted, y)
         self.num_observations += 1
         self._num_trusted += 1
-        covariance = self._covariance
-        projected = [sum(row[j] * x[j] for j in range(len(x))) for row in covariance]
-        total = FORGETTING * noise * noise + sum(value * each for value, each in zip(x, projected, strict=True))
-        gains = [each / total for each in projected]
-        for i, gain in enumerate(gains):
-            self.coefficients[i] = max(0.0, self.coefficients[i] + gain * error)
-            for j in range(len(x)):
-                covariance[i][j] = (covariance[i][j] - gain * projected[j]) / FORGETTING
-        self._bound()
+        self._num_unsolved += 1
+        weight = 1 / (noise * noise)
+        for i, value in enumerate(x):
+            self._moments[i] = FORGETTING * self._moments[i] + weight * value * y
+            for j, other in enumerate(x):
+                self._squares[i][j] = FORGETTING * self._squares[i][j] + weight * value * other
+        if self._num_unsolved >= SOLVED_EVERY or self._num_trusted <= SOLVED_EVERY:
+            _ = self.coefficients
 
-    def _doubt(self, error: float, y: float) -> float:
+    def _doubt(self, predicted: float, y: float) -> float:
         """By what factor an observation is less certain than usual. Many outliers on one side are no outliers: the
         engine has changed, and the fit begins anew."""
-        deviation = abs(error) / (RELATIVE_NOISE * max(min(y, y - error), y * 1e-3))
+        deviation = abs(y - predicted) / (RELATIVE_NOISE * max(min(y, predicted), y * 1e-3))
         limit = OUTLIER * self._deviation
         self._deviation = max(0.5, self._deviation + 0.1 * (min(deviation, limit) - self._deviation))
         if deviation <= limit:
             self._run = 0
             return 1.0
-        side = 1 if error > 0 else -1
+        side = 1 if y > predicted else -1
         self._run = self._run + side if self._run * side >= 0 else side
         if abs(self._run) >= CHANGED_AFTER:
             self._begin()
             return 1.0
         return deviation / limit
 
-    def _bound(self) -> None:
-        """What is not observed must not become ever less certain through forgetting alone."""
-        for i, limit in enumerate(self._limits):
-            if self._covariance[i][i] > limit:
-                scale = (limit / self._covariance[i][i]) ** 0.5
-                for j in range(len(self._limits)):
-                    self._covariance[i][j] *= scale
-                    self._covariance[j][i] *= scale
+    def _solve(self) -> list[float]:
+        """The minimum over coefficients that are not negative: those that would be are zero, the worst first."""
+        size = len(self._prior)
+        matrix = [
+            [self._squares[i][j] + (self._certainty[i] if i == j else 0.0) for j in range(size)] for i in range(size)
+        ]
+        target = [self._moments[i] + self._certainty[i] * self._prior[i] for i in range(size)]
+        free = list(range(size))
+        while free:
+            found = _solve_positive([[matrix[i][j] for j in free] for i in free], [target[i] for i in free])
+            worst = min(range(len(free)), key=lambda place: found[place] * matrix[free[place]][free[place]] ** 0.5)
+            if found[worst] >= 0:
+                return [found[free.index(i)] if i in free else 0.0 for i in range(size)]
+            free.pop(worst)
+        return [0.0] * size
+
+
+def _solve_positive(matrix: list[list[float]], target: list[float]) -> list[float]:
+    """x of matrix x = target by elimination. The matrix is symmetric and positive definite; its diagonal is scaled to
+    one first, since features differ by many orders of magnitude."""
+    size = len(target)
+    scale = [matrix[i][i] ** -0.5 for i in range(size)]
+    rows = [[matrix[i][j] * scale[i] * scale[j] for j in range(size)] + [target[i] * scale[i]] for i in range(size)]
+    for i in range(size):
+        # What is left of a feature that others explain wholly is rounding; a little keeps it from being divided by.
+        pivot = max(rows[i][i], 1e-12)
+        for j in range(i + 1, size):
+            factor = rows[j][i] / pivot
+            for k in range(i, size + 1):
+                rows[j][k] -= factor * rows[i][k]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        rest = rows[i][size] - sum(rows[i][j] * found[j] for j in range(i + 1, size))
+        found[i] = rest / max(rows[i][i], 1e-12)
+    return [value * each for value, each in zip(found, scale, strict=True)]

@@ -1,0 +1,1 @@
+"""Policies under the same arrivals: the sweep behind `make bench-policies`."""
