@@ -10,7 +10,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.oracle import OracleAttention
-from services.engine.model.config import ModelConfig
+from services.engine.model.model import ModelShape
 
 
 def _paged_numba(kv: Tensor) -> AttentionBackend:
@@ -27,7 +27,7 @@ BACKENDS: dict[str, Callable[[Tensor], AttentionBackend]] = {
 }
 
 
-def make_attention(name: str | None, kv: Tensor, config: ModelConfig) -> AttentionBackend:
+def make_attention(name: str | None, kv: Tensor, config: ModelShape) -> AttentionBackend:
     """The named backend over the pool `kv`; None takes the fastest for its device and dtype.
 
     Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,23 +12,8 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
 from services.engine.core.plan import Chosen, PageCopy, Segment, StepPlan
+from services.engine.model.model import Model
 from services.engine.sampling.sampler import SamplingRow, sample
-
-
-class Model(Protocol):
-    """What the runner needs of a model, for instance model/decoder.py."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def forward(
-        self, batch: ForwardBatch, attention: AttentionBackend, on_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
-        """Hidden states, (num_tokens, hidden); on_layer(l) once the KV of layer l is written, or queued on a GPU."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits, (rows, vocab) float32, of some rows of the hidden states."""
 
 
 class TorchRunner:

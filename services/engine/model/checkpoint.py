@@ -63,6 +63,15 @@ class Checkpoint:
             if not name.startswith(prefixes) and not name.endswith(suffixes):
                 raise ModelCorrupt(f"{self._handles[name][0]}: the tensor {name} does not belong to this architecture.")
 
+    def identify_all(self) -> None:
+        """Takes samples of every tensor for the identity, where somebody else reads them. Raises ModelCorrupt."""
+        for name in sorted(self._handles):
+            path, handle = self._handles[name]
+            try:
+                self._identify(name, handle.get_tensor(name))
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
+
     def identity(self) -> bytes:
         """16 bytes that depend on name, shape, dtype and a sample of the values of every tensor read so far.
 

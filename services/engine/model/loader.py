@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,21 +15,25 @@ from services.engine.model.checkpoint import open_checkpoint
 from services.engine.model.config import ModelConfig, load_config
 from services.engine.model.decoder import Decoder
 from services.engine.model.decoder_weights import read_decoder_weights
+from services.engine.model.errors import UnsupportedModel
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
+from services.engine.model.json_fields import read_json
 from services.engine.model.linear.linear import DENSE, LinearMaker
+from services.engine.model.model import Model, ModelShape
 from services.engine.model.shard import WHOLE, Shard
 from services.engine.model.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
 DIGEST_BYTES = 16
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model on its device, and the digest under which its KV may be exchanged with other engines."""
 
-    config: ModelConfig
-    model: Decoder
+    config: ModelShape
+    model: Model
     digest: bytes  # 16 bytes; equal digests mean interchangeable KV
     tokenizer: TokenizerFiles
 
@@ -47,12 +53,15 @@ def load_model(
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
-    folder = model_folder(source)
-    config = load_config(folder)
+    folder, device = model_folder(source), torch.device(device)
+    try:
+        config = load_config(folder)
+    except UnsupportedModel as reason:
+        return _load_foreign(folder, device, dtype, shard, reason)
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        weights = read_decoder_weights(checkpoint, config, dtype, torch.device(device), linear.make, shard)
+        weights = read_decoder_weights(checkpoint, config, dtype, device, linear.make, shard)
         digest = _digest(config, f"{dtype}{linear.form}", checkpoint.identity())
     return LoadedModel(config, Decoder(own, weights), digest, tokenizer)
 
@@ -61,6 +70,26 @@ def model_folder(source: str | Path) -> Path:
     """The local transformers folder of a source. Raises ModelError."""
     path = fetch_model(source)
     return path if path.is_dir() else converted_folder(path)
+
+
+def _load_foreign(
+    folder: Path, device: torch.device, dtype: torch.dtype, shard: Shard, reason: UnsupportedModel
+) -> LoadedModel:
+    """What is not native, through transformers, whose linear layers stay as they are."""
+    from services.engine.model.foreign.load import load_foreign
+
+    if shard.count > 1:
+        raise UnsupportedModel(f"{reason} Ranks can share native models only.")
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.identify_all()
+        weights = checkpoint.identity()
+    model = load_foreign(folder, device, dtype, reason)
+    config = model.config
+    _log.info("served through transformers", extra={"fields": {"architecture": config.architecture}})
+    described = read_json(folder / "config.json")
+    computation = f"{json.dumps(described, sort_keys=True)} {dtype}"
+    digest = blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()
+    return LoadedModel(config, model, digest, load_tokenizer_files(folder, config.eos_token_ids))
 
 
 def _digest(config: ModelConfig, numbers: str, weights: bytes) -> bytes:

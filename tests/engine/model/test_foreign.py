@@ -1,0 +1,142 @@
+"""Models that are not native, through transformers: equal to it over pages, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from services.engine.model.errors import ModelCorrupt, UnsupportedModel
+from services.engine.model.foreign.model import ForeignModel
+from services.engine.model.loader import LoadedModel, load_model
+from tests.engine.model.random_models import LINEAR_ROPE, WINDOW, save_random
+from tests.engine.model.running import (
+    BACKENDS,
+    RELATIVE_ERROR,
+    PagedRunner,
+    PagedSequence,
+    random_tokens,
+    relative_error,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+PROMPT_LENGTHS = (1, 17, 300)
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-neox": ("GPTNeoXConfig", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "olmo2": ("Olmo2Config", {}),
+    "phi-3, window": ("Phi3Config", {"sliding_window": WINDOW}),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0, "attention_multiplier": 0.2}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "starcoder2": ("Starcoder2Config", {}),
+}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba": ("MambaConfig", {"state_size": 4}, "no attention that can be replaced"),
+    "gpt-j": ("GPTJConfig", {"rotary_dim": 8}, "no attention that can be replaced"),
+    "hybrid": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}, "layers without attention"),
+    "sinks": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
+    "latent attention": (
+        "DeepseekV2Config",
+        {**LATENT, "num_key_value_heads": 6, "first_k_dense_replace": 9},
+        "values and keys of different size",
+    ),
+}
+
+
+def _load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return load_model(folder, device="cpu", dtype=dtype)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_transformers(tmp_path: Path, name: str) -> None:
+    reference = save_random(tmp_path, *MODELS[name])
+    loaded = _load(tmp_path)
+    assert isinstance(loaded.model, ForeignModel)
+    assert loaded.config.eos_token_ids == (2, 3)
+    prompts = [random_tokens(length, loaded.config.vocab_size, seed=length) for length in PROMPT_LENGTHS]
+    expected = [reference(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    for backend in BACKENDS:
+        runner = PagedRunner(loaded.model, backend, num_pages=100)
+        results = runner.step([(PagedSequence(prompt), len(prompt)) for prompt in prompts])
+        for actual, logits in zip(results, expected, strict=True):
+            assert relative_error(actual, logits) < RELATIVE_ERROR, backend
+        sequence = PagedSequence(prompts[-1])
+        pieces = [runner.step([(sequence, count)])[0] for count in (1, 15, 33, 231, *[1] * 20)]
+        assert relative_error(torch.cat(pieces), expected[-1]) < RELATIVE_ERROR, backend
+
+
+def test_layers_report_as_they_are_written(tmp_path: Path) -> None:
+    save_random(tmp_path, *MODELS["olmo2"])
+    runner, seen = PagedRunner(_load(tmp_path).model), []
+    sequence = PagedSequence(random_tokens(20, 300))
+
+    def on_layer(layer: int) -> None:
+        written = runner.kv[:, sequence.pages].isfinite()
+        assert written[: layer + 1, 0].all()
+        assert not written[layer + 1 :].any()
+        seen.append(layer)
+
+    runner.step([(sequence, 20)], on_layer)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_pages_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
+    config_class, changes, words = REFUSED[name]
+    save_random(tmp_path, config_class, changes)
+    with pytest.raises(UnsupportedModel, match=words) as raised:
+        _load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_digest(tmp_path: Path) -> None:
+    save_random(tmp_path / "a", *MODELS["olmo2"])
+    save_random(tmp_path / "b", *MODELS["olmo2"])
+    save_random(tmp_path / "c", "Olmo2Config", {"rope_parameters": LINEAR_ROPE})
+    same, other, half = _load(tmp_path / "b"), _load(tmp_path / "c"), _load(tmp_path / "a", torch.bfloat16)
+    assert _load(tmp_path / "a").digest == same.digest
+    assert len({same.digest, other.digest, half.digest}) == 3
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    save_random(tmp_path, *MODELS["olmo2"])
+    path = tmp_path / "model.safetensors"
+    weights, content = load_file(path), path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelCorrupt, match=r"model\.safetensors is not a whole safetensors file"):
+        _load(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelCorrupt, match=rf"lacks the tensor {name}"):
+        _load(tmp_path)
+    save_file({**weights, name: weights[name][1:].copy()}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelCorrupt, match=r"another shape|cannot be loaded"):
+        _load(tmp_path)
+
+
+def test_unknown_and_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random(tmp_path, *MODELS["olmo2"])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(UnsupportedModel, match=r"Olmo2ForCausalLM is not supported.*With transformers installed"):
+            _load(tmp_path)
+    path.write_text(json.dumps({**config, "model_type": "unheard-of", "architectures": ["UnheardOf"]}))
+    with pytest.raises(UnsupportedModel, match=r"UnheardOf is not supported.*transformers cannot read it either"):
+        _load(tmp_path)
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UnsupportedModel, match="quantized safetensors"):
+        _load(tmp_path)
+    path.write_text(json.dumps({**config, "architectures": ["Olmo2ForSequenceClassification"]}))
+    with pytest.raises(UnsupportedModel, match="no causal language model"):
+        _load(tmp_path)
