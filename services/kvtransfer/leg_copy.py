@@ -99,3 +99,15 @@ def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
 
 def _index(pages: slice) -> PageIndex:
     return int(pages.start) if pages.stop - pages.start == 1 else pages
+
+
+def same_runs(pair: LayerPair, runs: tuple[Run, ...]) -> bool:
+    """Whether both sides hold the same values, bit for bit."""
+    return all(
+        np.array_equal(
+            kept[run.target_pages, :, run.target_tokens],
+            sent[run.source_pages, :, run.source_tokens],
+        )
+        for run in runs
+        for kept, sent in zip(pair.target, pair.source, strict=True)
+    )

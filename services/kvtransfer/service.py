@@ -69,7 +69,9 @@ class KvTransfer:
         self._copier = Copier(config.copy_threads)
         landings = Landings(self._gate, self._pools.find)
         self._pulling = Pulling(config, landings, self.epoch)
-        transports: list[Transport] = [ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes)]
+        transports: list[Transport] = [
+            ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes, checked=config.checksums)
+        ]
         transports += self._pulling.transports
         if config.data_listen is not None:
             transports.append(TcpTransport(landings, self.epoch, endpoint, _tcp_config(config, config.data_listen)))

@@ -66,8 +66,9 @@ class DirectPort:
                 yield response
 
     async def close(self) -> None:
-        _direct.pop(self.service.info().endpoint, None)
-        await self.service.close()
+        """Again is no error."""
+        if _direct.pop(self.service.info().endpoint, None) is not None:
+            await self.service.close()
 
 
 class GrpcPort:

@@ -26,7 +26,11 @@ class ShmTransport:
 
     capabilities = Capabilities("shm", Reach.SAME_SERVICE)
 
-    def __init__(self, landings: Landings, copier: Copier, epoch: bytes, max_copy_bytes: int) -> None:
+    def __init__(
+        self, landings: Landings, copier: Copier, epoch: bytes, max_copy_bytes: int, *, checked: bool = False
+    ) -> None:
+        """`checked`: every copy is read again and compared."""
+        self._checked = checked
         self._landings = landings
         self._copier = copier
         self._epoch = epoch
@@ -58,7 +62,7 @@ class ShmTransport:
             return landing
         tokens = SourceTokens(request.source, request.source_page_ids, request.part)
         ways = [LegCopy(tokens, landing.shards[leg.target_index], leg, self._max_copy_bytes) for leg in landing.legs]
-        return ShmLane(self._copier, landing, ways, on_change)
+        return ShmLane(self._copier, landing, ways, on_change, checked=self._checked)
 
     async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
         """See Transport.end_attempt."""
@@ -86,7 +90,10 @@ class ShmLane:
         landing: Landing,
         ways: Sequence[LegCopy],
         on_change: Callable[[], None],
+        *,
+        checked: bool,
     ) -> None:
+        self._checked = checked
         self._copier = copier
         self._landing = landing
         self._on_change = on_change

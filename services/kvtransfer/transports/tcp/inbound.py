@@ -196,6 +196,9 @@ class Inbound(Connection):
         return count
 
     def _fail(self, put: InboundPut, error: ServiceError) -> None:
+        """The first failure is told, at once."""
+        if put.failure is not None:
+            return
         put.failure = error
         put.close()
         self._outbox.append(encode_error(put.number, error))
@@ -282,7 +285,7 @@ class Inbound(Connection):
         """Tells the sender at once, and not only with its next frame."""
         error = put.landing.refusal()
         if error is not None:
-            self.submit(lambda: self._fail(put, error) if put.failure is None else None)
+            self.submit(lambda: self._fail(put, error))
 
     def _on_loop(self, call: Callable[[], object]) -> None:
         self._reception.loop.call_soon_threadsafe(call)

@@ -44,9 +44,10 @@ class Listener:
         self._loop.add_reader(self._socket, self._incoming)
 
     async def close(self) -> None:
-        """Stops listening and ends all connections."""
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
+        """Stops listening and ends all connections. Again is no error."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
         connections = tuple(self._connections)
         for connection in connections:
             connection.cut()

@@ -1,0 +1,138 @@
+"""Two services in one process: TLS, checksums, loss of the peer, and what is shown of the link."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trustme
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
+
+from services.kvtransfer.transports.tcp import inbound_put
+from services.protocol.errors import Code, ServiceError
+from tests.kvtransfer.engine import FakeEngine
+from tests.kvtransfer.oracle import expected
+from tests.kvtransfer.port import DirectPort
+from tests.kvtransfer.streams import Watching
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@asynccontextmanager
+async def pair(near: dict[str, Any], far: dict[str, Any]) -> AsyncIterator[tuple[FakeEngine, FakeEngine]]:
+    """A sender and a receiver on services with these options."""
+    ports = DirectPort(**near), DirectPort(**far)
+    sender, receiver = FakeEngine(ports[0], "p"), FakeEngine(ports[1], "d")
+    try:
+        yield await sender.start(seed=1), await receiver.start()
+    finally:
+        sender.close()
+        receiver.close()
+        for port in ports:
+            await port.close()
+
+
+async def moves(sender: FakeEngine, receiver: FakeEngine, name: str = "r") -> None:
+    """A push with a partial page arrives."""
+    before = receiver.memory.copy()
+    address = await receiver.grant(name, 0, 10, [4, 5, 6])
+    last = await sender.push(sender.order(address, 0, 10, [1, 2, 3])).done()
+    assert (last.state, last.transport) == (pb.PUSH_STATE_COMMITTED, "tcp")
+    np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, 0, 10, [1, 2, 3], [4, 5, 6]))
+    await receiver.revoke(name)
+
+
+async def refused(sender: FakeEngine, receiver: FakeEngine, name: str = "r") -> ServiceError:
+    address = await receiver.grant(name, 0, 8, [4, 5])
+    with pytest.raises(ServiceError) as caught:
+        await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    return caught.value
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> dict[str, Any]:
+    """Options of a service that shows, and asks for, certificates of one authority."""
+    authority = trustme.CA()
+    server = authority.issue_cert("127.0.0.1", "localhost")
+    ca, cert, key = tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    server.private_key_pem.write_to_path(str(key))
+    for blob in server.cert_chain_pems:
+        blob.write_to_path(str(cert), append=True)
+    peer = {"peer_tls_ca": ca, "peer_tls_cert": cert, "peer_tls_key": key}
+    return {"tls_cert": cert, "tls_key": key, "tls_client_ca": ca, **peer}
+
+
+async def test_mutual_tls(certificates: dict[str, Any]) -> None:
+    async with pair(certificates, certificates) as (sender, receiver):
+        for number in range(3):
+            await moves(sender, receiver, f"r{number}")
+
+
+async def test_tls_without_a_certificate_to_show(certificates: dict[str, Any]) -> None:
+    stranger = {"peer_tls_ca": certificates["peer_tls_ca"]}
+    async with pair(stranger, certificates) as (sender, receiver):
+        assert (await refused(sender, receiver)).reason == "TRANSPORT_FAILED"
+
+
+async def test_tls_on_one_side_only(certificates: dict[str, Any]) -> None:
+    """Neither quietly in the clear nor a riddle: no transport, and why."""
+    for near, far in ((certificates, {}), ({}, certificates)):
+        async with pair(near, far) as (sender, receiver):
+            error = await refused(sender, receiver)
+            assert error.reason == "NO_TRANSPORT"
+            assert "TLS" in error.message
+
+
+@pytest.mark.parametrize("wanted_by", ["sender", "receiver"])
+async def test_checksums(wanted_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that arrives otherwise than it was sent is DATA_LOSS, and what it held never counts."""
+    wants: dict[str, Any] = {"checksums": True}
+    async with pair(wants if wanted_by == "sender" else {}, wants if wanted_by == "receiver" else {}) as (p, d):
+        await moves(p, d)
+        computed: Callable[..., int] = inbound_put.checksum_of
+        monkeypatch.setattr(inbound_put, "checksum_of", lambda views: computed(views) ^ 1)
+        error = await refused(p, d, "broken")
+        assert (error.code, error.reason) == (Code.DATA_LOSS, "CHECKSUM_MISMATCH")
+        watch = Watching(d.watch())
+        await watch.until(lambda events: "broken" in events)
+        assert not watch.events["broken"].committed
+        await watch.close()
+
+
+async def test_the_peer_goes_and_comes_back() -> None:
+    async with pair({}, {}) as (sender, receiver):
+        await moves(sender, receiver)
+        address = await receiver.grant("r2", 0, 8, [4, 5])
+        push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0))
+        await push.opened()
+        await receiver.port.close()
+        with pytest.raises(ServiceError) as caught:
+            await push.done()
+        assert caught.value.reason == "PEER_LOST"
+        with pytest.raises(ServiceError) as caught:
+            await sender.push(sender.order(address, 0, 8, [1, 2], attempt=2)).done()
+        assert caught.value.reason == "TRANSPORT_FAILED"
+        # Nothing is left of it at the sender, though nobody can be asked.
+        assert not await sender.end_attempt(sender.order(address, 0, 8, [1, 2]))
+        other = DirectPort()
+        successor = await FakeEngine(other, "d").start()
+        await moves(sender, successor)
+        successor.close()
+        await other.close()
+
+
+async def test_what_is_shown_of_a_link() -> None:
+    async with pair({}, {"data_listen": None}) as (sender, receiver):
+        error = await refused(sender, receiver)
+        assert error.reason == "NO_TRANSPORT"
+        assert "data port" in error.message
+    async with pair({}, {}) as (sender, receiver):
+        await moves(sender, receiver)
+        (link,) = (await sender.port.call("GetStats", pb.GetStatsRequest())).links
+        assert (link.transport, link.epoch, link.endpoint) == ("tcp", receiver.epoch, receiver.endpoint)
+        assert [speed.transport for speed in link.speeds] == ["tcp"]
