@@ -163,6 +163,9 @@ class Links:
         peer = await self._ask(endpoint)
         # Under the name that senders use: the service may call itself by another one.
         link = Link(Peer(endpoint, peer.epoch, peer.offers))
+        self._links[endpoint] = link
+        if len(self._links) > MAX_PEERS:
+            self._links.popitem(last=False)
         for transport in self.transports:
             name = transport.capabilities.name
             if name not in peer.offers:
@@ -170,15 +173,10 @@ class Links:
             try:
                 speed = await transport.probe(link.peer)
             except TransportFailed as error:
-                log.warning(
-                    "probe failed", extra={"fields": {"endpoint": endpoint, "transport": name, "why": str(error)}}
-                )
+                self.failed(link.peer, transport, error)
                 continue
             if speed is not None:
                 link.bytes_per_second[name] = speed
-        self._links[endpoint] = link
-        if len(self._links) > MAX_PEERS:
-            self._links.popitem(last=False)
         speeds = {f"{name}_bytes_per_second": round(speed) for name, speed in link.bytes_per_second.items()}
         fields = {"endpoint": endpoint, "epoch": peer.epoch.hex(), "offers": sorted(peer.offers), **speeds}
         log.info("peer met", extra={"fields": fields})
