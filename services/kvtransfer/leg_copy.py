@@ -97,17 +97,18 @@ def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
             kept[run.target_pages, :, run.target_tokens] = sent[run.source_pages, :, run.source_tokens]
 
 
-def _index(pages: slice) -> PageIndex:
-    return int(pages.start) if pages.stop - pages.start == 1 else pages
-
-
-def same_runs(pair: LayerPair, runs: tuple[Run, ...]) -> bool:
-    """Whether both sides hold the same values, bit for bit."""
-    return all(
+def same_piece(pair: LayerPair, piece: PieceCopy) -> bool:
+    """Whether both sides hold the same bytes."""
+    source, target = pair.stored_source, pair.stored_target
+    return all(np.array_equal(target[ours], source[theirs]) for ours, theirs in piece.pages) and all(
         np.array_equal(
             kept[run.target_pages, :, run.target_tokens],
             sent[run.source_pages, :, run.source_tokens],
         )
-        for run in runs
+        for run in piece.runs
         for kept, sent in zip(pair.target, pair.source, strict=True)
     )
+
+
+def _index(pages: slice) -> PageIndex:
+    return int(pages.start) if pages.stop - pages.start == 1 else pages

@@ -184,3 +184,22 @@ async def test_closing_the_service_ends_its_pushes() -> None:
     assert sender.pool.service_is_gone()
     sender.close()
     receiver.close()
+
+
+@pytest.mark.parametrize("pair", [{"checksums": True}], indirect=True)
+async def test_a_copy_that_is_not_like_its_source(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checksums on it is DATA_LOSS, and the range does not count."""
+    sender, receiver = pair
+    copy_piece = shm.copy_piece
+
+    def flipped(*arguments: object) -> None:
+        copy_piece(*arguments)  # type: ignore[arg-type]
+        receiver.tokens[1, 4, 0, 0, 0] ^= 1
+
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    with monkeypatch.context() as context:
+        context.setattr(shm, "copy_piece", flipped)
+        with pytest.raises(ServiceError) as caught:
+            await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    assert (caught.value.code, caught.value.reason) == (Code.DATA_LOSS, "CHECKSUM_MISMATCH")
+    assert (await sender.push(sender.order(address, 0, 8, [1, 2], attempt=2)).done()).bytes > 0

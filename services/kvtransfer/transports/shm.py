@@ -12,9 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 from services.kvtransfer.copier import Copier, Copy
-from services.kvtransfer.errors import InvalidPages
+from services.kvtransfer.errors import ChecksumMismatch, InvalidPages
 from services.kvtransfer.landing import Claim, Landing, Landings
-from services.kvtransfer.leg_copy import LayerPair, LegCopy, PieceCopy, SourceTokens, copy_piece
+from services.kvtransfer.leg_copy import LayerPair, LegCopy, PieceCopy, SourceTokens, copy_piece, same_piece
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
@@ -191,6 +191,8 @@ class ShmLane:
             try:
                 copy_piece(copy.pair, copy.piece)
                 num_bytes = copy.piece.num_bytes
+                if self._checked and not same_piece(copy.pair, copy.piece):
+                    raise ChecksumMismatch(f"layer {copy.layer}, tokens {copy.piece.part}")
             finally:
                 self._landing.end_write(copy.pool, num_bytes)
         except Exception as error:  # the thread must go on; whoever checks the lane gets it
