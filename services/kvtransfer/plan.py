@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
 
 WHOLE_PAGES = slice(None)
@@ -89,6 +90,18 @@ def _place(position: int, part: TokenRange, table: PageTable) -> tuple[int, int]
     """The page of a position, and which of its tokens it is."""
     index, token = divmod(position, table.page_size)
     return table.page_ids[index - part.begin // table.page_size], token
+
+
+def spans(layer: int, pages: slice, tokens: slice, layout: PageLayout, page_count: int) -> list[tuple[int, int]]:
+    """(offset, bytes) in a pool of neighbouring pages of a layer, or of tokens of one page: then one for keys and one
+    for values of each head."""
+    begin = layout.offset(layer, pages.start, page_count)
+    if tokens == WHOLE_PAGES:
+        return [(begin, (pages.stop - pages.start) * layout.layer_page_bytes)]
+    head_bytes = layout.page_size * layout.token_bytes
+    first = begin + tokens.start * layout.token_bytes
+    num_bytes = (tokens.stop - tokens.start) * layout.token_bytes
+    return [(first + head * head_bytes, num_bytes) for head in range(2 * layout.kv_head_count)]
 
 
 def _continues(last: Run, run: Run) -> bool:

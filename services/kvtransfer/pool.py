@@ -159,6 +159,11 @@ class Pool:
         assert self.memory is not None
         return self.memory.pages.array.reshape(layout.layer_count, self.shape.page_count, layout.layer_page_bytes)
 
+    @property
+    def device_address(self) -> int | None:
+        """Where the memory begins on its GPU; None: it is host memory."""
+        return None
+
     def require(self, incarnation: bytes) -> PoolMemory:
         """The memory, if the caller is the engine. Raises StaleIncarnation."""
         if self.engine is None or self.engine.incarnation != incarnation or self.memory is None:

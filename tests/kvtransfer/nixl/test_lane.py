@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,6 +13,7 @@ from services.kvtransfer.landing import Claim
 from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.transports.base import Peer, PutProgress, PutRequest, Unsupported
 from services.kvtransfer.transports.pull import lane as lane_module
+from services.kvtransfer.transports.pull.fetching import Extent, Fetch
 from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
@@ -23,6 +24,7 @@ from services.protocol.grants import AlreadyCommitted
 from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
 from services.rpc.status import RemoteError
+from tests.kvtransfer.port import PATIENCE_S
 
 LAYOUT = PageLayout(2, 1, 4, 4, Dtype.FLOAT32)
 PART = TokenRange(0, 4)
@@ -37,6 +39,7 @@ class Receiver:
         self._script = script
         self.heard: list[Said] = []
         self.silent = False
+        self.asks: list[Fetch] = []
 
     async def pull(self, endpoint: str, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
         for answer in self._script:
@@ -45,6 +48,9 @@ class Receiver:
             yield answer
         async for word in said:
             self.heard.append(word)
+            if isinstance(word, Ready):
+                for fetch in self.asks:
+                    yield fetch
             if self.silent:
                 await asyncio.Event().wait()
             if word is Last.FINISH:
@@ -59,14 +65,27 @@ class Side:
 
     name = "nixl"
 
+    offer = b"offer"
+
     def __init__(self) -> None:
         self.serving = 0
+        self.kept = False
+        self.sent: list[Sequence[Extent]] = []
+
+    async def send(self, extents: Sequence[Extent]) -> None:
+        self.sent.append(extents)
+
+    def keep(self) -> None:
+        self.kept = True
+
+    def refuses(self, source: Pool) -> None:
+        return None
 
     @asynccontextmanager
-    async def serve(self, pool: Pool) -> AsyncGenerator[bytes, None]:
+    async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[Side, None]:
         self.serving += 1
         try:
-            yield b"offer"
+            yield self
         finally:
             self.serving -= 1
 
@@ -79,9 +98,17 @@ def _transport(receiver: Receiver, side: Side | None = None) -> PullTransport:
     return PullTransport(side or Side(), receiver, HERE, "1")
 
 
-async def _open(transport: PullTransport) -> PullLane:
+async def _until_it_fails(lane: PullLane, changed: asyncio.Event) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            changed.clear()
+            lane.check()
+            await changed.wait()
+
+
+async def _open(transport: PullTransport, on_change: Callable[[], None] = lambda: None) -> PullLane:
     request = PutRequest(THERE, _pool(), (0,), PART, ADDRESS, Claim(PART, 1, "w"))
-    lane = await transport.open(request, lambda: None)
+    lane = await transport.open(request, on_change)
     assert isinstance(lane, PullLane)
     return lane
 
@@ -92,11 +119,27 @@ async def test_a_put_from_open_to_close() -> None:
     lane.post(2)
     assert await lane.finish() is True
     assert lane.check() == PutProgress(2, 64)
-    assert side.serving == 1
+    assert (side.serving, side.kept) == (1, True)
     await lane.close()
     await lane.close()
     assert (lane.num_bytes, lane.busy_s, side.serving) == (64, 0.5, 0)
     assert receiver.heard == [Ready(2), Last.FINISH]
+
+
+async def test_what_is_asked_for_is_sent_from_the_pushs_own_pages() -> None:
+    side, asked = Side(), TokenRange(1, 3)
+    receiver = Receiver(Opened(committed=False))
+    # Whoever asks for what is not computed yet, or was not offered, is cut off.
+    receiver.asks = [Fetch(0, asked), Fetch(1, PART)]
+    changed = asyncio.Event()
+    lane = await _open(_transport(receiver, side), changed.set)
+    lane.post(1)
+    with pytest.raises(PeerLost, match="asked for what was not offered"):
+        await _until_it_fails(lane, changed)
+    # Keys and values of two tokens of one head of 16 bytes each.
+    assert side.sent == [[Extent(16, 32), Extent(80, 32)]]
+    assert not side.kept
+    await lane.close()
 
 
 async def test_what_is_committed_opens_no_lane() -> None:

@@ -240,6 +240,34 @@ class PullProgress(_message.Message):
 Global___PullProgress: _TypeAlias = PullProgress  # noqa: Y015
 
 @_typing.final
+class PullFetch(_message.Message):
+    """PullFetch asks for bytes, over transports whose sender must take part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Layer. Below `layer_end` of the last PullReady."""
+    @_builtins.property
+    def range(self) -> _kv_pb2.TokenRange:
+        """Tokens, inside the range of the push."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        range: _kv_pb2.TokenRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "range", b"range"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullFetch: _TypeAlias = PullFetch  # noqa: Y015
+
+@_typing.final
 class PullFinished(_message.Message):
     """PullFinished answers `finish`; the stream ends."""
 
@@ -270,6 +298,7 @@ class PullResponse(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___PullOpened:
         """First."""
@@ -282,18 +311,23 @@ class PullResponse(_message.Message):
     def finished(self) -> Global___PullFinished:
         """Last."""
 
+    @_builtins.property
+    def fetch(self) -> Global___PullFetch:
+        """Send this over the transport; in the order of these messages."""
+
     def __init__(
         self,
         *,
         opened: Global___PullOpened | None = ...,
         progress: Global___PullProgress | None = ...,
         finished: Global___PullFinished | None = ...,
+        fetch: Global___PullFetch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "kind", b"kind", "opened", b"opened", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "finished", b"finished", "kind", b"kind", "opened", b"opened", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "kind", b"kind", "opened", b"opened", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch", b"fetch", "finished", b"finished", "kind", b"kind", "opened", b"opened", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "progress", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "progress", "finished", "fetch"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

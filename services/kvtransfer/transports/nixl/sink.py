@@ -11,17 +11,21 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.kvtransfer.errors import PeerLost, TransportFailed
+from services.kvtransfer.plan import Piece, Run
+from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlMissing, Read, ReadState, Span
 from services.kvtransfer.transports.nixl.poller import Poller
-from services.kvtransfer.transports.nixl.source import NAME, Offer
-from services.kvtransfer.transports.pull.fetching import Extent, SourcePool
+from services.kvtransfer.transports.nixl.source import NAME, Offer, refuses_gpu
+from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool, extents_of
 from services.kvtransfer.transports.pull.slots import Slots
 
 Buffer = NDArray[np.uint8]  # (buffer_bytes,)
@@ -53,8 +57,12 @@ class NixlSink:
         # Peers whose connection failed: they must be removed before they are added again.
         self._broken: set[str] = set()
 
+    def refuses(self, target: Pool) -> Unsupported | None:
+        """See SinkSide.refuses."""
+        return refuses_gpu(target)
+
     @asynccontextmanager
-    async def connect(self, source: SourcePool) -> AsyncGenerator[NixlFetcher, None]:
+    async def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AsyncGenerator[NixlFetcher, None]:
         """See SinkSide.connect. Raises TransportFailed for an offer that is none, too."""
         if self._buffers.are_spent:
             raise TransportFailed("every buffer was lost to a peer that died: restart this service")
@@ -65,7 +73,7 @@ class NixlSink:
             raise TransportFailed(str(error)) from None
         self._users[peer] += 1
         try:
-            yield NixlFetcher(self, agent, peer, offer.pool)
+            yield NixlFetcher(self, agent, peer, offer.pool, source)
         finally:
             self._users[peer] -= 1
 
@@ -129,13 +137,36 @@ class NixlSink:
 class NixlFetcher:
     """A Fetcher out of one pool."""
 
-    def __init__(self, sink: NixlSink, agent: Agent, peer: str, pool: Span) -> None:
-        self._sink, self._agent, self._peer, self._pool = sink, agent, peer, pool
+    def __init__(self, sink: NixlSink, agent: Agent, peer: str, pool: Span, source: SourcePool) -> None:
+        self._sink, self._agent, self._peer, self._pool, self._source = sink, agent, peer, pool, source
 
-    def fetch(self, extents: Sequence[Extent]) -> AbstractAsyncContextManager[Buffer]:
+    @asynccontextmanager
+    async def fetch(self, layer: int, piece: Piece) -> AsyncGenerator[NixlFetched, None]:
         """See Fetcher.fetch."""
+        extents = extents_of(layer, piece.runs, self._source.layout, self._source.page_count)
         remote = [Span(self._pool.address + extent.offset, extent.num_bytes) for extent in extents]
-        return self._sink.read(self._agent, self._peer, remote)
+        async with self._sink.read(self._agent, self._peer, remote) as data:
+            yield NixlFetched(data)
+
+    def keep(self) -> None:
+        """See Fetcher.keep. Connections are kept for as long as they work."""
+
+
+@dataclass(frozen=True, slots=True)
+class NixlFetched:
+    """Fetched bytes, (num_bytes,)."""
+
+    data: Buffer
+
+    def place(self, pool: Pool, layer: int, runs: Sequence[Run]) -> None:
+        """See Fetched.place."""
+        layout, pages = pool.shape.layout, pool.pages[layer]
+        tokens = pages.reshape(-1, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
+        begin = 0
+        for run in runs:
+            target = pages[run.target_pages] if run.whole else tokens[run.target_pages, :, run.target_tokens]
+            target[...] = self.data[begin : begin + target.size].reshape(target.shape)
+            begin += target.size
 
 
 def _spread(address: int, spans: Sequence[Span]) -> list[Span]:

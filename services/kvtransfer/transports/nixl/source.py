@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import struct
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.kvtransfer.errors import TransportFailed
+from services.kvtransfer.errors import PeerLost, TransportFailed
 from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlMissing, Span
 from services.kvtransfer.transports.nixl.poller import Poller
+from services.kvtransfer.transports.pull.fetching import Extent
 
 NAME = "nixl"
 _HEAD = struct.Struct("!4sQQ")
@@ -38,6 +40,25 @@ class Offer:
         return cls(Span(address, num_bytes), data[_HEAD.size :])
 
 
+@dataclass(frozen=True, slots=True)
+class NixlServed:
+    """A Served whose receiver needs nobody's help."""
+
+    offer: bytes
+
+    async def send(self, extents: Sequence[Extent]) -> None:
+        """See Served.send. A receiver that asks is no receiver of this transport."""
+        raise PeerLost("a receiver that reads by itself asked to be sent something")
+
+    def keep(self) -> None:
+        """See Served.keep. Connections are the library's."""
+
+
+def refuses_gpu(pool: Pool) -> Unsupported | None:
+    """Only host memory is registered with the library so far."""
+    return None if pool.device_address is None else Unsupported("the pool is in memory of a GPU")
+
+
 class NixlSource:
     """A SourceSide. Each pool has an agent of its own, made with its first push, so that metadata never changes."""
 
@@ -50,13 +71,17 @@ class NixlSource:
         self._epoch = epoch
         self._offers: weakref.WeakKeyDictionary[Pool, tuple[Agent, Offer]] = weakref.WeakKeyDictionary()
 
+    def refuses(self, source: Pool) -> Unsupported | None:
+        """See SourceSide.refuses."""
+        return refuses_gpu(source)
+
     @asynccontextmanager
-    async def serve(self, pool: Pool) -> AsyncGenerator[bytes, None]:
+    async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NixlServed, None]:
         """See SourceSide.serve."""
         agent, offer = await self._registered(pool)
         self._poller.watch(agent, 1)
         try:
-            yield offer.encode()
+            yield NixlServed(offer.encode())
         finally:
             self._poller.watch(agent, -1)
 

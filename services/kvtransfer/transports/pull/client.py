@@ -10,9 +10,10 @@ import grpc.aio
 from microserve.kvtransfer.v1 import peer_pb2 as pb
 from microserve.kvtransfer.v1 import peer_pb2_grpc as pb_grpc
 
-from services.kvtransfer.convert import address_message, layout_message, range_message
+from services.kvtransfer.convert import address_message, layout_message, range_message, to_range
 from services.kvtransfer.errors import KvTransferError
 from services.kvtransfer.landing import Claim
+from services.kvtransfer.transports.pull.fetching import Fetch
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
 from services.protocol.address import KvAddress
@@ -129,6 +130,8 @@ def _answer(response: pb.PullResponse) -> Answer:
     match response.WhichOneof("kind"):
         case "opened":
             return Opened(response.opened.committed)
+        case "fetch":
+            return Fetch(response.fetch.layer, to_range(response.fetch.range))
         case "finished":
             return Finished(response.finished.committed)
         case _:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from services.kvtransfer.plan import Run
+from services.kvtransfer.plan import Piece, Run, spans
 from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Unsupported
 from services.protocol.layout import PageLayout
+from services.protocol.ranges import TokenRange
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePool:
-    """The sender's pool as the receiver knows it. `offer` is what SourceSide.offer made."""
+    """The sender's pool as the receiver knows it. `offer` is Served.offer."""
 
     layout: PageLayout
     page_count: int
@@ -32,14 +31,32 @@ class Extent:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What a transport asks the sending service to send: a part of one layer, in the order of extents_of."""
+
+    layer: int
+    part: TokenRange
+
+
+class Fetched(Protocol):
+    """Bytes of the source in a buffer of the receiving service."""
+
+    def place(self, pool: Pool, layer: int, runs: Sequence[Run]) -> None:
+        """Copies them to the target side of `runs`; returns when they are there. Any thread."""
+
+
 class Fetcher(Protocol):
-    """Fetches out of one source pool."""
+    """Fetches out of one source pool, for one pull."""
 
-    def fetch(self, extents: Sequence[Extent]) -> AbstractAsyncContextManager[NDArray[np.uint8]]:
-        """Inside, the extents of the source pool, one after the other, in a buffer of the receiving service.
+    def fetch(self, layer: int, piece: Piece) -> AbstractAsyncContextManager[Fetched]:
+        """Inside, the source side of the piece. Raises PeerLost.
 
-        Raises PeerLost. Cancelling leaves a buffer that nobody else gets before it is written no more.
+        Cancelling leaves a buffer that nobody else gets before it is written no more.
         """
+
+    def keep(self) -> None:
+        """The pull ended well on both sides: what connects them may be used again."""
 
 
 class SinkSide(Protocol):
@@ -53,8 +70,25 @@ class SinkSide(Protocol):
     def buffer_bytes(self) -> int:
         """The most that one fetch may bring."""
 
-    def connect(self, source: SourcePool) -> AbstractAsyncContextManager[Fetcher]:
-        """Inside, the source can be fetched from. Raises TransportFailed."""
+    def refuses(self, target: Pool) -> Unsupported | None:
+        """Why it cannot bring anything into this pool, or None if it can."""
+
+    def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AbstractAsyncContextManager[Fetcher]:
+        """Inside, the source can be fetched from; `ask` reaches Served.send. Raises TransportFailed."""
+
+
+class Served(Protocol):
+    """A pool that can be fetched from, for one push."""
+
+    @property
+    def offer(self) -> bytes:
+        """What SinkSide.connect must know."""
+
+    async def send(self, extents: Sequence[Extent]) -> None:
+        """What the receiver asked for. Raises PeerLost."""
+
+    def keep(self) -> None:
+        """See Fetcher.keep."""
 
 
 class SourceSide(Protocol):
@@ -64,33 +98,17 @@ class SourceSide(Protocol):
     def name(self) -> str:
         """The transport's."""
 
-    def serve(self, pool: Pool) -> AbstractAsyncContextManager[bytes]:
-        """Inside, the pool can be fetched from by whoever has the offer given. Raises TransportFailed."""
+    def refuses(self, source: Pool) -> Unsupported | None:
+        """Why nothing can be fetched from this pool, or None if it can."""
+
+    def serve(self, pool: Pool, endpoint: str) -> AbstractAsyncContextManager[Served]:
+        """Inside, the service at `endpoint` can fetch from the pool. Raises TransportFailed."""
 
 
 def extents_of(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int) -> list[Extent]:
-    """Where the source side of a piece lies in its pool, in the order in which `place` takes the bytes."""
-    extents = []
-    for run in runs:
-        begin = layout.offset(layer, run.source_pages.start, page_count)
-        num_pages = run.source_pages.stop - run.source_pages.start
-        if run.whole:
-            extents.append(Extent(begin, num_pages * layout.layer_page_bytes))
-            continue
-        # One extent for keys and one for values of each head.
-        head_bytes = layout.page_size * layout.token_bytes
-        first, num_tokens = run.source_tokens.start, run.source_tokens.stop - run.source_tokens.start
-        for head in range(2 * layout.kv_head_count):
-            offset = begin + head * head_bytes + first * layout.token_bytes
-            extents.append(Extent(offset, num_tokens * layout.token_bytes))
-    return extents
-
-
-def place(data: NDArray[np.uint8], pages: NDArray[np.uint8], runs: Sequence[Run], layout: PageLayout) -> None:
-    """Copies fetched bytes, (num_bytes,), to the target side of a piece; `pages` (page_count, layer_page_bytes)."""
-    tokens = pages.reshape(-1, 2 * layout.kv_head_count, layout.page_size, layout.token_bytes)
-    begin = 0
-    for run in runs:
-        target = pages[run.target_pages] if run.whole else tokens[run.target_pages, :, run.target_tokens]
-        target[...] = data[begin : begin + target.size].reshape(target.shape)
-        begin += target.size
+    """Where the source side of a piece lies in its pool, in the order in which they are fetched."""
+    return [
+        Extent(offset, num_bytes)
+        for run in runs
+        for offset, num_bytes in spans(layer, run.source_pages, run.source_tokens, layout, page_count)
+    ]

@@ -10,9 +10,10 @@ from typing import Protocol
 
 from services.kvtransfer.errors import PeerLost, TransportFailed
 from services.kvtransfer.landing import Claim
+from services.kvtransfer.plan import PageTable, plan_pieces
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
-from services.kvtransfer.transports.pull.fetching import SourcePool, SourceSide
+from services.kvtransfer.transports.pull.fetching import Fetch, Served, SourcePool, SourceSide, extents_of
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
 from services.protocol.address import KvAddress
@@ -60,7 +61,7 @@ class PullTransport:
             return Unsupported("the receiving service does not offer it")
         if address.layout != source.shape.layout or len(address.shards) > 1:
             return Unsupported("sender and receiver arrange their pages differently")
-        return None
+        return self._side.refuses(source)
 
     async def probe(self, peer: Peer) -> float | None:
         """See Transport.probe. Offered only where somebody asked for it, so it is not held against others."""
@@ -69,8 +70,8 @@ class PullTransport:
     async def open(self, request: PutRequest, on_change: Callable[[], None]) -> PullLane | AlreadyCommitted:
         """See Transport.open."""
         async with AsyncExitStack() as stack:
-            offer = await stack.enter_async_context(self._side.serve(request.source))
-            lane = PullLane(self._caller, request, self.capabilities.name, offer, on_change)
+            served = await stack.enter_async_context(self._side.serve(request.source, request.peer.endpoint))
+            lane = PullLane(self._caller, request, self.capabilities.name, served, on_change)
             stack.push_async_callback(lane.close)
             try:
                 committed = await lane.opened()
@@ -95,10 +96,13 @@ class PullLane:
     """A put under way."""
 
     def __init__(
-        self, caller: PullCaller, request: PutRequest, transport: str, offer: bytes, on_change: Callable[[], None]
+        self, caller: PullCaller, request: PutRequest, transport: str, served: Served, on_change: Callable[[], None]
     ) -> None:
         shape = request.source.shape
-        source = SourcePool(shape.layout, shape.page_count, offer)
+        source = SourcePool(shape.layout, shape.page_count, served.offer)
+        self._served = served
+        self._posted = 0
+        self._sending: set[asyncio.Task[None]] = set()
         self._opening = PullOpen(
             request.address, request.claim, request.part, source, request.source_page_ids, transport
         )
@@ -131,6 +135,7 @@ class PullLane:
 
     def post(self, layer_end: int) -> None:
         """See Lane.post."""
+        self._posted = max(self._posted, layer_end)
         self._to_say.put_nowait(Ready(layer_end))
 
     def check(self) -> PutProgress:
@@ -144,7 +149,9 @@ class PullLane:
         self._to_say.put_nowait(Last.FINISH)
         try:
             async with asyncio.timeout(_FINISH_TIMEOUT_S):
-                return await asyncio.shield(self._finished)
+                committed = await asyncio.shield(self._finished)
+                self._served.keep()
+                return committed
         except TimeoutError:
             raise PeerLost("the receiving service did not confirm the last byte") from None
 
@@ -155,6 +162,10 @@ class PullLane:
             await asyncio.wait([self._task], timeout=_LEAVE_TIMEOUT_S)
             self._task.cancel()
             await asyncio.wait([self._task])
+        while self._sending:
+            for task in self._sending:
+                task.cancel()
+            await asyncio.wait(self._sending)
         held, self._held = self._held, AsyncExitStack()
         await held.aclose()
 
@@ -183,9 +194,27 @@ class PullLane:
                 self._opened.set_result(answer.committed)
             case PullState():
                 self._state = answer
-            case Finished():
+            case Fetch():
+                task = asyncio.create_task(self._send(answer))
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
+            case Finished() if not self._finished.done():
                 self._finished.set_result(answer.committed)
         self._on_change()
+
+    async def _send(self, fetch: Fetch) -> None:
+        """What the receiver asked for, if it is what this push offers and computed."""
+        part, layout = self._opening.part, self._opening.source.layout
+        try:
+            if not (0 <= fetch.layer < self._posted and fetch.part and part.contains(fetch.part)):
+                raise PeerLost("the receiving service asked for what was not offered")
+            indices, first = fetch.part.page_indices(layout.page_size), part.begin // layout.page_size
+            page_ids = self._opening.source_page_ids[indices.start - first : indices.stop - first]
+            table, whole_bytes = PageTable(page_ids, layout.page_size), layout.layer_page_bytes * len(page_ids)
+            (piece,) = plan_pieces(fetch.part, table, table, layout.layer_page_bytes // layout.page_size, whole_bytes)
+            await self._served.send(extents_of(fetch.layer, piece.runs, layout, self._opening.source.page_count))
+        except ServiceError as error:
+            self._over(error)
 
     def _over(self, why: ServiceError) -> None:
         """The stream has ended; whoever waits for an answer learns why."""

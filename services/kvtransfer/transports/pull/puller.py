@@ -9,13 +9,10 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from services.kvtransfer.errors import InvalidRequest
 from services.kvtransfer.landing import Landing
 from services.kvtransfer.plan import Piece
-from services.kvtransfer.transports.pull.fetching import Fetcher, SourcePool, extents_of, place
+from services.kvtransfer.transports.pull.fetching import Fetched, Fetcher
 
 # Pieces of one push that are fetched or copied at once: enough that the network never waits for a copy.
 WINDOW = 4
@@ -36,14 +33,12 @@ class Puller:
     def __init__(
         self,
         landing: Landing,
-        source: SourcePool,
         pieces: tuple[Piece, ...],
         fetcher: Fetcher,
         copiers: Executor,
         on_change: Callable[[], None],
     ) -> None:
         self._landing = landing
-        self._source = source
         self._pieces = pieces
         self._fetcher = fetcher
         self._copiers = copiers
@@ -82,7 +77,9 @@ class Puller:
         """After the last layer is in place: as Landing.mark_in_place. Raises InvalidRequest before."""
         if self._layers_done < self._layout.layer_count:
             raise InvalidRequest("`finish` comes after the last layer")
-        return self._landing.mark_in_place()
+        committed = self._landing.mark_in_place()
+        self._fetcher.keep()
+        return committed
 
     async def close(self) -> None:
         """No further copy begins; returns when none is under way. Fetches that are still moving end in their buffers.
@@ -113,9 +110,8 @@ class Puller:
 
     async def _move(self, layer: int, piece: Piece) -> None:
         begin_s = time.perf_counter()
-        extents = extents_of(layer, piece.runs, self._source.layout, self._source.page_count)
-        async with self._fetcher.fetch(extents) as data:
-            copy = asyncio.get_running_loop().run_in_executor(self._copiers, self._copy, layer, piece, data)
+        async with self._fetcher.fetch(layer, piece) as fetched:
+            copy = asyncio.get_running_loop().run_in_executor(self._copiers, self._copy, layer, piece, fetched)
             await _to_the_end(copy)
         self._busy_s += time.perf_counter() - begin_s
         self._num_bytes += piece.num_bytes
@@ -124,12 +120,12 @@ class Puller:
             self._layers_done += 1
         self._on_change()
 
-    def _copy(self, layer: int, piece: Piece, data: NDArray[np.uint8]) -> None:
+    def _copy(self, layer: int, piece: Piece, fetched: Fetched) -> None:
         """On a thread of its own: the only place where bytes of a pull enter a page."""
         self._landing.begin_write(piece.part)
         num_bytes = 0
         try:
-            place(data, self._pool.pages[layer], piece.runs, self._layout)
+            fetched.place(self._pool, layer, piece.runs)
             num_bytes = piece.num_bytes
         finally:
             self._landing.end_write(self._pool, num_bytes)

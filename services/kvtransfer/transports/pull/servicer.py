@@ -10,9 +10,9 @@ import grpc.aio
 from microserve.kvtransfer.v1 import peer_pb2 as pb
 from microserve.kvtransfer.v1 import peer_pb2_grpc as pb_grpc
 
-from services.kvtransfer.convert import to_address, to_claim, to_layout, to_range
+from services.kvtransfer.convert import range_message, to_address, to_claim, to_layout, to_range
 from services.kvtransfer.errors import InvalidRequest
-from services.kvtransfer.transports.pull.fetching import SourcePool
+from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import (
     Answer,
@@ -78,6 +78,8 @@ def _response(answer: Answer) -> pb.PullResponse:
     match answer:
         case Opened():
             return pb.PullResponse(opened=pb.PullOpened(committed=answer.committed))
+        case Fetch():
+            return pb.PullResponse(fetch=pb.PullFetch(layer=answer.layer, range=range_message(answer.part)))
         case Finished():
             return pb.PullResponse(finished=pb.PullFinished(committed=answer.committed))
         case PullState():

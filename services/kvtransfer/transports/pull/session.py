@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from enum import Enum
 from services.kvtransfer.errors import InvalidRequest, NoTransport, PushStalled
 from services.kvtransfer.landing import Claim, Landing, Landings
 from services.kvtransfer.plan import PageTable, plan_pieces
-from services.kvtransfer.transports.pull.fetching import SinkSide, SourcePool
+from services.kvtransfer.transports.pull.fetching import Fetch, SinkSide, SourcePool
 from services.kvtransfer.transports.pull.puller import Puller, PullState
 from services.protocol.address import KvAddress
 from services.protocol.errors import LayoutMismatch
@@ -61,7 +62,7 @@ class Finished:
 
 
 Said = Ready | Last
-Answer = Opened | PullState | Finished
+Answer = Opened | Fetch | PullState | Finished
 
 
 class PullSessions:
@@ -90,9 +91,15 @@ class PullSessions:
         sink = self._sinks.get(opening.transport)
         if sink is None:
             raise NoTransport(f"this service does not offer {opening.transport!r}")
-        self._check(opening)
+        self._check(opening, sink)
+        news, asked = asyncio.Event(), deque[Fetch]()
+
+        def ask(fetch: Fetch) -> None:
+            asked.append(fetch)
+            news.set()
+
         # Before the attempt: if this transport cannot, another one may still open it.
-        async with sink.connect(opening.source) as fetcher:
+        async with sink.connect(opening.source, ask) as fetcher:
             landing = await self._landings.open(opening.address, opening.claim, opening.part, opening.address.whole)
             yield Opened(committed=isinstance(landing, AlreadyCommitted))
             if isinstance(landing, AlreadyCommitted):
@@ -102,21 +109,20 @@ class PullSessions:
             source, target = (PageTable(ids, layout.page_size) for ids in (opening.source_page_ids, shard.page_ids))
             token_bytes = layout.layer_page_bytes // layout.page_size
             pieces = plan_pieces(opening.part, source, target, token_bytes, max_bytes)
-            news = asyncio.Event()
-            puller = Puller(landing, opening.source, pieces, fetcher, self._copiers, news.set)
-            async with contextlib.aclosing(self._follow(landing, puller, said, news)) as answers:
+            puller = Puller(landing, pieces, fetcher, self._copiers, news.set)
+            async with contextlib.aclosing(self._follow(landing, puller, said, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
 
     async def _follow(
-        self, landing: Landing, puller: Puller, said: AsyncIterator[Said], news: asyncio.Event
+        self, landing: Landing, puller: Puller, said: AsyncIterator[Said], news: asyncio.Event, asked: deque[Fetch]
     ) -> AsyncGenerator[Answer, None]:
         listener = asyncio.create_task(_listen(said, puller.post, news.set))
         word: Last | None = None
         try:
-            async with contextlib.aclosing(self._progress(puller, listener, news)) as states:
-                async for state in states:
-                    yield state
+            async with contextlib.aclosing(self._progress(puller, listener, news, asked)) as answers:
+                async for answer in answers:
+                    yield answer
             word = listener.result()
             if word is Last.FINISH:
                 yield Finished(puller.finish())
@@ -128,11 +134,13 @@ class PullSessions:
                 await landing.gate.drop_attempt(landing.attempt)
 
     async def _progress(
-        self, puller: Puller, listener: asyncio.Task[Last], news: asyncio.Event
-    ) -> AsyncGenerator[PullState, None]:
-        """The newest state whenever there is news, until the sender has said its last word."""
+        self, puller: Puller, listener: asyncio.Task[Last], news: asyncio.Event, asked: deque[Fetch]
+    ) -> AsyncGenerator[Fetch | PullState, None]:
+        """What is asked for and the newest state, whenever there is news, until the sender has said its last word."""
         last: PullState | None = None
         while True:
+            while asked:
+                yield asked.popleft()
             state = puller.check()
             if state != last:
                 yield state
@@ -150,12 +158,15 @@ class PullSessions:
         """Gives an attempt up; as Landings.end."""
         return await self._landings.end(address, claim)
 
-    def _check(self, opening: PullOpen) -> None:
+    def _check(self, opening: PullOpen, sink: SinkSide) -> None:
         """The sender's half of an opening; Landings.open checks the other."""
         source = opening.source
         shards = self._landings.check(opening.address, opening.claim, opening.part)
         if len(shards) != 1 or source.layout != opening.address.layout:
             raise LayoutMismatch("this transport moves whole models between equal arrangements only")
+        refusal = sink.refuses(shards[0].pool)
+        if refusal is not None:
+            raise NoTransport(refusal.why)
         if not opening.part:
             raise InvalidRequest("a push of nothing")
         shards[0].pool.shape.with_pages(source.page_count).check_pages(opening.source_page_ids, opening.part)

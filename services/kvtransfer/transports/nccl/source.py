@@ -1,0 +1,105 @@
+"""The sending end: gathers what the receiver asks for and sends it over the push's communicator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+from services.kvtransfer.errors import TransportFailed
+from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Unsupported
+from services.kvtransfer.transports.cuda_ipc.device import Copy
+from services.kvtransfer.transports.nccl.buffers import Buffers
+from services.kvtransfer.transports.nccl.communicator import Communicator
+from services.kvtransfer.transports.nccl.library import NcclFailed
+from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
+from services.kvtransfer.transports.pull.fetching import Extent
+
+# Links to one service that stay connected between pushes.
+MAX_IDLE = 4
+
+
+class NcclSource:
+    """A SourceSide. Belongs to the running loop; close it."""
+
+    name = NAME
+
+    def __init__(self, buffers: Buffers, new_id: Callable[[], bytes], make_link: Callable[[bytes, int], Link]) -> None:
+        """`new_id` raises NcclFailed. `make_link(unique_id, rank)` begins to connect."""
+        self._buffers = buffers
+        self._new_id = new_id
+        self._make_link = make_link
+        self._idle: defaultdict[str, list[Link]] = defaultdict(list)
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def refuses(self, source: Pool) -> Unsupported | None:
+        """See SourceSide.refuses."""
+        return refuses_host(source)
+
+    @asynccontextmanager
+    async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NcclServed, None]:
+        """See SourceSide.serve."""
+        idle = self._idle[endpoint]
+        try:
+            fresh = not idle
+            link = self._make_link(self._new_id(), 0) if fresh else idle.pop()
+        except NcclFailed as error:
+            raise TransportFailed(str(error)) from None
+        assert pool.device_address is not None
+        served = NcclServed(self._buffers, link, pool.device_address, Offer(link.unique_id, fresh).encode())
+        try:
+            yield served
+        finally:
+            if served.is_kept and len(idle) < MAX_IDLE:
+                idle.append(link)
+            else:
+                task = asyncio.create_task(link.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Aborts every link."""
+        links = [link for links in self._idle.values() for link in links]
+        self._idle.clear()
+        await asyncio.gather(*self._closing, *(link.close() for link in links))
+
+
+class NcclServed:
+    """A Served over a link of its own."""
+
+    def __init__(self, buffers: Buffers, link: Link, pool_address: int, offer: bytes) -> None:
+        self.offer = offer
+        self.is_kept = False
+        self._buffers = buffers
+        self._link = link
+        self._pool_address = pool_address
+        # The other side receives in the order in which it asked, so nobody overtakes in the wait for a buffer.
+        self._in_order = asyncio.Lock()
+
+    async def send(self, extents: Sequence[Extent]) -> None:
+        """See Served.send."""
+
+        def start(buffer: int) -> asyncio.Future[None]:
+            return self._link.run(partial(self._send, extents, buffer))
+
+        async with self._in_order, self._buffers.used_by(start):
+            pass
+
+    def keep(self) -> None:
+        """See Served.keep."""
+        self.is_kept = True
+
+    def _send(self, extents: Sequence[Extent], buffer: int, communicator: Communicator) -> None:
+        copies, end = [], buffer
+        for extent in extents:
+            copies.append(Copy(end, self._pool_address + extent.offset, extent.num_bytes))
+            end += extent.num_bytes
+        communicator.send(copies, buffer, end - buffer)
+
+
+def refuses_host(pool: Pool) -> Unsupported | None:
+    """NCCL moves device memory only."""
+    return Unsupported("the pool is in host memory") if pool.device_address is None else None
