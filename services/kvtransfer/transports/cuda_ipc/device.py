@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.rpc.cuda_driver import CudaDriver
 
-class CudaMissing(Exception):
-    """There is no CUDA driver or no GPU to use; the message is a clause for people."""
-
-
-class CudaFailed(Exception):
-    """The driver refused a call."""
+# CU_STREAM_NON_BLOCKING: it does not wait for the default stream, nor that for it.
+_NON_BLOCKING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +53,53 @@ class Device(Protocol):
 
     def free(self, address: int) -> None:
         """Gives it back."""
+
+
+class CudaDevice:
+    """Device by the driver."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+
+    def new_stream(self) -> CudaStream:
+        """See Device."""
+        return CudaStream(self._driver)
+
+    def allocate(self, num_bytes: int) -> int:
+        """See Device."""
+        address = ctypes.c_uint64()
+        self._driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
+        return address.value
+
+    def free(self, address: int) -> None:
+        """See Device."""
+        self._driver.call("cuMemFree_v2", address)
+
+
+class CudaStream:
+    """Stream by the driver."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        """Raises CudaFailed."""
+        stream = ctypes.c_void_p()
+        driver.call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        assert stream.value is not None
+        self.handle = stream.value
+        self._driver = driver
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """See Stream."""
+        for copy in copies:
+            self._driver.call("cuMemcpyDtoDAsync_v2", copy.target, copy.source, copy.num_bytes, self.handle)
+
+    def is_idle(self) -> bool:
+        """See Stream."""
+        return self._driver.is_idle(self.handle)
+
+    def synchronize(self) -> None:
+        """See Stream."""
+        self._driver.call("cuStreamSynchronize", self.handle)
+
+    def close(self) -> None:
+        """See Stream."""
+        self._driver.call("cuStreamDestroy_v2", self.handle)

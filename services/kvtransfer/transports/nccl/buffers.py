@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 from services.kvtransfer.errors import PeerLost
-from services.kvtransfer.transports.cuda_ipc.device import CudaFailed, Device
+from services.kvtransfer.transports.cuda_ipc.device import Device
 from services.kvtransfer.transports.nccl.communicator import CommunicatorLost
 from services.kvtransfer.transports.pull.slots import Slots
+from services.rpc.cuda_driver import CudaFailed
 
 # In all; made as they are needed. One that a stuck stream may still touch is lost.
 NUM_BUFFERS = 32

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from services.kvtransfer.transports.cuda_ipc.device import Copy, CudaFailed, Stream
+from services.kvtransfer.transports.cuda_ipc.device import Copy, Stream
 from services.kvtransfer.transports.nccl.library import CommunicatorState, Nccl, NcclFailed
+from services.rpc.cuda_driver import CudaFailed
 
 
 class CommunicatorLost(Exception):

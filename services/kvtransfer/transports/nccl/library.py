@@ -102,9 +102,11 @@ def read_build(path: Path) -> Build:
     """Reads the version out of the file, because the library itself does not tell its CUDA. Raises NcclMissing."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = _BUILD.search(content)
-    if found is None:
+        # A match reads from the mapping, which ends here.
+        numbers = [int(group) for group in found.groups()] if found is not None else []
+    if not numbers:
         raise NcclMissing(f"{path} does not say which NCCL it is")
-    major, minor, patch, cuda_major = map(int, found.groups())
+    major, minor, patch, cuda_major = numbers
     return Build((major, minor, patch), cuda_major)
 
 
@@ -113,9 +115,7 @@ def check_build(build: Build, driver_cuda_major: int) -> None:
     if build.version < OLDEST_VERSION:
         raise NcclMissing(f"NCCL {build} is older than {'.'.join(map(str, OLDEST_VERSION))}")
     if build.cuda_major > driver_cuda_major:
-        raise NcclMissing(
-            f"NCCL {build} needs a driver for CUDA {build.cuda_major}, this one is for {driver_cuda_major}"
-        )
+        raise NcclMissing(f"NCCL {build} needs a driver for CUDA {build.cuda_major}, not {driver_cuda_major}")
 
 
 class _UniqueId(ctypes.Structure):

@@ -1,0 +1,72 @@
+"""A GPU without a GPU: device memory is host memory, and streams do their work when the test lets them."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.kvtransfer.transports.cuda_ipc.device import Copy
+from services.rpc.cuda_driver import CudaFailed
+
+
+class FakeStream:
+    """See device.Stream. While it is held nothing that is queued happens."""
+
+    def __init__(self, handle: int, log: list[str]) -> None:
+        self.handle = handle
+        self.log = log
+        self.held = False
+        self.fails = False
+        self._queued: list[Callable[[], None]] = []
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        self.log.append(f"copy {sum(copy.num_bytes for copy in copies)}")
+        for copy in copies:
+            self.queue(lambda copy=copy: ctypes.memmove(copy.target, copy.source, copy.num_bytes))
+
+    def queue(self, work: Callable[[], object]) -> None:
+        self._queued.append(lambda: work() and None)
+        self._run()
+
+    def is_idle(self) -> bool:
+        if self.fails:
+            raise CudaFailed("the stream failed")
+        self._run()
+        return not self._queued
+
+    def synchronize(self) -> None:
+        assert self.is_idle(), "a test that holds a stream does not wait for it"
+
+    def close(self) -> None:
+        self.log.append("close stream")
+
+    def _run(self) -> None:
+        while self._queued and not self.held:
+            self._queued.pop(0)()
+
+
+class FakeDevice:
+    """See device.Device."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.streams: list[FakeStream] = []
+        self.log: list[str] = []
+        self._lock = threading.Lock()
+
+    def new_stream(self) -> FakeStream:
+        with self._lock:
+            self.streams.append(FakeStream(len(self.streams) + 1, self.log))
+            return self.streams[-1]
+
+    def allocate(self, num_bytes: int) -> int:
+        memory = np.zeros(num_bytes, np.uint8)
+        self.memory[memory.ctypes.data] = memory
+        return memory.ctypes.data
+
+    def free(self, address: int) -> None:
+        del self.memory[address]

@@ -1,0 +1,225 @@
+"""Pushes over NCCL between two services of this process. Only the library and the GPU are fakes; time is real, because
+nothing here waits for a deadline but where a test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from services.kvtransfer.convert import to_address
+from services.kvtransfer.errors import PeerLost, TransportFailed
+from services.kvtransfer.landing import Claim, Landings
+from services.kvtransfer.pool import Pool
+from services.kvtransfer.transports.base import Peer, PutRequest
+from services.kvtransfer.transports.cuda_ipc.copies import ThreadStreams
+from services.kvtransfer.transports.nccl.buffers import Buffers
+from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
+from services.kvtransfer.transports.nccl.link import Link
+from services.kvtransfer.transports.nccl.sink import NcclSink
+from services.kvtransfer.transports.nccl.source import NcclSource
+from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
+from services.kvtransfer.transports.pull.session import Answer, PullOpen, PullSessions, Said
+from services.protocol.address import KvAddress
+from services.protocol.errors import ReservationGone, ServiceError
+from services.protocol.ranges import TokenRange
+from tests.kvtransfer.cuda.fake_device import FakeDevice
+from tests.kvtransfer.engine import FakeEngine
+from tests.kvtransfer.nccl.fake_nccl import FakeNccl
+from tests.kvtransfer.oracle import expected
+from tests.kvtransfer.port import PATIENCE_S, DirectPort
+
+PAGES, TARGET = [1, 2], [4, 5]
+BUFFER_BYTES = 1 << 16
+
+
+class Caller:
+    """A PullCaller that hands a stream to the receiver's sessions without a wire."""
+
+    def __init__(self, sessions: PullSessions) -> None:
+        self._sessions = sessions
+
+    async def pull(self, endpoint: str, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
+        stream = self._sessions.serve(opening, said)
+        try:
+            async for answer in stream:
+                yield answer
+        finally:
+            await stream.aclose()
+
+    async def end(self, endpoint: str, address: KvAddress, claim: Claim) -> bool:
+        return await self._sessions.end(address, claim)
+
+
+class Scene:
+    """A sender's service and a receiver's."""
+
+    def __init__(self, near: DirectPort, far: DirectPort, sender: FakeEngine, receiver: FakeEngine) -> None:
+        self.sender, self.receiver = sender, receiver
+        self.device = FakeDevice()
+        self.nccl = FakeNccl(self.device)
+        self.timeout_s = PATIENCE_S
+        self.source_pool = near.service._pools.find(sender.pool_id)
+        self.before = receiver.memory.copy()
+        buffers = Buffers(self.device, BUFFER_BYTES)
+        self.source = NcclSource(buffers, self.nccl.unique_id, self._link)
+        self.sink = NcclSink(Buffers(self.device, BUFFER_BYTES), ThreadStreams(self.device), self._link)
+        self.copiers = ThreadPoolExecutor(2)
+        landings = Landings(far.service._gate, far.service._pools.find)
+        # A buffer's worth at a time, so that a layer takes several sends.
+        sessions = PullSessions(landings, {"nccl": self.sink}, self.copiers, 256, PATIENCE_S)
+        self.transport = PullTransport(self.source, Caller(sessions), b"near", "nccl 2.30.0")
+
+    async def open(self, reservation: str = "r", attempt: int = 1) -> PullLane:
+        address = to_address(await self.receiver.grant(reservation, 0, 8, TARGET))
+        part = TokenRange(0, 8)
+        request = PutRequest(
+            Peer("far:1", b"far", {"nccl": "nccl 2.30.0"}),
+            self.source_pool,
+            tuple(PAGES),
+            part,
+            address,
+            Claim(part, attempt, "w"),
+        )
+        self.changed = asyncio.Event()
+        lane = await self.transport.open(request, self.changed.set)
+        assert isinstance(lane, PullLane)
+        return lane
+
+    async def layers(self, lane: PullLane, count: int) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                self.changed.clear()
+                if lane.check().layers_done >= count:
+                    return
+                await self.changed.wait()
+
+    async def fails(self, lane: PullLane) -> ServiceError:
+        with pytest.raises(ServiceError) as caught:
+            await self.layers(lane, 99)
+        return caught.value
+
+    def _link(self, unique_id: bytes, rank: int) -> Link:
+        clock, timeout_s = asyncio.get_running_loop().time, self.timeout_s
+
+        def connect(stopped: threading.Event) -> Communicator:
+            patience = Patience(clock, lambda: stopped.wait(0.0005) and None, timeout_s)
+            return Communicator(self.nccl, self.device.new_stream(), unique_id, rank, patience, stopped)
+
+        return Link(unique_id, connect)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    # The memory of these pools stands for device memory.
+    monkeypatch.setattr(Pool, "device_address", property(lambda pool: pool.pages.ctypes.data))
+    near, far = DirectPort(), DirectPort()
+    sender, receiver = FakeEngine(near, "p"), FakeEngine(far, "d")
+    scene = Scene(near, far, await sender.start(seed=1), await receiver.start())
+    yield scene
+    await scene.source.close()
+    await scene.sink.close()
+    scene.copiers.shutdown()
+    sender.close()
+    receiver.close()
+    await near.close()
+    await far.close()
+
+
+async def test_pages_arrive_layer_by_layer_and_the_communicator_is_used_again(scene: Scene) -> None:
+    for attempt, reservation in enumerate(("r", "s"), 1):
+        lane = await scene.open(reservation, attempt)
+        for layers in range(1, 4):
+            lane.post(layers)
+            await scene.layers(lane, layers)
+            wanted = expected(scene.before, scene.receiver, scene.sender, 0, 8, PAGES, TARGET, layers=layers)
+            np.testing.assert_array_equal(scene.receiver.memory, wanted)
+        assert await lane.finish() is True
+        await lane.close()
+        scene.receiver.memory[:] = scene.before
+    calls = [call.split()[0] for call in scene.nccl.log]
+    assert (calls.count("unique_id"), calls.count("init"), calls.count("abort")) == (1, 2, 0)
+    assert calls.count("send") == calls.count("receive") == calls.count("group_start") / 2 > 6
+
+
+async def test_a_revoke_in_the_middle_lets_nothing_in_and_costs_the_communicator(scene: Scene) -> None:
+    lane = await scene.open()
+    lane.post(1)
+    await scene.layers(lane, 1)
+    settled = scene.receiver.memory.copy()
+    for stream in scene.device.streams:
+        stream.held = True
+    lane.post(3)
+    await asyncio.wait_for(scene.receiver.revoke("r"), PATIENCE_S)
+    assert isinstance(await scene.fails(lane), ReservationGone)
+    for stream in scene.device.streams:
+        stream.held = False
+    await lane.close()
+    await scene.source.close()
+    np.testing.assert_array_equal(scene.receiver.memory, settled)
+    again = await scene.open("again")
+    again.post(3)
+    await scene.layers(again, 3)
+    assert await again.finish() is True
+    await again.close()
+    assert scene.nccl.log.count("unique_id") == 2
+    np.testing.assert_array_equal(
+        scene.receiver.memory, expected(scene.before, scene.receiver, scene.sender, 0, 8, PAGES, TARGET)
+    )
+
+
+async def test_a_sender_that_never_connects(scene: Scene) -> None:
+    scene.timeout_s = 0.01
+    scene.nccl.failing.add("init")
+    with pytest.raises(TransportFailed):
+        await scene.open()
+    scene.nccl.failing.clear()
+    await scene.receiver.revoke("r")
+    scene.timeout_s = PATIENCE_S
+    lane = await scene.open("s")
+    await lane.close()
+
+
+async def test_the_death_of_the_peer_fails_the_push_and_a_new_pair_takes_its_place(scene: Scene) -> None:
+    lane = await scene.open()
+    lane.post(1)
+    await scene.layers(lane, 1)
+    scene.nccl.broken = True
+    lane.post(2)
+    assert isinstance(await scene.fails(lane), PeerLost)
+    await lane.close()
+    scene.nccl.broken = False
+    await scene.receiver.revoke("r")
+    again = await scene.open("again")
+    again.post(3)
+    await scene.layers(again, 3)
+    assert await again.finish() is True
+    await again.close()
+
+
+async def test_a_receiver_that_lost_the_communicator_sends_the_push_elsewhere(scene: Scene) -> None:
+    lane = await scene.open()
+    lane.post(3)
+    await scene.layers(lane, 3)
+    await lane.finish()
+    await lane.close()
+    # As after a restart of the receiving service.
+    await scene.sink.close()
+    with pytest.raises(TransportFailed, match="of an earlier push is gone"):
+        await scene.open("s")
+    await scene.receiver.revoke("s")
+    again = await scene.open("t")
+    again.post(3)
+    await scene.layers(again, 3)
+    await again.close()
+
+
+async def test_another_version_is_not_within_reach(scene: Scene) -> None:
+    address = to_address(await scene.receiver.grant("r", 0, 8, TARGET))
+    peer = Peer("far:1", b"far", {"nccl": "nccl 2.29.0"})
+    assert scene.transport.refuses(scene.source_pool, address, peer) is not None
