@@ -31,6 +31,8 @@ from services.engine.parallel.ranks import Ranks
 from services.engine.parallel.runner import ParallelRunner
 from services.engine.servicer import EngineIdentity
 from services.protocol.layout import Dtype, PageLayout
+from services.rpc.cuda_driver import CudaDriver, CudaMissing
+from services.rpc.cuda_memory import DeviceSegment
 from services.rpc.errors import StartError
 from services.rpc.pool_client import AttachedPool
 
@@ -50,6 +52,8 @@ class Replica:
     device: torch.device
     shard: Shard
     ranks: Ranks | None
+    # Whose memory the pool is shared in; None: host memory, or a pool of its own.
+    gpu: CudaDriver | None = None
 
     @property
     def limits(self) -> Limits:
@@ -60,7 +64,7 @@ class Replica:
     @property
     def pool_plan(self) -> PoolPlan:
         """The pool it wants from the KV transfer service."""
-        return PoolPlan(self.config.name, self.layout, self.num_pages)
+        return PoolPlan(self.config.name, self.layout, self.num_pages, self.gpu)
 
     def identity(self) -> EngineIdentity:
         """What GetInfo says."""
@@ -87,6 +91,9 @@ class Replica:
 
     def attached_pool(self, pool: AttachedPool) -> torch.Tensor:
         """What rank 0 has of the memory shared with the KV transfer service; it must not outlive the mapping."""
+        if pool.device is not None:
+            memory = torch.as_tensor(_DeviceBytes(pool.device), device=self.device)
+            return memory.view(self._dtype).view(self._pool_shape)
         if self.ranks is not None:
             self.ranks.attach(self._pool_shape, pool.descriptors[0])
         whole = torch.from_numpy(pool.memory).view(self._dtype).view(self._pool_shape)
@@ -153,8 +160,7 @@ def load_replica(config: EngineConfig) -> Replica:
     """Reads the weights, on all ranks, and sizes the pool. Raises StartError with a sentence if either cannot be."""
     torch.set_num_threads(config.num_threads)
     device = torch_device(config)
-    if device.type != "cpu" and config.kvtransfer is not None:
-        raise StartError("a KV transfer service holds pools in host memory: a GPU engine needs --kvtransfer none")
+    gpu = _shared_gpu(config, device)
     ranks = Ranks(config) if config.tp > 1 else None
     try:
         shard = _rank_zero(config, ranks, device)
@@ -173,7 +179,31 @@ def load_replica(config: EngineConfig) -> Replica:
         dtype=Dtype[config.dtype_name.upper()],
     )
     num_pages = config.pages or max(1, _kv_bytes(config, device) // layout.pool_bytes(1))
-    return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device, shard, ranks)
+    return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device, shard, ranks, gpu)
+
+
+def _shared_gpu(config: EngineConfig, device: torch.device) -> CudaDriver | None:
+    """The GPU whose memory is shared with the KV transfer service, if there is one. Raises StartError."""
+    if device.type == "cpu" or config.kvtransfer is None:
+        return None
+    if config.tp > 1:
+        raise StartError("the ranks of a tensor parallel GPU engine have no common pool: it needs --kvtransfer none")
+    try:
+        return CudaDriver(device.index if device.index is not None else torch.cuda.current_device())
+    except CudaMissing as error:
+        raise StartError(f"--device {config.device}: {error}") from None
+
+
+class _DeviceBytes:
+    """Device memory as torch takes it: an object with the CUDA array interface, version 3."""
+
+    def __init__(self, segment: DeviceSegment) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (segment.size_bytes,),
+            "typestr": "|u1",
+            "data": (segment.address, False),
+            "version": 3,
+        }
 
 
 def _rank_zero(config: EngineConfig, ranks: Ranks | None, device: torch.device) -> Shard:

@@ -59,6 +59,18 @@ class KvTransferConfig(ServerConfig):
     )
     peer_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --peer-tls-cert"})
 
+    cuda_device: int | None = field(
+        default=None, metadata={"help": "number of the GPU whose memory holds the pools of GPU engines; none: no such"}
+    )
+    nccl_library: str | None = field(
+        default=None,
+        metadata={
+            "help": "path of libnccl.so.2, or auto; with it pages on the GPU also move over NCCL; needs --cuda-device"
+        },
+    )
+    nccl_timeout_s: float = field(
+        default=10.0, metadata={"help": "seconds that one NCCL call may take before its communicator is aborted"}
+    )
     nixl_devices: str | None = field(
         default=None,
         metadata={
@@ -73,6 +85,12 @@ class KvTransferConfig(ServerConfig):
             split_address(self.data_listen)
         if min(self.data_connections, self.connections_per_peer) < 1:
             raise ValueError("--data-connections and --connections-per-peer are at least 1")
+        if self.cuda_device is not None and self.cuda_device < 0:
+            raise ValueError("--cuda-device counts from 0")
+        if self.nccl_library is not None and self.cuda_device is None:
+            raise ValueError("--nccl-library needs --cuda-device")
+        if self.nccl_timeout_s <= 0:
+            raise ValueError("--nccl-timeout-s is more than 0")
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):
             raise ValueError("--peer-tls-cert and --peer-tls-key go together")
         if self.peer_tls_cert is not None and self.peer_tls_ca is None:

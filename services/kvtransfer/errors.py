@@ -8,6 +8,8 @@
         ├── UnknownPool          no such pool in this incarnation
         ├── PoolInUse            its engine is alive
         ├── NoMemory             larger than the service may allocate
+        ├── NoDevice             the service was not started for that GPU
+        ├── DeviceFailed         the GPU refused a copy
         ├── NoTransport          no way of moving bytes there
         ├── PeerUnreachable      the receiver's service does not answer
         ├── TransportFailed      a way of moving bytes there does not work at present
@@ -74,6 +76,20 @@ class NoMemory(KvTransferError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "NO_MEMORY"
+
+
+class NoDevice(KvTransferError):
+    """The pool is to be in the memory of a GPU that the service was not started for."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_DEVICE"
+
+
+class DeviceFailed(KvTransferError):
+    """The GPU or its driver refused a copy. The service must be restarted if that goes on."""
+
+    code = Code.UNAVAILABLE
+    reason = "DEVICE_FAILED"
 
 
 class NoTransport(KvTransferError):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.kvtransfer.control import ControlPage
-from services.kvtransfer.errors import InvalidPages, InvalidPool
+from services.kvtransfer.errors import InvalidPages, InvalidPool, NoTransport
 from services.kvtransfer.liveness import EngineConnection
 from services.kvtransfer.memory import SharedSegment
 from services.protocol.address import KvAddress
@@ -20,6 +20,8 @@ from services.protocol.errors import LayoutMismatch, StaleIncarnation
 from services.protocol.extents import ModelPart
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
+from services.rpc.cuda_driver import CudaDriver, CudaFailed
+from services.rpc.cuda_memory import DeviceSegment
 from services.rpc.fd_passing import close_descriptors
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class PoolShape:
     layout: PageLayout
     page_count: int
     part: ModelPart
+    # Sixteen bytes that name the GPU whose memory it is in; empty: host memory.
+    gpu: bytes = b""
 
     def __post_init__(self) -> None:
         extent = self.part.extent
@@ -67,19 +71,19 @@ class PoolShape:
 class PoolMemory:
     """The shared parts of a pool."""
 
-    pages: SharedSegment
+    pages: SharedSegment | DeviceSegment
     control: ControlPage
 
     @classmethod
-    def adopt(cls, shape: PoolShape, descriptors: tuple[int, ...]) -> PoolMemory:
+    def adopt(cls, shape: PoolShape, descriptors: tuple[int, ...], gpu: CudaDriver | None) -> PoolMemory:
         """Maps what an engine hands back: pages, control page, eventfd. Takes them over, also when it raises
-        InvalidPool because they are not such a pool's."""
+        InvalidPool because they are not such a pool's. `gpu`: the shape's, None for host memory."""
         if len(descriptors) != 3:
             close_descriptors(descriptors)
             raise InvalidPool("a pool is handed back as three descriptors")
         pages_descriptor, control_descriptor, eventfd = descriptors
         try:
-            pages = SharedSegment.adopt(pages_descriptor, shape.size_bytes)
+            pages = _adopt_pages(shape, pages_descriptor, gpu)
         except InvalidPool:
             close_descriptors((control_descriptor, eventfd))
             raise
@@ -93,6 +97,15 @@ class PoolMemory:
         """Lets go of both; engines that map them keep them."""
         self.control.close()
         self.pages.close()
+
+
+def _adopt_pages(shape: PoolShape, descriptor: int, gpu: CudaDriver | None) -> SharedSegment | DeviceSegment:
+    if gpu is None:
+        return SharedSegment.adopt(descriptor, shape.size_bytes)
+    try:
+        return DeviceSegment.adopt(gpu, descriptor, shape.size_bytes)
+    except CudaFailed as error:
+        raise InvalidPool(f"the descriptor handed back is no memory of the GPU: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +167,18 @@ class Pool:
 
     @property
     def pages(self) -> NDArray[np.uint8]:
-        """The memory by layer and page, (layer_count, page_count, layer_page_bytes)."""
+        """Host memory by layer and page, (layer_count, page_count, layer_page_bytes). Raises NoTransport."""
         layout = self.shape.layout
         assert self.memory is not None
+        if isinstance(self.memory.pages, DeviceSegment):
+            raise NoTransport("the pool is in memory of a GPU")
         return self.memory.pages.array.reshape(layout.layer_count, self.shape.page_count, layout.layer_page_bytes)
 
     @property
     def device_address(self) -> int | None:
         """Where the memory begins on its GPU; None: it is host memory."""
-        return None
+        assert self.memory is not None
+        return self.memory.pages.address if isinstance(self.memory.pages, DeviceSegment) else None
 
     def require(self, incarnation: bytes) -> PoolMemory:
         """The memory, if the caller is the engine. Raises StaleIncarnation."""

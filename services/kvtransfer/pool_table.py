@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.control import ControlPage
-from services.kvtransfer.errors import EngineGone, InvalidPool, NoMemory, NotDrained, PoolInUse, UnknownPool
+from services.kvtransfer.errors import EngineGone, InvalidPool, NoDevice, NoMemory, NotDrained, PoolInUse, UnknownPool
 from services.kvtransfer.handover import TICKET_SECONDS, HandoverSocket
 from services.kvtransfer.liveness import EngineConnection
 from services.kvtransfer.memory import SharedSegment
 from services.kvtransfer.pool import Engine, Pool, PoolMemory, PoolShape
 from services.protocol.errors import StaleEpoch
+from services.rpc.cuda_driver import CudaDriver, CudaFailed
+from services.rpc.cuda_memory import DeviceSegment
 from services.rpc.fd_passing import Message, send_message
 from services.rpc.pool_client import Handover
 
@@ -45,9 +47,13 @@ class PoolEvents:
 class PoolTable:
     """All pools of this incarnation, one an engine name. Belongs to the running loop."""
 
-    def __init__(self, config: KvTransferConfig, epoch: bytes, events: PoolEvents) -> None:
+    def __init__(
+        self, config: KvTransferConfig, epoch: bytes, events: PoolEvents, gpu: CudaDriver | None = None
+    ) -> None:
+        """`gpu`: the one that pools may be in."""
         self._config = config
         self._events = events
+        self._gpu = gpu
         self._prefix = epoch.hex()[:_EPOCH_DIGITS] + "-"
         self._pools: dict[str, Pool] = {}
         self._pools_made = 0
@@ -86,6 +92,8 @@ class PoolTable:
             raise InvalidPool("an engine's name is 1 to 128 printable ASCII characters without spaces")
         if shape.page_count < 1:
             raise InvalidPool("a pool has at least one page")
+        if shape.gpu and (self._gpu is None or self._gpu.uuid != shape.gpu):
+            raise NoDevice("the service was not started for the GPU that the pool is to be on (--cuda-device)")
         return await self._in_background(self._create(engine_name, shape, adopt))
 
     async def attach(self, pool_id: str, incarnation: bytes) -> bytes:
@@ -137,19 +145,29 @@ class PoolTable:
 
     async def _allocate(self, pool: Pool) -> PoolMemory:
         size_bytes = pool.shape.size_bytes
-        left_bytes = self._config.pool_limit_bytes - sum(p.shape.size_bytes for p in self._pools.values())
-        if size_bytes > left_bytes:
+        taken_bytes = sum(pool.shape.size_bytes for pool in self._pools.values() if not pool.shape.gpu)
+        left_bytes = self._config.pool_limit_bytes - taken_bytes
+        if size_bytes > left_bytes and not pool.shape.gpu:
             raise NoMemory(f"the pool needs {size_bytes} bytes, {max(0, left_bytes)} are left of the service's limit")
         control = ControlPage.create(f"microserve-control-{pool.engine_name}", self._config.ready_slot_count)
         name = f"microserve-pool-{pool.engine_name}"
         try:
             # On a thread: the kernel clears a few gigabytes a second.
-            prefault = self._config.prefault
-            pages = await asyncio.to_thread(SharedSegment.create, name, size_bytes, prefault=prefault)
+            pages = await asyncio.to_thread(self._make_pages, name, pool.shape)
         except BaseException:
             control.close()
             raise
         return PoolMemory(pages, control)
+
+    def _make_pages(self, name: str, shape: PoolShape) -> SharedSegment | DeviceSegment:
+        """Raises NoMemory. Blocks."""
+        if not shape.gpu:
+            return SharedSegment.create(name, shape.size_bytes, prefault=self._config.prefault)
+        assert self._gpu is not None
+        try:
+            return DeviceSegment.create(self._gpu, shape.size_bytes)
+        except CudaFailed as error:
+            raise NoMemory(f"the GPU cannot give {shape.size_bytes} bytes: {error}") from None
 
     def _connected(self, pool: Pool, incarnation: bytes, connection: EngineConnection, message: Message) -> None:
         """An engine showed the pool's ticket."""
@@ -158,13 +176,13 @@ class PoolTable:
             message.close()
             raise InvalidPool("descriptors are handed back exactly when CreatePool was asked to adopt")
         if pool.memory is None:
-            pool.memory = PoolMemory.adopt(pool.shape, message.descriptors)
+            pool.memory = PoolMemory.adopt(pool.shape, message.descriptors, self._gpu if pool.shape.gpu else None)
             passed: tuple[int, ...] = ()
         else:
             control = pool.memory.control
             control.clear()
             passed = (pool.memory.pages.descriptor, control.descriptor, control.eventfd)
-        handover = Handover(pool.shape.size_bytes, pool.memory.control.slot_count)
+        handover = Handover(pool.shape.size_bytes, pool.memory.control.slot_count, pool.shape.gpu)
         try:
             send_message(connection.socket, handover.encode(), passed)
         except OSError:

@@ -22,6 +22,8 @@ from services.kvtransfer.pool_table import PoolEvents, PoolTable
 from services.kvtransfer.push import Push
 from services.kvtransfer.pushes import Pushes, PushOrder
 from services.kvtransfer.transports.base import Peer, Transport
+from services.kvtransfer.transports.cuda_ipc.gpu import open_gpu
+from services.kvtransfer.transports.cuda_ipc.transport import CudaIpcTransport
 from services.kvtransfer.transports.pull.pulling import Pulling
 from services.kvtransfer.transports.pull.session import PullSessions
 from services.kvtransfer.transports.shm import ShmTransport
@@ -65,13 +67,16 @@ class KvTransfer:
         self._loop = asyncio.get_running_loop()
         self._feeds = GrantFeeds()
         self._gate = Gate(config.drain_timeout_s, self._feeds.publish, self._bytes_written)
-        self._pools = PoolTable(config, self.epoch, PoolEvents(self._engine_gone, self._drained))
+        gpu = open_gpu(config)
+        events = PoolEvents(self._engine_gone, self._drained)
+        self._pools = PoolTable(config, self.epoch, events, gpu.driver if gpu is not None else None)
         self._copier = Copier(config.copy_threads)
         landings = Landings(self._gate, self._pools.find)
-        self._pulling = Pulling(config, landings, self.epoch)
-        transports: list[Transport] = [
-            ShmTransport(landings, self._copier, self.epoch, config.max_copy_bytes, checked=config.checksums)
-        ]
+        self._pulling = Pulling(config, landings, self.epoch, gpu)
+        within = (landings, self._copier, self.epoch, config.max_copy_bytes)
+        transports: list[Transport] = [ShmTransport(*within, checked=config.checksums)]
+        if gpu is not None:
+            transports.append(CudaIpcTransport(*within, gpu.streams))
         transports += self._pulling.transports
         if config.data_listen is not None:
             transports.append(TcpTransport(landings, self.epoch, endpoint, _tcp_config(config, config.data_listen)))

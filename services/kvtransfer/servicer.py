@@ -46,7 +46,8 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         try:
             layout = to_layout(request.layout)
             part = to_part(layout, request.part if request.HasField("part") else None)
-            shape = PoolShape(layout, request.page_count, part)
+            gpu = token(request.gpu, "gpu") if request.gpu else b""
+            shape = PoolShape(layout, request.page_count, part, gpu)
         except LayoutMismatch as error:
             raise InvalidPool(error.message) from None
         pool = await self._service.create_pool(request.engine_name, shape, adopt=request.adopt)

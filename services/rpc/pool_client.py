@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from services.rpc.cuda_driver import CudaDriver, CudaFailed
+from services.rpc.cuda_memory import DeviceSegment
 from services.rpc.fd_passing import (
     FdPassingError,
     Message,
@@ -49,21 +51,23 @@ class Handover:
 
     pool_bytes: int
     slot_count: int
+    # Sixteen bytes that name the GPU whose memory the pool is in; empty: host memory.
+    gpu: bytes = b""
 
-    _WIRE = struct.Struct("!4sQQ")
-    _MAGIC = b"MSP1"
+    _WIRE = struct.Struct("!4sQQ16s")
+    _MAGIC = b"MSP2"
 
     def encode(self) -> bytes:
         """The bytes on the socket."""
-        return self._WIRE.pack(self._MAGIC, self.pool_bytes, self.slot_count)
+        return self._WIRE.pack(self._MAGIC, self.pool_bytes, self.slot_count, self.gpu)
 
     @classmethod
     def decode(cls, payload: bytes) -> Handover:
         """Reads the answer. Raises PoolAttachError if it is none, for instance one of another version."""
         if len(payload) != cls._WIRE.size or payload[:4] != cls._MAGIC:
             raise PoolAttachError("the transfer service speaks another handover version")
-        _, pool_bytes, slot_count = cls._WIRE.unpack(payload)
-        return cls(pool_bytes, slot_count)
+        _, pool_bytes, slot_count, gpu = cls._WIRE.unpack(payload)
+        return cls(pool_bytes, slot_count, gpu if any(gpu) else b"")
 
 
 def map_shared(descriptor: int, size_bytes: int, *, prefault: bool) -> NDArray[np.uint8]:
@@ -92,14 +96,32 @@ def slot_view(control: NDArray[np.uint8]) -> NDArray[np.uint64]:
 class AttachedPool:
     """A mapped pool.
 
-    `memory` holds the pages as bytes, (pool_bytes,). `control` holds the ready counters, (slot_count,). `connection`
-    ends when the service dies: it becomes readable then.
+    `memory` holds the pages as bytes, (pool_bytes,), if it is host memory; else it is empty and `device` maps them on
+    the GPU. `control` holds the ready counters, (slot_count,). `connection` ends when the service dies: it becomes
+    readable then.
     """
 
-    def __init__(self, connection: socket.socket, handover: Handover, message: Message, prefault: bool) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        handover: Handover,
+        message: Message,
+        gpu: CudaDriver | None,
+        prefault: bool,
+    ) -> None:
+        """Raises PoolAttachError if the pool is in the memory of another GPU than `gpu`."""
         self.connection = connection
+        self.handover = handover
         self._pool_descriptor, self._control_descriptor, self.ready_eventfd = message.descriptors
-        self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=prefault)
+        if handover.gpu != (gpu.uuid if gpu is not None else b""):
+            raise PoolAttachError("the pool is in other memory than was asked for")
+        self.device: DeviceSegment | None = None
+        self.memory = np.empty(0, np.uint8)
+        if gpu is None:
+            self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=prefault)
+        else:
+            # A descriptor of its own: the pool's stays for the service's next incarnation.
+            self.device = DeviceSegment.adopt(gpu, os.dup(self._pool_descriptor), handover.pool_bytes)
         control_bytes = handover.slot_count * SLOT_BYTES
         self.control = slot_view(map_shared(self._control_descriptor, control_bytes, prefault=True))
         self._order = threading.Lock()
@@ -136,13 +158,18 @@ class AttachedPool:
         """
         self.memory = np.empty(0, np.uint8)
         self.control = np.empty(0, np.uint64)
+        if self.device is not None:
+            self.device.close()
         if self.connection.fileno() >= 0:
             close_descriptors(self.descriptors)
         self.connection.close()
 
 
-def attach_pool(socket_path: str, ticket: bytes, *, timeout_s: float = 10.0, prefault: bool = True) -> AttachedPool:
-    """Fetches and maps the pool that AttachPool named. Blocks, at most `timeout_s` for the service's answer.
+def attach_pool(
+    socket_path: str, ticket: bytes, gpu: CudaDriver | None = None, *, timeout_s: float = 10.0, prefault: bool = True
+) -> AttachedPool:
+    """Fetches and maps the pool that AttachPool named, on `gpu` or in host memory. Blocks, at most `timeout_s` for the
+    service's answer.
 
     Raises PoolAttachError; nothing is left open then.
     """
@@ -150,8 +177,8 @@ def attach_pool(socket_path: str, ticket: bytes, *, timeout_s: float = 10.0, pre
     try:
         if len(message.descriptors) != 3:
             raise PoolAttachError(f"expected 3 descriptors, got {len(message.descriptors)}")
-        return AttachedPool(connection, handover, message, prefault)
-    except (PoolAttachError, OSError, ValueError) as error:
+        return AttachedPool(connection, handover, message, gpu, prefault)
+    except (PoolAttachError, CudaFailed, OSError, ValueError) as error:
         message.close()
         connection.close()
         raise PoolAttachError(f"cannot map the pool: {error}") from error
@@ -165,7 +192,7 @@ def adopt(pool: AttachedPool, socket_path: str, ticket: bytes, *, timeout_s: flo
     """
     connection, handover, message = _present(socket_path, ticket, pool.descriptors, timeout_s)
     message.close()
-    if (handover.pool_bytes, handover.slot_count) != (len(pool.memory), len(pool.control)):
+    if handover != pool.handover:
         connection.close()
         raise PoolAttachError("the transfer service took the pool for one of another size")
     pool.connection.close()

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from tests.kvtransfer.engine import FakeEngine, Shape
+from tests.kvtransfer.nixl.installed import needs_nixl
 from tests.kvtransfer.port import DirectPort, GrpcPort, Port
 from tests.kvtransfer.process import EngineProcess, ServiceProcess
 
@@ -20,6 +21,14 @@ StartEngine = Callable[..., Awaitable[FakeEngine]]
 StartProcess = Callable[..., EngineProcess]
 
 HERE = Path(__file__).parent
+# Over tcp an unprobed NIXL would be chosen, so services with it are others.
+NIXL = ("--nixl-devices", "lo")
+# Fixtures of the senders' and the receivers' service, by transport.
+_NAMES = {
+    "shm": ("service", "service"),
+    "tcp": ("service", "far_service"),
+    "nixl": ("nixl_service", "far_nixl_service"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,12 +53,26 @@ def _run(*argv: str) -> Iterator[ServiceProcess]:
 
 
 @pytest.fixture(scope="session")
+def nixl_service() -> Iterator[ServiceProcess]:
+    """A service process with NIXL."""
+    yield from _run("--pool-keep-s", "60", *NIXL)
+
+
+@pytest.fixture(scope="session")
+def far_nixl_service() -> Iterator[ServiceProcess]:
+    """The service process with NIXL of another node. Between services NIXL comes before tcp."""
+    yield from _run("--pool-keep-s", "60", *NIXL)
+
+
+@pytest.fixture(scope="session")
 def far_service() -> Iterator[ServiceProcess]:
     """The service process of another node."""
     yield from _run("--pool-keep-s", "60")
 
 
-@pytest.fixture(params=["shm-direct", "shm-grpc", "tcp-direct", "tcp-grpc"])
+@pytest.fixture(
+    params=["shm-direct", "shm-grpc", "tcp-direct", "tcp-grpc", pytest.param("nixl-grpc", marks=needs_nixl)]
+)
 def way(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(transport, how the service is called): every transport, in this process and through real service processes."""
     transport, _, how = request.param.partition("-")
@@ -65,7 +88,7 @@ def transport(way: tuple[str, str]) -> str:
 @pytest_asyncio.fixture(loop_scope="session")
 async def port(way: tuple[str, str], request: pytest.FixtureRequest) -> AsyncIterator[Port]:
     """The senders' service."""
-    port = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue("service").address)
+    port = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue(_NAMES[way[0]][0]).address)
     yield port
     await port.close()
 
@@ -76,7 +99,7 @@ async def far_port(way: tuple[str, str], port: Port, request: pytest.FixtureRequ
     if way[0] == "shm":
         yield port
         return
-    far = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue("far_service").address)
+    far = DirectPort() if way[1] == "direct" else GrpcPort(request.getfixturevalue(_NAMES[way[0]][1]).address)
     yield far
     await far.close()
 

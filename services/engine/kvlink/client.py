@@ -73,9 +73,11 @@ class TransferClient:
         self._stub: kvtransfer_pb2_grpc.KvTransferServiceAsyncStub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
         self.incarnation = incarnation
 
-    async def create_pool(self, name: str, layout: PageLayout, page_count: int, adopt: bool) -> PoolRef:
-        """Makes the engine's pool, or announces that its descriptors will be handed back."""
-        request = pb.CreatePoolRequest(engine_name=name, layout=to_layout(layout), page_count=page_count, adopt=adopt)
+    async def create_pool(self, name: str, layout: PageLayout, page_count: int, gpu: bytes, adopt: bool) -> PoolRef:
+        """Makes the engine's pool, on a GPU if one is named, or announces that its descriptors will be handed back."""
+        request = pb.CreatePoolRequest(
+            engine_name=name, layout=to_layout(layout), page_count=page_count, gpu=gpu, adopt=adopt
+        )
         with remote_errors():
             reply = await self._stub.CreatePool(request, timeout=POOL_TIMEOUT_S)
         return PoolRef(reply.pool_id, reply.epoch)

@@ -30,6 +30,7 @@ from services.protocol.address import KvAddress
 from services.protocol.errors import Code
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
+from services.rpc.cuda_driver import CudaDriver
 from services.rpc.errors import StartError
 from services.rpc.pool_client import AttachedPool, PoolAttachError, adopt, attach_pool
 from services.rpc.status import RemoteError
@@ -52,6 +53,8 @@ class PoolPlan:
     engine_name: str
     layout: PageLayout
     page_count: int
+    # The one whose memory it is to be in; None: host memory.
+    gpu: CudaDriver | None = None
 
 
 class KvLink:
@@ -200,7 +203,8 @@ class KvLink:
     async def _attach(self) -> TransferServiceReady:
         plan = self._plan
         first = self._pool is None
-        ref = await self._client.create_pool(plan.engine_name, plan.layout, plan.page_count, adopt=not first)
+        gpu = plan.gpu.uuid if plan.gpu is not None else b""
+        ref = await self._client.create_pool(plan.engine_name, plan.layout, plan.page_count, gpu, adopt=not first)
         invitation = await self._client.attach_pool(ref)
         self.transports = await self._client.transports()
         pool = await self._take(invitation)
@@ -213,7 +217,7 @@ class KvLink:
     async def _take(self, invitation: Invitation) -> AttachedPool:
         """Maps the pool, or hands back the one that is mapped; both block on the service."""
         if self._pool is None:
-            self._pool = await asyncio.to_thread(attach_pool, invitation.socket_path, invitation.ticket)
+            self._pool = await asyncio.to_thread(attach_pool, invitation.socket_path, invitation.ticket, self._plan.gpu)
         else:
             await asyncio.to_thread(adopt, self._pool, invitation.socket_path, invitation.ticket)
         return self._pool

@@ -9,16 +9,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from services.kvtransfer.copier import Copier, Copy
-from services.kvtransfer.errors import ChecksumMismatch, InvalidPages
+from services.kvtransfer.errors import ChecksumMismatch, InvalidPages, TransportFailed
 from services.kvtransfer.landing import Claim, Landing, Landings
 from services.kvtransfer.leg_copy import LayerPair, LegCopy, PieceCopy, SourceTokens, copy_piece, same_piece
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
 from services.protocol.grants import AlreadyCommitted
+from services.protocol.ranges import TokenRange
 
 
 class ShmTransport:
@@ -41,7 +42,9 @@ class ShmTransport:
         return None
 
     def refuses(self, source: Pool, address: KvAddress, peer: Peer) -> Unsupported | None:
-        """Only pools of this service are within reach."""
+        """Only pools of this service in host memory are within reach."""
+        if source.device_address is not None:
+            return Unsupported("the pool is in memory of a GPU")
         if peer.epoch != self._epoch:
             return Unsupported("the target belongs to another transfer service")
         return None
@@ -56,13 +59,18 @@ class ShmTransport:
         for shard in shards:
             if request.source is shard.pool and not set(request.source_page_ids).isdisjoint(shard.page_ids):
                 raise InvalidPages("a page is source and target at once")
+            if (shard.pool.device_address is None) != (request.source.device_address is None):
+                raise TransportFailed("one of the two pools is in memory of a GPU")
         extent = request.source.shape.part.extent
         landing = await self._landings.open(request.address, request.claim, request.part, extent)
         if isinstance(landing, AlreadyCommitted):
             return landing
-        tokens = SourceTokens(request.source, request.source_page_ids, request.part)
+        return self._lane(landing, SourceTokens(request.source, request.source_page_ids, request.part), on_change)
+
+    def _lane(self, landing: Landing, tokens: SourceTokens, on_change: Callable[[], None]) -> ShmLane:
         ways = [LegCopy(tokens, landing.shards[leg.target_index], leg, self._max_copy_bytes) for leg in landing.legs]
-        return ShmLane(self._copier, landing, ways, on_change, checked=self._checked)
+        copy = _copy_and_compare if self._checked else copy_piece
+        return ShmLane(self._copier, landing, ways, copy, on_change)
 
     async def end_attempt(self, peer: Peer, address: KvAddress, claim: Claim) -> bool:
         """See Transport.end_attempt."""
@@ -72,13 +80,39 @@ class ShmTransport:
         """See Transport.close. The threads belong to the service."""
 
 
+class Piece(Protocol):
+    """What is copied of a layer under one check."""
+
+    @property
+    def part(self) -> TokenRange:
+        """Its positions."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+
+
+class Way(Protocol):
+    """What goes from the sender's pool to one of the receiver's, for instance LegCopy."""
+
+    pool: Pool
+    layers: range
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """Of each layer."""
+
+    def layer(self, source_layer: int) -> Any:
+        """What the copies of a layer have in common."""
+
+
 class LayerCopy(NamedTuple):
     """One piece of one layer."""
 
     layer: int
     pool: Pool
-    pair: LayerPair
-    piece: PieceCopy
+    pair: Any
+    piece: Piece
 
 
 class ShmLane:
@@ -88,14 +122,14 @@ class ShmLane:
         self,
         copier: Copier,
         landing: Landing,
-        ways: Sequence[LegCopy],
+        ways: Sequence[Way],
+        copy_piece: Callable[[Any, Any], None],
         on_change: Callable[[], None],
-        *,
-        checked: bool,
     ) -> None:
-        self._checked = checked
+        """`copy_piece` takes what Way.layer made and one of Way.pieces; any thread."""
         self._copier = copier
         self._landing = landing
+        self._copy_piece = copy_piece
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._listening = ExitStack()
@@ -189,10 +223,8 @@ class ShmLane:
             self._landing.begin_write(copy.piece.part)
             num_bytes = 0
             try:
-                copy_piece(copy.pair, copy.piece)
+                self._copy_piece(copy.pair, copy.piece)
                 num_bytes = copy.piece.num_bytes
-                if self._checked and not same_piece(copy.pair, copy.piece):
-                    raise ChecksumMismatch(f"layer {copy.layer}, tokens {copy.piece.part}")
             finally:
                 self._landing.end_write(copy.pool, num_bytes)
         except Exception as error:  # the thread must go on; whoever checks the lane gets it
@@ -223,3 +255,9 @@ class ShmLane:
         if self._idle is not None and self._under_way == 0 and not self._idle.done():
             self._idle.set_result(None)
         self._on_change()
+
+
+def _copy_and_compare(pair: LayerPair, piece: PieceCopy) -> None:
+    copy_piece(pair, piece)
+    if not same_piece(pair, piece):
+        raise ChecksumMismatch(f"tokens {piece.part} of a layer")

@@ -92,6 +92,7 @@ class CreatePoolRequest(_message.Message):
     PAGE_COUNT_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     engine_name: _builtins.str
     """Name of the engine it is for; one pool a name. 1 to 128 printable ASCII characters without spaces."""
     page_count: _builtins.int
@@ -99,6 +100,10 @@ class CreatePoolRequest(_message.Message):
     adopt: _builtins.bool
     """Set by an engine that still maps the pool of an earlier incarnation of the service: it will hand its
     descriptors back over the unix socket, and the contents stay.
+    """
+    gpu: _builtins.bytes
+    """Names the GPU whose memory the pool is to be in, sixteen bytes as the CUDA driver tells them. Empty: host
+    memory. FAILED_PRECONDITION (NO_DEVICE): the service was not started for it.
     """
     @_builtins.property
     def layout(self) -> _kv_pb2.PageLayout:
@@ -118,10 +123,11 @@ class CreatePoolRequest(_message.Message):
         page_count: _builtins.int = ...,
         adopt: _builtins.bool = ...,
         part: Global___ModelPart | None = ...,
+        gpu: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "engine_name", b"engine_name", "layout", b"layout", "page_count", b"page_count", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "engine_name", b"engine_name", "gpu", b"gpu", "layout", b"layout", "page_count", b"page_count", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

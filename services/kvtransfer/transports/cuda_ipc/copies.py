@@ -6,9 +6,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.kvtransfer.errors import DeviceFailed
 from services.kvtransfer.plan import Run, spans
 from services.kvtransfer.transports.cuda_ipc.device import Copy, Device, Stream
 from services.protocol.layout import PageLayout
+from services.rpc.cuda_driver import CudaFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,22 @@ class ThreadStreams:
         self._local = threading.local()
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Returns when they are made. Raises CudaFailed; then some of them may still be under way."""
+        """Returns when none is under way any more. Raises DeviceFailed unless all were made."""
+        try:
+            stream = self._stream()
+            try:
+                stream.copy(copies)
+            finally:
+                # Also those that were queued before one was refused.
+                stream.synchronize()
+        except CudaFailed as error:
+            raise DeviceFailed(str(error)) from None
+
+    def _stream(self) -> Stream:
         stream: Stream | None = getattr(self._local, "stream", None)
         if stream is None:
             stream = self._local.stream = self._device.new_stream()
-        stream.copy(copies)
-        stream.synchronize()
+        return stream
 
 
 def scatter_copies(

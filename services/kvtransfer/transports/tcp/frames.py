@@ -41,7 +41,7 @@ class PutPages:
         self._page_ids = page_ids
         self._first_page = part.begin // self.layout.page_size
         self._pages = pool.pages
-        self._bytes = pool.memory.pages.array.data
+        self._bytes = self._pages.reshape(-1).data
 
     def close(self) -> None:
         """Lets go of the pool."""

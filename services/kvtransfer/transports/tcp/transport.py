@@ -77,6 +77,8 @@ class TcpTransport:
 
     def refuses(self, source: Pool, address: KvAddress, peer: Peer) -> Unsupported | None:
         """See Transport.refuses."""
+        if source.device_address is not None:
+            return Unsupported("the pool is in memory of a GPU")
         return self._refuses(peer)
 
     def _refuses(self, peer: Peer) -> Unsupported | None:
