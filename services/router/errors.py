@@ -2,6 +2,7 @@
 
 RouterError
 ├── NoEngine               UNAVAILABLE          no healthy engine (of that model)
+├── EngineDrained          UNAVAILABLE          an operator empties the engine under a sequence
 ├── EngineLost             UNAVAILABLE          an engine went away under a sequence
 ├── BreakerOpen            UNAVAILABLE          an engine failed too often and is left alone for a while
 ├── UnknownEngine          NOT_FOUND            no engine of the fleet has that address
@@ -44,6 +45,17 @@ class NoEngine(RouterError):
 
     code = Code.UNAVAILABLE
     reason = "NO_ENGINE"
+
+
+class EngineDrained(RouterError):
+    """An operator empties the engine at `address`: the sequence goes on elsewhere."""
+
+    code = Code.UNAVAILABLE
+    reason = "ENGINE_DRAINED"
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"an operator empties the engine at {address}", retry_delay_s=1.0)
+        self.address = address
 
 
 class EngineLost(RouterError):

@@ -71,7 +71,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def DrainEngine(
         self, request: admin_pb2.DrainEngineRequest, context: Context
     ) -> admin_pb2.DrainEngineResponse:
-        self._membership.drain(request.address, not request.resume)
+        self._membership.drain(request.address, not request.resume, migrate=request.migrate)
         what = "engine resumed by an operator" if request.resume else "engine drained by an operator"
         self._log_change(what, request.address, context)
         return admin_pb2.DrainEngineResponse()

@@ -9,11 +9,13 @@ from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
 
 from services.protocol.errors import Code, ServiceError
+from services.router.errors import EngineDrained
 from services.router.fleet.backoff import Backoff, BackoffConfig
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.client import EngineClient
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.fleet.session import Sequence
 from services.router.text.store import TokenizerStore
 from services.router.text.tokenizer import Tokenizer
 
@@ -57,6 +59,7 @@ class Member:
         self.breaker = Breaker(address, breaker)
         self.problem = "not contacted yet"  # empty while it is joined
         self.drained = False  # by an operator
+        self.sequences: set[Sequence] = set()  # of this router, that run there
         self._tokenizers = tokenizers
         self._listener = listener
         self._excess = (0, 0)  # sequences and prompt tokens of others, by the last report
@@ -93,6 +96,11 @@ class Member:
         """An operator's wish: nothing new begins there while it is drained."""
         self.drained = drained
         self._listener.changed()
+
+    def take_sequences_away(self) -> None:
+        """Every sequence that runs there goes on elsewhere."""
+        for sequence in tuple(self.sequences):
+            sequence.take_away(EngineDrained(self.address))
 
     def begin_use(self) -> None:
         """A request calls it."""

@@ -65,9 +65,13 @@ class Membership:
         self._removed = {each for each in (*self._removed, address) if self.sources(each)}
         self._apply(self._named, self._removed)
 
-    def drain(self, address: str, drained: bool) -> None:
-        """An operator gives an engine no new work, or gives it work again. UnknownEngine."""
-        self._member(address).drain(drained)
+    def drain(self, address: str, drained: bool, *, migrate: bool = False) -> None:
+        """An operator gives an engine no new work, or gives it work again. With `migrate`, what runs there goes on
+        elsewhere, if another engine serves the model. UnknownEngine."""
+        member = self._member(address)
+        member.drain(drained)
+        if drained and migrate and member.info is not None and self._registry.engines(member.info.model):
+            member.take_sequences_away()
 
     def _member(self, address: str) -> Member:
         member = self._registry.members.get(address)

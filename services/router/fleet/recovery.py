@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from services.protocol.errors import Code, ServiceError
-from services.router.errors import BreakerOpen, EngineLost, NoEngine, NoPair, RouterError
+from services.router.errors import BreakerOpen, EngineDrained, EngineLost, NoEngine, NoPair, RouterError
 from services.router.fleet.backoff import Backoff, BackoffConfig
 from services.router.fleet.info import EngineSnapshot
 from services.router.fleet.scope import RequestScope
@@ -53,10 +53,12 @@ _BY_CODE = {
     Code.RESOURCE_EXHAUSTED: Remedy.ELSEWHERE,
 }
 
+_OF_ENGINES = (BreakerOpen, EngineDrained, EngineLost, NoEngine, NoPair)
+
 
 def remedy(error: ServiceError) -> Remedy:
     """By the error's reason, else by its code. Of the router's own errors only those about engines can be helped."""
-    if isinstance(error, RouterError) and not isinstance(error, BreakerOpen | EngineLost | NoEngine | NoPair):
+    if isinstance(error, RouterError) and not isinstance(error, _OF_ENGINES):
         return Remedy.NONE
     return _BY_REASON.get(error.reason) or _BY_CODE.get(error.code, Remedy.NONE)
 

@@ -41,6 +41,11 @@ class Sequence:
         if not self._mailbox.closed:
             self._send_cancel(self.request_id)
 
+    def take_away(self, error: ServiceError) -> None:
+        """Ends it at once: take() gives what has come, then raises `error`. The engine is told to stop."""
+        self.cancel()
+        self._mailbox.close(error)
+
 
 class Session:
     """Opens the stream with the first sequence, and again after a break."""

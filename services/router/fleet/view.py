@@ -115,6 +115,7 @@ class Engine:
             call_id = scope.next_call_id()
             sequence = self._member.client.start_generate(call_id, request, begin, kv.kv if kv is not None else None)
             scope.opened(sequence)
+            self._member.sequences.add(sequence)
             try:
                 while (chunk := await sequence.take()) is not None:
                     if chunk.token_ids:
@@ -132,6 +133,7 @@ class Engine:
                             self._generated(request, before, leg.leg(), chunk.timing, expected=kv is not None)
                     yield chunk
             finally:
+                self._member.sequences.discard(sequence)
                 scope.ended(sequence)
 
     def _to_compute(self, request: PolicyRequest, tokens: TokenRange) -> int:
@@ -209,6 +211,10 @@ class Fleet:
     def engine(self, snapshot: EngineSnapshot) -> Engine:
         """The engine that a snapshot describes, to call it."""
         return Engine(snapshot, self._members(snapshot.address), self._scope, self._costs)
+
+    def leaving(self, address: str) -> Engine:
+        """The engine at an address, also one that takes no new work: to fetch KV from. UnknownEngine."""
+        return self.engine(self._members(address).snapshot())
 
     def least_loaded(self, request: PolicyRequest) -> Engine:
         """The engine with the fewest sequences for its size. NoEngine."""

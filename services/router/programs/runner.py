@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from services.protocol.errors import ServiceError
-from services.router.errors import NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
+from services.router.errors import EngineDrained, NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
 from services.router.fleet.legs import Legs
 from services.router.fleet.mailbox import Mailbox
 from services.router.fleet.recovery import Recovery, Remedy, RetryLimits
@@ -17,6 +17,7 @@ from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
+from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
 from services.router.programs.watchdog import ProgramInterrupted
 from services.router.request import PolicyRequest
@@ -146,15 +147,19 @@ class PolicyRun:
 
     async def _drive(self) -> None:
         """Runs the program, and again after failures of engines, until its sequence has ended."""
+        program = self.served_by
         while True:
             try:
-                return await self._forward(self.served_by)
+                return await self._forward(program)
             except Exception as raised:
                 error = _service_error(raised)
                 if error is None or self._finished:
                     raise
                 if await self._recovery.after(error) is Remedy.WITHOUT_TRANSFER:
                     self._fall_back(error)
+                program = self.served_by
+                if isinstance(error, EngineDrained):
+                    program = moving(program, error.address)
 
     def _fall_back(self, error: ServiceError) -> None:
         cause = error.cause if isinstance(error, NoPair) else error.reason

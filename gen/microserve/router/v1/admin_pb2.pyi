@@ -233,19 +233,25 @@ class DrainEngineRequest(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    MIGRATE_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Its address, as listed."""
     resume: _builtins.bool
     """Whether it is to get work again."""
+    migrate: _builtins.bool
+    """Whether sequences that run there go on elsewhere at once, with their KV moved; the client sees no token lost or
+    repeated. They stay where no other engine serves the model. Not together with resume.
+    """
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         resume: _builtins.bool = ...,
+        migrate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "resume", b"resume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "migrate", b"migrate", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
