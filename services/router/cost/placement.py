@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.router.cost.book import CostBook
+from services.router.cost.least_squares import RELATIVE_NOISE
 from services.router.cost.speeds import DecodeWork, PrefillWork, SendWork
 from services.router.errors import NoEngine
 from services.router.fleet.info import EngineSnapshot
@@ -23,7 +24,7 @@ from services.router.request import PolicyRequest
 # With many engines only the best few of each kind are combined: most pairs are worse than these by their parts already.
 MAX_PROVIDERS = 4
 MAX_RECEIVERS = 4
-DOUBT = 1.03  # more verbs, more that can go other than expected: they must promise to be better by more than noise
+DOUBT = 1 + RELATIVE_NOISE  # more verbs, more that can go wrong: they must promise to be better by more than noise
 NUM_SPLITS = 8  # shares of the prompt that are tried as split, in eighths
 
 
