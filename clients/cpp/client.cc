@@ -1,0 +1,59 @@
+// Streams an answer: client ADDRESS PROMPT MAX_TOKENS.
+#include <chrono>
+#include <iostream>
+#include <string>
+
+#include <grpcpp/grpcpp.h>
+
+#include "microserve/router/v1/router.grpc.pb.h"
+
+namespace router = microserve::router::v1;
+
+namespace {
+
+constexpr std::chrono::minutes kTimeout{1};
+
+const std::string& Name(grpc::StatusCode code) {
+  static const std::string names[] = {
+      "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+      "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+      "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"};
+  return names[code];
+}
+
+void SetDeadline(grpc::ClientContext& context) {
+  context.set_deadline(std::chrono::system_clock::now() + kTimeout);
+}
+
+grpc::Status Run(const std::string& address, const std::string& prompt, unsigned max_tokens) {
+  auto stub = router::RouterService::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
+  grpc::ClientContext listing;
+  SetDeadline(listing);
+  router::ListModelsResponse listed;
+  if (grpc::Status status = stub->ListModels(&listing, {}, &listed); !status.ok()) return status;
+
+  router::GenerateRequest request;
+  request.set_text(prompt);
+  request.set_model(listed.models(0).name());
+  request.mutable_sampling()->set_max_tokens(max_tokens);
+  grpc::ClientContext generating;
+  SetDeadline(generating);
+  auto reader = stub->Generate(&generating, request);
+  for (router::GenerateResponse piece; reader->Read(&piece);) {
+    std::cout << piece.text() << std::flush;
+    if (piece.has_usage()) {
+      std::cerr << "\n" << piece.usage().prompt_token_count() << " prompt tokens, "
+                << piece.usage().output_token_count() << " output tokens\n";
+    }
+  }
+  return reader->Finish();
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const grpc::Status status = Run(arguments[1], arguments[2], std::stoul(arguments[3]));
+  if (status.ok()) return 0;
+  std::cerr << Name(status.error_code()) << ": " << status.error_message() << "\n";
+  return 1;
+}

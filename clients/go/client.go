@@ -1,0 +1,70 @@
+// Streams an answer: client ADDRESS PROMPT MAX_TOKENS.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	router "microserve/router/v1"
+	types "microserve/types/v1"
+)
+
+const timeout = time.Minute
+
+func main() {
+	if err := run(os.Args[1], os.Args[2], os.Args[3]); err != nil {
+		fmt.Fprintf(os.Stderr, "%v: %s\n", status.Code(err), status.Convert(err).Message())
+		os.Exit(1)
+	}
+}
+
+func run(address, prompt, maxTokens string) error {
+	count, err := strconv.ParseUint(maxTokens, 10, 32)
+	if err != nil {
+		return err
+	}
+	connection, err := grpc.Dial(address, grpc.WithInsecure())
+	if err != nil {
+		return err
+	}
+	defer connection.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	client := router.NewRouterServiceClient(connection)
+	listed, err := client.ListModels(ctx, &router.ListModelsRequest{})
+	if err != nil {
+		return err
+	}
+	stream, err := client.Generate(ctx, &router.GenerateRequest{
+		Prompt:   &router.GenerateRequest_Text{Text: prompt},
+		Model:    listed.Models[0].Name,
+		Sampling: &types.SamplingParams{MaxTokens: uint32(count)},
+	})
+	if err != nil {
+		return err
+	}
+	return show(stream)
+}
+
+func show(stream router.RouterService_GenerateClient) error {
+	for {
+		piece, err := stream.Recv()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		fmt.Print(piece.Text)
+		if usage := piece.Usage; usage != nil {
+			fmt.Fprintf(os.Stderr, "\n%d prompt tokens, %d output tokens\n", usage.PromptTokenCount, usage.OutputTokenCount)
+		}
+	}
+}

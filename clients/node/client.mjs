@@ -1,0 +1,42 @@
+// Streams an answer: node client.mjs ADDRESS PROMPT MAX_TOKENS. The contract is read from protos/ beside this file.
+import { fileURLToPath } from 'node:url';
+import grpc from '@grpc/grpc-js';
+import { loadSync } from '@grpc/proto-loader';
+
+const TIMEOUT_MS = 60_000;
+
+const [address, prompt, maxTokens] = process.argv.slice(2);
+const definition = loadSync('microserve/router/v1/router.proto', {
+  includeDirs: [fileURLToPath(new URL('protos', import.meta.url))],
+  enums: String,
+  defaults: true,
+});
+const { RouterService } = grpc.loadPackageDefinition(definition).microserve.router.v1;
+const router = new RouterService(address, grpc.credentials.createInsecure());
+const deadline = () => ({ deadline: Date.now() + TIMEOUT_MS });
+
+function models() {
+  return new Promise((resolve, reject) => {
+    router.ListModels({}, deadline(), (error, reply) => (error ? reject(error) : resolve(reply.models)));
+  });
+}
+
+async function main() {
+  const [model] = await models();
+  const sampling = { maxTokens: Number(maxTokens) };
+  let usage;
+  for await (const piece of router.Generate({ text: prompt, model: model.name, sampling }, deadline())) {
+    process.stdout.write(piece.text);
+    usage = piece.usage ?? usage;
+  }
+  console.error(`\n${usage.promptTokenCount} prompt tokens, ${usage.outputTokenCount} output tokens`);
+}
+
+try {
+  await main();
+} catch (error) {
+  console.error(`${grpc.status[error.code]}: ${error.details}`);
+  process.exitCode = 1;
+} finally {
+  router.close();
+}

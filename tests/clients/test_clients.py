@@ -1,0 +1,96 @@
+"""Clients in other languages, built from the contracts and run against a real suite."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from microserve.router.v1 import router_pb2
+from microserve.types.v1 import sampling_pb2
+
+from tests.e2e.suite import Suite, start_suite
+from tests.models import make_tiny_llama
+
+pytestmark = pytest.mark.slow
+
+CLIENTS = Path(__file__).resolve().parents[2] / "clients"
+# What clients/setup.sh installs, and Node.js; each by a program or file that is there only with it.
+NEEDED = {
+    "node": ("make", "node", "npm"),
+    "go": (
+        "make",
+        "go",
+        "protoc",
+        "protoc-gen-go",
+        "protoc-gen-go-grpc",
+        "/usr/share/gocode/src/google.golang.org/grpc",
+    ),
+    "cpp": ("make", "g++", "pkg-config", "protoc", "grpc_cpp_plugin", "/usr/include/grpcpp/grpcpp.h"),
+}
+PROMPT, MAX_TOKENS = "The sky is", 12
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a client left behind."""
+
+    code: int
+    text: str
+    errors: str
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+    async with start_suite(make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=sorted(NEEDED))
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of one language, built afresh."""
+    for each in NEEDED[request.param]:
+        if not (Path(each).exists() if each.startswith("/") else shutil.which(each)):
+            pytest.skip(f"needs the {request.param} tool chain: {each} is absent")
+    out = tmp_path_factory.mktemp(request.param)
+    built = subprocess.run(
+        ["make", "-C", CLIENTS / request.param, f"OUT={out}"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    return out / "client"
+
+
+async def run(client: Path, address: str, prompt: str) -> Outcome:
+    process = await asyncio.create_subprocess_exec(
+        *(client, address, prompt, str(MAX_TOKENS)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(90):
+        text, errors = await process.communicate()
+    assert process.returncode is not None
+    return Outcome(process.returncode, text.decode(), errors.decode())
+
+
+async def test_it_streams_what_complete_answers(suite: Suite, client: Path) -> None:
+    assert suite.router is not None
+    assert suite.router_process is not None
+    asked = router_pb2.GenerateRequest(text=PROMPT, sampling=sampling_pb2.SamplingParams(max_tokens=MAX_TOKENS))
+    whole = (await suite.router.Complete(router_pb2.CompleteRequest(request=asked), timeout=60)).response
+    outcome = await run(client, suite.router_process.address, PROMPT)
+    assert outcome.code == 0, outcome.errors
+    assert outcome.text == whole.text
+    usage = whole.usage
+    assert f"{usage.prompt_token_count} prompt tokens, {usage.output_token_count} output tokens" in outcome.errors
+
+
+async def test_it_tells_why_it_was_refused(suite: Suite, client: Path) -> None:
+    assert suite.router_process is not None
+    outcome = await run(client, suite.router_process.address, "")
+    assert (outcome.code, outcome.text) == (1, "")
+    code, _, message = outcome.errors.strip().partition(": ")
+    assert code.replace("_", "").lower() == "invalidargument"
+    assert "prompt" in message
