@@ -18,7 +18,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-kv constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench: $(DEV_STAMP) ## measure; docs/benchmarks.md says what
 
 bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; a quarter of an hour
 	$(BIN)/python -m bench.policies $(ARGS)
+
+bench-kv: $(DEV_STAMP) ## measure what moving KV costs: build/bench/kv.json and kv.png
+	$(BIN)/microserve kv bench $(ARGS)
 
 constraints: $(DEV_STAMP) ## write constraints.txt from what is installed in .venv
 	$(BIN)/python deploy/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt

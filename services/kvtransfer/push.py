@@ -15,6 +15,8 @@ from services.kvtransfer.transports.base import Lane, PutProgress, PutRequest, T
 from services.protocol.errors import ServiceError
 from services.protocol.grants import AlreadyCommitted
 
+_REPORT_INTERVAL_S = 0.02
+
 
 class PushState(Enum):
     """How far a push is; see kvtransfer.v1.PushState."""
@@ -150,6 +152,8 @@ class Push:
                 yield progress
             if done:
                 return
+            # A message costs as much as a layer's copy: those in between are skipped.
+            await asyncio.wait([self._task], timeout=_REPORT_INTERVAL_S)
 
     async def _run(self) -> None:
         failure: BaseException | None = None

@@ -21,6 +21,8 @@ from services.protocol.address import KvAddress
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.ranges import TokenRange
 
+_NEWS_INTERVAL_NS = 10_000_000
+
 
 class ShmTransport:
     """One-sided copies by the threads of a Copier, at most `max_copy_bytes` under one check."""
@@ -151,6 +153,7 @@ class ShmLane:
         self._failure: Exception | None = None
         self._closed = False
         self._notified = False
+        self._next_news_ns = 0
 
     @property
     def num_bytes(self) -> int:
@@ -244,10 +247,13 @@ class ShmLane:
                 self._left_of_layer[copy.layer] -= 1
                 while self._layers_done < len(self._left_of_layer) and not self._left_of_layer[self._layers_done]:
                     self._layers_done += 1
-                    news = True
+                    # Waking the loop takes time from the copies; in the middle, now and then is enough.
+                    news = self._layers_done == self._posted or time.perf_counter_ns() >= self._next_news_ns
             ended = self._closed and self._under_way == 0
             call = ended or (news and not self._notified)
-            self._notified = self._notified or news
+            if news:
+                self._notified = True
+                self._next_news_ns = time.perf_counter_ns() + _NEWS_INTERVAL_NS
         if call:
             self._loop.call_soon_threadsafe(self._notify)
 
