@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
 
 POLICY_KEY = "x-microserve-policy"
+# The router's own option, so that one variable serves `microserve up` and the commands beside it.
+KEY_VARIABLE = "MICROSERVE_ROUTER_API_KEY"
 # For questions about the fleet, which no engine computes on.
 _ADMIN_TIMEOUT_S = 10.0
 
@@ -111,7 +114,7 @@ class RouterClient:
 @asynccontextmanager
 async def router_client(address: str) -> AsyncIterator[RouterClient]:
     """A client for the time of the block, inside which every failed call becomes a CliError."""
-    async with make_channel(address) as channel:
+    async with make_channel(address, interceptors=(_KeyForReplies(), _KeyForStreams())) as channel:
         try:
             with remote_errors():
                 yield RouterClient(address, channel)
@@ -132,6 +135,27 @@ async def wait_serving(address: str, timeout_s: float) -> None:
             raise CliError(f"{address} is not healthy: {error.details()}") from None
         finally:
             watch.cancel()
+
+
+class _KeyForReplies(grpc.aio.UnaryUnaryClientInterceptor):
+    """Shows the router's key with every call that has one reply."""
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_key(client_call_details), request)
+
+
+class _KeyForStreams(grpc.aio.UnaryStreamClientInterceptor):
+    """Shows it with every call that has a stream of replies."""
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_key(client_call_details), request)
+
+
+def _with_key(details: Any) -> Any:
+    key = os.environ.get(KEY_VARIABLE, "").partition(",")[0].strip()
+    if not key:
+        return details
+    return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), ("authorization", f"Bearer {key}")))
 
 
 def _explain(address: str, error: RemoteError) -> CliError:

@@ -24,6 +24,7 @@ from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.http import HttpServer
+from services.router.keys import KeyInterceptor, Keys
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.programs.catalogue import Catalogue
@@ -86,14 +87,16 @@ class Router:
             admission=self.admission,
             max_request_s=config.request_timeout,
         )
-        self.server = Server(config, "router")
+        keys = Keys(config.api_key)
+        guard = KeyInterceptor(keys, (ROUTER_SERVICE, ADMIN_SERVICE))
+        self.server = Server(config, "router", interceptors=(guard,))
         front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
         admin = AdminServicer(self.registry, self.membership, self.catalogue, traces, take_uploads=False)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
         self._admin_server: Server | None = None
         if config.admin_listen is not None:
-            self._admin_server = Server(_admin_config(config, config.admin_listen), "admin")
+            self._admin_server = Server(_admin_config(config, config.admin_listen), "admin", interceptors=(guard,))
             admin = AdminServicer(
                 self.registry, self.membership, self.catalogue, traces, take_uploads=config.allow_policy_upload
             )
@@ -105,7 +108,7 @@ class Router:
         )
         registration_pb2_grpc.add_RegistrationServiceServicer_to_server(registration, self.server.grpc)
         self._following: list[asyncio.Task[None]] = []  # sources that change by themselves
-        self._http_app = HttpApp(service, lambda: self.serving, limits, config.api_key)
+        self._http_app = HttpApp(service, lambda: self.serving, limits, keys)
         self._http = HttpServer(
             self._http_app,
             client_timeout_s=config.client_timeout,

@@ -9,6 +9,7 @@ RouterError
 ├── FleetFull              RESOURCE_EXHAUSTED   more engines than a fleet may have
 ├── RegistrationDisabled   PERMISSION_DENIED    engines do not join this router by themselves
 ├── NotAuthenticated       UNAUTHENTICATED      an engine did not prove that it may join
+├── WrongKey               UNAUTHENTICATED      a client showed no valid API key
 ├── UnknownModel           NOT_FOUND
 ├── ModelRequired          INVALID_ARGUMENT     several models, and none was named
 ├── UnknownPolicy          NOT_FOUND
@@ -98,6 +99,13 @@ class NotAuthenticated(RouterError):
 
     code = Code.UNAUTHENTICATED
     reason = "NOT_AUTHENTICATED"
+
+
+class WrongKey(RouterError):
+    """The client showed no API key, or none that this router knows."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "INVALID_API_KEY"
 
 
 class UnknownModel(RouterError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,11 @@ def keepalive_options() -> Options:
 
 
 def make_channel(
-    address: str, tls: ClientTls | None = None, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+    address: str,
+    tls: ClientTls | None = None,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
 ) -> grpc.aio.Channel:
     """A channel to host:port. It connects on the first call, and must be closed by the caller."""
     options: Options = [
@@ -64,7 +69,7 @@ def make_channel(
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options, interceptors=interceptors)

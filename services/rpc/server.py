@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -46,12 +46,15 @@ class Server:
     `grpc` takes the servicers, before start(); `bound` and `advertised` are known after it.
     """
 
-    def __init__(self, config: ServerConfig, service_name: str) -> None:
+    def __init__(
+        self, config: ServerConfig, service_name: str, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    ) -> None:
+        """What `interceptors` raise becomes a status as what handlers raise does."""
         self.config = config
         self.service_name = service_name
         self.bound = ""
         self.metrics_address: str | None = None
-        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config))
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=server_options(config))
         self._names: list[str] = []  # services registered on self.grpc
         self._record_registrations()
         self._serving: dict[str, bool] = {}

@@ -22,11 +22,7 @@ _STATUSES = {
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Names that OpenAI's clients know; all others are our own reasons in lower case.
-_CODES = {
-    "UNKNOWN_MODEL": "model_not_found",
-    "PROMPT_TOO_LONG": "context_length_exceeded",
-    "UNAUTHENTICATED": "invalid_api_key",
-}
+_CODES = {"UNKNOWN_MODEL": "model_not_found", "PROMPT_TOO_LONG": "context_length_exceeded"}
 _RETRY_STATUSES = (429, 503)
 _DEFAULT_RETRY_S = 1.0
 

@@ -1,0 +1,67 @@
+"""Who may call: keys that clients show as `authorization: Bearer KEY`, the same over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from services.router.errors import WrongKey
+
+HEADER = "authorization"
+
+
+class Keys:
+    """The keys of a router. Without any, all may call."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = tuple(key.encode() for key in keys)
+
+    def check(self, authorization: bytes) -> None:
+        """The header's value, empty if there was none. WrongKey."""
+        scheme, _, key = authorization.partition(b" ")
+        # Against every key, so that the time taken does not tell which one matched.
+        matches = [secrets.compare_digest(key.strip(), known) for known in self._keys]
+        if self._keys and not (scheme.lower() == b"bearer" and any(matches)):
+            raise WrongKey("no valid API key: send authorization: Bearer KEY")
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls of the named services without a key. Others, health and reflection among them, pass."""
+
+    def __init__(self, keys: Keys, services: Collection[str]) -> None:
+        self._keys = keys
+        self._services = frozenset(services)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.split("/")[1] not in self._services:
+            return handler
+        given = [value for name, value in handler_call_details.invocation_metadata or () if name == HEADER]
+        try:
+            self._keys.check(b"".join(each if isinstance(each, bytes) else each.encode() for each in given))
+        except WrongKey as error:
+            return _refusing(handler, error)
+        return handler
+
+
+def _refusing(handler: grpc.RpcMethodHandler[Any, Any], error: WrongKey) -> grpc.RpcMethodHandler[Any, Any]:
+    """A method of the same kind that only raises; what is outside makes a status of it."""
+
+    async def refuse(request: Any, context: Any) -> NoReturn:
+        raise error
+
+    make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    refusing: grpc.RpcMethodHandler[Any, Any] = make(
+        refuse,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return refusing

@@ -1,0 +1,52 @@
+"""Keys over gRPC: which calls need one, and what is said without. test_openai.py has those over HTTP."""
+
+from __future__ import annotations
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from microserve.router.v1 import admin_pb2, router_pb2
+
+from services.cli.client import KEY_VARIABLE, router_client
+from services.cli.errors import CliError
+from services.cli.values import Question
+from services.rpc.status import remote_errors
+from tests.router.harness import failing, request, running, script
+
+RIGHT = (("authorization", "Bearer second"),)
+WRONG = [(), (("authorization", "second"),), (("authorization", "Bearer third"),), (("authorization", "Basic second"),)]
+
+
+@pytest.mark.parametrize("metadata", WRONG)
+async def test_calls_without_a_key_are_refused(metadata: tuple[tuple[str, str], ...]) -> None:
+    async with running(1, api_key=("first", "second")) as suite:
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+            await suite.stub.ListModels(router_pb2.ListModelsRequest(), metadata=metadata)
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+            await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=metadata)
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+            async for _ in suite.stub.Generate(request(), metadata=metadata):
+                pass
+        assert suite.first.called("Session") == []
+
+
+async def test_calls_with_a_key_pass_and_health_needs_none() -> None:
+    async with running(1, api_key=("first", "second")) as suite:
+        assert [piece async for piece in suite.stub.Generate(request(), metadata=RIGHT)]
+        assert (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=RIGHT)).engines
+        health = health_pb2_grpc.HealthStub(suite.channels[0])
+        reply = await health.Check(health_pb2.HealthCheckRequest())
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_the_commands_show_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(1, fake_model=script("hello"), api_key=("first", "second")) as suite:
+        address = suite.router.addresses.grpc
+        monkeypatch.delenv(KEY_VARIABLE, raising=False)
+        with pytest.raises(CliError, match="API key"):
+            async with router_client(address) as router:
+                await router.list_engines()
+        monkeypatch.setenv(KEY_VARIABLE, "first,second")
+        async with router_client(address) as router:
+            assert len(await router.list_engines()) == 1
+            pieces = [piece async for piece in router.generate(Question("hi"), timeout_s=10)]
+            assert "".join(piece for piece in pieces if isinstance(piece, str)) == "hello"
