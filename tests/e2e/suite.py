@@ -43,7 +43,7 @@ class Engine:
 
 @dataclass
 class Suite:
-    """One kvtransfer, some engines and, if asked for, a router."""
+    """One kvtransfer or several, some engines and, if asked for, a router."""
 
     fleet: Fleet
     kvtransfer: ServiceProcess
@@ -53,7 +53,24 @@ class Suite:
     router_process: ServiceProcess | None = None
     router: RouterServiceStub | None = None
     admin: AdminServiceStub | None = None
+    other_kvtransfers: list[ServiceProcess] = field(default_factory=list)
     _serial: int = field(default=0)
+
+    @property
+    def kvtransfers(self) -> list[ServiceProcess]:
+        """All transfer services; engine i belongs to the one at i modulo their number."""
+        return [self.kvtransfer, *self.other_kvtransfers]
+
+    def replace_kvtransfer(self, index: int, process: ServiceProcess) -> None:
+        """Another process serves where that transfer service did."""
+        if index == 0:
+            self.kvtransfer = process
+        else:
+            self.other_kvtransfers[index - 1] = process
+
+    def kvtransfer_of(self, index: int) -> ServiceProcess:
+        """The transfer service of an engine."""
+        return self.kvtransfers[index % len(self.kvtransfers)]
 
     def new_id(self) -> str:
         """A request id that was not used before."""
@@ -76,6 +93,7 @@ async def start_suite(
     model: Path,
     *,
     num_engines: int = 2,
+    num_kvtransfers: int = 1,
     policy: str | Path | None = "disaggregated",
     engine_options: Sequence[str] = (),
     router_options: Sequence[str] = (),
@@ -86,16 +104,17 @@ async def start_suite(
 ) -> AsyncIterator[Suite]:
     """Starts real processes on free ports, with freed pages poisoned; stops them all at the end.
 
-    Pools are small unless asked for, so that they start quickly: memory is mapped and poisoned at the start.
+    With several transfer services the engines take turns, and KV moves between them by tcp. Pools are small
+    unless asked for, so that they start quickly: memory is mapped and poisoned at the start.
     """
     os.environ["MICROSERVE_TESTING"] = "1"
     with Fleet() as fleet:
-        transfer = fleet.start_kvtransfer()
+        transfer, *others = [fleet.start_kvtransfer(f"kvtransfer-{i}") for i in range(num_kvtransfers)]
         processes = [
             fleet.start_engine(
                 f"engine-{i}",
                 model,
-                transfer,
+                [transfer, *others][i % num_kvtransfers],
                 page_count=page_count,
                 page_size=page_size,
                 extra=[
@@ -108,7 +127,8 @@ async def start_suite(
             )
             for i in range(num_engines)
         ]
-        suite = Suite(fleet, transfer, KvTransferServiceStub(channel(transfer.address)), [], [])
+        stub = KvTransferServiceStub(channel(transfer.address))
+        suite = Suite(fleet, transfer, stub, [], [], other_kvtransfers=others)
         for process in processes:
             suite.engines.append(Engine(process, EngineServiceStub(suite.connect(process.address))))
         if policy is not None:

@@ -134,7 +134,7 @@ async def replace(suite: Suite, index: int, model: Path, options: Sequence[str] 
     old = suite.engines[index]
     old.process.wait(10)
     process = suite.fleet.start_engine(
-        old.name, model, suite.kvtransfer, listen=old.process.address, extra=["--poison-pages", *options]
+        old.name, model, suite.kvtransfer_of(index), listen=old.process.address, extra=["--poison-pages", *options]
     )
     suite.engines[index] = Engine(process, EngineServiceStub(suite.connect(process.address)))
     return suite.engines[index]

@@ -1,4 +1,4 @@
-"""Each process of a transfer is killed or stopped at each layer boundary.
+"""Each process of a transfer is killed or stopped at each layer boundary, within one service and between two.
 
 Every time: the caller has a typed answer before its deadline, all pages come back, a third engine's stream goes on as
 if nothing were, the tokens that follow are right, and whoever replaces a killed process serves in the same fleet.
@@ -31,9 +31,15 @@ from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults
 
+each_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+# Engine 0, which sends, belongs to the first transfer service; engine 1 to the second, if there are two.
+each_service = pytest.mark.parametrize(
+    ("transport", "index"), [("shm", 0), ("tcp", 0), ("tcp", 1)], ids=["shm", "tcp-sending", "tcp-receiving"]
+)
+
 PROMPT = mixed_prompts(10, 500, 300)[-1]
 END = len(PROMPT) - 1
-LAYER_COUNT = 4
+LAYER_COUNT = 3
 CODES = grpc.StatusCode
 
 
@@ -105,7 +111,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(tmp_path: Path, policy: str | None = None) -> AsyncIterator[Scene]:
+async def scene(tmp_path: Path, transport: str, policy: str | None = None) -> AsyncIterator[Scene]:
     model = make_tiny_llama(tmp_path / "model", layers=LAYER_COUNT)
     gates = LayerGates(tmp_path / "gates", LAYER_COUNT)
     # A router may make any engine the sender; by hand it is always the first, and the third can send past the gates.
@@ -113,6 +119,7 @@ async def scene(tmp_path: Path, policy: str | None = None) -> AsyncIterator[Scen
     async with start_suite(
         model,
         num_engines=3,
+        num_kvtransfers=2 if transport == "tcp" else 1,
         policy=policy,
         engine_options=["--lease-default", "2"],
         options_of=dict.fromkeys(gated, gates.options),
@@ -142,8 +149,9 @@ async def at_each_boundary(scene: Scene, fault: Callable[[Gate, str], Awaitable[
         await scene.everything_back()
 
 
-async def test_the_sender_is_killed(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+@each_transport
+async def test_the_sender_is_killed(tmp_path: Path, transport: str) -> None:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
@@ -160,8 +168,9 @@ async def test_the_sender_is_killed(tmp_path: Path) -> None:
         await at_each_boundary(s, fault)
 
 
-async def test_the_sender_stands_still(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+@each_transport
+async def test_the_sender_stands_still(tmp_path: Path, transport: str) -> None:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
@@ -184,8 +193,9 @@ async def test_the_sender_stands_still(tmp_path: Path) -> None:
         await at_each_boundary(s, fault)
 
 
-async def test_the_receiver_is_killed(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+@each_transport
+async def test_the_receiver_is_killed(tmp_path: Path, transport: str) -> None:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
@@ -202,9 +212,10 @@ async def test_the_receiver_is_killed(tmp_path: Path) -> None:
         await at_each_boundary(s, fault)
 
 
-async def test_the_receiver_stands_still(tmp_path: Path) -> None:
+@each_transport
+async def test_the_receiver_stands_still(tmp_path: Path, transport: str) -> None:
     """Puts are one-sided: the receiver's engine is not needed for them."""
-    async with scene(tmp_path) as s:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
@@ -221,50 +232,53 @@ async def test_the_receiver_stands_still(tmp_path: Path) -> None:
         await at_each_boundary(s, fault)
 
 
-async def test_the_transfer_service_is_killed(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+@each_service
+async def test_a_transfer_service_is_killed(tmp_path: Path, transport: str, index: int) -> None:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
             sending = s.send(prepared, salt, 20)
             await gate.reached()
-            suite, address = s.suite, s.suite.kvtransfer.address
-            suite.kvtransfer.kill()
+            old = s.suite.kvtransfers[index]
+            address = old.address
+            old.kill()
             gate.open()
-            assert await sending in (CODES.UNAVAILABLE, CODES.OK)
+            assert await sending in (CODES.UNAVAILABLE, CODES.ABORTED, CODES.OK)
             await s.pair_idle()
-            suite.kvtransfer = suite.fleet.start_kvtransfer(f"kvtransfer {salt}", listen=address)
-            suite.kvtransfer.wait_ready()
+            new = s.suite.fleet.start_kvtransfer(f"{old.name} {salt}", listen=address)
+            new.wait_ready()
+            s.suite.replace_kvtransfer(index, new)
 
         await at_each_boundary(s, fault)
 
 
-async def test_the_transfer_service_stands_still(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+@each_service
+async def test_a_transfer_service_stands_still(tmp_path: Path, transport: str, index: int) -> None:
+    async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
             sending = s.send(prepared, salt, 1)
             await gate.reached()
-            s.suite.kvtransfer.pause()
+            s.suite.kvtransfers[index].pause()
             gate.open()
-            assert await sending in (CODES.DEADLINE_EXCEEDED, CODES.OK)
+            assert await sending in (CODES.DEADLINE_EXCEEDED, CODES.UNAVAILABLE, CODES.OK)
             for at in (s.sender, s.receiver):
                 assert (await generate(s.suite, at, PROMPT, salt=f"alone {salt}")).token_ids == s.expected
+            asked = engine.PrepRecvRequest(
+                owner_id="test", request_id=s.suite.new_id(), prompt_token_ids=PROMPT, end=END, cache_salt="stuck"
+            )
             with failing(CODES.DEADLINE_EXCEEDED):
-                await s.receiver.stub.PrepRecv(
-                    engine.PrepRecvRequest(
-                        owner_id="test", request_id=s.suite.new_id(), prompt_token_ids=PROMPT, end=END
-                    ),
-                    timeout=0.5,
-                )
-            s.suite.kvtransfer.resume()
+                await s.suite.engines[index].stub.PrepRecv(asked, timeout=0.5)
+            s.suite.kvtransfers[index].resume()
 
         await at_each_boundary(s, fault)
 
 
-async def test_the_router_is_killed(tmp_path: Path) -> None:
-    async with scene(tmp_path, "disaggregated") as s:
+@each_transport
+async def test_the_router_is_killed(tmp_path: Path, transport: str) -> None:
+    async with scene(tmp_path, transport, "disaggregated") as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             stream = through_router(s, salt, 20)
@@ -286,8 +300,9 @@ async def test_the_router_is_killed(tmp_path: Path) -> None:
         await at_each_boundary(s, fault)
 
 
-async def test_the_router_stands_still(tmp_path: Path) -> None:
-    async with scene(tmp_path, "disaggregated") as s:
+@each_transport
+async def test_the_router_stands_still(tmp_path: Path, transport: str) -> None:
+    async with scene(tmp_path, transport, "disaggregated") as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             stream = through_router(s, salt, 1)
