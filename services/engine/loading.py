@@ -24,6 +24,12 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
     )
 
 
+def set_torch_threads(config: EngineConfig) -> None:
+    """One where a team of our own computes what is large: two sets of threads that look for work slow each other."""
+    has_team = config.device == "cpu" and config.dtype_name == "float32"
+    torch.set_num_threads(1 if has_team else config.num_threads)
+
+
 def torch_device(config: EngineConfig, rank: int = 0) -> torch.device:
     """Where a rank computes: each on a GPU of its own, from the one that is named. Raises StartError."""
     try:

@@ -20,7 +20,7 @@ from services.engine.front.front import Front
 from services.engine.front.limits import Limits
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
-from services.engine.loading import TORCH_DTYPES, load, torch_device
+from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device
 from services.engine.metrics import TimedRunner
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
@@ -105,7 +105,7 @@ class Replica:
     def make_loop(self, kv: torch.Tensor, front: Front, link: KvLink | None) -> EngineLoop:
         """The loop thread over a pool, not started. Raises StartError for an attention backend that does not fit."""
         try:
-            attention = make_attention(self.config.attention, kv, self.model.model.config)
+            attention = make_attention(self.config.attention, kv, self.model.model.config, self.config.num_threads)
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
         runner: Runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
@@ -161,7 +161,7 @@ class Replica:
 
 def load_replica(config: EngineConfig) -> Replica:
     """Reads the weights, on all ranks, and sizes the pool. Raises StartError with a sentence if either cannot be."""
-    torch.set_num_threads(config.num_threads)
+    set_torch_threads(config)
     device = torch_device(config)
     gpu = _shared_gpu(config, device)
     ranks = Ranks(config) if config.tp > 1 else None

@@ -13,21 +13,21 @@ from services.engine.attention.oracle import OracleAttention
 from services.engine.model.model import ModelShape
 
 
-def _paged_numba(kv: Tensor) -> AttentionBackend:
+def _paged_numba(kv: Tensor, num_threads: int) -> AttentionBackend:
     # Here, because numba and its machine code take 0.3 s to load and engines on a GPU never need them.
     from services.engine.attention.paged_numba import PagedNumbaAttention
 
-    return PagedNumbaAttention(kv)
+    return PagedNumbaAttention(kv, num_threads)
 
 
-BACKENDS: dict[str, Callable[[Tensor], AttentionBackend]] = {
-    "oracle": OracleAttention,
-    "gather_sdpa": GatherSdpaAttention,
+BACKENDS: dict[str, Callable[[Tensor, int], AttentionBackend]] = {
+    "oracle": lambda kv, num_threads: OracleAttention(kv),
+    "gather_sdpa": lambda kv, num_threads: GatherSdpaAttention(kv),
     "paged_numba": _paged_numba,
 }
 
 
-def make_attention(name: str | None, kv: Tensor, config: ModelShape) -> AttentionBackend:
+def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads: int = 1) -> AttentionBackend:
     """The named backend over the pool `kv`; None takes the fastest for its device and dtype.
 
     Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's.
@@ -39,4 +39,4 @@ def make_attention(name: str | None, kv: Tensor, config: ModelShape) -> Attentio
         name = "paged_numba" if kv.device.type == "cpu" and kv.dtype == torch.float32 else "gather_sdpa"
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[name](kv)
+    return BACKENDS[name](kv, num_threads)

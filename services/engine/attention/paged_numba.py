@@ -1,13 +1,7 @@
-"""Attention on the CPU in float32: decoding rows by a kernel that reads pages in place, long chunks by torch.
-
-A decoding row reads its whole context to use it once, so the gather would cost more than the attention: the kernel
-takes 1.3 ms a layer for 16 sequences of 500 tokens (9 heads, 3 kv heads of 64, one core), gathering 15 ms. A chunk
-uses what it gathered for every row, and torch's matrix products then run at 70 GFLOP/s, which numba does not reach.
-"""
+"""Attention on the CPU in float32: pages are read where they lie, several sequences at once on all threads."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,76 +11,71 @@ from torch import Tensor
 
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.numba_kernels import attend_rows
+from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row
 from services.engine.batch import ForwardBatch
+from services.engine.kernels.team import addresses, team_of
+from services.engine.kernels.tiles import LANES
 
-MAX_KERNEL_ROWS = 16  # beyond, gathering and multiplying matrices is as fast as so many rows one by one
+MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Which sequences of a batch take which path, and the batch as the kernel reads it."""
+    """The rows of a batch as the kernels take them; the same for all layers."""
 
     batch: ForwardBatch
-    short: NDArray[np.int32]
-    long: list[int]
-    query_starts: NDArray[np.int32]
-    context_lengths: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
+    singles: NDArray[np.int32]  # (n, 3): packed row, sequence, tokens that it sees
+    blocks: NDArray[np.int32]  # (n, 4): first packed row, sequence, tokens that it sees, rows
+    tables: NDArray[np.int32]  # (num_sequences, max_pages)
 
 
 class PagedNumbaAttention(GatherSdpaAttention):
-    """Which path a sequence takes depends on its own rows only, so other sequences never change its result."""
+    """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result.
 
-    def __init__(self, kv: Tensor, max_kernel_rows: int = MAX_KERNEL_ROWS) -> None:
+    Heads whose size is no multiple of 16 are left to torch.
+    """
+
+    def __init__(self, kv: Tensor, num_threads: int = 1, max_single_rows: int = MAX_SINGLE_ROWS) -> None:
         if kv.device.type != "cpu" or kv.dtype != torch.float32:
             raise ValueError(f"paged_numba computes float32 on the CPU, not {kv.dtype} on {kv.device}")
         super().__init__(kv)
-        self._pools = [layer.numpy() for layer in kv]
-        self._max_kernel_rows = max_kernel_rows
+        self._team = team_of(num_threads)
+        self._max_single_rows = max_single_rows
+        # Of a pool shared by several ranks this one has some heads of each page: its strides are the whole's.
+        self._fits = self.head_dim % LANES == 0 and kv[0].is_contiguous()
         self._split: _Split | None = None
-        self._weights = np.empty((1, 1), dtype=np.float32)
-        self._exponents = np.empty(1, dtype=np.int32)
-        self._load_kernel()
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
-        """Causal attention of query (num_tokens, num_heads, head_dim); the same shape. A soft cap is left to torch."""
-        if form.softcap is not None:
+        """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
+        if not self._fits:
             return super().attend(layer, query, batch, form)
+        kv_heads = self.kv.shape[3]
+        group = query.shape[1] // kv_heads
         if self._split is None or self._split.batch is not batch:
-            self._split = self._split_batch(batch, query.shape[1] // self.kv.shape[3])
-        split = self._split
-        mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if split.short.size:
-            attend_rows(
-                mixed.numpy(),
-                (query * (math.log2(math.e) * form.scale_for(self.head_dim))).contiguous().numpy(),
-                self._pools[layer],
-                split.short,
-                split.query_starts,
-                split.context_lengths,
-                split.block_tables,
-                form.window or int(split.context_lengths.max()),
-                self._weights,
-                self._exponents,
-            )
-        if split.long:
-            self.attend_into(mixed, layer, query, batch, split.long, form)
+            self._split = self._split_batch(batch, group)
+        split, pool = self._split, self.kv[layer]
+        cap = form.softcap or 0.0
+        scaled = (query * (form.scale_for(self.head_dim) * (1 / cap if cap else LOG2_E))).contiguous()
+        mixed = torch.empty_like(scaled)
+        softcap = np.array([cap], dtype=np.float32)
+        shape = (split.tables.shape[1], kv_heads, self.page_size, self.head_dim, group, form.window or 1 << 40, softcap)
+        for kernel, rows in ((attend_row, split.singles), (attend_block, split.blocks)):
+            if len(rows):
+                self._team.run(kernel, addresses(mixed, scaled, pool, rows, split.tables, *shape), len(rows) * kv_heads)
         return mixed
 
-    def _split_batch(self, batch: ForwardBatch, queries_per_kv_head: int) -> _Split:
+    def _split_batch(self, batch: ForwardBatch, group: int) -> _Split:
         starts, contexts = batch.query_starts.numpy(), batch.context_lengths.numpy()
-        short = np.diff(starts) <= self._max_kernel_rows
-        longest = int(contexts[short].max(initial=1))
-        if self._weights.shape[0] != queries_per_kv_head or self._weights.shape[1] < longest:
-            self._weights = np.empty((queries_per_kv_head, 2 * longest), dtype=np.float32)
-            self._exponents = np.empty(2 * longest, dtype=np.int32)
+        counts = np.diff(starts)
         tables = np.ascontiguousarray(batch.block_tables.numpy())
-        ids = np.arange(len(contexts), dtype=np.int32)
-        return _Split(batch, ids[short], ids[~short].tolist(), starts, contexts, tables)
-
-    def _load_kernel(self) -> None:
-        """Compiles the kernel, or loads it from disk, now rather than within the first request: no rows, no work."""
-        rows, table = np.empty((0, 1, self.head_dim), dtype=np.float32), np.empty((0, 1), dtype=np.int32)
-        none = np.empty(0, dtype=np.int32)
-        attend_rows(rows, rows, self._pools[0], none, none, none, table, 1, self._weights, self._exponents)
+        is_single = counts <= self._max_single_rows
+        rows = np.arange(starts[-1], dtype=np.int32)
+        sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        seen = contexts[sequences] - (starts[sequences + 1] - rows) + 1
+        every = np.stack((rows, sequences, seen), axis=1).astype(np.int32)
+        rows_a_block = max(1, BLOCK_LANES // group)
+        # Blocks begin at multiples of their size in the sequence's own rows, whatever lies before it in the batch.
+        begins = ~is_single[sequences] & ((rows - starts[sequences]) % rows_a_block == 0)
+        lengths = np.minimum(starts[sequences + 1] - rows, rows_a_block)
+        blocks = np.concatenate((every, lengths[:, None].astype(np.int32)), axis=1)[begins]
+        return _Split(batch, every[is_single[sequences]], np.ascontiguousarray(blocks), tables)

@@ -10,6 +10,7 @@ the tile, so a row's result does not depend on the rows beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -88,10 +89,25 @@ class _Writer:
             total = builder.add(total, self._select(product, product, range(part, 4 * LANES, 4)))
         return total
 
+    def sum_lanes(self, vectors: list[ir.Value]) -> ir.Value:
+        """Of LANES vectors, a vector of the sums of each: halves are added pair by pair until one is left."""
+        width = LANES
+        while len(vectors) > 1:
+            width //= 2
+            starts = range(0, 2 * LANES, 2 * width)
+            low = [start + lane for start in starts for lane in range(width)]
+            vectors = [
+                self.builder.fadd(
+                    self._select(first, second, low), self._select(first, second, [lane + width for lane in low])
+                )
+                for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        return vectors[0]
+
     def _half(self, value: ir.Value, half: int) -> ir.Value:
         return self._select(value, value, range(8 * half, 8 * half + 8))
 
-    def _select(self, first: ir.Value, second: ir.Value, lanes: range) -> ir.Value:
+    def _select(self, first: ir.Value, second: ir.Value, lanes: Sequence[int]) -> ir.Value:
         mask = ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
         return self.builder.shuffle_vector(first, second, mask)
 
@@ -158,6 +174,41 @@ def float_tile(rows: int, panels: int) -> Any:
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), build
+
+    return tile
+
+
+def dot_tile(rows: int) -> Any:
+    """An intrinsic: out (rows,) = left (rows, length) times one vector, all float32; rows is 1 or LANES.
+
+    (left, left_row_stride, vector, length, out), addresses and bytes; length, in elements, is a multiple of LANES.
+    """
+
+    @intrinsic
+    def tile(typing_context: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+        def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            left, left_row, vector, length, out = arguments
+            write = _Writer(builder)
+
+            def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+                offset = builder.mul(index, _int64(4 * LANES))
+                factor, at = write.load(builder.add(vector, offset), _FLOATS), builder.add(left, offset)
+                return [
+                    write.multiply_add(write.load(write.address(at, row, left_row), _FLOATS), factor, total)
+                    for row, total in enumerate(totals)
+                ]
+
+            count = builder.sdiv(length, _int64(LANES))
+            totals = write.loop(count, [ir.Constant(_FLOATS, None)] * rows, body)
+            sums = write.sum_lanes(totals if rows > 1 else totals * LANES)
+            if rows > 1:
+                write.store(sums, out)
+            else:
+                single = builder.extract_element(sums, ir.Constant(_INT32, 0))
+                builder.store(single, builder.inttoptr(out, _FLOAT.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), build
 
     return tile
 

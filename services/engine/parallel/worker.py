@@ -10,11 +10,9 @@ import threading
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
-import torch
-
 from services.engine.attention.factory import make_attention
 from services.engine.core.runner import TorchRunner
-from services.engine.loading import load, torch_device
+from services.engine.loading import load, set_torch_threads, torch_device
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
 from services.engine.model.shard import Shard
@@ -46,7 +44,7 @@ def main() -> None:
 
 def _start(task: RankTask, connection: Connection) -> TorchRunner:
     config = task.config
-    torch.set_num_threads(config.num_threads)
+    set_torch_threads(config)
     device = torch_device(config, task.rank)
     shard = Shard(task.rank, config.tp, TorchCollective(task.meeting_place, task.rank, config.tp, device))
     loaded: LoadedModel = load(config, device, shard)
@@ -54,7 +52,7 @@ def _start(task: RankTask, connection: Connection) -> TorchRunner:
     pool: PoolShape = connection.recv()
     descriptor = recv_handle(connection) if pool.shared else None
     kv = pool_part(pool.shape, shard, device, loaded.model.dtype, descriptor)
-    return TorchRunner(loaded.model, make_attention(config.attention, kv, loaded.model.config), kv)
+    return TorchRunner(loaded.model, make_attention(config.attention, kv, loaded.model.config, config.num_threads), kv)
 
 
 def _obey(message: Compute | CopyPages | Poison, runner: TorchRunner, connection: Connection) -> None:
