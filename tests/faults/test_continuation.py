@@ -7,6 +7,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from microserve.router.v1 import admin_pb2 as admin
 from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 
@@ -18,6 +19,7 @@ from tests.models import make_tiny_llama
 pytestmark = pytest.mark.faults
 
 NUM_STREAMS, NUM_TOKENS = 20, 150
+PAGE_SIZE = 16
 PROMPTS = mixed_prompts(NUM_STREAMS, 500, 200)
 # engine-0 prefills, engine-1 and engine-2 decode.
 DEATHS = {
@@ -90,6 +92,31 @@ async def test_the_decoding_engine_dies_after_the_first_tokens(tmp_path: Path, p
             assert first.engine == "engine-1"
             assert last.engine != "engine-1"
             assert last.range.end > first.range.end  # with the tokens that the client had
+
+
+async def test_an_engine_is_emptied_by_migration(tmp_path: Path) -> None:
+    """Twenty live streams move off an engine with their KV, which is not computed again."""
+    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
+        tokens = await expected(suite)
+        begun = [asyncio.Event() for _ in PROMPTS]
+        asked = [asyncio.create_task(stream(suite, i, "data_parallel", begun[i])) for i in range(NUM_STREAMS)]
+        await asyncio.gather(*(each.wait() for each in begun))
+        emptied = suite.engines[1]
+        request = admin.DrainEngineRequest(address=emptied.process.address, migrate=True)
+        await suite.admin.DrainEngine(request)
+        await wait_for_load(emptied, lambda report: not report.running_sequence_count)
+        answers = await asyncio.gather(*asked)
+        await check(suite, answers, tokens, dead=-1)
+        # Three legs: there was less than a page to move.
+        moved = [answer.legs for answer in answers if len(answer.legs) > 3]
+        assert moved
+        for legs in moved:
+            [first, reserved, sent, last] = legs
+            assert first.engine == sent.engine == emptied.name
+            assert last.engine == reserved.engine != emptied.name
+            assert sent.timing.transferred_token_count > 0
+            assert last.timing.matched_token_count == sent.range.end
+            assert sent.timing.computed_token_count <= 2 * PAGE_SIZE  # what its last steps had not published
 
 
 @pytest.mark.parametrize("death", DEATHS)
