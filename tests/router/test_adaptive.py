@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -124,3 +125,17 @@ async def test_a_request_that_is_unknown_cannot_be_explained() -> None:
         assert not (await explain(suite, "plain")).HasField("chosen")
         with failing("NOT_FOUND", "UNKNOWN_REQUEST"):
             await explain(suite, "nope")
+
+
+async def test_the_mean_number_of_sequences_is_weighted_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    async with running() as suite:
+        engine = suite.router.registry.members[suite.first.address]
+        monkeypatch.setattr("services.router.fleet.member.time", SimpleNamespace(monotonic=lambda: now))
+        begin = engine.sequence_seconds()
+        with engine.expecting():
+            now += 3.0
+            with engine.expecting(), engine.generating(10, expected=False):
+                now += 1.0
+        now += 6.0
+        assert engine.sequence_seconds() - begin == pytest.approx(3 * 1 + 1 * 3)

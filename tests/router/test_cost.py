@@ -69,8 +69,8 @@ def measured(*engines: EngineSnapshot, factor: float = 1.0, book: CostBook | Non
             noise = source.uniform(0.95, 1.05)
             timing = Timing(computed_tokens=tokens, generated_tokens=32, prefill_s=factor * noise * prefill_s(tokens))
             per_token_s = factor * noise * step_s(1 + beside)
-            then = replace(engine, load=Load(context_tokens=tokens + source.randrange(8) * 500))
-            book.generated(GenerationEnd(then, then, beside, beside, tokens, per_token_s, timing))
+            context = tokens + source.randrange(8) * 500
+            book.generated(GenerationEnd(engine, beside, 1 + beside, context, tokens, timing), per_token_s)
             for other in engines:
                 sent = Timing(transferred_bytes=1000 * tokens, queue_s=0.1)
                 elapsed_s = noise * (4e-3 + 1e-5 * tokens) + 0.1
@@ -186,7 +186,7 @@ def test_an_engine_that_restarts_is_measured_anew() -> None:
 def test_accounts_that_cannot_be_are_left_out() -> None:
     engine, book = snapshot("a"), CostBook()
     for timing in (Timing(), Timing(computed_tokens=10, prefill_s=0.0), Timing(10, 0, 5, 1, 0, 0, 9.0, 0, 9, 3)):
-        book.generated(GenerationEnd(engine, engine, 0, 0, 1, 0.0, timing))
+        book.generated(GenerationEnd(engine, 0, 1, 1, 1, timing), 0.0)
         book.sent(engine, engine, TokenRange(0, 4), timing, 0.0)
     book.reserved(engine, 0.0)
     assert book.engine(engine).prefill.num_observations == 0
@@ -202,7 +202,7 @@ def test_output_is_expected_to_be_as_long_as_of_late() -> None:
     assert book.expected_output(replace(asked, num_generated=600)) == 1
     for _ in range(200):
         timing = Timing(generated_tokens=10)
-        book.generated(GenerationEnd(engine, engine, 0, 0, 10, 0.0, timing))
+        book.generated(GenerationEnd(engine, 0, 1, 10, 10, timing), 0.0)
     assert book.expected_output(asked) == pytest.approx(10, rel=0.05)
     assert book.expected_output(replace(asked, sampling=Sampling())) == pytest.approx(10, rel=0.05)
 

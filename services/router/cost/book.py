@@ -26,14 +26,13 @@ EngineKey = tuple[str, bytes]  # address, incarnation: one that restarts may be 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """A start_generate that has ended well, with the engine as it was at its two ends."""
+    """A start_generate that has ended well."""
 
     begin: EngineSnapshot
-    end: EngineSnapshot
-    beside_at_begin: int  # other sequences there
-    beside_at_end: int
+    beside: int  # other sequences there when it began
+    sequences: float  # there on average while it decoded, itself among them
+    context_tokens: float  # of all of them
     prompt_tokens: int
-    per_token_s: float  # between its tokens after the first; 0 if there was but one
     timing: Timing
 
 
@@ -85,20 +84,15 @@ class CostBook:
             key = (_key(sender), _key(receiver))
             _touch(self._links, key, LinkSpeed, MAX_LINKS).observe(work, seconds, timing.transferred_bytes)
 
-    def generated(self, leg: GenerationEnd) -> None:
-        """A start_generate has ended well."""
-        timing = leg.timing
-        self._prefilled(leg.begin, timing, leg.prompt_tokens - timing.computed_tokens, leg.beside_at_begin)
+    def generated(self, end: GenerationEnd, per_token_s: float) -> None:
+        """A start_generate has ended well; `per_token_s` between its tokens after the first, 0 if there was but one."""
+        timing = end.timing
+        self._prefilled(end.begin, timing, end.prompt_tokens - timing.computed_tokens, end.beside)
         self._mean_output += _OUTPUT_WEIGHT * (timing.generated_tokens - self._mean_output)
-        if leg.per_token_s > 0 and not timing.num_preemptions:
-            work = DecodeWork(
-                sequences=1 + (leg.beside_at_begin + leg.beside_at_end) / 2,
-                context=max(
-                    leg.prompt_tokens + timing.generated_tokens / 2,
-                    (leg.begin.load.context_tokens + leg.end.load.context_tokens) / 2,
-                ),
-            )
-            self._observed(leg.begin).decode.observe(work.features, leg.per_token_s)
+        if per_token_s > 0 and not timing.num_preemptions:
+            own = end.prompt_tokens + timing.generated_tokens / 2
+            work = DecodeWork(end.sequences, max(own, end.context_tokens))
+            self._observed(end.begin).decode.observe(work.features, per_token_s)
 
     def _prefilled(self, engine: EngineSnapshot, timing: Timing, context: int, beside: int) -> None:
         if timing.computed_tokens and timing.prefill_s > 0 and not timing.num_preemptions:

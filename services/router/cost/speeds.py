@@ -60,7 +60,7 @@ class EngineSpeeds:
 
     def __init__(self, like: EngineSpeeds | None = None) -> None:
         """`like`: an engine that serves the same model, to start from."""
-        prefill, decode, reserve = [0.0, PREFILL_S_PER_TOKEN, 0.0, 0.0], [STEP_S, 0.0, 0.0], [RESERVE_S]
+        prefill, decode, reserve = [0.0, PREFILL_S_PER_TOKEN, 0.0, 0.0], [STEP_S, STEP_S / 10, 0.0], [RESERVE_S]
         if like is not None:
             prefill, decode, reserve = (each.coefficients for each in (like.prefill, like.decode, like.reserve))
         token_s, step_s = max(prefill[1], 1e-7), max(decode[0], 1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
@@ -66,6 +67,7 @@ class Member:
         self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
         self._in_flight = InFlight()
+        self._sequence_seconds, self._weighed_at = 0.0, time.monotonic()
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
@@ -181,7 +183,17 @@ class Member:
         finally:
             self._count(0, -num_tokens)
 
+    def sequence_seconds(self) -> float:
+        """Sequences there, integrated over time: the difference of two looks over the time between them is their mean
+        number."""
+        now = time.monotonic()
+        if self.info is not None:
+            self._sequence_seconds += self.snapshot().sequences * (now - self._weighed_at)
+        self._weighed_at = now
+        return self._sequence_seconds
+
     def _count(self, sequences: int, prompt_tokens: int) -> None:
+        self.sequence_seconds()
         now = self._in_flight
         self._in_flight = InFlight(now.sequences + sequences, now.prompt_tokens + prompt_tokens)
         self._snapshot = None
@@ -246,6 +258,7 @@ class Member:
             await backoff.wait()
 
     def _take_load(self, load: Load) -> bool:
+        self.sequence_seconds()
         drains = load.draining != self.load.draining
         self.load, self._snapshot = load, None
         ours, before = self._in_flight, self._excess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -18,7 +19,7 @@ from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.scope import RequestScope
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, FinishReason, Leg, Timing, Verb
+from services.router.values import Chunk, FinishReason, Timing, Verb
 
 # After these an engine has certainly not made a reservation.
 _REFUSALS = frozenset(
@@ -31,6 +32,31 @@ _REFUSALS = frozenset(
         Code.UNAUTHENTICATED,
     }
 )
+
+
+class _Decoding:
+    """How long the tokens of a sequence took, and beside how many others."""
+
+    def __init__(self, beside: int) -> None:
+        self.beside = beside  # other sequences when it began
+        self._begin: tuple[float, float] | None = None  # time, sequence-seconds of the engine
+
+    def first_token(self, member: Member) -> None:
+        """Only the first call counts."""
+        if self._begin is None:
+            self._begin = time.monotonic(), member.sequence_seconds()
+
+    def per_token_s(self, timing: Timing) -> float:
+        """Between tokens after the first; 0 if there was but one."""
+        if self._begin is None or timing.generated_tokens < 2:
+            return 0.0
+        return (time.monotonic() - self._begin[0]) / (timing.generated_tokens - 1)
+
+    def mean_sequences(self, member: Member) -> float:
+        """On the engine since the first token, this one among them."""
+        if self._begin is None or (elapsed_s := time.monotonic() - self._begin[0]) <= 0:
+            return 1.0
+        return max(1.0, (member.sequence_seconds() - self._begin[1]) / elapsed_s)
 
 
 class Engine:
@@ -107,6 +133,7 @@ class Engine:
     ) -> AsyncGenerator[Chunk, None]:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
         before = self._member.snapshot()
+        decoding = _Decoding(max(0, before.sequences - int(kv is not None)))
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
             self._watched() as succeeded,
@@ -120,6 +147,7 @@ class Engine:
                 while (chunk := await sequence.take()) is not None:
                     if chunk.token_ids:
                         leg.first_token()
+                        decoding.first_token(self._member)
                         prompt_computed()
                         succeeded()
                         if kv is not None:
@@ -129,8 +157,7 @@ class Engine:
                         leg.end(chunk.timing)
                         if kv is not None:
                             kv.used_up()
-                        if chunk.timing is not None and chunk.finish is not FinishReason.CANCELLED:
-                            self._generated(request, before, leg.leg(), chunk.timing, expected=kv is not None)
+                        self._generated(request, before, decoding, chunk)
                     yield chunk
             finally:
                 self._member.sequences.discard(sequence)
@@ -141,24 +168,14 @@ class Engine:
         known = request.is_hashed(self.info.page_size)
         return max(1, tokens.end - max(tokens.begin, self.cached_prefix(request) if known else 0))
 
-    def _generated(
-        self, request: PolicyRequest, before: EngineSnapshot, leg: Leg, timing: Timing, *, expected: bool
-    ) -> None:
-        per_token_s = 0.0
-        if leg.first_token_s is not None and timing.generated_tokens > 1:
-            per_token_s = (leg.elapsed_s - leg.first_token_s) / (timing.generated_tokens - 1)
-        after = self._member.snapshot()
-        self._costs.generated(
-            GenerationEnd(
-                begin=before,
-                end=after,
-                beside_at_begin=max(0, before.sequences - int(expected)),
-                beside_at_end=max(0, after.sequences - 1),
-                prompt_tokens=len(request.prompt),
-                per_token_s=per_token_s,
-                timing=timing,
-            )
-        )
+    def _generated(self, request: PolicyRequest, before: EngineSnapshot, decoding: _Decoding, chunk: Chunk) -> None:
+        """Tells the cost model of a sequence that has ended well."""
+        if chunk.timing is not None and chunk.finish is not FinishReason.CANCELLED:
+            after = self._member.snapshot()
+            sequences = decoding.mean_sequences(self._member)
+            context = (before.load.context_tokens + after.load.context_tokens) / 2
+            end = GenerationEnd(before, decoding.beside, sequences, context, len(request.prompt), chunk.timing)
+            self._costs.generated(end, decoding.per_token_s(chunk.timing))
 
     @contextmanager
     def _watched(self) -> Iterator[Callable[[], None]]:
