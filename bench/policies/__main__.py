@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -56,8 +57,7 @@ def main(
         sweep = _Sweep(router.address, policies.split(","), requests, runs)
         for repeat in range(first_repeat, first_repeat + repeats):
             for mix in chosen:
-                asyncio.run(sweep.cells(mix.name, shares, repeat))
-                _write(runs, raw, out)
+                asyncio.run(sweep.cells(mix.name, shares, repeat, lambda: _write(runs, raw, out)))
     found = summary(runs)
     print(json.dumps({key: found[key] for key in ("adaptive_speedup_geomean", "adaptive_worst_cell_upper", "cells")}))
 
@@ -71,8 +71,8 @@ class _Sweep:
         self._num_requests = num_requests
         self._runs = runs
 
-    async def cells(self, mix_name: str, loads: list[float], repeat: int) -> None:
-        """All loads of a mix, under every policy, once."""
+    async def cells(self, mix_name: str, loads: list[float], repeat: int, save: Callable[[], None]) -> None:
+        """All loads of a mix, under every policy, once; `save` is called when a cell is done."""
         mix = MIXES[mix_name]
         await wait_serving(self._address, 120)
         async with make_channel(self._address) as channel:
@@ -91,6 +91,7 @@ class _Sweep:
                     ttft_s, tpot_s = limits or (GOOD * capacity.ttft_s, GOOD * capacity.tpot_s)
                     run = Run(policy, mix_name, load, rate, repeat, elapsed_s, samples, ttft_s, tpot_s)
                     self._runs.append(run)
+                save()
 
 
 def _read(path: Path) -> list[Run]:
