@@ -60,12 +60,19 @@ class Booking:
     grant: Grant = Grant.NONE
     timer: Timer | None = None  # end of the lease, or earlier
     waiter: KvWaiter | None = None
+    num_published: int = 0  # tokens of the window in the prefix cache since it was filled
     num_bytes: int = 0  # that peers wrote, as counted by the transfer service
 
     @property
     def end(self) -> int:
         """KV of prompt[:end] is what it is for."""
         return self.rules.window.end
+
+    @property
+    def full_blocks(self) -> range:
+        """Indices of the blocks that end in the window: what can be published once it is filled."""
+        page_size = self.chain.page_size
+        return range(self.rules.window.begin // page_size, self.rules.window.end // page_size)
 
     @property
     def is_open(self) -> bool:

@@ -30,6 +30,7 @@ class CoreConfig:
     max_lease_s: float = 600.0
     max_send_s: float = 600.0  # longest that a RemoteSend may take, whatever its deadline
     max_wait_s: float = 60.0  # longest that PrepRecv waits for pages
+    max_prefix_wait_s: float = 2.0  # longest that a request waits for KV that a peer is sending for another one
     max_finished_requests: int = 4096  # remembered for retries
     poison_pages: bool = False  # fill freed pages with NaN, so that a read of stale pages shows
     check_every_step: bool = False  # verify all invariants after every step
@@ -38,7 +39,7 @@ class CoreConfig:
         counts = (self.num_pages, self.vocab_size, self.max_batch_size, self.max_step_tokens, self.max_waiting)
         if min(counts) < 1 or self.max_context < 2 or self.max_reservations < 0:
             raise ValueError("pages, vocabulary, batch, step and queue need at least 1, the context at least 2")
-        if not 0 < self.default_lease_s <= self.max_lease_s or self.max_wait_s < 0:
+        if not 0 < self.default_lease_s <= self.max_lease_s or min(self.max_wait_s, self.max_prefix_wait_s) < 0:
             raise ValueError("leases must be positive, the default at most the longest, and waits not negative")
 
     @property

@@ -15,6 +15,7 @@ from services.engine.core.guides import GuidePort
 from services.engine.core.pace import Pace
 from services.engine.core.plan import Runner
 from services.engine.core.pool import PagePool
+from services.engine.core.prefix_waits import PrefixWaits
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.timers import Timers
 from services.engine.core.transfer import TransferLink
@@ -30,6 +31,7 @@ class Context:
     clock: Callable[[], float]  # seconds, monotonic
     runner: Runner
     pool: PagePool
+    waits: PrefixWaits
     scheduler: Scheduler
     timers: Timers
     link: TransferLink

@@ -21,6 +21,7 @@ from services.engine.core.pace import Pace
 from services.engine.core.plan import Runner
 from services.engine.core.pool import PagePool
 from services.engine.core.ports import EngineListener, KvPort
+from services.engine.core.prefix_waits import PrefixWaits
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.step import Stepper
 from services.engine.core.timers import Timers
@@ -44,18 +45,21 @@ class EngineCore:
         faults: FaultPoints | None = None,
     ) -> None:
         pool = PagePool(config.num_pages, config.page_size, runner.poison if config.poison_pages else None)
+        timers, pace = Timers(), Pace()
+        waits = PrefixWaits(config, pool, timers, pace)
         self._context = context = Context(
             config=config,
             clock=clock,
             runner=runner,
             pool=pool,
-            scheduler=Scheduler(config, pool),
-            timers=Timers(),
+            waits=waits,
+            scheduler=Scheduler(config, pool, waits),
+            timers=timers,
             link=TransferLink(port),
             calls=Calls(config.max_finished_requests),
             outputs=[],
             faults=faults or NoFaults(),
-            pace=Pace(),
+            pace=pace,
             guides=guides,
             arrivals=count(1),
         )

@@ -1,34 +1,37 @@
-"""Prefixes that are being computed: known, not readable. Who needs one waits for it instead of computing it again."""
+"""Prefixes that are being computed or received: known, not readable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+Producer = TypeVar("Producer", int, str)  # a running sequence's number, or the id of a reservation
 
 
-class InFlightBlocks:
-    """Which running sequence will publish a block. Every entry ends with the block landed or the sequence gone."""
+class InFlightBlocks(Generic[Producer]):
+    """Who will publish a block. Every entry ends with the block landed or the producer gone."""
 
     def __init__(self) -> None:
-        self._producers: dict[bytes, int] = {}
-        self._blocks: dict[int, set[bytes]] = {}
+        self._producers: dict[bytes, Producer] = {}
+        self._blocks: dict[Producer, set[bytes]] = {}
 
-    def announce(self, number: int, blocks: Iterable[bytes]) -> None:
-        """Sequence `number` will publish these, apart from those that another one announced first."""
+    def announce(self, producer: Producer, blocks: Iterable[bytes]) -> None:
+        """`producer` will publish these, apart from those that another one announced first."""
         for block in blocks:
-            if self._producers.setdefault(block, number) == number:
-                self._blocks.setdefault(number, set()).add(block)
+            if self._producers.setdefault(block, producer) == producer:
+                self._blocks.setdefault(producer, set()).add(block)
 
     def landed(self, block: bytes) -> None:
         """The block is readable."""
-        number = self._producers.pop(block, None)
-        if number is not None:
-            self._blocks[number].discard(block)
+        producer = self._producers.pop(block, None)
+        if producer is not None:
+            self._blocks[producer].discard(block)
 
-    def withdraw(self, number: int) -> None:
-        """Sequence `number` publishes no more."""
-        for block in self._blocks.pop(number, ()):
+    def withdraw(self, producer: Producer) -> None:
+        """`producer` publishes no more."""
+        for block in self._blocks.pop(producer, ()):
             del self._producers[block]
 
     def contains(self, block: bytes) -> bool:
-        """Whether a running sequence will publish the block."""
+        """Whether somebody will publish the block."""
         return block in self._producers

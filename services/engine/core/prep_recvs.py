@@ -1,4 +1,4 @@
-"""PrepRecv: calls that ask for a reservation, and those of them that wait for room."""
+"""PrepRecv: calls that ask for a reservation, and those of them that wait: for a prefix in flight, or for room."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from services.engine.core.blocks import BlockChain
 from services.engine.core.booking import Booking, Grant
 from services.engine.core.context import Context
 from services.engine.core.fingerprints import fingerprint
+from services.engine.core.prefix_waits import PrefixWait
 from services.engine.core.reservations import Reservations
 from services.engine.core.timers import Timer
 from services.engine.errors import NoPages, QueueFull, RequestCancelled, TransferServiceGone
@@ -30,8 +31,9 @@ class PrepRecvCall:
         self.num_callers = 1
         self.replies = [command.reply]  # not answered yet
         self.was_answered = False  # somebody has the address
-        self.booking: Booking | None = None  # None while it waits for room
-        self.timer: Timer | None = None  # end of that wait
+        self.wait = PrefixWait(in_line=False)
+        self.booking: Booking | None = None  # None while it waits
+        self.timer: Timer | None = None  # end of the wait for room
 
     def cancel(self) -> None:
         """One of the callers is gone; when all are, nobody has the address."""
@@ -54,16 +56,17 @@ class PrepRecvCall:
 
 
 class PrepRecvs:
-    """Owns the calls. Those that wait for room hold no page and are served in order of arrival."""
+    """Owns the calls. Those that wait hold no page; those that wait for room are served in order."""
 
     def __init__(self, context: Context, reservations: Reservations) -> None:
         self._context = context
         self._reservations = reservations
-        self._queue: deque[PrepRecvCall] = deque()
+        self._queue: deque[PrepRecvCall] = deque()  # for room
+        self._early: list[PrepRecvCall] = []  # more of their prefix will be here soon
         self._unanswered: dict[int, PrepRecvCall] = {}  # by identity, for the day that the engine stops
 
     def prep_recv(self, command: PrepRecv) -> None:
-        """Reserves at once, or puts the call into the queue, or raises its refusal. A retry shares the reservation."""
+        """Takes a call; it is answered at once if nothing has to be waited for. A retry shares the reservation."""
         context = self._context
         context.link.service()
         check_prep_recv(command, context.config)
@@ -78,20 +81,18 @@ class PrepRecvs:
         self._check_room()
         chain = context.chain(command.prompt[: command.end], command.cache_salt)
         call = PrepRecvCall(self, command, chain, Account(context.clock()))
-        has_room = not self._queue and self._reserve(call)
-        if not has_room and not command.max_wait_s:
-            raise self._no_pages()
         context.calls.begin(command.key, mark, call)
         self._unanswered[id(call)] = call
-        if has_room:
-            self._open(call)
+        if self._is_early(call):
+            self._early.append(call)
         else:
-            wait_s = min(command.max_wait_s or 0.0, context.config.max_wait_s)
-            call.timer = context.timers.at(context.clock() + wait_s, lambda: self._waited(call))
-            self._queue.append(call)
+            self._enter(call)
 
     def step(self) -> None:
-        """Looks whether there is room now for those that wait."""
+        """Looks whether those that wait have what they wait for."""
+        for call in [call for call in self._early if not self._is_early(call)]:
+            self._early.remove(call)
+            self._enter(call)
         while self._queue and self._reserve(self._queue[0]):
             call = self._queue.popleft()
             if call.timer is not None:
@@ -100,8 +101,11 @@ class PrepRecvs:
 
     def service_lost(self) -> None:
         """Those that wait wait in vain."""
-        while self._queue:
-            self.end(self._queue.popleft(), TransferServiceGone("The KV transfer service went away."))
+        waiting = [*self._early, *self._queue]
+        self._early.clear()
+        self._queue.clear()
+        for call in waiting:
+            self.end(call, TransferServiceGone("The KV transfer service went away."))
 
     def fail_all(self, error: ServiceError) -> None:
         """The engine stops: tells everybody, and leaves its own books as they are."""
@@ -112,8 +116,8 @@ class PrepRecvs:
         """Ends a call's wait or reservation, unless a sequence has that."""
         if call.booking is not None:
             self._reservations.abort(call.booking)
-        elif call in self._queue:
-            self._queue.remove(call)
+        elif call in self._early or call in self._queue:
+            (self._early if call in self._early else self._queue).remove(call)
             self.end(call, RequestCancelled("The request was cancelled."))
 
     def answer(self, call: PrepRecvCall) -> None:
@@ -144,9 +148,24 @@ class PrepRecvs:
 
     def _check_room(self) -> None:
         config = self._context.config
-        if self._reservations.num_live + len(self._queue) >= config.max_reservations:
+        if self._reservations.num_live + len(self._early) + len(self._queue) >= config.max_reservations:
             message = f"There are {config.max_reservations} reservations already."
             raise QueueFull(message, retry_delay_s=self._context.retry_delay_s())
+
+    def _is_early(self, call: PrepRecvCall) -> bool:
+        """Whether it should wait for KV that is on its way here for another request."""
+        return self._context.waits.find(call.chain, len(call.chain.tokens), call.wait, self._context.clock()) is None
+
+    def _enter(self, call: PrepRecvCall) -> None:
+        """Reserves at once, or puts the call into the queue if its caller waits, or refuses it."""
+        wait_s = min(call.command.max_wait_s or 0.0, self._context.config.max_wait_s)
+        if not self._queue and self._reserve(call):
+            self._open(call)
+        elif wait_s:
+            call.timer = self._context.timers.at(call.account.arrived_at + wait_s, lambda: self._waited(call))
+            self._queue.append(call)
+        else:
+            self.end(call, self._no_pages())
 
     def _reserve(self, call: PrepRecvCall) -> bool:
         """Sets pages aside if there is room."""

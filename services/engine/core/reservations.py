@@ -80,7 +80,7 @@ class Reservations:
         if booking.is_attached:
             return 0
         is_whole = booking.rules.release(self._context.clock())
-        num_published = self._publish(booking) if is_whole and command.publish else 0
+        num_published = booking.num_published if is_whole and command.publish else 0
         self._end(booking, ReservationGone("The reservation was released."), num_published)
         return num_published
 
@@ -154,9 +154,10 @@ class Reservations:
         if booking is None:
             return
         booking.num_bytes = max(booking.num_bytes, news.bytes)
+        state = booking.rules.state
         booking.rules.progress(news.committed, news.writing, self._context.clock())
-        if booking.rules.state is ReservationState.FILLED and booking.waiter is not None:
-            booking.waiter.kv_filled()
+        if booking.rules.state is not state:
+            self._moved_on(booking)
 
     def grant_drained(self, news: api.GrantDrained) -> None:
         """Nothing writes into the pages any more: quarantine is over."""
@@ -199,17 +200,31 @@ class Reservations:
         elif booking.rules.state in UNATTACHED:
             self._watch_lease(booking)  # it was renewed, by Renew or by writes
 
-    def _publish(self, booking: Booking) -> int:
-        """Offers the filled pages to the prefix cache. Returns the tokens that are in them."""
-        page_size, window = self._context.config.page_size, booking.rules.window
-        first, last = window.begin // page_size, window.end // page_size
-        for index in range(first, last):
-            self._context.pool.publish(booking.chain, index, booking.page_ids[index - first])
-        return max(0, last * page_size - window.begin)
+    def _moved_on(self, booking: Booking) -> None:
+        """What arrives is known to those who could use it, and readable once it is whole."""
+        waits, chain = self._context.waits, booking.chain
+        if booking.rules.state is ReservationState.FILLING:
+            waits.arriving.announce(booking.reservation_id, (chain.hash(index) for index in booking.full_blocks))
+        elif booking.rules.state is ReservationState.FILLED:
+            self._publish(booking)
+            if booking.waiter is not None:
+                booking.waiter.kv_filled()
+        else:
+            waits.arriving.withdraw(booking.reservation_id)
+
+    def _publish(self, booking: Booking) -> None:
+        """Offers the filled pages to the prefix cache: what is committed is never written again."""
+        blocks = booking.full_blocks
+        for index in blocks:
+            self._context.pool.publish(booking.chain, index, booking.page_ids[index - blocks.start])
+            self._context.waits.landed(booking.chain.hash(index))
+        self._context.waits.arriving.withdraw(booking.reservation_id)
+        booking.num_published = max(0, blocks.stop * booking.chain.page_size - booking.rules.window.begin)
 
     def _end(self, booking: Booking, error: ServiceError, num_published: int = 0) -> None:
         """Effects of an end that came before any sequence had the pages."""
         self._reserver.unpin(booking.custody)
+        self._context.waits.arriving.withdraw(booking.reservation_id)
         booking.custody.give_up(is_open=booking.is_open)
         self._close_grant(booking)
         self._remember(booking, num_published)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 from services.engine.core.config import CoreConfig
 from services.engine.core.draft import Draft
-from services.engine.core.in_flight import InFlightBlocks
 from services.engine.core.plan import StepPlan
 from services.engine.core.pool import PagePool
 from services.engine.core.prefix_cache import PrefixMatch
+from services.engine.core.prefix_waits import PrefixWaits
 from services.engine.core.sequence import Phase, Sequence
 from services.protocol.pages import OutOfPages
 
@@ -28,10 +28,10 @@ def _age(sequence: Sequence) -> int:
 class Scheduler:
     """Owns the queue and the batch. Pages of a sequence that is removed are released by whoever removes it."""
 
-    def __init__(self, config: CoreConfig, pool: PagePool) -> None:
+    def __init__(self, config: CoreConfig, pool: PagePool, waits: PrefixWaits) -> None:
         self._config = config
         self._pool = pool
-        self._in_flight = InFlightBlocks()
+        self._waits = waits
         self._waiting: list[Sequence] = []  # both by age
         self._running: list[Sequence] = []
         self._pages_owed = 0
@@ -70,7 +70,7 @@ class Scheduler:
         """Takes a sequence out of batch or queue, if it is there."""
         if sequence.phase is Phase.RUNNING:
             self._running.remove(sequence)
-            self._in_flight.withdraw(sequence.number)
+            self._waits.computing.withdraw(sequence.number)
         elif sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
             self._pages_owed = 0  # perhaps it was the one that lacked them; the next plan finds out
@@ -110,7 +110,7 @@ class Scheduler:
                 self._pool.retain([known])
                 self._pool.release([page])
                 sequence.pages[index] = known
-            self._in_flight.landed(chain.hash(index))
+            self._waits.landed(chain.hash(index))
             sequence.num_published += 1
 
     def _extend(self, sequence: Sequence, draft: Draft) -> None:
@@ -159,7 +159,7 @@ class Scheduler:
             if not sequence.pages:
                 if sequence.generates and pages_owed:
                     continue
-                match = self._readable(sequence)
+                match = self._waits.find(sequence.chain, sequence.match_limit, sequence.wait, now)
                 if match is None:
                     continue
                 num_lacking = pages_owed or self._take(sequence, match, draft)
@@ -173,20 +173,6 @@ class Scheduler:
             self._start(sequence, draft, now)
             self._extend(sequence, draft)
         self._pages_owed = pages_owed
-
-    def _readable(self, sequence: Sequence) -> PrefixMatch | None:
-        """What the cache has of a waiting sequence, or None while a running one computes the block that comes next."""
-        if sequence.awaited is not None and self._in_flight.contains(sequence.awaited):
-            return None
-        sequence.awaited = None
-        match = self._pool.match(sequence.chain, sequence.match_limit)
-        index = match.num_tokens // self._pool.page_size
-        if (index + 1) * self._pool.page_size <= sequence.match_limit:
-            block = sequence.chain.hash(index)
-            if self._in_flight.contains(block):
-                sequence.awaited = block
-                return None
-        return match
 
     def _take(self, sequence: Sequence, match: PrefixMatch, draft: Draft) -> int:
         """Takes what the cache has of a sequence, and a send's other pages. Returns how many lack; then takes none."""
@@ -229,4 +215,4 @@ class Scheduler:
         insort(self._running, sequence, key=_age)
         page_size = self._pool.page_size
         coming = range(sequence.num_computed // page_size, sequence.goal // page_size)
-        self._in_flight.announce(sequence.number, (sequence.chain.hash(index) for index in coming))
+        self._waits.computing.announce(sequence.number, (sequence.chain.hash(index) for index in coming))

@@ -10,6 +10,7 @@ from services.engine.core.api import RequestKey
 from services.engine.core.blocks import BlockChain
 from services.engine.core.guides import GuideState
 from services.engine.core.plan import SampleSpec
+from services.engine.core.prefix_waits import PrefixWait
 from services.engine.sampling.params import SamplingParams
 
 
@@ -31,8 +32,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "account", "awaited", "chain", "forced", "goal", "guide", "key", "num_computed", "num_given", "num_prompt",
-        "num_published", "number", "pages", "phase", "sampling",
+        "account", "chain", "forced", "goal", "guide", "key", "num_computed", "num_given", "num_prompt",
+        "num_published", "number", "pages", "phase", "sampling", "wait",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +59,7 @@ class Sequence:
         self.forced = forced
         self.guide: GuideState | None = None  # once it is compiled, if the request has one
         self.phase = Phase.WAITING_FOR_KV  # until it is put into a queue
-        self.awaited: bytes | None = None  # the block that it waits for while another sequence computes it
+        self.wait = PrefixWait(in_line=True)
         self.pages: array[int] = array("i")
         self.num_computed = 0  # positions [0, num_computed) are in the pages
         self.num_published = 0  # full pages offered to the prefix cache

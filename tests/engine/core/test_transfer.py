@@ -195,13 +195,16 @@ def test_several_senders_fill_disjoint_ranges() -> None:
     world.assert_idle()
 
 
-def test_unpublished_reservations_are_not_readable() -> None:
+def test_a_reservation_is_readable_once_it_is_filled_and_not_before() -> None:
     world, prompt = World(), prompt_of(20)
     reserved = world.reserve(prompt, 20)
+    early = world.d.generate(prompt[:12], SamplingParams(max_tokens=1))
+    world.run()
+    assert early.account.matched_tokens == 0
     send(world, prompt, reserved)
     other = world.d.generate(prompt, THREE)
     world.run()
-    assert other.account.matched_tokens == 0
+    assert (other.account.matched_tokens, other.account.computed_tokens) == (19, 1)
     assert other.tokens == world.d.expected(prompt, 3)
     stream = generate(world, prompt, reserved)
     world.run()

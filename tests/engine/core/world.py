@@ -166,18 +166,20 @@ class World:
     def __init__(self, **options: Any) -> None:
         self.clock = Clock()
         self.network = Network()
-        self.p = Node(self.clock, self.network, "P", **options)
-        self.d = Node(self.clock, self.network, "D", **options)
+        self.nodes: list[Node] = []
+        self.p = self.join("P", **options)
+        self.d = self.join("D", **options)
 
-    @property
-    def nodes(self) -> tuple[Node, Node]:
-        return self.p, self.d
+    def join(self, name: str, **options: Any) -> Node:
+        """One more engine."""
+        self.nodes.append(Node(self.clock, self.network, name, **options))
+        return self.nodes[-1]
 
     def run(self) -> None:
         """Lets everything happen until nothing happens any more."""
         for _ in range(10_000):
             is_busy = [node.step() for node in self.nodes]
-            if not any([*is_busy, self.network.pump(), self.p.inbox, self.d.inbox]):
+            if not any([*is_busy, self.network.pump(), *(node.inbox for node in self.nodes)]):
                 return
         raise AssertionError("it never ends")
 

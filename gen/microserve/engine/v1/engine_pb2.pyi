@@ -540,7 +540,7 @@ class ReleaseRequest(_message.Message):
     RESERVATION_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
     publish: _builtins.bool
-    """Keep what was filled in the prefix cache (context migration). Ignored unless the reservation is filled."""
+    """The caller wants what was filled to be cached (context migration), and to be told how much of it is."""
     @_builtins.property
     def reservation(self) -> Global___ReservationRef:
         """Which."""
@@ -567,7 +567,7 @@ class ReleaseResponse(_message.Message):
 
     PUBLISHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     published_token_count: _builtins.int
-    """Tokens that are now cached thanks to this reservation."""
+    """Tokens that are cached thanks to this reservation. 0 unless it was filled and publish was set."""
     def __init__(
         self,
         *,

@@ -176,8 +176,8 @@ class EngineServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Release ends a reservation. If it is filled and publish is set, its full pages become part of the prefix
-        cache; in any other case they are freed once no write can still arrive. Idempotent for a while after.
+        """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
+        there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

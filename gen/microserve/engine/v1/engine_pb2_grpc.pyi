@@ -76,8 +76,8 @@ class EngineServiceStub:
     Complete: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CompleteRequest, _engine_pb2.CompleteResponse]
     """Complete is StartGenerate in one reply, for simple clients and load generators."""
     Release: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ReleaseRequest, _engine_pb2.ReleaseResponse]
-    """Release ends a reservation. If it is filled and publish is set, its full pages become part of the prefix
-    cache; in any other case they are freed once no write can still arrive. Idempotent for a while after.
+    """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
+    there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_engine_pb2.RenewRequest, _engine_pb2.RenewResponse]
     """Renew extends a reservation's lease. A renewal that arrives after expiry is ABORTED (RESERVATION_GONE)."""
@@ -148,8 +148,8 @@ class EngineServiceAsyncStub(EngineServiceStub):
     Complete: _aio.UnaryUnaryMultiCallable[_engine_pb2.CompleteRequest, _engine_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete is StartGenerate in one reply, for simple clients and load generators."""
     Release: _aio.UnaryUnaryMultiCallable[_engine_pb2.ReleaseRequest, _engine_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Release ends a reservation. If it is filled and publish is set, its full pages become part of the prefix
-    cache; in any other case they are freed once no write can still arrive. Idempotent for a while after.
+    """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
+    there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_engine_pb2.RenewRequest, _engine_pb2.RenewResponse]  # type: ignore[assignment]
     """Renew extends a reservation's lease. A renewal that arrives after expiry is ABORTED (RESERVATION_GONE)."""
@@ -253,8 +253,8 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.ReleaseResponse, _abc.Awaitable[_engine_pb2.ReleaseResponse]]:
-        """Release ends a reservation. If it is filled and publish is set, its full pages become part of the prefix
-        cache; in any other case they are freed once no write can still arrive. Idempotent for a while after.
+        """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
+        there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
         """
 
     @_abc_1.abstractmethod
