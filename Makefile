@@ -18,7 +18,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-kv constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-kv bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines
 
 bench-kv: $(DEV_STAMP) ## measure what moving KV costs: build/bench/kv.json and kv.png
 	$(BIN)/microserve kv bench $(ARGS)
+
+bench-router: $(DEV_STAMP) ## measure the router over stub engines: build/bench/router.json
+	$(BIN)/python -m bench.router $(ARGS)
 
 constraints: $(DEV_STAMP) ## write constraints.txt from what is installed in .venv
 	$(BIN)/python deploy/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt

@@ -1,0 +1,1 @@
+"""How fast the router is, over engines that cost nothing."""

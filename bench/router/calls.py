@@ -1,0 +1,100 @@
+"""The same request to a router and to an engine, and what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc.aio
+from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
+from microserve.router.v1 import router_pb2, router_pb2_grpc
+from microserve.types.v1 import sampling_pb2
+
+PROMPT = tuple(range(10, 74))
+
+Open: TypeAlias = Callable[[int], Any]  # number of tokens wanted -> a call that streams messages with token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One answer. Times in seconds from the call; `first_s` is infinite if it was refused."""
+
+    first_s: float
+    total_s: float
+    num_messages: int
+    num_tokens: int
+
+
+def through(channel: grpc.aio.Channel) -> Open:
+    """Generate of a router."""
+    stub = router_pb2_grpc.RouterServiceStub(channel)
+
+    def start(num_tokens: int) -> Any:
+        return stub.Generate(
+            router_pb2.GenerateRequest(
+                tokens=router_pb2.TokenIds(ids=PROMPT),
+                sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+            )
+        )
+
+    return start
+
+
+def direct(channel: grpc.aio.Channel) -> Open:
+    """StartGenerate of an engine."""
+    stub = engine_pb2_grpc.EngineServiceStub(channel)
+    numbers = iter(range(1 << 60))
+
+    def start(num_tokens: int) -> Any:
+        return stub.StartGenerate(
+            engine_pb2.StartGenerateRequest(
+                owner_id="bench",
+                request_id=str(next(numbers)),
+                prompt_token_ids=PROMPT,
+                sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+            )
+        )
+
+    return start
+
+
+async def read(start: Open, num_tokens: int) -> Stream:
+    """One request, read to its end."""
+    begin = time.perf_counter()
+    first_s, num_messages, count = float("inf"), 0, 0
+    async for message in start(num_tokens):
+        if not num_messages:
+            first_s = time.perf_counter() - begin
+        num_messages += 1
+        count += len(message.token_ids)
+    return Stream(first_s, time.perf_counter() - begin, num_messages, count)
+
+
+async def closed_loop(start: Open, num_tokens: int, *, concurrency: int, num_requests: int) -> list[Stream]:
+    """So many requests, so many at once."""
+    streams: list[Stream] = []
+    left = iter(range(num_requests))
+
+    async def client() -> None:
+        streams.extend([await read(start, num_tokens) for _ in left])
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(client())
+    return streams
+
+
+async def open_loop(start: Open, num_tokens: int, arrivals_s: Sequence[float]) -> list[Stream]:
+    """A request at each of these times, whatever became of those before."""
+    begin = time.perf_counter()
+
+    async def client(at_s: float) -> Stream:
+        await asyncio.sleep(max(0.0, begin + at_s - time.perf_counter()))
+        return await read(start, num_tokens)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(client(at_s)) for at_s in arrivals_s]
+    return [task.result() for task in tasks]

@@ -1,0 +1,66 @@
+"""What the router adds to a request's time to first token, at half of the load that it can take and nearly alone."""
+
+from __future__ import annotations
+
+import random
+
+import grpc.aio
+
+from bench.router.calls import Open, Stream, closed_loop, direct, open_loop, through
+from bench.router.figures import Figure, percentile
+from bench.router.suite import Stopwatch, Stubs
+from services.cli.client import wait_serving
+from services.rpc.channel import make_channel
+
+NUM_TOKENS = 16
+STEP_MS = 5.0
+PERIOD_S = 1.5  # for which one arm is measured before the other
+
+
+async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
+    """Requests of 16 tokens arrive as a Poisson process, at the router and then, at the same times, at the engine."""
+    stub = stubs.start_stub(step_ms=STEP_MS, name="latency")
+    router = stubs.start_roomy_router([stub], name="latency-router")
+    await wait_serving(router.address, 60)
+    async with make_channel(router.address) as to_router, make_channel(stub.address) as to_stub:
+        for _ in range(2):
+            with Stopwatch(router.pid) as watch:
+                await closed_loop(through(to_router), NUM_TOKENS, concurrency=64, num_requests=512)
+        full_rate = 512 / watch.cost.wall_s
+        half = await _paired(to_router, to_stub, full_rate / 2, rounds)
+        light = await _paired(to_router, to_stub, full_rate / 20, rounds)
+    for process in (router, stub):
+        process.terminate()
+    added, alone = _added_ms(*half), _added_ms(*light)
+    at = f"at {full_rate / 2:.0f} requests/s, half of what it takes"
+    return [
+        Figure("added_ms_p50", f"added to the first token, {at}: median, ms", percentile(added, 0.5), 0.5),
+        Figure("added_ms_p99", "the same, 99th percentile of pairs", percentile(added, 0.99), 2.0),
+        Figure("direct_ms_p50", "first token of a direct call at that load, median, ms", _ms(half[1], 0.5)),
+        Figure("direct_ms_p99", "the same, 99th percentile", _ms(half[1], 0.99)),
+        Figure("light_added_ms_p50", "added at a twentieth of what it takes, median, ms", percentile(alone, 0.5)),
+    ]
+
+
+async def _paired(
+    to_router: grpc.aio.Channel, to_stub: grpc.aio.Channel, rate: float, rounds: int
+) -> tuple[list[Stream], list[Stream]]:
+    found: tuple[list[Stream], list[Stream]] = [], []
+    source = random.Random(0)
+    for number in range(rounds):
+        arrivals, at_s = list[float](), source.expovariate(rate)
+        while at_s < PERIOD_S:
+            arrivals.append(at_s)
+            at_s += source.expovariate(rate)
+        arms: list[tuple[list[Stream], Open]] = [(found[0], through(to_router)), (found[1], direct(to_stub))]
+        for streams, start in arms if number % 2 else reversed(arms):
+            streams += await open_loop(start, NUM_TOKENS, arrivals)
+    return found
+
+
+def _added_ms(routed: list[Stream], direct: list[Stream]) -> list[float]:
+    return [(one.first_s - other.first_s) * 1e3 for one, other in zip(routed, direct, strict=True)]
+
+
+def _ms(streams: list[Stream], share: float) -> float:
+    return percentile([stream.first_s for stream in streams], share) * 1e3
