@@ -120,6 +120,11 @@ class Gate:
             self._table.end_write(attempt, 0)
         return None
 
+    def begin_part(self, attempt: Attempt, part: TokenRange, extent: Extent) -> None:
+        """As GrantTable.begin_part."""
+        with self._lock:
+            self._table.begin_part(attempt, part, extent)
+
     def mark_in_place(self, attempt: Attempt, part: TokenRange, extent: Extent = UNDIVIDED) -> bool:
         """As GrantTable.mark_in_place."""
         with self._lock:

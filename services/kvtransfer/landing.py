@@ -94,6 +94,7 @@ class Landings:
         )
         if isinstance(attempt, AlreadyCommitted):
             return attempt
+        self._gate.begin_part(attempt, part, extent)
         return Landing(self._gate, attempt, part, extent, shards, ways)
 
     def admit(self, address: KvAddress, challenge: bytes, proof: bytes) -> KvAddress:

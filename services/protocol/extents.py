@@ -40,6 +40,11 @@ class Extent:
         """Whether all of `other` is in it."""
         return _inside(other.layers, self.layers) and _inside(other.kv_heads, self.kv_heads)
 
+    def overlaps(self, other: Extent) -> bool:
+        """Whether some head of some layer is in both."""
+        shared = _common(self.layers, other.layers), _common(self.kv_heads, other.kv_heads)
+        return all(begin < end for begin, end in shared)
+
 
 # All of a model that nobody cuts into parts.
 UNDIVIDED = Extent((0, 1), (0, 1))
@@ -131,6 +136,12 @@ class Coverage:
         known = dict(self.tokens)
         known[extent] = known.get(extent, RangeSet()).add(part)
         return Coverage(tuple(sorted(known.items(), key=lambda item: item[0])))
+
+    def remove(self, part: TokenRange, extent: Extent) -> Coverage:
+        """This, without `part` of whatever has something in common with the extent."""
+        return Coverage(
+            tuple((known, tokens.remove(part) if known.overlaps(extent) else tokens) for known, tokens in self.tokens)
+        )
 
     def covers(self, part: TokenRange, whole: Extent) -> bool:
         """Whether every token of `part` has every layer and head of `whole`."""

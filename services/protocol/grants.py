@@ -221,6 +221,10 @@ class GrantTable:
         self._note(key)
         return attempt
 
+    def begin_part(self, attempt: Attempt, part: TokenRange, extent: Extent = UNDIVIDED) -> None:
+        """All of `extent` is sent for `part`, perhaps again: until mark_in_place it counts no more."""
+        attempt.in_place = attempt.in_place.remove(part, extent)
+
     def begin_write(self, attempt: Attempt, part: TokenRange) -> None:
         """A copy into `part` is about to begin. Raises ReservationGone or AttemptSuperseded if it must not."""
         self._require_live(attempt)

@@ -61,6 +61,12 @@ class RangeSet:
         """This set and one more range."""
         return RangeSet.of((*self.ranges, item))
 
+    def remove(self, item: TokenRange) -> RangeSet:
+        """This set without one range."""
+        left = (TokenRange(r.begin, max(r.begin, min(r.end, item.begin))) for r in self.ranges)
+        right = (TokenRange(min(r.end, max(r.begin, item.end)), r.end) for r in self.ranges)
+        return RangeSet.of((*left, *right)) if item else self
+
     def covers(self, item: TokenRange) -> bool:
         """Whether every position of `item` is in the set."""
         return not item or any(r.contains(item) for r in self.ranges)

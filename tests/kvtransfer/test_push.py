@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 import pytest_asyncio
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
+from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.transports import shm
 from services.protocol.errors import Code, ServiceError
@@ -203,3 +205,29 @@ async def test_a_copy_that_is_not_like_its_source(pair: PAIR, monkeypatch: pytes
             await sender.push(sender.order(address, 0, 8, [1, 2])).done()
     assert (caught.value.code, caught.value.reason) == (Code.DATA_LOSS, "CHECKSUM_MISMATCH")
     assert (await sender.push(sender.order(address, 0, 8, [1, 2], attempt=2)).done()).bytes > 0
+
+
+@pytest.mark.parametrize("pair", [{"checksums": True}], indirect=True)
+async def test_a_part_that_is_sent_again_counts_anew(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second sending spoilt is not in place, though the first one had been."""
+    sender, receiver = pair
+    copy_piece = shm.copy_piece
+
+    def flipped(*arguments: object) -> None:
+        copy_piece(*arguments)  # type: ignore[arg-type]
+        receiver.tokens[1, 4, 0, 0, 0] ^= 1
+
+    before = receiver.memory.copy()
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    whole = kv_pb2.TokenRange(begin=0, end=8)
+    first = sender.order(address, 0, 4, [1], attempt_range=whole)
+    last = sender.order(address, 4, 8, [2], attempt_range=whole)
+    assert (await sender.push(first).done()).state == pb.PUSH_STATE_DONE
+    with monkeypatch.context() as context:
+        context.setattr(shm, "copy_piece", flipped)
+        with pytest.raises(ServiceError) as caught:
+            await sender.push(first).done()
+    assert caught.value.reason == "CHECKSUM_MISMATCH"
+    assert (await sender.push(last).done()).state == pb.PUSH_STATE_DONE
+    assert (await sender.push(first).done()).state == pb.PUSH_STATE_COMMITTED
+    np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, 0, 8, [1, 2], [4, 5]))

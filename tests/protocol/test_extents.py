@@ -53,14 +53,22 @@ def test_legs_are_what_both_have(source: Extent, targets: list[Extent]) -> None:
 
 
 @settings(deadline=None)
-@given(extents, parts, st.lists(st.tuples(parts, extents), max_size=6))
-def test_coverage(whole: Extent, part: TokenRange, added: list[tuple[TokenRange, Extent]]) -> None:
+@given(extents, parts, st.lists(st.tuples(parts, extents), max_size=6), st.tuples(parts, extents))
+def test_coverage(
+    whole: Extent, part: TokenRange, added: list[tuple[TokenRange, Extent]], gone: tuple[TokenRange, Extent]
+) -> None:
     coverage, there = Coverage(), set[tuple[int, Cell]]()
     for tokens, extent in added:
         coverage = coverage.add(tokens, extent)
         there |= set(itertools.product(range(tokens.begin, tokens.end), cells(extent)))
     wanted = set(itertools.product(range(part.begin, part.end), cells(whole)))
     assert coverage.covers(part, whole) == (wanted <= there)
+    # What came together with something that is gone counts no more either.
+    there = set[tuple[int, Cell]]()
+    for tokens, extent in added:
+        lost = range(gone[0].begin, gone[0].end) if cells(extent) & cells(gone[1]) else range(0)
+        there |= set(itertools.product(set(range(tokens.begin, tokens.end)) - set(lost), cells(extent)))
+    assert coverage.remove(*gone).covers(part, whole) == (wanted <= there)
 
 
 def test_impossible_parts() -> None:

@@ -26,6 +26,8 @@ def test_range_sets_equal_sets_of_positions(parts: list[TokenRange], probe: Toke
     assert whole.covers(probe) == positions.issuperset(range(probe.begin, probe.end))
     assert whole.overlaps(probe) == (not positions.isdisjoint(range(probe.begin, probe.end)))
     assert whole.add(probe) == RangeSet.of([*parts, probe])
+    left = positions.difference(range(probe.begin, probe.end))
+    assert whole.remove(probe) == RangeSet.of(TokenRange(p, p + 1) for p in left)
     assert all(a.end < b.begin for a, b in zip(whole.ranges, whole.ranges[1:], strict=False))
 
 
