@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -220,14 +221,12 @@ class Push:
                 before, deadline_s = progress, now() + self._stall_timeout_s
             if progress.layers_done == self._layer_count:
                 return last_ready_s
-            await self._until_news(deadline_s)
-
-    async def _until_news(self, deadline_s: float) -> None:
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                await self._wake.wait()
-        except TimeoutError:
-            raise PushStalled(f"no progress within {self._stall_timeout_s:g} s") from None
+            if now() >= deadline_s:
+                raise PushStalled(f"no progress within {self._stall_timeout_s:g} s")
+            # Lanes tell of layers, and not of every byte: at the deadline the bytes are looked at again.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline_s):
+                    await self._wake.wait()
 
     def _report(self, state: PushState, progress: PutProgress, exposed_s: float = 0.0) -> None:
         name = self.transport.capabilities.name
