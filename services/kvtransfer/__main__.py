@@ -21,6 +21,7 @@ from services.rpc.server import Server
 
 PROG = "microserve-kvtransfer"
 SERVICE = "microserve.kvtransfer.v1.KvTransferService"
+PEER_SERVICE = "microserve.kvtransfer.v1.KvPeerService"
 
 log = logging.getLogger("services.kvtransfer")
 
@@ -33,7 +34,8 @@ async def serve(config: KvTransferConfig) -> None:
         add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
         add_KvPeerServiceServicer_to_server(KvPeerServicer(service.pull_sessions), server.grpc)
         await server.start()
-        await server.set_serving(SERVICE, True)
+        for name in (SERVICE, PEER_SERVICE):
+            await server.set_serving(name, True)
         log.info("serving", extra={"fields": describe(config)})
         server.announce()
         await server.run(on_drain=service.drain)

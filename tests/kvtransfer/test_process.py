@@ -95,6 +95,12 @@ async def test_the_limit_counts_all_pools(start_service: type[ServiceProcess]) -
         await engine.create()
 
 
+async def test_the_whole_server_serves(start_service: type[ServiceProcess]) -> None:
+    async with connected(start_service()) as (port, _):
+        whole = await health_pb2_grpc.HealthStub(port.channel).Check(health_pb2.HealthCheckRequest())
+        assert whole.status == health_pb2.HealthCheckResponse.SERVING
+
+
 async def test_drain(start_service: type[ServiceProcess]) -> None:
     """SIGTERM: NOT_SERVING, nothing new begins, what is under way finishes, exit code 0."""
     service = start_service()
