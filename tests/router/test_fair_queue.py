@@ -75,6 +75,22 @@ def test_flows_that_are_gone_are_forgotten() -> None:
     assert len(queue._heap) < 200
 
 
+def test_a_flow_that_is_forgotten_may_still_lose_an_item() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("impatient", 10, "first")
+    for number in range(70):
+        queue.push(f"tenant {number}", 30 if number else 9, f"item {number}")
+    queue.push("tenant 0", 1, "at 9")
+    queue.push("tenant 0", 1, "at 10")
+    queue.push("impatient", 10, "second")
+    queue.discard("first")
+    while queue.pop()[0] != "at 10":
+        pass
+    assert "impatient" not in queue._ends
+    queue.discard("second")
+    assert len(queue) == 0
+
+
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 50)), min_size=1, max_size=60))
 def test_flows_that_wait_get_equal_shares(pushed: list[tuple[str, int]]) -> None:
     """While both wait, what they got differs by no more than two largest items."""

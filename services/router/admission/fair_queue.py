@@ -59,7 +59,8 @@ class FairQueue(Generic[Item]):
         """Takes out an item that does not wait any more; the flow gets its cost back."""
         entry = self._live.pop(item, None)
         if entry is not None:
-            self._ends[entry.flow] -= entry.cost
+            if entry.flow in self._ends:  # not forgotten, as it is where an earlier item of it was discarded
+                self._ends[entry.flow] -= entry.cost
             self._forget()
 
     def cost_before(self, flow: Hashable) -> float:
