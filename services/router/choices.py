@@ -29,7 +29,7 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
         return
     check(ask)
     check_choices(n)
-    ask = _named_and_seeded(ask)
+    ask = replace(_named_and_seeded(ask), num_answers=n)
     async with aclosing(service.generate(ask)) as answers:
         first = await anext(answers)
         yield 0, first

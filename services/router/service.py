@@ -121,7 +121,7 @@ class GenerationService:
                     include_stop=ask.include_stop,
                 )
                 async with (
-                    self._admission.turn(_ticket(ask, request)) as turn,
+                    self._admission.turn(_ticket(ask, request, model)) as turn,
                     aclosing(self._run(program, request, output, record)) as answers,
                 ):
                     first = await anext(answers)
@@ -246,14 +246,17 @@ async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:
             return ids
 
 
-def _ticket(ask: Ask, request: PolicyRequest) -> Ticket:
+def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
+    # What a client asks for beyond the context it cannot get, and must not count against its class.
+    most = model.max_context - len(request.prompt)
     return Ticket(
         request.model,
         len(request.prompt),
-        ask.sampling.max_tokens,
+        min(ask.sampling.max_tokens, most),
         Priority(ask.priority) if ask.priority else Priority.NORMAL,
         ask.tenant,
         request.deadline,
+        ask.num_answers,
         follows=bool(ask.beside),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 import grpc.aio
@@ -10,7 +11,8 @@ import openai
 import pytest
 from microserve.router.v1 import admin_pb2, router_pb2
 
-from services.router.admission.ticket import Capacity
+from services.router.admission.admission import Turn
+from services.router.admission.ticket import Capacity, Ticket
 from services.router.metrics import REFUSALS
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine
@@ -165,3 +167,21 @@ async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks() 
         assert int(caught.value.response.headers["retry-after"]) >= 1
         assert REFUSALS.labels("low", "queue_time")._value.get() == before + 1
         call.cancel()
+
+
+async def test_a_request_costs_what_it_can_get_at_most_and_all_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs: list[int] = []
+    async with running(1) as suite:
+        admission = suite.router.admission
+        turn = admission.turn
+
+        def spied(ticket: Ticket) -> AbstractAsyncContextManager[Turn]:
+            costs.append(ticket.cost)
+            return turn(ticket)
+
+        monkeypatch.setattr(admission, "turn", spied)
+        # Unbounded, one such request in the queue would count for hours of work, and all others would be refused.
+        await suite.generate(max_tokens=2**31)
+        await suite.generate(max_tokens=3, n=4)
+    [context] = {each.info.max_context for each in suite.router.registry.members.values() if each.info is not None}
+    assert costs[:2] == [context, len(PROMPT) + 4 * 3]

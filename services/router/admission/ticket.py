@@ -30,16 +30,17 @@ class Ticket:
 
     model: ModelKey
     num_prompt_tokens: int
-    max_tokens: int = 0  # 0: not bounded by the client
+    max_tokens: int = 0  # of an answer; 0: not bounded by the client
     priority: Priority = Priority.NORMAL
     tenant: str = ""  # those of one tenant share its part; requests without one share one part together
     deadline: float = float("inf")  # on the event loop's clock
+    num_answers: int = 1  # to the prompt, those that follow included
     follows: bool = False  # part of a request that has begun, so it does not queue
 
     @property
     def cost(self) -> int:
         """Work in tokens, for fairness."""
-        return self.num_prompt_tokens + (self.max_tokens or _USUAL_OUTPUT_TOKENS)
+        return self.num_prompt_tokens + self.num_answers * (self.max_tokens or _USUAL_OUTPUT_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
