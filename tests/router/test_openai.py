@@ -313,11 +313,24 @@ async def test_what_a_completion_is_refused_for(options: dict[str, Any], code: s
         assert suite.first.called("Session") == []
 
 
-async def test_half_a_character_is_refused() -> None:
+_SCHEMA = rb'"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": %s}}}'
+
+
+@pytest.mark.parametrize(
+    ("member", "param"),
+    [
+        (rb'"prompt": "\ud800"', "prompt"),
+        (rb'"prompt": "x", "\ud800": 1', r"\ud800"),
+        (rb'"prompt": "x", "stream": true, "stream_options": {"\ud800": 1}', r"stream_options.\ud800"),
+        (rb'"prompt": "x", ' + _SCHEMA % rb'"\ud800"', "response_format.json_schema.schema"),
+        (rb'"prompt": "x", ' + _SCHEMA % rb"1e999", "response_format.json_schema.schema"),
+    ],
+)
+async def test_what_only_json_can_spell_is_refused(member: bytes, param: str) -> None:
     async with serving() as (_, client):
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.post("/completions", content=rb'{"model": "fake", "prompt": "\ud800"}', cast_to=object)
-        assert caught.value.param == "prompt"
+            await client.post("/completions", content=b'{"model": "fake", %s}' % member, cast_to=object)
+        assert caught.value.param == param
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"temperature": NaN}', b"[" * 100_000, b"\xff\xfe", b"1" * 5000])

@@ -212,17 +212,17 @@ def _guide(fields: Fields) -> Guide | None:
         case "text":
             schema = None
         case "json_object":
-            schema = {"type": "object"}
+            schema = '{"type": "object"}'
         case "json_schema":
             schema = _schema(wanted)
         case _:
             raise bad_value("response_format.type", "must be text, json_object or json_schema")
     wanted.end()
-    return None if schema is None else Guide("json_schema", (json.dumps(schema, ensure_ascii=False),))
+    return None if schema is None else Guide("json_schema", (schema,))
 
 
-def _schema(response_format: Fields) -> dict[str, Any]:
-    """The JSON Schema in a response_format. What engines cannot hold of it they refuse, so `strict` adds nothing."""
+def _schema(response_format: Fields) -> str:
+    """A response_format's JSON Schema as text. What engines cannot hold of it they refuse, so `strict` adds nothing."""
     named = response_format.nested("json_schema")
     if named is None:
         raise bad_value("response_format.json_schema", "is missing")
@@ -231,4 +231,8 @@ def _schema(response_format: Fields) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise bad_value("response_format.json_schema.schema", "must be an object")
     named.end()
-    return schema
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise bad_value("response_format.json_schema.schema", "has a number that is too large") from None
+    return text_of(text, "response_format.json_schema.schema")

@@ -112,7 +112,7 @@ class Fields:
     def end(self) -> None:
         """Refuses what nobody took."""
         for name in self._members:
-            shown = self._path + name[:64]
+            shown = self._path + name[:64].encode(errors="backslashreplace").decode()
             raise Refusal(400, f"{shown!r} is not a parameter of this call", "unknown_parameter", param=shown)
 
 
