@@ -196,7 +196,8 @@ async def test_a_copy_that_is_not_like_its_source(pair: PAIR, monkeypatch: pytes
 
     def flipped(*arguments: object) -> None:
         copy_piece(*arguments)  # type: ignore[arg-type]
-        receiver.tokens[1, 4, 0, 0, 0] ^= 1
+        # Not turned over: two copies at once would turn it back.
+        receiver.tokens[1, 4, 0, 0, 0] = sender.tokens[1, 1, 0, 0, 0] ^ 1
 
     address = await receiver.grant("r", 0, 8, [4, 5])
     with monkeypatch.context() as context:
@@ -215,7 +216,8 @@ async def test_a_part_that_is_sent_again_counts_anew(pair: PAIR, monkeypatch: py
 
     def flipped(*arguments: object) -> None:
         copy_piece(*arguments)  # type: ignore[arg-type]
-        receiver.tokens[1, 4, 0, 0, 0] ^= 1
+        # Not turned over: two copies at once would turn it back.
+        receiver.tokens[1, 4, 0, 0, 0] = sender.tokens[1, 1, 0, 0, 0] ^ 1
 
     before = receiver.memory.copy()
     address = await receiver.grant("r", 0, 8, [4, 5])
