@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -14,6 +15,7 @@ from services.router.app import Router
 from services.router.config import RouterConfig
 from services.router.errors import FleetFull
 from services.router.fleet import membership
+from services.router.fleet.client import ReservedKv
 from services.rpc.channel import make_channel
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine, Fault
@@ -79,6 +81,31 @@ async def test_requests_of_an_engine_that_is_removed_end_in_their_own_time() -> 
         await suite.admin.AddEngine(admin_pb2.AddEngineRequest(address=second.address))
         await suite.until(lambda: suite.router.registry.members[second.address].healthy)
         assert (await suite.generate()).policy == "disaggregated"
+
+
+async def test_an_engine_that_is_removed_between_two_verbs_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(2, policy="disaggregated") as suite:
+        prefill, decode = suite.engines
+        registry = suite.router.registry
+        client = registry.members[decode.address].client
+        prep_recv, reserved, removed = client.prep_recv, asyncio.Event(), asyncio.Event()
+
+        async def prep_recv_slowly(*args: Any) -> ReservedKv:
+            kv = await prep_recv(*args)
+            reserved.set()
+            await removed.wait()
+            return kv
+
+        monkeypatch.setattr(client, "prep_recv", prep_recv_slowly)
+        call = suite.stream()
+        await reserved.wait()
+        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=prefill.address))
+        async with asyncio.timeout(5):
+            while registry._retiring:  # it was not called yet, so it is let go at once
+                await asyncio.wait(registry._retiring.values())
+        removed.set()
+        pieces = [piece async for piece in call]
+        assert [token for piece in pieces for token in piece.token_ids] == model().generate(PROMPT, 8)
 
 
 async def test_a_drained_engine_gets_nothing_new_until_it_is_resumed() -> None:

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
 
 from services.protocol.errors import Code, ServiceError
-from services.router.errors import EngineDrained
+from services.router.errors import EngineDrained, EngineLost
 from services.router.fleet.backoff import Backoff, BackoffConfig
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
@@ -71,6 +71,7 @@ class Member:
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
+        self._gone = False
         self._unused = asyncio.Event()
         self._unused.set()
 
@@ -105,7 +106,9 @@ class Member:
             sequence.take_away(EngineDrained(self.address))
 
     def begin_use(self) -> None:
-        """A request calls it."""
+        """A request calls it. EngineLost if it was let go: the request chose it before."""
+        if self._gone:
+            raise EngineLost(f"engine {self.address} has been removed")
         self._num_users += 1
         self._unused.clear()
 
@@ -117,7 +120,12 @@ class Member:
 
     async def unused(self) -> None:
         """Waits until no request calls it."""
-        await self._unused.wait()
+        while self._num_users:
+            await self._unused.wait()
+
+    def let_go(self) -> None:
+        """From now on no request may call it."""
+        self._gone = True
 
     def snapshot(self) -> EngineSnapshot:
         """What is known now. Only for a member that has joined once."""

@@ -81,6 +81,7 @@ class Registry:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._retire_s):
                 await member.unused()
+        member.let_go()
         task = self._tasks.pop(member)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -34,17 +34,17 @@ class RequestScope:
         self._numbers = itertools.count(1)
 
     def next_call_id(self) -> str:
-        """A request id for one verb, unique in this router. PolicyFailed if the request is over, for a program that
-        was left behind still runs."""
-        if self._closed:
-            raise PolicyFailed("the request is over")
+        """A request id for one verb, unique in this router."""
         return f"{self._prefix}/{next(self._numbers)}"
 
     def use(self, member: Member) -> None:
-        """An engine is called: it is not let go before the request is over."""
+        """An engine is called: it is not let go before the request is over. PolicyFailed if it is over, for a program
+        that was left behind still runs; EngineLost if the engine has been let go already."""
+        if self._closed:
+            raise PolicyFailed("the request is over")
         if member not in self._members:
-            self._members.add(member)
             member.begin_use()
+            self._members.add(member)
 
     async def hold(self, reservation: Reservation) -> None:
         """Registers a reservation. PolicyFailed, and it is released, if the request is over."""
