@@ -33,7 +33,7 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
     async with aclosing(service.generate(ask)) as answers:
         first = await anext(answers)
         yield 0, first
-        others = [service.generate(_variant(ask, index, first.engine)) for index in range(1, n)]
+        others = [service.generate(_variant(ask, index, first)) for index in range(1, n)]
         async with aclosing(merge([answers, *others])) as pieces:
             async for piece in pieces:
                 yield piece
@@ -92,13 +92,15 @@ def _named_and_seeded(ask: Ask) -> Ask:
     )
 
 
-def _variant(ask: Ask, index: int, engine: str) -> Ask:
-    """The ask of another choice: the same but for name and seed, next to the first."""
+def _variant(ask: Ask, index: int, first: Answer) -> Ask:
+    """The ask of another choice: the same but for name and seed, next to the first. It names that one's policy, so that
+    it counts for no share of the traffic by itself."""
     suffix = f"#{index}"
     digest = blake2b(b"%d/%d" % (ask.sampling.seed, index), digest_size=8).digest()
     return replace(
         ask,
         request_id=ask.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix,
         sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little")),
-        beside=engine,
+        policy=first.policy,
+        beside=first.engine,
     )

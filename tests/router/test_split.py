@@ -63,6 +63,15 @@ async def test_each_arm_gets_its_percentage_and_its_results() -> None:
             assert arm.tpot.mean.ToNanoseconds() > 0
 
 
+async def test_a_request_counts_for_one_arm_however_many_answers_it_wants() -> None:
+    async with running() as suite:
+        await split(suite, disaggregated=50)
+        for _ in range(4):
+            await suite.generate(n=8)
+        for arm in (await results(suite)).values():
+            assert dict(arm.request_count_by_code) == {"OK": 2}
+
+
 async def test_errors_are_counted_for_the_arm_that_had_them() -> None:
     async with running() as suite:
         await split(suite, disaggregated=50)
