@@ -51,10 +51,17 @@ def is_fault(error: ServiceError) -> bool:
 class Breaker:
     """One engine's. All methods belong to the event loop's thread."""
 
-    def __init__(self, engine: str, config: BreakerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: str,
+        config: BreakerConfig,
+        clock: Callable[[], float] = time.monotonic,
+        on_open: Callable[[], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._config = config
         self._clock = clock
+        self._on_open = on_open
         self._num_failures = 0  # in a row
         self._open_s = config.first_s
         self._open_until: float | None = None  # None: closed
@@ -115,6 +122,8 @@ class Breaker:
         if was_open and self._clock() < (self._open_until or 0.0):
             return  # a call from before it opened
         self._open_until = self._clock() + self._open_s
+        if self._on_open is not None:
+            self._on_open()
         fields = {"engine": self._engine, "failures": self._num_failures, "for_s": self._open_s, "last": error.reason}
         log.warning("breaker opened", extra={"fields": fields})
         self._open_s = min(2 * self._open_s, self._config.longest_s)

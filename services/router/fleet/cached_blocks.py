@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.router.fleet.block_index import BlockIndex
+
 
 @dataclass(frozen=True, slots=True)
 class KvEvent:
@@ -21,7 +23,10 @@ class KvEvent:
 class CachedBlocks:
     """A set of block hashes. What it says is advice: the engine decides what matches when a verb comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: BlockIndex | None = None) -> None:
+        """`index` is told of every block, under `slot`; by default one of its own."""
+        self._index = BlockIndex() if index is None else index
+        self.slot = self._index.open()
         self._blocks: set[bytes] = set()
         self._incoming: set[bytes] = set()
         self._next_sequence: int | None = None
@@ -45,6 +50,8 @@ class CachedBlocks:
         if event.snapshot:
             self._incoming.update(event.stored)
             if event.snapshot_complete:
+                self._index.discard(self.slot, self._blocks - self._incoming)
+                self._index.add(self.slot, self._incoming - self._blocks)
                 self._blocks, self._incoming = self._incoming, set()
                 self._next_sequence = event.sequence + 1
             return True
@@ -53,7 +60,9 @@ class CachedBlocks:
             return False
         self._next_sequence += 1
         self._blocks.difference_update(event.removed)
+        self._index.discard(self.slot, event.removed)
         self._blocks.update(event.stored)
+        self._index.add(self.slot, event.stored)
         return True
 
     def resync(self) -> None:
@@ -63,5 +72,11 @@ class CachedBlocks:
 
     def clear(self) -> None:
         """The engine began anew with an empty cache."""
+        self._index.discard(self.slot, self._blocks)
         self._blocks = set()
         self.resync()
+
+    def close(self) -> None:
+        """The engine is not followed any more; nothing may be called after."""
+        self.clear()
+        self._index.close(self.slot)

@@ -3,6 +3,8 @@
 Engines have no roles of their own. Where a pattern wants two kinds, `roles` says which engine is which: by the label
 role=prefill or role=decode given to engines at start, else the first half by name prefills and the rest decodes, so
 that the same fleet is always split the same way.
+
+This looks at every engine. roster.py gives the same answers for fleets of many.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def pair_by_prefix(request: PolicyRequest, engines: Engines) -> tuple[EngineSnap
 
 def roles(engines: Engines) -> tuple[list[EngineSnapshot], list[EngineSnapshot]]:
     """Those that prefill and those that decode: disjoint, neither empty. NoPair says why there are none."""
-    able = sorted((engine for engine in engines if engine.info.can_transfer), key=_name)
+    able = sorted((engine for engine in engines if engine.info.can_transfer), key=name)
     if len(able) < 2:
         alone = len(engines) < 2
         raise NoPair(
@@ -55,13 +57,19 @@ def roles(engines: Engines) -> tuple[list[EngineSnapshot], list[EngineSnapshot]]
     return able[: len(able) // 2], able[len(able) // 2 :]
 
 
-def _name(engine: EngineSnapshot) -> tuple[str, str]:
+def name(engine: EngineSnapshot) -> tuple[str, str]:
+    """What tells equal engines apart."""
     return engine.info.name, engine.address
 
 
+def relative_sequences(engine: EngineSnapshot) -> float:
+    """Sequences for its size."""
+    return engine.sequences / max(1, engine.info.max_batch_size)
+
+
 def _prefill_load(engine: EngineSnapshot) -> tuple[int, str, str]:
-    return engine.prompt_tokens, *_name(engine)
+    return engine.prompt_tokens, *name(engine)
 
 
 def _decode_load(engine: EngineSnapshot) -> tuple[float, int, str, str]:
-    return engine.sequences / max(1, engine.info.max_batch_size), engine.prompt_tokens, *_name(engine)
+    return relative_sequences(engine), engine.prompt_tokens, *name(engine)

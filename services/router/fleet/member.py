@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from services.protocol.errors import Code, ServiceError
 from services.router.errors import EngineDrained, EngineLost
 from services.router.fleet.backoff import Backoff, BackoffConfig
+from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.client import EngineClient
@@ -28,11 +29,16 @@ Event = TypeVar("Event")
 class MemberListener(Protocol):
     """Who wants to know."""
 
+    block_index: BlockIndex
+
     def changed(self) -> None:
         """A member takes work now, or takes none any more."""
 
     def loaded(self) -> None:
         """A member has told its load."""
+
+    def moved(self, member: Member) -> None:
+        """A member's load has changed, or its breaker has opened."""
 
 
 class Member:
@@ -56,8 +62,8 @@ class Member:
         self.info: EngineInfo | None = None  # the last known, kept while it is away
         self.tokenizer: Tokenizer | None = None
         self.load = Load()
-        self.blocks = CachedBlocks()
-        self.breaker = Breaker(address, breaker)
+        self.blocks = CachedBlocks(listener.block_index)
+        self.breaker = Breaker(address, breaker, on_open=lambda: listener.moved(self))
         self.problem = "not contacted yet"  # empty while it is joined
         self.drained = False  # by an operator
         self.sequences: set[Sequence] = set()  # of this router, that run there
@@ -205,6 +211,7 @@ class Member:
         now = self._in_flight
         self._in_flight = InFlight(now.sequences + sequences, now.prompt_tokens + prompt_tokens)
         self._snapshot = None
+        self._listener.moved(self)
 
     async def _join(self) -> None:
         info = await self.client.get_info()
@@ -269,6 +276,7 @@ class Member:
         self.sequence_seconds()
         drains = load.draining != self.load.draining
         self.load, self._snapshot = load, None
+        self._listener.moved(self)
         ours, before = self._in_flight, self._excess
         self._excess = max(0, load.sequences - ours.sequences), max(0, load.queued_tokens - ours.prompt_tokens)
         # The less of two reports: one alone lags behind calls of ours that have just begun or ended.

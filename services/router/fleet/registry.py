@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from services.router.admission.ticket import Capacity
 from services.router.errors import ModelRequired, NoEngine, UnknownModel
+from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.choose import DECODE, PREFILL, ROLE
 from services.router.fleet.info import EngineSnapshot
 from services.router.fleet.member import Member
+from services.router.fleet.roster import Roster
 from services.router.metrics import ENGINES
 from services.router.request import ModelKey
 from services.router.text.tokenizer import Tokenizer
@@ -40,6 +42,8 @@ class Registry:
     def __init__(self, *, retire_s: float = 600.0) -> None:
         """`retire_s`: how long requests may go on at an engine that was removed."""
         self.members: dict[str, Member] = {}
+        self.block_index = BlockIndex()
+        self._rosters: dict[ModelKey, Roster[Member]] = {}  # of those that were asked for since the fleet changed
         self._models: dict[str, Model] = {}
         self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._retiring: dict[Member, asyncio.Task[None]] = {}
@@ -86,6 +90,7 @@ class Registry:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await member.client.close()
+        member.blocks.close()
         if member.address not in self.members:
             member.breaker.hide()
         del self._retiring[member]
@@ -105,12 +110,18 @@ class Registry:
                 self._capacities.clear()
                 listener()
 
+    def moved(self, member: Member) -> None:
+        """An engine's load has changed, or its breaker has opened."""
+        for roster in self._rosters.values():
+            roster.moved(member)
+
     def changed(self) -> None:
         """An engine joined or left."""
         healthy = [member for member in self.members.values() if member.healthy]
         ENGINES.labels("healthy").set(len(healthy))
         ENGINES.labels("unhealthy").set(len(self.members) - len(healthy))
         self._models = _models(healthy)
+        self._rosters.clear()
         self._capacities.clear()
         for listener in self._listeners:
             listener()
@@ -123,6 +134,15 @@ class Registry:
         if model is None or model.key != key:
             return []
         return [member.snapshot() for member in model.members if member.breaker.admits]
+
+    def roster(self, key: ModelKey) -> Roster[Member]:
+        """The engines that take work for that model now, to choose from."""
+        roster = self._rosters.get(key)
+        if roster is None:
+            model = self._models.get(key.name)
+            members = model.members if model is not None and model.key == key else ()
+            roster = self._rosters[key] = Roster(members, self.block_index)
+        return roster
 
     def capacity(self, key: ModelKey) -> Capacity:
         """What the engines of a model can take in all, counted anew after a moment: fleets may be large."""

@@ -12,11 +12,11 @@ from services.router.cost.book import CostBook, GenerationEnd
 from services.router.cost.decision import Decision
 from services.router.cost.placement import Planner
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed
-from services.router.fleet import choose
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
 from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
+from services.router.fleet.roster import Roster
 from services.router.fleet.scope import RequestScope
 from services.router.request import PolicyRequest
 from services.router.values import Chunk, FinishReason, Timing, Verb
@@ -213,12 +213,14 @@ class Fleet:
         scope: RequestScope,
         members: Callable[[str], Member],
         engines: Callable[[], list[EngineSnapshot]],
+        roster: Callable[[], Roster[Member]],
         costs: CostBook,
     ) -> None:
         self._costs = costs
         self._scope = scope
         self._members = members
         self._engines = engines
+        self._roster = roster
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -229,23 +231,26 @@ class Fleet:
         """The engine that a snapshot describes, to call it."""
         return Engine(snapshot, self._members(snapshot.address), self._scope, self._costs)
 
+    def _chosen(self, member: Member) -> Engine:
+        return Engine(member.snapshot(), member, self._scope, self._costs)
+
     def leaving(self, address: str) -> Engine:
         """The engine at an address, also one that takes no new work: to fetch KV from. UnknownEngine."""
         return self.engine(self._members(address).snapshot())
 
     def least_loaded(self, request: PolicyRequest) -> Engine:
         """The engine with the fewest sequences for its size. NoEngine."""
-        return self.engine(choose.least_loaded(self._candidates()))
+        return self._chosen(self._roster().least_loaded(self._scope.avoided))
 
     def pair(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), two different engines, the least loaded of each role. NoPair."""
-        prefill, decode = choose.pair(self._candidates())
-        return self.engine(prefill), self.engine(decode)
+        prefill, decode = self._roster().pair(self._scope.avoided)
+        return self._chosen(prefill), self._chosen(decode)
 
     def pair_by_prefix(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
-        prefill, decode = choose.pair_by_prefix(request, self._candidates())
-        return self.engine(prefill), self.engine(decode)
+        prefill, decode = self._roster().pair_by_prefix(request, self._scope.avoided)
+        return self._chosen(prefill), self._chosen(decode)
 
     def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
         """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`

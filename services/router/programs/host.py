@@ -37,7 +37,7 @@ class PolicyHost:
         """Begins the program; the caller must close the run."""
         scope = RequestScope(self._cleanup)
         engines = partial(self._registry.engines, request.model)
-        fleet = Fleet(scope, self._registry.member, engines, self.costs)
+        fleet = Fleet(scope, self._registry.member, engines, partial(self._registry.roster, request.model), self.costs)
         recovery = Recovery(request, scope, engines, self._limits.retries)
         run = PolicyRun(
             program, self._catalogue.fallback, request, fleet, scope, recovery, self._limits, self._runs.discard
