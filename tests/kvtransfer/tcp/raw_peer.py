@@ -94,6 +94,15 @@ class RawPeer:
         await self.close()
         return reason
 
+    async def is_cut(self) -> bool:
+        """Whether the service ended the connection by now."""
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            return True
+        await asyncio.sleep(0)
+        return self._reader.at_eof()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError):

@@ -11,6 +11,7 @@ import pytest_asyncio
 from microserve.kvtransfer.v1 import data_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2
 
+from services.kvtransfer.transports.tcp import heartbeat
 from services.kvtransfer.transports.tcp.wire import MAX_PUT_BYTES, Header, Kind, encode_message
 from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.pattern import POISON
@@ -75,6 +76,19 @@ async def test_a_stranger_is_turned_away(
     peer = await RawPeer.connect(port)
     say(peer, port)
     assert await peer.refused() == reason
+    await still_serves(port, receiver)
+
+
+async def test_a_stranger_that_never_says_who_it_is(
+    port: DirectPort, receiver: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is alive, and takes a place that others want."""
+    monkeypatch.setattr(heartbeat, "SILENCE_LIMIT_S", 0.2)
+    peer = await RawPeer.connect(port)
+    async with asyncio.timeout(PATIENCE_S):
+        while not await peer.is_cut():
+            peer.say(Header(Kind.BEAT).encode())
+    monkeypatch.undo()
     await still_serves(port, receiver)
 
 

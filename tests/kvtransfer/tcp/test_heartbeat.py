@@ -39,6 +39,7 @@ def test_a_silent_peer_is_lost() -> None:
 def test_whatever_is_heard_counts() -> None:
     clock = Clock()
     heartbeat = Heartbeat(clock)
+    heartbeat.introduced()
     for _ in range(10):
         clock.now_s += SILENCE_LIMIT_S - 1
         assert not heartbeat.lost
@@ -52,3 +53,12 @@ def test_a_beat_that_cannot_be_sent_does_not_spin() -> None:
     clock.now_s += 2 * BEAT_INTERVAL_S
     assert heartbeat.due
     assert heartbeat.wait_s == BEAT_INTERVAL_S
+
+
+def test_a_stranger_has_no_longer_than_the_limit() -> None:
+    """However often it says something: it must say who it is."""
+    clock = Clock()
+    heartbeat = Heartbeat(clock)
+    clock.now_s += SILENCE_LIMIT_S
+    heartbeat.heard()
+    assert heartbeat.lost

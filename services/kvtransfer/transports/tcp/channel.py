@@ -35,6 +35,10 @@ class Channel:
         self._poll.register(connection, select.POLLIN)
         self._events = select.POLLIN
 
+    def introduced(self) -> None:
+        """The peer has said who it is: from now on it is lost by silence alone."""
+        self._heartbeat.introduced()
+
     def wake(self) -> None:
         """Ends the present or the next wait; any thread, also after close."""
         with self._waking:
@@ -44,8 +48,7 @@ class Channel:
     def wait(self, *, to_send: bool) -> bool:
         """Until there is something to receive, room to send if that is wanted, a wake or a time to beat. Returns
         whether it is time to beat; only who is not in the middle of a frame may."""
-        if self._heartbeat.lost:
-            raise PeerLost("the peer fell silent")
+        self._require_peer()
         if self._tls is not None and self._tls.pending():
             return self._heartbeat.due
         events = select.POLLIN | (select.POLLOUT if to_send else 0)
@@ -71,6 +74,7 @@ class Channel:
         if count == 0:
             raise PeerLost("the peer closed the connection")
         self._heartbeat.heard()
+        self._require_peer()
         return count
 
     def send(self, views: Sequence[memoryview]) -> int:
@@ -84,6 +88,10 @@ class Channel:
         if count:
             self._heartbeat.said()
         return count
+
+    def _require_peer(self) -> None:
+        if self._heartbeat.lost:
+            raise PeerLost("the peer fell silent, or never said who it is")
 
     def close(self) -> None:
         """Ends the connection. Again is no error."""

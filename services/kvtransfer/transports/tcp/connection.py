@@ -121,6 +121,11 @@ class Connection:
         if not count and not sent:
             self._wait()
 
+    def introduced(self) -> None:
+        """The peer has said who it is."""
+        assert self._channel is not None
+        self._channel.introduced()
+
     def receive(self, views: list[memoryview]) -> int:
         """Fills what it can at once; returns the number of bytes."""
         assert self._channel is not None

@@ -14,11 +14,18 @@ class Heartbeat:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
+        self._introduced = False
         self._heard_s = self._said_s = now()
 
     def heard(self) -> None:
-        """Something came, whatever it was."""
-        self._heard_s = self._now()
+        """Something came, whatever it was. Of a stranger it does not count."""
+        if self._introduced:
+            self._heard_s = self._now()
+
+    def introduced(self) -> None:
+        """The peer has said who it is."""
+        self._introduced = True
+        self.heard()
 
     def said(self) -> None:
         """Something was sent, whatever it was."""
@@ -26,7 +33,7 @@ class Heartbeat:
 
     @property
     def lost(self) -> bool:
-        """Whether the peer was silent for too long."""
+        """Whether the peer was silent, or a stranger, for too long."""
         return self._now() - self._heard_s >= SILENCE_LIMIT_S
 
     @property

@@ -136,6 +136,7 @@ class Inbound(Connection):
             raise ProtocolViolation(f"version {hello.peer_version} in place of {PEER_VERSION}")
         if hello.target_epoch != self._reception.epoch:
             raise StaleEpoch("the connection is meant for another incarnation of the service")
+        self.introduced()
         self.say(encode_message(0, pb.DataMessage(welcome=pb.Welcome(challenge=self._challenge))))
 
     # --- frames ---

@@ -163,6 +163,7 @@ class Outbound(Connection):
     def _message(self, number: int, message: pb.DataMessage) -> None:
         if message.WhichOneof("content") != "error":
             if message.WhichOneof("content") == "welcome":
+                self.introduced()
                 self.challenge = message.welcome.challenge
             self._on_loop(lambda: self._resolve(number, message))
             return
