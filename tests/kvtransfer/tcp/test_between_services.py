@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,11 +17,14 @@ import pytest
 import trustme
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 
+from services.kvtransfer.errors import TransportFailed
 from services.kvtransfer.transports.tcp import inbound_put
+from services.kvtransfer.transports.tcp.channel import Channel
+from services.kvtransfer.transports.tcp.transport import TcpTransport
 from services.protocol.errors import Code, ServiceError
 from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.oracle import expected
-from tests.kvtransfer.port import DirectPort
+from tests.kvtransfer.port import PATIENCE_S, DirectPort
 from tests.kvtransfer.streams import Watching
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -136,3 +144,52 @@ async def test_what_is_shown_of_a_link() -> None:
         (link,) = (await sender.port.call("GetStats", pb.GetStatsRequest())).links
         assert (link.transport, link.epoch, link.endpoint) == ("tcp", receiver.epoch, receiver.endpoint)
         assert [speed.transport for speed in link.speeds] == ["tcp"]
+
+
+@pytest.mark.parametrize("side", ["kv-out", "kv-in"])
+async def test_a_machine_that_gives_no_thread(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks then is refused, nobody waits for ever, and the next one is served."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(side):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async with pair({}, {"data_connections": 1}) as (sender, receiver):
+        with monkeypatch.context() as context:
+            context.setattr(threading.Thread, "start", refuse)
+            for name in ("a", "b"):
+                async with asyncio.timeout(PATIENCE_S):
+                    assert (await refused(sender, receiver, name)).reason == "TRANSPORT_FAILED"
+                await receiver.revoke(name)
+        await moves(sender, receiver)
+
+
+async def test_a_machine_that_gives_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above; the connection that could not be served is closed."""
+
+    def refuse(*_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    near, far = socket.create_server(("127.0.0.1", 0)), socket.socket()
+    with near, far:
+        far.connect(near.getsockname())
+        with monkeypatch.context() as context:
+            context.setattr(os, "eventfd", refuse)
+            with pytest.raises(TransportFailed, match="Too many open files"):
+                Channel(far)
+        assert far.fileno() < 0
+
+
+async def test_cancelled_pushes_leave_nothing_behind() -> None:
+    async with pair({}, {}) as (sender, receiver):
+        for number in range(3):
+            address = await receiver.grant(f"r{number}", 0, 8, [4, 5])
+            push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0))
+            await push.opened()
+            await push.close()
+            await receiver.revoke(f"r{number}")
+        await moves(sender, receiver)
+        (tcp,) = (t for t in sender.port.service._links.transports if isinstance(t, TcpTransport))  # type: ignore[attr-defined]
+        assert [connection._waiting for connection in tcp._connections.values()] == [{}]

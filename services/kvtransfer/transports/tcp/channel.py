@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from services.kvtransfer.errors import PeerLost
+from services.kvtransfer.errors import PeerLost, TransportFailed
 from services.kvtransfer.transports.tcp.heartbeat import Heartbeat
 
 # The kernel takes no more pieces of memory in one call.
@@ -18,10 +18,15 @@ _MOST_VIEWS = 1_024
 
 
 class Channel:
-    """Used by one thread, but for wake. Takes the connected socket over. Every method raises PeerLost when the
-    connection has ended, failed or fallen silent."""
+    """Used by one thread, but for wake. Takes the connected socket over; raises TransportFailed if it cannot.
+    Every method raises PeerLost when the connection has ended, failed or fallen silent."""
 
     def __init__(self, connection: socket.socket, now: Callable[[], float] = time.monotonic) -> None:
+        try:
+            self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            connection.close()
+            raise TransportFailed(f"the machine gives no descriptor: {error.strerror}") from None
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
@@ -29,7 +34,6 @@ class Channel:
         self._heartbeat = Heartbeat(now)
         # Under the lock, so that nobody wakes a descriptor that was closed and is another one by now.
         self._waking = threading.Lock()
-        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._eventfd, select.POLLIN)
         self._poll.register(connection, select.POLLIN)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from services.kvtransfer.errors import PeerLost, ProtocolViolation
+from services.kvtransfer.errors import PeerLost, ProtocolViolation, TransportFailed
 from services.kvtransfer.transports.tcp.channel import Channel, advance
 from services.kvtransfer.transports.tcp.wire import HEADER_BYTES, Header, Kind
 from services.protocol.errors import ServiceError
@@ -39,8 +39,11 @@ class Connection:
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
 
     def start(self) -> None:
-        """Begins to run."""
-        self._thread.start()
+        """Begins to run. Raises TransportFailed if the machine gives no thread."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise TransportFailed(f"the machine gives no thread: {error}") from None
 
     def join(self) -> None:
         """Returns when the thread has ended."""

@@ -9,11 +9,12 @@ import socket
 import ssl
 from functools import partial
 
-from services.kvtransfer.errors import PeerLost, TooManyConnections
+from services.kvtransfer.errors import PeerLost, TooManyConnections, TransportFailed
 from services.kvtransfer.transports.tcp.channel import Channel
 from services.kvtransfer.transports.tcp.heartbeat import SILENCE_LIMIT_S
 from services.kvtransfer.transports.tcp.inbound import Inbound, Reception
 from services.kvtransfer.transports.tcp.wire import encode_error
+from services.protocol.errors import ServiceError
 from services.rpc.bind import join_address, split_address
 from services.rpc.errors import port_in_use
 
@@ -66,12 +67,15 @@ class Listener:
             self._loop.call_later(_PAUSE_S, self._resume)
             return
         name = join_address(*address[:2])
-        if len(self._connections) >= self._most:
-            self._turn_away(accepted, name)
+        try:
+            if len(self._connections) >= self._most:
+                raise TooManyConnections(f"the data port takes {self._most} connections")
+            connection = Inbound(f"kv-in {name}", self._reception, partial(self._channel, accepted), self._ended)
+            connection.start()
+        except (TooManyConnections, TransportFailed) as error:
+            self._turn_away(accepted, name, error)
             return
-        connection = Inbound(f"kv-in {name}", self._reception, partial(self._channel, accepted), self._ended)
         self._connections.add(connection)
-        connection.start()
 
     def _resume(self) -> None:
         if self._socket.fileno() >= 0:
@@ -80,8 +84,7 @@ class Listener:
     def _ended(self, connection: Inbound) -> None:
         self._connections.discard(connection)
 
-    def _turn_away(self, accepted: socket.socket, name: str) -> None:
-        error = TooManyConnections(f"the data port takes {self._most} connections")
+    def _turn_away(self, accepted: socket.socket, name: str, error: ServiceError) -> None:
         log.warning("connection refused", extra={"fields": {"connection": name, "why": error.message}})
         with accepted, contextlib.suppress(OSError):
             accepted.setblocking(False)

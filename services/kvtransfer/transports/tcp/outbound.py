@@ -108,7 +108,9 @@ class Outbound(Connection):
         self.submit(lambda: self._turn(number))
 
     async def remove(self, number: int) -> None:
-        """Returns when nothing of the source's memory is read any more. Again is no error."""
+        """Returns when nothing of the source's memory is read any more; no answer is expected then. Again is no
+        error."""
+        self._waiting.pop(number, None)
         gone: asyncio.Future[None] = self._loop.create_future()
         if self.submit(lambda: self._remove(number, gone)):
             await asyncio.shield(gone)

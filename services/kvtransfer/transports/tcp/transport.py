@@ -171,8 +171,8 @@ class TcpTransport:
             name = f"kv-out {peer.endpoint}"
             connect = partial(_connect, peer.offers["tcp"], self._client_tls, self._config.peer_tls)
             connection = Outbound(name, (self._epoch, peer.epoch), connect, partial(self._ended, key))
-            self._connections[key] = connection
             connection.start()
+            self._connections[key] = connection
         try:
             await connection.ready()
         except ServiceError as error:
