@@ -161,6 +161,9 @@ class Links:
 
     async def _introduce(self, endpoint: str) -> Link:
         peer = await self._ask(endpoint)
+        known = self._links.get(endpoint)
+        if known is not None and known.peer.epoch == peer.epoch:
+            return known
         # Under the name that senders use: the service may call itself by another one.
         link = Link(Peer(endpoint, peer.epoch, peer.offers))
         self._links[endpoint] = link

@@ -109,3 +109,16 @@ async def test_an_address_of_an_incarnation_that_is_gone() -> None:
     table = links(FakeTransport("tcp", Reach.NETWORK))
     with pytest.raises(StaleEpoch):
         await table.peer(address(RESTARTED))
+
+
+async def test_a_peer_that_did_not_restart_is_not_probed_again() -> None:
+    """Whoever comes with old addresses causes no traffic, and what is known of the link stays."""
+    transport = FakeTransport("tcp", Reach.NETWORK, 1e9)
+    table = links(transport)
+    peer = await table.peer(address())
+    table.failed(peer, transport, TransportFailed("no device"))  # type: ignore[arg-type]
+    for _ in range(3):
+        with pytest.raises(StaleEpoch):
+            await table.peer(address(RESTARTED))
+    assert transport.probes == 1
+    assert table.all()[0].fallbacks == 1
