@@ -18,7 +18,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-kv bench-router constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-engine bench-kv bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ verify: lint type verify-proto ## what CI checks beside the tests
 bench: $(DEV_STAMP) ## measure; docs/benchmarks.md says what
 	$(BIN)/python -m bench $(ARGS)
 
+bench-engine: $(DEV_STAMP) ## one engine beside llama.cpp's server and vLLM, where they are installed: build/bench/engine.json
+	$(BIN)/python -m bench.engine $(ARGS)
+
 bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; a quarter of an hour
 	$(BIN)/python -m bench.policies $(ARGS)
 
@@ -97,9 +100,11 @@ endef
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
 	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine]' $(README_TOOLS)
+	$(BIN)/python -m services.engine.kernels
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
 	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,bench,dev]'
+	$(BIN)/python -m services.engine.kernels
 	@touch $@ $(RUN_STAMP)

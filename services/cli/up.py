@@ -25,6 +25,7 @@ from services.cli.values import Endpoint, Question
 HOST = "127.0.0.1"
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
+_DTYPES = ("auto", "int8", "float32", "bfloat16")
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
 
@@ -72,8 +73,8 @@ def _check(options: UpOptions) -> None:
         raise CliError("--http-port must differ from the gRPC ports of router and engines")
     if is_file(options.policy) and not Path(options.policy).is_file():
         raise CliError(f"there is no policy file {options.policy}")
-    if options.dtype not in ("float32", "bfloat16"):
-        raise CliError(f"--dtype {options.dtype} is neither float32 nor bfloat16")
+    if options.dtype not in _DTYPES:
+        raise CliError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
 
 
 async def launch(options: UpOptions, model: Path, fleet: Fleet) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from torch import Tensor
 
+from services.engine.attention.backend import AttentionBackend
+from services.engine.batch import ForwardBatch
 from services.engine.core.api import Load, SequenceOutput, Timing
 from services.engine.core.plan import Chosen, PageCopy, Runner, StepPlan
+from services.engine.model.model import Model
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 STEP_SECONDS = Histogram("microserve_engine_step_seconds", "Time to compute one step.", buckets=_SECONDS)
+MODEL_SECONDS = Counter("microserve_engine_model_seconds", "Time in the model: what is left of a step is around it.")
 GENERATED_TOKENS = Counter("microserve_engine_generated_tokens", "Tokens generated.")
 COMPUTED_TOKENS = Counter("microserve_engine_computed_tokens", "Prompt tokens whose KV was computed here.")
 MATCHED_TOKENS = Counter("microserve_engine_cache_hit_tokens", "Prompt tokens whose KV was in the prefix cache.")
@@ -69,6 +76,35 @@ class TimedRunner:
     def poison(self, pages: Sequence[int]) -> None:
         """See Runner."""
         self._runner.poison(pages)
+
+
+class TimedModel:
+    """A model whose time is counted; on a GPU, the time to queue its work."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+
+    def forward(
+        self, batch: ForwardBatch, attention: AttentionBackend, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """See Model."""
+        with _counted():
+            return self._model.forward(batch, attention, on_layer)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Model."""
+        with _counted():
+            return self._model.logits(hidden)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        MODEL_SECONDS.inc(time.perf_counter() - began)
 
 
 class LoadCollector(Collector):

@@ -21,7 +21,7 @@ from services.engine.front.limits import Limits
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
 from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device
-from services.engine.metrics import TimedRunner
+from services.engine.metrics import TimedModel, TimedRunner
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
 from services.engine.model.shard import WHOLE, Shard
@@ -108,7 +108,7 @@ class Replica:
             attention = make_attention(self.config.attention, kv, self.model.model.config, self.config.num_threads)
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
-        runner: Runner = TorchRunner(self.model.model, attention, kv, self.model.config.eos_token_ids)
+        runner: Runner = TorchRunner(TimedModel(self.model.model), attention, kv, self.model.config.eos_token_ids)
         if self.ranks is not None:
             runner = ParallelRunner(runner, self.ranks)
             self.ranks.watch(front.on_fatal)

@@ -118,7 +118,7 @@ def test_deadline_is_one_line(microserve: Run, router_address: str) -> None:
         (("ask", "x", "--max-tokens", "0"), "Invalid value for '--max-tokens'"),
         (("nonsense",), "No such command 'nonsense'."),
         (("up", "--engines", "0"), "Invalid value for '--engines'"),
-        (("up", "--grpc-port", "0", "--http-port", "0", "--dtype", "int4"), "--dtype int4 is neither"),
+        (("up", "--grpc-port", "0", "--http-port", "0", "--dtype", "int4"), "--dtype int4 is none of"),
         (("up", "--grpc-port", "0", "--http-port", "0", "--policy", "no/such.py"), "no policy file no/such.py"),
         (("policy", "set", "no/such.py"), "cannot read no/such.py: No such file or directory"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from services.engine.kernels.machine_code import compiled, kernel
-from services.engine.kernels.memory import floats, int32s
+from services.engine.kernels.memory import floats, int32s, prefetch
 from services.engine.kernels.tiles import LANES, dot_tile, float_tile
 
 BLOCK_LANES = 96
@@ -81,6 +81,12 @@ def _softmax(values: Any, exponents: Any) -> None:
 
 
 @compiled
+def _prefetch(address: int, size: int) -> None:
+    for offset in range(0, size, 64):
+        prefetch(address + offset)
+
+
+@compiled
 def _add_mixed(
     out: int, num_rows: int, weights: int, row: int, step: int, value: int, count: int, head_dim: int
 ) -> None:
@@ -121,9 +127,15 @@ def _attend_row(job: Any, chunk: int) -> None:
     page_bytes = 2 * kv_heads * page_size * width
     head_at = query + (row * kv_heads * group + kv_head * group) * width
     token = begin
+    values = kv_heads * page_size * width  # from a page's keys to its values
     while token < context:
         page = pool + np.int64(table[token // page_size]) * page_bytes + kv_head * page_size * width
         count = min(page_size, context - token)
+        # The processor foresees no jump to another page.
+        _prefetch(page + values, count * width)
+        if token + count < context:
+            following = pool + np.int64(table[token // page_size + 1]) * page_bytes + kv_head * page_size * width
+            _prefetch(following, min(page_size, context - token - count) * width)
         for member in range(group):
             offset = 0
             to = weights.ctypes.data + (member * (context - begin) + token - begin) * 4
@@ -181,7 +193,8 @@ def _hide(scores: Any, start: int, firsts: Any, limits: Any) -> None:
 def _weigh(scores: Any, exponents: Any, best: Any, totals: Any, shrink: Any) -> None:
     """scores (count, 96) become weights relative to the best score of each lane so far.
 
-    totals are kept up to date; what was summed with the old best is to be multiplied by `shrink`.
+    totals are kept up to date; what was summed with the old best is to be multiplied by `shrink`. A hidden token weighs
+    2 ** -126, which rounding takes away; so does `shrink` with what a lane counted before it saw its first token.
     """
     for lane in range(BLOCK_LANES):
         shrink[lane] = best[lane]
@@ -194,18 +207,12 @@ def _weigh(scores: Any, exponents: Any, best: Any, totals: Any, shrink: Any) -> 
     for lane in range(BLOCK_LANES):
         totals[lane] *= shrink[lane]
     for token in range(scores.shape[0]):
-        row = scores[token]
         for lane in range(BLOCK_LANES):
-            exponents[lane] = row[lane] > np.float32(0.5) * HIDDEN
-            row[lane] -= best[lane]
+            scores[token, lane] -= best[lane]
+    _power_of_2(scores.reshape(scores.shape[0] * BLOCK_LANES), exponents)
+    for token in range(scores.shape[0]):
         for lane in range(BLOCK_LANES):
-            shown = exponents[lane]
-            row[lane] = row[lane] if shown else np.float32(-126)
-        _power_of_2(row, exponents)
-        for lane in range(BLOCK_LANES):
-            # A hidden token counts nothing, also in a lane that has seen none so far.
-            row[lane] = row[lane] if row[lane] > np.float32(2e-38) else np.float32(0)
-            totals[lane] += row[lane]
+            totals[lane] += scores[token, lane]
 
 
 def _attend_block(job: Any, chunk: int) -> None:

@@ -26,7 +26,6 @@ def _pointer_intrinsic(element: types.Type) -> Any:
 _to_floats = _pointer_intrinsic(types.float32)
 _to_int32s = _pointer_intrinsic(types.int32)
 _to_int64s = _pointer_intrinsic(types.int64)
-_to_bytes = _pointer_intrinsic(types.int8)
 
 
 @compiled
@@ -45,12 +44,6 @@ def int32s(address: int, shape: Any) -> Any:
 def int64s(address: int, shape: Any) -> Any:
     """The int64 array at an address."""
     return array_at(_to_int64s(address), shape)
-
-
-@compiled
-def signed_bytes(address: int, shape: Any) -> Any:
-    """The int8 array at an address."""
-    return array_at(_to_bytes(address), shape)
 
 
 @intrinsic
@@ -107,6 +100,21 @@ def call_kernel(typing_context: Any, address: Any, job: Any, chunk: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Has the cache line at an address brought near; it need not be memory of ours."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind, name = ir.FunctionType(ir.VoidType(), [line, number, number, number]), "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        reads, keeps, data = (ir.Constant(number, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], line), reads, keeps, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 def _int64_pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

@@ -39,14 +39,14 @@ class _Writer:
         return self.builder.add(base, self.builder.mul(step, _int64(count)))
 
     def load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        """What is at an address; vectors need not be aligned."""
+        """What is at an address; it need not be aligned."""
         value = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
-        value.align = 4
+        value.align = 1
         return value
 
     def store(self, value: ir.Value, address: ir.Value) -> None:
-        """Puts a vector at an address."""
-        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = 4
+        """Puts a value at an address; it need not be aligned."""
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = 1
 
     def spread(self, value: ir.Value, vector: ir.VectorType) -> ir.Value:
         """A vector of one value."""
@@ -60,6 +60,13 @@ class _Writer:
         module = self.builder.module
         function = module.globals.get(name) or ir.Function(module, kind, name)
         return self.builder.call(function, arguments)
+
+    def reduce(self, operation: str, vector: ir.Value, kind: ir.Type) -> ir.Value:
+        """One value of all lanes of a vector."""
+        name = f"llvm.vector.reduce.{operation}.v{LANES}{'f32' if kind == _FLOAT else 'i32'}"
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [vector.type]), name)
+        return self.builder.call(function, [vector])
 
     def multiply_add(self, left: ir.Value, right: ir.Value, total: ir.Value) -> ir.Value:
         """left * right + total in float32, rounded once."""
@@ -271,6 +278,42 @@ def byte_tile(rows: int, panels: int) -> Any:
         return types.void(*[types.int64] * 11), build
 
     return tile
+
+
+@intrinsic
+def quantise_group(typing_context: Any, values: Any, quantised: Any, scale: Any) -> Any:
+    """GROUP float32 at `values` to signed bytes at `quantised`, by address; at `scale` as byte_tile wants it.
+
+    The largest magnitude becomes 127; the others are rounded to the nearest, halves to even.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        values, quantised, scale = arguments
+        write = _Writer(builder)
+        vectors = [write.load(builder.add(values, _int64(4 * lane)), _FLOATS) for lane in range(0, GROUP, LANES)]
+        magnitudes = [write.call(f"llvm.fabs.v{LANES}f32", _FLOATS, vector) for vector in vectors]
+        for half in (2, 1):
+            magnitudes = [
+                write.call(f"llvm.maxnum.v{LANES}f32", _FLOATS, magnitudes[n], magnitudes[n + half])
+                for n in range(half)
+            ]
+        largest = write.reduce("fmax", magnitudes[0], _FLOAT)
+        limit, zero = ir.Constant(_FLOAT, 127.0), ir.Constant(_FLOAT, 0.0)
+        is_zero = builder.fcmp_ordered("==", largest, zero)
+        factor = write.spread(builder.select(is_zero, zero, builder.fdiv(limit, largest)), _FLOATS)
+        total = ir.Constant(_INTS, None)
+        for number, vector in enumerate(vectors):
+            rounded = write.call(f"llvm.rint.v{LANES}f32", _FLOATS, builder.fmul(vector, factor))
+            whole = builder.fptosi(rounded, _INTS)
+            total = builder.add(total, whole)
+            narrow = builder.trunc(whole, ir.VectorType(_INT8, LANES))
+            write.store(narrow, builder.add(quantised, _int64(LANES * number)))
+        offset = builder.mul(write.reduce("add", total, _INT32), ir.Constant(_INT32, -128))
+        write.store(builder.fdiv(largest, limit), scale)
+        write.store(offset, builder.add(scale, _int64(4)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 def _int64(value: int) -> ir.Constant:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from services.engine.kernels.machine_code import compiled, kernel, part_of_kernel
-from services.engine.kernels.memory import floats, int32s, signed_bytes
-from services.engine.kernels.tiles import GROUP, HAS_WIDE_VECTORS, LANES, byte_tile, float_tile
+from services.engine.kernels.machine_code import kernel, part_of_kernel
+from services.engine.kernels.memory import floats
+from services.engine.kernels.tiles import GROUP, HAS_WIDE_VECTORS, LANES, byte_tile, float_tile, quantise_group
 
 # What fits the registers: 32 of 16 floats, or 16 of 8. A tile of bytes needs two for each of its elements.
 TILE_PANELS = 3 if HAS_WIDE_VECTORS else 1
@@ -97,44 +97,19 @@ def _multiply_floats(job: Any, chunk: int) -> None:
             panel += 1
 
 
-@compiled
-def _largest(values: Any) -> Any:
-    """The largest magnitude."""
-    largest = np.float32(0)
-    for value in values:
-        largest = max(largest, abs(value))
-    return largest
-
-
-@compiled
-def _round_scaled(target: Any, values: Any, factor: Any) -> Any:
-    """target = values * factor, rounded half away from zero; their sum."""
-    total = np.int32(0)
-    for index in range(len(values)):
-        scaled = values[index] * factor
-        rounded = np.int32(scaled + (np.float32(0.5) if scaled >= 0 else np.float32(-0.5)))
-        target[index] = rounded
-        total += rounded
-    return total
-
-
 def _quantise_rows(job: Any, chunk: int) -> None:
-    """Rows of float32 to bytes: each GROUP of a row by its own largest magnitude."""
+    """Rows of float32 to bytes: each GROUP of a row by its own largest magnitude. The last is filled up with zeros."""
     num_rows, depth, rows_a_chunk = job[3], job[4], job[5]
-    first, last = chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, num_rows)
-    num_groups = (depth + GROUP - 1) // GROUP
-    rows = floats(job[0], (num_rows, depth))
-    quantised = signed_bytes(job[1], (num_rows, num_groups * GROUP))
-    scales, offsets = floats(job[2], (num_rows, num_groups, 2)), int32s(job[2], (num_rows, num_groups, 2))
-    for row in range(first, last):
-        for group in range(num_groups):
-            begin, end = group * GROUP, min((group + 1) * GROUP, depth)
-            largest = _largest(rows[row, begin:end])
-            factor = np.float32(127) / largest if largest > 0 else np.float32(0)
-            total = _round_scaled(quantised[row, begin:end], rows[row, begin:end], factor)
-            quantised[row, end : (group + 1) * GROUP] = 0
-            scales[row, group, 0] = largest / np.float32(127)
-            offsets[row, group, 1] = -128 * total
+    num_groups, whole = (depth + GROUP - 1) // GROUP, depth // GROUP
+    rest = np.zeros(GROUP, dtype=np.float32)
+    for row in range(chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, num_rows)):
+        values, quantised = job[0] + row * depth * 4, job[1] + row * num_groups * GROUP
+        scales = job[2] + row * num_groups * 8
+        for group in range(whole):
+            quantise_group(values + group * GROUP * 4, quantised + group * GROUP, scales + group * 8)
+        if num_groups > whole:
+            rest[: depth - whole * GROUP] = floats(values + whole * GROUP * 4, (depth - whole * GROUP,))
+            quantise_group(rest.ctypes.data, quantised + whole * GROUP, scales + whole * 8)
 
 
 multiply_bytes = kernel(_multiply_bytes)

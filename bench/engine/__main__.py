@@ -1,0 +1,101 @@
+"""python -m bench.engine: one engine beside llama.cpp's server and vLLM's CPU build, arms interleaved in one run.
+
+Rates are of whole requests, from the first sent to the last answered, over each server's own API. Writes
+build/bench/engine.json: flat ratios, without the keys of a peer that is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from bench.engine.load import SCENARIOS, Rates, measure, outside_model_share
+from bench.engine.perplexity import perplexity
+from bench.engine.servers import LlamaCpp, Microserve, Server, Vllm, find, start_engine
+from bench.engine.start import start_to_first_token_s
+from services.cli.fleet import Fleet, core_count
+from services.cli.models import fetch
+from services.cli.output import say
+from services.engine.model.catalogue import DEFAULT_MODEL
+from services.engine.model.loader import model_folder
+
+RESULT = Path("build/bench/engine.json")
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each load runs on each server.")] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = core_count(),
+    perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge int8 on; 0: skip.")] = 20_480,
+) -> None:
+    """Starts every server that is installed, loads them in turns, and prints a table."""
+    gguf = fetch(DEFAULT_MODEL)
+    folder = model_folder(gguf)
+    figures: dict[str, float] = {"start_to_first_token_s": start_to_first_token_s()}
+    with ExitStack() as resources:
+        fleet = resources.enter_context(Fleet())
+        ours = start_engine(fleet, folder, "int8", threads, resources)
+        exact = start_engine(fleet, folder, "float32", threads, resources)
+        servers: list[Server] = [ours, exact, *_peers(gguf, folder, threads, resources)]
+        rates = measure(servers, rounds)
+        figures |= _ratios(rates, ours, exact)
+        figures["outside_model_share"] = outside_model_share(ours)
+    if perplexity_tokens:
+        figures["perplexity_over_float32"] = perplexity(folder, "int8", threads, perplexity_tokens) / perplexity(
+            folder, "float32", threads, perplexity_tokens
+        )
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=2) + "\n")
+    say(_table(rates, threads))
+    for name, value in figures.items():
+        print(f"{name}: {value:.3f}")
+
+
+def _peers(gguf: Path, folder: Path, threads: int, resources: ExitStack) -> list[Server]:
+    logs = Path(resources.enter_context(tempfile.TemporaryDirectory()))
+    peers: list[LlamaCpp | Vllm] = []
+    llama, vllm = find("LLAMA_SERVER", "llama-server", "llama-cpp-server"), find("VLLM", "vllm")
+    if llama:
+        peers.append(LlamaCpp(llama, gguf, threads, logs))
+    else:
+        print("llama.cpp's server is not installed (LLAMA_SERVER names it, or llama-server on the PATH)")
+    if vllm:
+        peers.append(Vllm(vllm, folder, threads, logs))
+    else:
+        print("vLLM is not installed (VLLM names its command, or vllm on the PATH)")
+    for peer in peers:
+        resources.callback(peer.close)
+    for peer in peers:
+        peer.wait_healthy()
+    return list(peers)
+
+
+def _ratios(rates: Rates, ours: Microserve, exact: Microserve) -> dict[str, float]:
+    figures = {}
+    peers = {server for server, _ in rates} - {ours.name, exact.name}
+    for peer in sorted(peers):
+        key = "llamacpp" if peer == "llama.cpp" else "vllm"
+        for scenario in SCENARIOS:
+            figures[f"{scenario.key}_over_{key}"] = rates[ours.name, scenario] / rates[peer, scenario]
+        if key == "vllm":
+            figures["float32_over_vllm_min"] = min(rates[exact.name, each] / rates[peer, each] for each in SCENARIOS)
+    return figures
+
+
+def _table(rates: Rates, threads: int) -> Table:
+    table = Table(title=f"tokens/s (prefill: prompt tokens/s), {threads} threads", title_justify="left", box=None)
+    table.add_column("server", no_wrap=True)
+    for scenario in SCENARIOS:
+        table.add_column(scenario.title, justify="right")
+    for server in dict.fromkeys(server for server, _ in rates):
+        table.add_row(server, *(f"{rates[server, scenario]:.0f}" for scenario in SCENARIOS))
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
