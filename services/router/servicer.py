@@ -107,7 +107,7 @@ def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
     return Ask(
         prompt=_prompt(request),
         sampling=sampling_from_wire(request.sampling),
-        seed_given=request.seed_given,
+        seed_given=request.seed_given or request.sampling.seed != 0,
         stop=tuple(request.stop),
         include_stop=request.include_stop,
         model=request.model,

@@ -135,7 +135,7 @@ def request(prompt: Sequence[int] = PROMPT, **options: Any) -> router_pb2.Genera
     sampling_names = sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name
     sampling = {name: value for name, value in options.items() if name in sampling_names}
     message = router_pb2.GenerateRequest(
-        sampling=sampling_pb2.SamplingParams(**({"max_tokens": 8} | sampling)), seed_given="seed" in options
+        sampling=sampling_pb2.SamplingParams(**({"max_tokens": 8} | sampling)), seed_given=options.get("seed") == 0
     )
     for name in ("stop", "include_stop", "model", "cache_salt", "request_id", "n", "echo"):
         if name in options:

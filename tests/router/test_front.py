@@ -96,6 +96,8 @@ async def test_seeds() -> None:
         drawn = {start.sampling.seed for start in suite.first.called("Session")[2:]}
         assert len(drawn) == 2
         assert 5 not in drawn
+        zero = await suite.generate(seed=0, temperature=1.0)
+        assert list(zero.token_ids) == model().generate(PROMPT, 8, seed=0)
 
 
 async def test_logprobs_come_one_for_each_token() -> None:

@@ -114,7 +114,7 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text; special tokens in it are treated as text."""
     seed_given: _builtins.bool
-    """Whether sampling.seed is meant."""
+    """Whether a sampling.seed of zero is meant; any other is anyway."""
     include_stop: _builtins.bool
     """Whether a matched stop string is part of the text."""
     model: _builtins.str
@@ -139,7 +139,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
-        """How to choose tokens. Its seed is used only if seed_given is set; otherwise the router draws one."""
+        """How to choose tokens. A seed of zero is meant only if seed_given is set; otherwise the router draws one."""
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
