@@ -151,8 +151,26 @@ async def test_log_probabilities() -> None:
         assert bytes(streamed).decode() == "größe 🙂"
         completion = await client.completions.create(model="fake", prompt="x", logprobs=1)
         assert completion.choices[0].logprobs is not None
-        assert completion.choices[0].logprobs.text_offset == sorted(completion.choices[0].logprobs.text_offset or [])
         assert any(token.startswith("bytes:") for token in completion.choices[0].logprobs.tokens or [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_offsets_of_tokens_are_those_of_their_text(stream: bool) -> None:
+    text = "größe 🙂 and so on"
+    async with serving(fake_model=script(text)) as (_, client):
+        # The stop string holds text back, so that it comes later than its tokens.
+        answer = await client.completions.create(
+            model="fake", prompt="x", logprobs=1, max_tokens=99, stop="and so far", stream=stream
+        )
+        tokens: list[str] = []
+        offsets: list[int] = []
+        for piece in [each async for each in answer] if isinstance(answer, openai.AsyncStream) else [answer]:
+            if piece.choices[0].logprobs is not None:
+                tokens += piece.choices[0].logprobs.tokens or []
+                offsets += piece.choices[0].logprobs.text_offset or []
+        assert len(tokens) == len(offsets) == len(byte_level().encode(text).ids)
+        assert offsets == [0, 5, *range(6, len(text))]  # "größe", half of " 🙂", its other half, and letters
+        assert (tokens[0], tokens[2][:6], tokens[-1]) == ("größe", "bytes:", "n")
 
 
 async def test_echo() -> None:

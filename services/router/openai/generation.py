@@ -20,7 +20,7 @@ from services.router.fleet.registry import Model
 from services.router.openai.calls import Call, Headers
 from services.router.openai.errors import Refusal, refusal
 from services.router.openai.fields import Fields
-from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json
+from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json, Offsets
 from services.router.service import Answer, GenerationService
 from services.router.values import FinishReason
 
@@ -122,7 +122,7 @@ class _Answers:
 
     async def events(self, first: tuple[int, Answer], pieces: Pieces) -> AsyncGenerator[bytes, None]:
         """Server-sent events. A failure on the way is the last of them."""
-        lengths = [0] * len(self._choices)
+        offsets = [Offsets() for _ in self._choices]
         usage: Json = {"usage": None} if self._call.include_usage else {}
         try:
             async for index, answer in _chain(first, pieces):
@@ -130,8 +130,7 @@ class _Answers:
                     yield _event(opening | usage)
                 text = self._take(index, answer)
                 if text or answer.logprobs or answer.finish is not None:
-                    piece = self._shape.piece(index, text, answer.logprobs, lengths[index], answer.finish)
-                    lengths[index] += len(text)
+                    piece = self._shape.piece(index, text, answer.logprobs, offsets[index], answer.finish)
                     yield _event(piece | usage)
         except ServiceError as error:
             yield _event(refusal(error).body())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,22 @@ from services.router.values import FinishReason, Logprobs, TokenLogprob, Usage
 
 Json = dict[str, Any]
 Spell = Callable[[int], bytes]  # a token's bytes
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Offsets:
+    """Where the tokens of a choice begin in its text, in characters; one that begins inside a character: where that
+    does. Not where the text is cut into pieces, since text is held back for stop strings."""
+
+    def __init__(self) -> None:
+        self._decoder = _UTF8(errors="replace")
+        self._num_characters = 0
+
+    def next(self, spelled: bytes) -> int:
+        """Of the next token."""
+        begin = self._num_characters
+        self._num_characters += len(self._decoder.decode(spelled))
+        return begin
 
 
 @dataclass(slots=True)
@@ -69,9 +86,9 @@ class ChatShape(Shape):
         return self._piece(index, {"role": "assistant", "content": ""}, (), None)
 
     def piece(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offset: int, finish: FinishReason | None
+        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
     ) -> Json:
-        """New text of a choice; `offset`: characters of the choice before it."""
+        """New text and tokens of a choice; `offsets`: of this choice."""
         return self._piece(index, {"content": text} if text or finish is None else {}, logprobs, finish)
 
     def closing(self, choices: Sequence[Choice], num_asks: int) -> Json:
@@ -112,7 +129,8 @@ class CompletionShape(Shape):
     def whole(self, choices: Sequence[Choice], num_asks: int) -> Json:
         """The answer in one piece."""
         shown = [
-            self._choice(index, choice.text, choice.logprobs, 0, choice.finish) for index, choice in enumerate(choices)
+            self._choice(index, choice.text, choice.logprobs, Offsets(), choice.finish)
+            for index, choice in enumerate(choices)
         ]
         return self._envelope("text_completion", "cmpl", shown) | {"usage": usage(choices, num_asks)}
 
@@ -121,38 +139,33 @@ class CompletionShape(Shape):
         return None
 
     def piece(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offset: int, finish: FinishReason | None
+        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
     ) -> Json:
-        """New text of a choice; `offset`: characters of the choice before it."""
-        return self._envelope("text_completion", "cmpl", [self._choice(index, text, logprobs, offset, finish)])
+        """New text and tokens of a choice; `offsets`: of this choice."""
+        return self._envelope("text_completion", "cmpl", [self._choice(index, text, logprobs, offsets, finish)])
 
     def closing(self, choices: Sequence[Choice], num_asks: int) -> Json:
         """The piece that tells the usage."""
         return self._envelope("text_completion", "cmpl", []) | {"usage": usage(choices, num_asks)}
 
     def _choice(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offset: int, finish: FinishReason | None
+        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
     ) -> Json:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(logprobs, offset) if self.with_logprobs else None,
+            "logprobs": self._logprobs(logprobs, offsets) if self.with_logprobs else None,
             "finish_reason": finish_reason(finish),
         }
 
-    def _logprobs(self, logprobs: Sequence[Logprobs], offset: int) -> Json:
-        tokens = [self._name(each.chosen.token_id) for each in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
+    def _logprobs(self, logprobs: Sequence[Logprobs], offsets: Offsets) -> Json:
         return {
-            "tokens": tokens,
+            "tokens": [self._name(each.chosen.token_id) for each in logprobs],
             "token_logprobs": [finite(each.chosen.logprob) for each in logprobs],
             "top_logprobs": [
                 {self._name(other.token_id): finite(other.logprob) for other in each.top} for each in logprobs
             ],
-            "text_offset": offsets,
+            "text_offset": [offsets.next(self.spell(each.chosen.token_id)) for each in logprobs],
         }
 
     def _name(self, token_id: int) -> str:
