@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from microserve.kvtransfer.v1 import kvtransfer_pb2
 
 from services.kvtransfer.convert import to_address
 from services.kvtransfer.landing import Claim
@@ -24,6 +25,7 @@ from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.nixl.fake_agent import FakeAgent, World, make_world
 from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.port import PATIENCE_S, DirectPort
+from tests.kvtransfer.streams import Watching
 
 PAGES, TARGET = [1, 2], [4, 5]
 
@@ -262,3 +264,20 @@ async def test_what_is_committed_is_not_read_again(scene: Scene) -> None:
     await again.task
     assert again.answers == [Opened(committed=True)]
     assert len(scene.world.reads) == num_reads
+
+
+async def test_a_sender_that_leaves_as_it_is_let_in(scene: Scene) -> None:
+    """The stream is closed with its first answer under way: the attempt ends all the same."""
+    opening = await scene.opening()
+    watch = Watching(scene.receiver.watch())
+
+    async def said() -> AsyncIterator[Said]:
+        await asyncio.Event().wait()
+        yield Last.LEAVE
+
+    stream = scene.port.service.pull_sessions.serve(opening, said())
+    assert await anext(stream) == Opened(committed=False)
+    await watch.until(lambda events: events["r"].state == kvtransfer_pb2.GRANT_STATE_WRITING)
+    await stream.aclose()
+    await watch.until(lambda events: events["r"].state == kvtransfer_pb2.GRANT_STATE_OPEN)
+    await watch.close()

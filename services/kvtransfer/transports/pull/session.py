@@ -101,8 +101,8 @@ class PullSessions:
         # Before the attempt: if this transport cannot, another one may still open it.
         async with sink.connect(opening.source, ask) as fetcher:
             landing = await self._landings.open(opening.address, opening.claim, opening.part, opening.address.whole)
-            yield Opened(committed=isinstance(landing, AlreadyCommitted))
             if isinstance(landing, AlreadyCommitted):
+                yield Opened(committed=True)
                 return
             max_bytes = min(self._max_copy_bytes, sink.buffer_bytes)
             layout, (shard,) = opening.source.layout, landing.shards
@@ -120,6 +120,7 @@ class PullSessions:
         listener = asyncio.create_task(_listen(said, puller.post, news.set))
         word: Last | None = None
         try:
+            yield Opened(committed=False)
             async with contextlib.aclosing(self._progress(puller, listener, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
