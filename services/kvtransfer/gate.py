@@ -106,7 +106,7 @@ class Gate:
                 opened.append(answer)
             return bool(opened)
 
-        await self._until(try_open)
+        await self._until(try_open, self._drain_timeout_s)
         return opened[0]
 
     def refusal(self, attempt: Attempt) -> ServiceError | None:
@@ -146,7 +146,7 @@ class Gate:
         with self._lock:
             committed = self._table.end_attempt(attempt)
         self._settle()
-        await self._until(lambda: attempt.writes_under_way == 0)
+        await self._until(lambda: attempt.writes_under_way == 0, self._drain_timeout_s)
         return committed
 
     async def revoke(self, key: GrantKey) -> None:
@@ -155,7 +155,11 @@ class Gate:
         with self._lock:
             self._table.revoke(key)
         self._settle()
-        await self._until(lambda: self._table.is_drained(key))
+        await self._until(lambda: self._table.is_drained(key), self._drain_timeout_s)
+
+    async def idle(self) -> None:
+        """Returns when no attempt is open. Its caller bounds the wait."""
+        await self._until(lambda: self._table.is_idle, None)
 
     def fence_pool(self, pool_id: str) -> None:
         """Fences every grant of a pool at once."""
@@ -166,7 +170,7 @@ class Gate:
 
     async def forget_pool(self, pool_id: str) -> None:
         """Returns when nothing writes into the pool any more, and forgets all its grants. Raises NotDrained."""
-        await self._until(lambda: not self._table.keys(pool_id))
+        await self._until(lambda: not self._table.keys(pool_id), self._drain_timeout_s)
         with self._lock:
             self._table.forget_pool(pool_id)
 
@@ -195,10 +199,11 @@ class Gate:
             if not listeners:
                 self._fence_listeners.pop(attempt, None)
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Waits until `condition`, called under the lock now and after every copy that drains, is true."""
+    async def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> None:
+        """Waits until `condition`, called under the lock now and after every copy that drains and every attempt that
+        ends, is true. Raises NotDrained."""
         try:
-            async with asyncio.timeout(self._drain_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 while True:
                     with self._lock:
                         if condition():

@@ -170,9 +170,11 @@ class KvTransfer:
         return self._links.own()
 
     async def drain(self) -> None:
-        """Begins nothing new and returns when every push has ended. Cancelling leaves the rest under way."""
+        """Begins nothing new and returns when every push has ended, also those that others began to pools of this
+        service. Cancelling leaves the rest under way."""
         self._draining = True
         await self._pushes.finish(None)
+        await self._gate.idle()
         self._feeds.end()
 
     async def close(self) -> None:

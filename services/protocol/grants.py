@@ -299,6 +299,11 @@ class GrantTable:
         self._note(key)
         return key not in self._grants
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody may write anything at present, in any pool."""
+        return not any(grant.attempts for grant in self._grants.values())
+
     def is_drained(self, key: GrantKey) -> bool:
         """Whether nothing is written under this key and nothing ever will be."""
         return key not in self._grants

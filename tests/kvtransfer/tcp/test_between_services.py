@@ -193,3 +193,24 @@ async def test_cancelled_pushes_leave_nothing_behind() -> None:
         await moves(sender, receiver)
         (tcp,) = (t for t in sender.port.service._links.transports if isinstance(t, TcpTransport))  # type: ignore[attr-defined]
         assert [connection._waiting for connection in tcp._connections.values()] == [{}]
+
+
+async def test_a_service_that_drains_lets_what_arrives_end() -> None:
+    """And begins nothing for others; a revoke ends the wait, too."""
+    async with pair({}, {}) as (sender, receiver):
+        service = receiver.port.service  # type: ignore[attr-defined]
+        addresses = [await receiver.grant(name, 0, 8, pages) for name, pages in (("r", [4, 5]), ("s", [6, 7]))]
+        first, second = (sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0)) for address in addresses)
+        await first.opened()
+        await second.opened()
+        draining = asyncio.create_task(service.drain())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not draining.done()
+        await receiver.revoke("s")
+        with pytest.raises(ServiceError):
+            await second.done()
+        assert not draining.done()
+        sender.pool.raise_ready(0, 3)
+        assert (await first.done()).state == pb.PUSH_STATE_COMMITTED
+        await asyncio.wait_for(draining, PATIENCE_S)
