@@ -1,0 +1,135 @@
+"""python -m bench.engine.profile: where a step's time goes on this machine, as a picture.
+
+Real steps of the default model in int8, each kernel's calls timed; what no kernel of ours takes is torch and Python.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from matplotlib import pyplot
+from numpy.typing import NDArray
+
+from services.cli.fleet import core_count
+from services.cli.models import fetch
+from services.engine.attention import paged_kernels
+from services.engine.attention.factory import make_attention
+from services.engine.core.plan import SampleSpec, Segment, StepPlan
+from services.engine.core.runner import TorchRunner
+from services.engine.kernels.team import Team
+from services.engine.model.catalogue import DEFAULT_MODEL
+from services.engine.model.linear import tiled_kernels
+from services.engine.model.linear.factory import linear_maker
+from services.engine.model.loader import load_model
+from services.engine.sampling.params import SamplingParams
+
+PAGE_SIZE, NUM_PAGES, REPEATS = 16, 1024, 15
+PARTS = {
+    tiled_kernels.multiply_bytes: "linear layers",
+    tiled_kernels.quantise_rows: "rounding rows to bytes",
+    paged_kernels.attend_row: "attention",
+    paged_kernels.attend_block: "attention",
+}
+AROUND = "around: norms, rotation, KV writes, sampling, Python"
+# name: sequences, tokens of context, tokens computed of each
+STEPS = {
+    "1 stream\nat 64": (1, 63, 1),
+    "16 streams\nat 160": (16, 159, 1),
+    "32 streams\nat 96": (32, 95, 1),
+    "512 tokens\nof a prompt": (1, 0, 512),
+}
+
+
+def main(
+    threads: Annotated[int, typer.Option(min=1)] = core_count(), output: Path = Path("docs/images/engine-step.png")
+) -> None:
+    """Measures and draws."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    loaded = load_model(
+        fetch(DEFAULT_MODEL), device=cpu, dtype=torch.float32, linear=linear_maker(cpu, torch.float32, threads, True)
+    )
+    config = loaded.config
+    kv = torch.zeros(config.num_layers, NUM_PAGES, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+    runner = TorchRunner(loaded.model, make_attention(None, kv, loaded.model.config, threads), kv)
+    shares = {name: _profile(runner, _plan(*shape)) for name, shape in STEPS.items()}
+    _draw(shares, threads, output)
+    for name, parts in shares.items():
+        print(name.replace("\n", " "), {part: f"{seconds * 1e3:.2f} ms" for part, seconds in parts.items()})
+
+
+def _plan(sequences: int, begin: int, count: int) -> StepPlan:
+    pages = -(-(begin + count) // PAGE_SIZE)
+    tokens = [1_000 + 7 * n for n in range(begin + count)]
+    spec = SampleSpec(SamplingParams(), tokens, len(tokens))
+    return StepPlan(
+        tuple(
+            Segment(number, begin, tokens[begin:], array("i", range(number * pages, (number + 1) * pages)), spec)
+            for number in range(sequences)
+        )
+    )
+
+
+def _profile(runner: TorchRunner, plan: StepPlan) -> dict[str, float]:
+    """Median seconds of a step by part."""
+    steps = []
+    for _ in range(REPEATS):
+        with _timed_kernels() as parts:
+            began = time.perf_counter()
+            runner.run(plan, None)
+            whole = time.perf_counter() - began
+        parts[AROUND] = whole - sum(parts.values())
+        steps.append(parts)
+    names = [*dict.fromkeys(PARTS.values()), AROUND]
+    return {name: statistics.median(parts[name] for parts in steps[REPEATS // 3 :]) for name in names}
+
+
+@contextmanager
+def _timed_kernels() -> Iterator[dict[str, float]]:
+    seconds: dict[str, float] = dict.fromkeys([*PARTS.values(), AROUND], 0.0)
+    run = Team.run
+
+    def timed(team: Team, kernel: int, job: NDArray[np.int64], num_chunks: int) -> None:
+        began = time.perf_counter()
+        run(team, kernel, job, num_chunks)
+        seconds[PARTS[kernel]] += time.perf_counter() - began
+
+    Team.run = timed  # type: ignore[assignment, method-assign]
+    try:
+        yield seconds
+    finally:
+        Team.run = run  # type: ignore[method-assign]
+
+
+def _draw(shares: dict[str, dict[str, float]], threads: int, output: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    lefts = np.zeros(len(shares))
+    for part in next(iter(shares.values())):
+        widths = np.array([100 * parts[part] / sum(parts.values()) for parts in shares.values()])
+        axes.barh(list(shares), widths, left=lefts, label=part)
+        for row, (left, width) in enumerate(zip(lefts, widths, strict=True)):
+            if width > 5:
+                axes.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white")
+        lefts += widths
+    for row, parts in enumerate(shares.values()):
+        axes.text(101, row, f"{sum(parts.values()) * 1e3:.1f} ms", va="center")
+    axes.set(
+        xlim=(0, 114), xlabel="% of the step", title=f"Where a step's time goes: SmolLM2-135M, int8, {threads} threads"
+    )
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+
+
+if __name__ == "__main__":
+    typer.run(main)
