@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bench.router import choosing, engine_bound, forwarding, latency
+from bench.router import choosing, engine_bound, forwarding, latency, overload
 from bench.router.figures import Figure, Report
 from bench.router.suite import Stubs
 from services.cli.errors import CliError
@@ -25,6 +25,7 @@ PARTS: dict[str, Measure] = {
     "forwarding": forwarding.measure,
     "engine_bound": engine_bound.measure,
     "choosing": choosing.measure,
+    "overload": overload.measure,
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import grpc
 import grpc.aio
 from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 from microserve.router.v1 import router_pb2, router_pb2_grpc
@@ -20,16 +21,17 @@ Open: TypeAlias = Callable[[int], Any]  # number of tokens wanted -> a call that
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One answer. Times in seconds from the call; `first_s` is infinite if it was refused."""
+    """One answer. Times in seconds from the call; `first_s` is infinite if nothing came."""
 
     first_s: float
     total_s: float
     num_messages: int
     num_tokens: int
+    refused: bool = False  # RESOURCE_EXHAUSTED
 
 
-def through(channel: grpc.aio.Channel) -> Open:
-    """Generate of a router."""
+def through(channel: grpc.aio.Channel, timeout_s: float | None = None) -> Open:
+    """Generate of a router, with a deadline if one is given."""
     stub = router_pb2_grpc.RouterServiceStub(channel)
 
     def start(num_tokens: int) -> Any:
@@ -37,7 +39,8 @@ def through(channel: grpc.aio.Channel) -> Open:
             router_pb2.GenerateRequest(
                 tokens=router_pb2.TokenIds(ids=PROMPT),
                 sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
-            )
+            ),
+            timeout=timeout_s,
         )
 
     return start
@@ -62,15 +65,21 @@ def direct(channel: grpc.aio.Channel) -> Open:
 
 
 async def read(start: Open, num_tokens: int) -> Stream:
-    """One request, read to its end."""
+    """One request, read to its end, be it a refusal or its deadline. grpc's error for every other one."""
     begin = time.perf_counter()
     first_s, num_messages, count = float("inf"), 0, 0
-    async for message in start(num_tokens):
-        if not num_messages:
-            first_s = time.perf_counter() - begin
-        num_messages += 1
-        count += len(message.token_ids)
-    return Stream(first_s, time.perf_counter() - begin, num_messages, count)
+    refused = False
+    try:
+        async for message in start(num_tokens):
+            if not num_messages:
+                first_s = time.perf_counter() - begin
+            num_messages += 1
+            count += len(message.token_ids)
+    except grpc.aio.AioRpcError as error:
+        refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        if not refused and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise
+    return Stream(first_s, time.perf_counter() - begin, num_messages, count, refused)
 
 
 async def closed_loop(start: Open, num_tokens: int, *, concurrency: int, num_requests: int) -> list[Stream]:

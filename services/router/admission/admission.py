@@ -22,8 +22,9 @@ _FORGET_PROMPT_S = 30.0
 class Turn:
     """A request that runs."""
 
-    def __init__(self, line: Line, ticket: Ticket) -> None:
-        self._line, self._ticket = line, ticket
+    def __init__(self, line: Line, ticket: Ticket, clock: Callable[[], float]) -> None:
+        self._line, self._ticket, self._clock = line, ticket, clock
+        self._first_token_at: float | None = None
         self._counts_prompt = True
         self._forgetting = asyncio.get_running_loop().call_later(_FORGET_PROMPT_S, self._forget_prompt)
 
@@ -31,9 +32,15 @@ class Turn:
         """Its prompt has been computed; only the first call counts."""
         if self._counts_prompt:
             self._counts_prompt = False
+            self._first_token_at = self._clock()
             self._forgetting.cancel()
             self._line.first_token(self._ticket)
             self._line.pump()
+
+    def finished(self) -> None:
+        """It has ended well; end() follows."""
+        if self._first_token_at is not None:
+            self._line.finished(self._ticket, self._clock() - self._first_token_at)
 
     def end(self) -> None:
         """It runs no more."""
@@ -80,7 +87,7 @@ class Admission:
 
     @asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[Turn]:
-        """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not begin
+        """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not end
         in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
         line = self._lines.get(ticket.model)
         if line is None:
@@ -90,9 +97,10 @@ class Admission:
                 line.begin(ticket)
             else:
                 await self._wait(line, ticket)
-            turn = Turn(line, ticket)
+            turn = Turn(line, ticket, self._clock)
             try:
                 yield turn
+                turn.finished()
             finally:
                 turn.end()
         finally:
@@ -121,7 +129,7 @@ class Admission:
             await asyncio.wait({waiter.turn}, timeout=limit_s)
         except asyncio.CancelledError:
             if waiter.turn.done():
-                Turn(line, ticket).end()
+                Turn(line, ticket, self._clock).end()
             raise
         finally:
             queued.dec()
@@ -149,12 +157,14 @@ class Admission:
         if wait_s > self._limits.queue_s:
             self._refused(ticket, "queue_time")
             raise Overloaded(f"the request would wait for about {wait_s:.3g} s", retry_delay_s=wait_s)
-        if wait_s + line.expected_prompt_s(ticket) > left_s:
+        in_time_s = left_s - line.expected_service_s(ticket)
+        if wait_s > in_time_s:
             self._refused(ticket, "deadline")
             raise Overloaded(
-                "the request could not begin before its deadline", retry_delay_s=self._retry_s(line, ticket)
+                "the request could not be answered before its deadline", retry_delay_s=self._retry_s(line, ticket)
             )
-        return min(self._limits.queue_s, max(0.0, left_s))
+        # Nor does one begin that cannot end in time any more: its work would be for nothing.
+        return min(self._limits.queue_s, max(0.0, in_time_s))
 
     @staticmethod
     def _retry_s(line: Line, ticket: Ticket) -> float:

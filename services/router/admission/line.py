@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from services.router.admission.estimate import Estimate
 from services.router.admission.fair_queue import FairQueue
 from services.router.admission.meter import Meter
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
@@ -35,6 +36,7 @@ class Line:
         self._num_prompt_tokens = 0  # of those that run and have no token yet
         self._prompts = Meter(clock)
         self._admitted = Meter(clock)  # cost, while somebody waits
+        self._output_token_s = Estimate()  # of time after the first token, for each token that was asked for
 
     @property
     def idle(self) -> bool:
@@ -72,10 +74,11 @@ class Line:
         share = ticket.priority.weight / sum(each.weight for each in waiting)
         return self._queues[ticket.priority].cost_before(ticket.tenant) / (rate * share)
 
-    def expected_prompt_s(self, ticket: Ticket) -> float:
-        """From its turn to its first token, as far as one can tell."""
+    def expected_service_s(self, ticket: Ticket) -> float:
+        """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
         rate = self._prompts.rate()
-        return 0.0 if rate is None else (self._num_prompt_tokens + ticket.num_prompt_tokens) / rate
+        prompt_s = 0.0 if rate is None else (self._num_prompt_tokens + ticket.num_prompt_tokens) / rate
+        return prompt_s + ticket.expected_output * self._output_token_s.high()
 
     def push(self, waiter: Waiter) -> None:
         """A request waits."""
@@ -111,6 +114,10 @@ class Line:
         """Its prompt has been computed."""
         self._prompts.add(ticket.num_prompt_tokens)
         self._count_prompt(-ticket.num_prompt_tokens)
+
+    def finished(self, ticket: Ticket, output_s: float) -> None:
+        """One has ended well, so long after its first token."""
+        self._output_token_s.add(output_s / ticket.expected_output)
 
     def forget_prompt(self, ticket: Ticket) -> None:
         """It has had no token for so long that it is not the fleet's speed that it waits for."""

@@ -40,7 +40,12 @@ class Ticket:
     @property
     def cost(self) -> int:
         """Work in tokens, for fairness."""
-        return self.num_prompt_tokens + self.num_answers * (self.max_tokens or _USUAL_OUTPUT_TOKENS)
+        return self.num_prompt_tokens + self.num_answers * self.expected_output
+
+    @property
+    def expected_output(self) -> int:
+        """Tokens that an answer may have; at least 1."""
+        return self.max_tokens or _USUAL_OUTPUT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
