@@ -116,7 +116,7 @@ def gone(pids: list[int], timeout_s: float = 20) -> bool:
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     running = Up(free_ports(4), tmp_path_factory.mktemp("run"), make=True)
     try:
-        running.read_until("serving gRPC at")
+        running.read_until("; Ctrl-C stops it")
         yield running
         children = running.descendants()
         assert len(children) >= 4
@@ -165,7 +165,7 @@ def test_the_first_blocks_are_the_two_commands() -> None:
 
 
 def test_the_policy_in_the_readme_is_the_file(up: Up) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(r"^```python\n(async def .*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert code.strip() in (ROOT / "docs/examples/hello_policy.py").read_text()
     asked = run(
         up, "microserve ask 'Hello' --max-tokens 4 --json --policy disaggregated" + f" --address localhost:{up.port}"
@@ -175,7 +175,8 @@ def test_the_policy_in_the_readme_is_the_file(up: Up) -> None:
 
 def run(up: Up, commands: str) -> str:
     """Runs shell commands of the README against the suite's ports."""
-    script = commands.replace(".venv/bin/", "")
+    (http,) = re.findall(r"http://127\.0\.0\.1:(\d+)/v1", up.output)
+    script = commands.replace(".venv/bin/", "").replace("localhost:8080", f"localhost:{http}")
     for offset in range(3):
         script = script.replace(f"localhost:{50050 + offset}", f"localhost:{up.port + offset}")
     script = re.sub(
