@@ -51,6 +51,9 @@ class Unimplemented(ServiceError):
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Wraps handlers of all four kinds, written as coroutines or as async generators."""
 
+    def __init__(self) -> None:
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}  # by method: a handler, and what it became
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
@@ -60,15 +63,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        name = _kind(handler)
-        behaviour = getattr(handler, name)
-        make = getattr(grpc, f"{name}_rpc_method_handler")
-        wrapped: Handler = make(
-            _wrap(behaviour, handler_call_details.method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-        return wrapped
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            self._wrapped[method] = known = (handler, _wrapped(handler, method))
+        return known[1]
+
+
+def _wrapped(handler: Handler, method: str) -> Handler:
+    name = _kind(handler)
+    make = getattr(grpc, f"{name}_rpc_method_handler")
+    wrapped: Handler = make(
+        _wrap(getattr(handler, name), method),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return wrapped
 
 
 def _kind(handler: Handler) -> str:

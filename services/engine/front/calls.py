@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from services.engine.core.api import Cancel, Command, Reply, RequestKey
+from services.engine.front.outbox import Outbox
 from services.protocol.errors import ServiceError
 
 T = TypeVar("T")
@@ -23,9 +24,13 @@ MAX_ANSWERED = 4096
 class Calls:
     """Belongs to one event loop, which all methods are called on."""
 
-    def __init__(self, submit: Callable[[Command], None], on_abandoned: Callable[[RequestKey], None]) -> None:
-        """`on_abandoned` is called when the last caller of a verb has left, before the loop thread hears of it."""
+    def __init__(
+        self, submit: Callable[[Command], None], on_abandoned: Callable[[RequestKey], None], outbox: Outbox
+    ) -> None:
+        """`on_abandoned` is called when the last caller of a verb has left, before the loop thread hears of it.
+        `outbox` is what answers come through."""
         self._submit = submit
+        self._outbox = outbox
         self._on_abandoned = on_abandoned
         self._num_askers: Counter[RequestKey] = Counter()
         self._open: set[asyncio.Future[Any]] = set()
@@ -37,11 +42,10 @@ class Calls:
 
         Cancelling leaves the command to take effect unheard.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T | ServiceError] = loop.create_future()
+        answer: asyncio.Future[T | ServiceError] = asyncio.get_running_loop().create_future()
         if self._failure is not None:
             raise self._failure
-        self._submit(make(lambda value: _post(loop, answer, value)))
+        self._submit(make(lambda value: self._outbox.post(lambda: _settle(answer, value))))
         self._open.add(answer)
         try:
             value = await answer
@@ -79,12 +83,6 @@ class Calls:
         self._failure = error
         for answer in self._open:
             _settle(answer, error)
-
-
-def _post(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[Any], value: object) -> None:
-    """Called on the loop thread. An event loop that is closed has nobody left who could want the answer."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(_settle, answer, value)
 
 
 def _settle(answer: asyncio.Future[Any], value: object) -> None:

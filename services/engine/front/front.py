@@ -1,12 +1,11 @@
 """The meeting point of the two threads: commands go to the loop thread, and what it says is handed on.
 
-The loop thread calls the listener's methods; each of them costs it one wake-up of the event loop, whatever the number
-of sequences and readers.
+The loop thread calls the listener's methods; what it says in one go costs it one wake-up of the event loop at most,
+whatever the number of calls, sequences and readers.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from services.engine.errors import EngineDraining, EngineStopped
 from services.engine.front.cache_watch import CacheWatches
 from services.engine.front.calls import Calls
 from services.engine.front.loads import LoadBoard
+from services.engine.front.outbox import Outbox
 from services.engine.front.streams import Streams
 from services.engine.metrics import count_outputs
 
@@ -35,29 +35,24 @@ class Front:
         on_stopped: Callable[[], None],
         on_abandoned: Callable[[RequestKey], None] = lambda key: None,
     ) -> None:
-        self.calls = Calls(submit, on_abandoned)
+        self._outbox = Outbox()
+        self.calls = Calls(submit, on_abandoned, self._outbox)
         self.streams = Streams(submit)
-        self.loads = LoadBoard()
+        self.loads = LoadBoard(self._outbox)
         self.cache = CacheWatches(submit)
         self._on_stopped = on_stopped
-        self._loop = asyncio.get_running_loop()
-        self._newest_load: Load | None = None
-        self._load_posted = False
 
     def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
         """See EngineListener."""
-        self._post(lambda: self._deliver(outputs))
+        self._outbox.post(lambda: self._deliver(outputs))
 
     def on_load(self, load: Load) -> None:
-        """See EngineListener. Loads that come while one is on its way replace it."""
-        self._newest_load = load
-        if not self._load_posted:
-            self._load_posted = True
-            self._post(self._publish_load)
+        """See EngineListener."""
+        self.loads.publish(load)
 
     def on_fatal(self, error: BaseException) -> None:
         """See EngineListener."""
-        self._post(lambda: self._stopped(error))
+        self._outbox.post(lambda: self._stopped(error))
 
     async def drain(self) -> None:
         """Lets the engine finish what it has and take nothing new; then ends the calls that only watch."""
@@ -75,12 +70,6 @@ class Front:
         count_outputs(outputs)
         self.streams.deliver(outputs)
 
-    def _publish_load(self) -> None:
-        # Cleared first: a load that comes after this line either is the one read below or posts itself.
-        self._load_posted = False
-        if self._newest_load is not None:
-            self.loads.publish(self._newest_load)
-
     def _stopped(self, error: BaseException) -> None:
         log.critical("the engine's loop failed", exc_info=error)
         stopped = EngineStopped("The engine has failed and serves no more.")
@@ -92,7 +81,3 @@ class Front:
     def _end_watches(self, error: EngineDraining | EngineStopped) -> None:
         self.loads.end(error)
         self.cache.end(error)
-
-    def _post(self, call: Callable[[], None]) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call)

@@ -9,6 +9,7 @@ import pytest
 from services.engine.core.api import Abort, Cancel, Command, RequestKey
 from services.engine.errors import EngineStopped, QueueFull
 from services.engine.front.calls import Calls
+from services.engine.front.outbox import Outbox
 
 KEY = RequestKey("owner", "request")
 
@@ -19,7 +20,7 @@ class Asked:
     def __init__(self) -> None:
         self.commands: list[Command] = []
         self.abandoned: list[RequestKey] = []
-        self.calls = Calls(self.commands.append, self.abandoned.append)
+        self.calls = Calls(self.commands.append, self.abandoned.append, Outbox())
 
     async def ask(self) -> asyncio.Task[None]:
         """A verb under way, which the loop thread knows of."""

@@ -11,6 +11,7 @@ from services.engine.errors import EngineDraining
 from services.engine.front.cache_watch import CacheWatches
 from services.engine.front.errors import CacheWatchBehind
 from services.engine.front.loads import LoadBoard
+from services.engine.front.outbox import Outbox
 from services.engine.front.replies import MAX_BLOCKS_PER_MESSAGE, to_cache_events
 from tests.engine.front.harness import load
 
@@ -18,7 +19,7 @@ ENDED = EngineDraining("The engine is shutting down.")
 
 
 async def test_a_watch_begins_with_the_load_as_it_is_and_skips_what_it_missed() -> None:
-    board = LoadBoard()
+    board = LoadBoard(Outbox())
     board.publish(load(1))
     watch = board.watch(0.01)
     assert (await anext(watch)).steps == 1
@@ -29,7 +30,7 @@ async def test_a_watch_begins_with_the_load_as_it_is_and_skips_what_it_missed() 
 
 
 async def test_reports_keep_their_distance() -> None:
-    board, now = LoadBoard(), asyncio.get_running_loop().time
+    board, now = LoadBoard(Outbox()), asyncio.get_running_loop().time
     board.publish(load(1))
     watch = board.watch(0.05)
     await anext(watch)
@@ -41,7 +42,7 @@ async def test_reports_keep_their_distance() -> None:
 
 
 async def test_an_equal_load_is_no_news() -> None:
-    board = LoadBoard()
+    board = LoadBoard(Outbox())
     board.publish(load(1))
     watch = board.watch(0.0)
     await anext(watch)
@@ -55,9 +56,26 @@ async def test_an_equal_load_is_no_news() -> None:
     await watch.aclose()
 
 
+async def test_the_event_loop_is_woken_only_for_a_watcher_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, posted = LoadBoard(outbox := Outbox()), []
+    monkeypatch.setattr(outbox, "post", lambda call: (posted.append(call), call()))
+    board.publish(load(1))
+    assert not posted
+    watch = board.watch(0.0)
+    await anext(watch)
+    waiting = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.001)
+    before = len(posted)
+    board.publish(load(2))
+    board.publish(load(3))
+    assert len(posted) == before + 1
+    assert (await waiting).steps == 3
+    await watch.aclose()
+
+
 @pytest.mark.parametrize("interval_s", [0.0, 3600.0])
 async def test_the_end_is_heard_at_once(interval_s: float) -> None:
-    board = LoadBoard()
+    board = LoadBoard(Outbox())
     board.publish(load(1))
     watch = board.watch(interval_s)
     await anext(watch)
