@@ -19,6 +19,9 @@ from services.engine.kernels.tiles import LANES
 MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
 
 
+_NO_BLOCKS = np.empty((0, 4), dtype=np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class _Split:
     """The rows of a batch as the kernels take them; the same for all layers."""
@@ -66,8 +69,13 @@ class PagedNumbaAttention(GatherSdpaAttention):
 
     def _split_batch(self, batch: ForwardBatch, group: int) -> _Split:
         starts, contexts = batch.query_starts.numpy(), batch.context_lengths.numpy()
-        counts = np.diff(starts)
         tables = np.ascontiguousarray(batch.block_tables.numpy())
+        if batch.num_tokens == batch.num_sequences and self._max_single_rows:  # all decode
+            singles = np.empty((len(contexts), 3), dtype=np.int32)
+            singles[:, :2] = np.arange(len(contexts))[:, None]
+            singles[:, 2] = contexts
+            return _Split(batch, singles, _NO_BLOCKS, tables)
+        counts = np.diff(starts)
         is_single = counts <= self._max_single_rows
         rows = np.arange(starts[-1], dtype=np.int32)
         sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)

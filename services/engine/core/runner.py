@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -87,18 +87,21 @@ class TorchRunner:
 
 def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device) -> ForwardBatch:
     """Packs segments into tensors. No Python work per token or page but what list and array do themselves."""
-    lengths = np.array([len(segment.token_ids) for segment in segments])  # (num_sequences,)
+    lengths = [len(segment.token_ids) for segment in segments]
+    starts = np.array(list(accumulate(lengths, initial=0)))  # (num_sequences + 1,)
     begins = np.array([segment.begin for segment in segments])
-    starts = np.concatenate(([0], np.cumsum(lengths)))
     num_tokens = int(starts[-1])
     token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in segments), dtype=np.int64, count=num_tokens)
-    rows = np.repeat(np.arange(len(segments)), lengths)  # (num_tokens,) which sequence a token is of
-    positions = np.arange(num_tokens) - starts[rows] + begins[rows]
+    if num_tokens == len(segments):  # all decode: the few calls that this spares are felt in a small model's step
+        rows, positions = starts[:-1], begins
+    else:
+        rows = np.repeat(np.arange(len(segments)), lengths)  # (num_tokens,) which sequence a token is of
+        positions = np.arange(num_tokens) - starts[rows] + begins[rows]
     tables = np.zeros((len(segments), max(len(segment.page_ids) for segment in segments)), dtype=np.int32)
     for table, segment in zip(tables, segments, strict=True):
         table[: len(segment.page_ids)] = np.frombuffer(segment.page_ids, dtype=np.int32)
     slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    wanted = [int(end) - 1 for segment, end in zip(segments, starts[1:], strict=True) if segment.sample is not None]
+    wanted = np.array([segment.sample is not None for segment in segments])
     return ForwardBatch(
         token_ids=torch.from_numpy(token_ids).to(device),
         positions=torch.from_numpy(positions).to(device),
@@ -106,5 +109,5 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         query_starts=torch.from_numpy(starts.astype(np.int32)),
         context_lengths=torch.from_numpy((begins + lengths).astype(np.int32)),
         block_tables=torch.from_numpy(tables).to(device),
-        logits_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+        logits_rows=torch.from_numpy(starts[1:][wanted] - 1).to(device),
     )
