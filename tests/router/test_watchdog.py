@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
 from microserve.router.v1 import router_pb2_grpc
 
 from services.router.config import RouterConfig
+from services.router.fleet.view import Fleet
 from services.router.metrics import BLOCKED_LOOPS
 from services.router.programs.watchdog import WatchdogLimits
 from services.rpc.channel import make_channel
@@ -68,6 +70,40 @@ async def test_requests_beside_it_go_on(tmp_path: Path, monkeypatch: pytest.Monk
             await suite.generate(policy="spins")
         for answer in await asyncio.gather(*good):
             assert list(answer.token_ids) == model().generate(PROMPT, 8)
+
+
+CALLS_ROUTER = """
+    fleet.spin(0.8)
+    while True:
+        pass
+    yield
+"""
+ROUTER_CODE = """
+def spin(fleet, seconds):
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            pass
+        whole.append(True)
+    except BaseException:
+        whole.append(False)
+        raise
+"""
+
+
+async def test_code_of_the_router_that_a_program_calls_is_not_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RouterConfig, "watchdog_limits", SHORT)
+    whole: list[bool] = []
+    module = {"__name__": "services.router.fleet.slow", "time": time, "whole": whole}
+    exec(ROUTER_CODE, module)
+    monkeypatch.setattr(Fleet, "spin", module["spin"], raising=False)
+    async with running(policy=str(write(tmp_path, "calls_router", CALLS_ROUTER))) as suite:
+        with failing("ABORTED", "POLICY_FAILED") as caught:
+            await suite.generate()
+        assert "blocked the router" in caught.value.message
+        assert whole == [True]
 
 
 async def test_a_slow_router_is_reported_and_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 A program runs on the router's one event loop, so a busy loop or a blocking call in it stops every request. A thread
 sees that the loop no longer beats, finds the program on the loop's stack, and sends the main thread a signal whose
-handler raises inside the program: that ends Python loops as well as blocking calls, such as time.sleep. A program that
-swallows even that, or sits in native code, leaves one way out: the process ends, and its supervisor starts another.
+handler raises inside the program: that ends Python loops as well as blocking calls, such as time.sleep. Code of the
+router that a program calls is never cut off in the middle: the next looks try again. A program that swallows even that,
+or sits in native code, leaves one way out: the process ends, and its supervisor starts another.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 BLOCK_TIMEOUT_S = 2.0
 GIVE_UP_TIMEOUT_S = 30.0
 SIGNAL = signal.SIGUSR2
+_ROUTER = "services."
 
 
 class ProgramInterrupted(BaseException):
@@ -47,11 +49,12 @@ class WatchdogLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Culprit:
-    """A program on the loop's stack: one run of it, and where it stands."""
+    """A program on the loop's stack: one run of it, where it stands, whether in code of the router that it calls."""
 
     run: int
     name: str
     where: str
+    in_router: bool
 
 
 class Watchdog:
@@ -64,6 +67,7 @@ class Watchdog:
         self._on_stuck = on_stuck
         self._beats = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._target: int | None = None  # the run to interrupt, until that has happened
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -72,7 +76,7 @@ class Watchdog:
         self._loop_thread = threading.get_ident()
         self._can_interrupt = threading.current_thread() is threading.main_thread()
         if self._can_interrupt:
-            signal.signal(SIGNAL, _interrupt)
+            signal.signal(SIGNAL, self._interrupt)
         self._beat()
         self._thread.start()
 
@@ -92,16 +96,19 @@ class Watchdog:
         give_up = int(self._limits.give_up_s / self._limits.tick_s)
         while not self._stopped.wait(self._limits.tick_s):
             if self._beats != beats:
-                beats, late, seen = self._beats, 0, None
+                beats, late, seen, self._target = self._beats, 0, None, None
                 continue
             late += 1
             culprit = _find(sys._current_frames().get(self._loop_thread))
-            # Twice the same, lest one is blamed that has only just got its turn.
-            if late % self._limits.ticks == 0:
+            is_due = late % self._limits.ticks == 0
+            if is_due:
                 self._report(culprit)
-                if culprit is not None and seen is not None and culprit.run == seen.run and self._can_interrupt:
+            # Twice the same, lest one is blamed that has only just got its turn.
+            if (is_due or self._target is not None) and culprit is not None and culprit.run == seen:
+                self._target = culprit.run
+                if self._can_interrupt:
                     signal.pthread_kill(self._loop_thread, SIGNAL)
-            seen = culprit
+            seen = None if culprit is None else culprit.run
             if late == give_up and self._on_stuck is not None:
                 log.critical("the event loop stands still: giving up", extra={"fields": _fields(culprit)})
                 self._on_stuck()
@@ -110,20 +117,23 @@ class Watchdog:
         BLOCKED_LOOPS.labels("router" if culprit is None else culprit.name).inc()
         log.error("the event loop stands still", extra={"fields": _fields(culprit)})
 
-
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """On the main thread, between two of its instructions: it is certain now whether a program runs."""
-    if _find(frame) is not None:
-        raise ProgramInterrupted
+    def _interrupt(self, _: int, frame: FrameType | None) -> None:
+        """On the main thread, between two of its instructions: it is certain now what runs."""
+        culprit = _find(frame)
+        if culprit is not None and culprit.run == self._target and not culprit.in_router:
+            self._target = None
+            raise ProgramInterrupted
 
 
 def _find(frame: FrameType | None) -> _Culprit | None:
     """The program on this stack, if there is one."""
     where = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    in_router = False
     while frame is not None:
         name = program_name(frame.f_globals)
         if name is not None:
-            return _Culprit(id(frame), name, where)
+            return _Culprit(id(frame), name, where, in_router)
+        in_router = in_router or str(frame.f_globals.get("__name__")).startswith(_ROUTER)
         frame = frame.f_back
     return None
 
