@@ -15,6 +15,7 @@ MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 _PRIORITIES = tuple(each.value for each in Priority)
 MAX_MESSAGES = 4_096
 MAX_CHOICES = 128
+MAX_DETOKENIZED = 1 << 17
 MAX_STOP_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_LOGPROBS = 1_024, 4_096, 20
 
 
@@ -107,14 +108,20 @@ def check_tokens(token_ids: tuple[int, ...], model: Model) -> None:
     """Of a prompt. EmptyPrompt, InvalidRequest, PromptTooLong."""
     if not token_ids:
         raise EmptyPrompt("the prompt has no tokens")
-    check_vocabulary(token_ids, model)
+    _check_vocabulary(token_ids, model)
     if len(token_ids) >= model.max_context:
         raise PromptTooLong(
             f"a prompt of {len(token_ids)} tokens leaves no room for an answer in a context of {model.max_context}"
         )
 
 
-def check_vocabulary(token_ids: tuple[int, ...], model: Model) -> None:
+def check_detokenized(token_ids: tuple[int, ...], model: Model) -> None:
+    """InvalidRequest for ids that are not the model's, or so many that the event loop would stand still."""
+    _bounded("token_ids", len(token_ids), max(MAX_DETOKENIZED, model.max_context), "ids")
+    _check_vocabulary(token_ids, model)
+
+
+def _check_vocabulary(token_ids: tuple[int, ...], model: Model) -> None:
     """InvalidRequest for ids that no engine of the model knows."""
     if token_ids and max(token_ids) >= model.vocab_size:
         raise InvalidRequest(f"token id {max(token_ids)} is not below {model.vocab_size}")

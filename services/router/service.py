@@ -19,9 +19,9 @@ from services.router.asking import (
     Text,
     Tokens,
     check,
+    check_detokenized,
     check_prompt,
     check_tokens,
-    check_vocabulary,
 )
 from services.router.beside import beside
 from services.router.errors import PolicyFailed
@@ -131,14 +131,15 @@ class GenerationService:
                         yield answer
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
-        """Token ids of a prompt."""
+        """Token ids of a prompt. Overloaded."""
         check_prompt(prompt)
-        return await _encode(prompt, self._registry.model(model_name))
+        with self._admission.enter():
+            return await _encode(prompt, self._registry.model(model_name))
 
     def decode(self, token_ids: tuple[int, ...], model_name: str) -> str:
         """Text of token ids."""
         model = self._registry.model(model_name)
-        check_vocabulary(token_ids, model)
+        check_detokenized(token_ids, model)
         return model.tokenizer.decode(token_ids)
 
     def echo(self, ask: Ask, token_ids: tuple[int, ...]) -> str:

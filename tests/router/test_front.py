@@ -233,6 +233,20 @@ async def test_tokenize_and_detokenize() -> None:
         assert chat.token_ids[0] == 1
         with pytest.raises(grpc.aio.AioRpcError, match="not below"):
             await suite.stub.Detokenize(router_pb2.DetokenizeRequest(token_ids=[10**6]))
+        with pytest.raises(grpc.aio.AioRpcError, match="more than"):  # the event loop would stand still
+            await suite.stub.Detokenize(router_pb2.DetokenizeRequest(token_ids=[1] * 200_000))
+
+
+async def test_tokenizing_counts_as_a_request() -> None:
+    async with running(1, max_requests=1) as suite:
+        suite.first.gate.clear()
+        call = suite.stream()
+        await suite.first.until(lambda: suite.first.sequences)
+        with pytest.raises(grpc.aio.AioRpcError, match="under way"):
+            await suite.stub.Tokenize(router_pb2.TokenizeRequest(text=STORY))
+        suite.first.gate.set()
+        assert [piece async for piece in call]
+        await suite.stub.Tokenize(router_pb2.TokenizeRequest(text=STORY))
 
 
 async def test_models_are_kept_apart_by_name_and_weights() -> None:

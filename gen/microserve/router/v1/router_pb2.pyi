@@ -423,7 +423,7 @@ class DetokenizeRequest(_message.Message):
     """As in GenerateRequest."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids."""
+        """The ids, at most 131072 or as many as the model's context has, whichever is more."""
 
     def __init__(
         self,
