@@ -174,12 +174,32 @@ async def test_an_attempt_lives_on_one_connection(port: DirectPort, receiver: Fa
 
 async def test_one_connection_too_many(port: DirectPort, receiver: FakeEngine) -> None:
     peers = [await RawPeer.welcomed(port) for _ in range(3)]
+    for number, peer in enumerate(peers):
+        address = await receiver.grant(f"r{number}", 0, 8, [2 * number, 2 * number + 1])
+        peer.open(1, address, (0, 8))
+        assert (await peer.message()).HasField("opened")
+        # Between two puts of its attempt a connection is needed, too.
+        peer.say(encode_message(1, pb.DataMessage(close=pb.ClosePut())))
     late = await RawPeer.connect(port)
     assert await late.refused() == "TOO_MANY_CONNECTIONS"
     for peer in peers:
         peer.say(b"\xff" * 64)
         assert await peer.refused() == "PROTOCOL_VIOLATION"
     await still_serves(port, receiver)
+
+
+async def test_a_connection_that_nobody_needs_makes_room(port: DirectPort, receiver: FakeEngine) -> None:
+    """The one used longest ago."""
+    peers = [await RawPeer.welcomed(port) for _ in range(3)]
+    peers[0].say(encode_message(1, pb.DataMessage(probe=pb.Probe())))
+    assert (await peers[0].message()).HasField("probed")
+    late = await RawPeer.welcomed(port)
+    async with asyncio.timeout(PATIENCE_S):
+        while not await peers[1].is_cut():
+            pass
+    for peer in (peers[0], peers[2], late):
+        peer.say(encode_message(2, pb.DataMessage(probe=pb.Probe())))
+        assert (await peer.message()).HasField("probed")
 
 
 async def test_the_secret_does_not_travel(port: DirectPort, receiver: FakeEngine) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -49,14 +50,22 @@ class Reception:
     def claim(self, landing: Landing, connection: Inbound) -> bool:
         """An attempt lives on the connection that it began on, so its frames come in order and its loss is certain.
         Returns whether that is this one."""
-        self._attempts = {a: c for a, c in self._attempts.items() if not (a.fenced or a.committed)}
+        self._forget_ended()
         return self._attempts.setdefault(landing.attempt, connection) is connection
+
+    def needed(self) -> set[Inbound]:
+        """The connections that attempts live on."""
+        self._forget_ended()
+        return set(self._attempts.values())
 
     def lost(self, connection: Inbound) -> None:
         """Nothing is written through the connection any more: its attempts end."""
         for attempt in [a for a, c in self._attempts.items() if c is connection]:
             del self._attempts[attempt]
             self.run(self.landings.drop(attempt))
+
+    def _forget_ended(self) -> None:
+        self._attempts = {a: c for a, c in self._attempts.items() if not (a.fenced or a.committed)}
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """In the background."""
@@ -85,6 +94,8 @@ class Inbound(Connection):
         self._make_channel = make_channel
         self._on_end = on_end
         self._challenge = secrets.token_bytes(_CHALLENGE_BYTES)
+        # When the peer last wanted something, by time.monotonic; None: it is a stranger still.
+        self.used_s: float | None = None
         self._puts: dict[int, InboundPut] = {}
 
     def connect(self) -> Channel:
@@ -95,6 +106,7 @@ class Inbound(Connection):
         """See Connection."""
         self._welcome(self.read_header())
         while True:
+            self.used_s = time.monotonic()
             header = self.read_header()
             if header.kind is Kind.PUT:
                 self._put(header)

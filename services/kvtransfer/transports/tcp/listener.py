@@ -69,7 +69,7 @@ class Listener:
         name = join_address(*address[:2])
         try:
             if len(self._connections) >= self._most:
-                raise TooManyConnections(f"the data port takes {self._most} connections")
+                self._make_room()
             connection = Inbound(f"kv-in {name}", self._reception, partial(self._channel, accepted), self._ended)
             connection.start()
         except (TooManyConnections, TransportFailed) as error:
@@ -80,6 +80,20 @@ class Listener:
     def _resume(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.add_reader(self._socket, self._incoming)
+
+    def _make_room(self) -> None:
+        """Cuts the connection that was used longest ago of those that nothing lives on; its peer connects again when it
+        has something to send. Raises TooManyConnections if there is none.
+
+        Strangers go by themselves in time. Their threads may be in a handshake, which cannot be cut.
+        """
+        needed = self._reception.needed()
+        spare = {c: c.used_s for c in self._connections if c.used_s is not None and c not in needed}
+        if not spare:
+            raise TooManyConnections(f"the data port takes {self._most} connections")
+        oldest = min(spare, key=spare.__getitem__)
+        oldest.cut()
+        self._connections.discard(oldest)
 
     def _ended(self, connection: Inbound) -> None:
         self._connections.discard(connection)
