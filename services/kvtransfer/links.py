@@ -38,7 +38,7 @@ class Link:
 
 class Links:
     """Belongs to the running loop. `transports` best first; `ask` fetches what a service tells of itself, and raises
-    PeerUnreachable."""
+    PeerUnreachable, and NoTransport for one of another version."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class Links:
     async def peer(self, address: KvAddress) -> Peer:
         """The service that the address names; one that is not known yet is asked first.
 
-        Raises PeerUnreachable, and StaleEpoch if it restarted since the address was made.
+        Raises PeerUnreachable, NoTransport for one of another version, and StaleEpoch if it restarted since the
+        address was made.
         """
         if address.epoch == self._epoch:
             return self.own()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 
-from services.kvtransfer.errors import PeerUnreachable
+from services.kvtransfer.errors import NoTransport, PeerUnreachable
 from services.kvtransfer.transports.base import PEER_VERSION, Peer
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls, make_channel
@@ -21,7 +21,8 @@ class PeerClient:
         self._tls = tls
 
     async def ask(self, endpoint: str) -> Peer:
-        """What the service at host:port tells of itself. Raises PeerUnreachable."""
+        """What the service at host:port tells of itself. Raises PeerUnreachable, and NoTransport if it
+        is of another version: trying again changes nothing, and neither engine is at fault."""
         try:
             split_address(endpoint)
         except ValueError as error:
@@ -34,7 +35,7 @@ class PeerClient:
             except RemoteError as error:
                 raise PeerUnreachable(f"the transfer service at {endpoint} does not answer: {error.message}") from None
         if reply.peer_version != PEER_VERSION:
-            raise PeerUnreachable(
+            raise NoTransport(
                 f"the transfer service at {endpoint} speaks version {reply.peer_version}, this one {PEER_VERSION}"
             )
         return Peer(endpoint, reply.epoch, {offer.name: offer.detail for offer in reply.offers})
