@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.kvtransfer.conversion import LayerView, canonical_bytes, layer_view
+from services.kvtransfer.conversion import CanonicalPages, LayerView, canonical_bytes, layer_view
 from services.kvtransfer.landing import LandingShard
 from services.kvtransfer.plan import PageTable, Piece, Run, plan_pieces
 from services.kvtransfer.pool import Pool
@@ -49,16 +50,15 @@ class LegCopy:
             max_bytes,
         )
         self.pieces = tuple(self._prepare(piece) for piece in pieces)
+        self._needs_axes = any(piece.runs for piece in self.pieces)
 
     def layer(self, source_layer: int) -> LayerPair:
         """The pages of one layer on both sides."""
         source, target = self._pages[0][source_layer], self._pages[1][self._leg.target_layer(source_layer)]
-        return LayerPair(
-            source,
-            target,
-            layer_view(source, self._layouts[0], self._leg.source_heads),
-            layer_view(target, self._layouts[1], self._leg.target_heads),
-        )
+        if not self._needs_axes:
+            return LayerPair(source, target, None)
+        theirs = layer_view(source, self._layouts[0], self._leg.source_heads)
+        return LayerPair(source, target, (layer_view(target, self._layouts[1], self._leg.target_heads), theirs))
 
     def _prepare(self, piece: Piece) -> PieceCopy:
         stored = [run for run in piece.runs if self._verbatim and run.whole]
@@ -79,12 +79,16 @@ class PieceCopy(NamedTuple):
 
 class LayerPair(NamedTuple):
     """One layer of two pools: as stored, (page_count, layer_page_bytes) each; and in canonical axes, restricted to the
-    heads that move."""
+    heads that move, target before source, or None if all that moves is copied as it is stored."""
 
     stored_source: NDArray[np.uint8]
     stored_target: NDArray[np.uint8]
-    source: LayerView
-    target: LayerView
+    axes: tuple[LayerView, LayerView] | None
+
+    def halves(self) -> Iterator[tuple[CanonicalPages, CanonicalPages]]:
+        """The keys of both, then the values."""
+        assert self.axes is not None
+        return zip(*self.axes, strict=True)
 
 
 def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
@@ -93,7 +97,7 @@ def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
     for target_pages, source_pages in piece.pages:
         target[target_pages] = source[source_pages]
     for run in piece.runs:
-        for kept, sent in zip(pair.target, pair.source, strict=True):
+        for kept, sent in pair.halves():
             kept[run.target_pages, :, run.target_tokens] = sent[run.source_pages, :, run.source_tokens]
 
 
@@ -106,7 +110,7 @@ def same_piece(pair: LayerPair, piece: PieceCopy) -> bool:
             sent[run.source_pages, :, run.source_tokens],
         )
         for run in piece.runs
-        for kept, sent in zip(pair.target, pair.source, strict=True)
+        for kept, sent in pair.halves()
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.protocol.layout import PageLayout
@@ -51,45 +50,57 @@ def plan_pieces(
 ) -> tuple[Piece, ...]:
     """Cuts what moves of a layer for a non-empty `part`, `token_bytes` a token, into pieces of at most `max_bytes`, or
     of one token if that is more."""
+    max_tokens = _even_tokens(len(part), max(1, max_bytes // token_bytes), source.page_size)
     pieces: list[Piece] = []
     runs: list[Run] = []
     begin = position = part.begin
-    for run, tokens in _runs(part, source, target, max(1, max_bytes // token_bytes)):
-        if runs and (position + tokens - begin) * token_bytes > max_bytes:
+    while position < part.end:
+        room = begin + max_tokens - position
+        run, tokens = _run(position, part, source, target, max_tokens, room)
+        if tokens > room:
             pieces.append(_piece(begin, position, runs, token_bytes))
             runs, begin = [], position
-        if runs and _continues(runs[-1], run):
-            last = runs.pop()
-            run = Run(
-                slice(last.source_pages.start, run.source_pages.stop),
-                WHOLE_PAGES,
-                slice(last.target_pages.start, run.target_pages.stop),
-                WHOLE_PAGES,
-            )
+            run, tokens = _run(position, part, source, target, max_tokens, max_tokens)
         runs.append(run)
         position += tokens
     pieces.append(_piece(begin, position, runs, token_bytes))
     return tuple(pieces)
 
 
-def _runs(part: TokenRange, source: PageTable, target: PageTable, max_tokens: int) -> Iterator[tuple[Run, int]]:
-    """Tokens that are together in a page on both sides, and their number; at most `max_tokens` at once."""
-    position = part.begin
-    while position < part.end:
-        from_page, from_token = _place(position, part, source)
-        to_page, to_token = _place(position, part, target)
-        tokens = min(part.end - position, max_tokens, source.page_size - from_token, target.page_size - to_token)
+def _even_tokens(num_tokens: int, max_tokens: int, page_size: int) -> int:
+    """Tokens of a piece, at most `max_tokens`, so that as few pieces are as even as whole pages allow."""
+    most = max_tokens - max_tokens % page_size or max_tokens
+    even = -(-num_tokens // -(-num_tokens // most))
+    return min(max_tokens, -(-even // page_size) * page_size)
+
+
+def _run(
+    position: int, part: TokenRange, source: PageTable, target: PageTable, max_tokens: int, room: int
+) -> tuple[Run, int]:
+    """What one copy moves from `position` on, and its number of tokens: what is together in a page on both sides, at
+    most `max_tokens`; of whole pages, neighbours too while they have `room`."""
+    from_index, from_token = _place(position, part, source)
+    to_index, to_token = _place(position, part, target)
+    from_page, to_page = source.page_ids[from_index], target.page_ids[to_index]
+    tokens = min(part.end - position, max_tokens, source.page_size - from_token, target.page_size - to_token)
+    if not tokens == source.page_size == target.page_size:
         from_tokens, to_tokens = slice(from_token, from_token + tokens), slice(to_token, to_token + tokens)
-        if tokens == source.page_size == target.page_size:
-            from_tokens = to_tokens = WHOLE_PAGES
-        yield Run(slice(from_page, from_page + 1), from_tokens, slice(to_page, to_page + 1), to_tokens), tokens
-        position += tokens
+        return Run(slice(from_page, from_page + 1), from_tokens, slice(to_page, to_page + 1), to_tokens), tokens
+    count, most = 1, min(part.end - position, room) // tokens
+    while (
+        count < most
+        and source.page_ids[from_index + count] == from_page + count
+        and target.page_ids[to_index + count] == to_page + count
+    ):
+        count += 1
+    from_pages, to_pages = slice(from_page, from_page + count), slice(to_page, to_page + count)
+    return Run(from_pages, WHOLE_PAGES, to_pages, WHOLE_PAGES), count * tokens
 
 
 def _place(position: int, part: TokenRange, table: PageTable) -> tuple[int, int]:
-    """The page of a position, and which of its tokens it is."""
+    """Where the page of a position is in its table, and which of its tokens it is."""
     index, token = divmod(position, table.page_size)
-    return table.page_ids[index - part.begin // table.page_size], token
+    return index - part.begin // table.page_size, token
 
 
 def spans(layer: int, pages: slice, tokens: slice, layout: PageLayout, page_count: int) -> list[tuple[int, int]]:
@@ -102,16 +113,6 @@ def spans(layer: int, pages: slice, tokens: slice, layout: PageLayout, page_coun
     first = begin + tokens.start * layout.token_bytes
     num_bytes = (tokens.stop - tokens.start) * layout.token_bytes
     return [(first + head * head_bytes, num_bytes) for head in range(2 * layout.kv_head_count)]
-
-
-def _continues(last: Run, run: Run) -> bool:
-    """Whether `run` is the whole page after `last`, which is whole as well."""
-    return (
-        last.whole
-        and run.whole
-        and run.source_pages.start == last.source_pages.stop
-        and run.target_pages.start == last.target_pages.stop
-    )
 
 
 def _piece(begin: int, end: int, runs: list[Run], token_bytes: int) -> Piece:

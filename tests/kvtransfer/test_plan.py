@@ -95,3 +95,10 @@ def test_a_page_larger_than_a_copy_is_cut() -> None:
     pieces = plan(TokenRange(0, 4), [3], [5], 2 * TOKEN_BYTES)
     halves = [slice(0, 2), slice(2, 4)]
     assert [piece.runs for piece in pieces] == [(Run(slice(3, 4), half, slice(5, 6), half),) for half in halves]
+
+
+def test_pieces_are_even() -> None:
+    pages = list(range(16))
+    pieces = plan(TokenRange(0, 16 * PAGE_SIZE), pages, pages, 5 * PAGE_SIZE * TOKEN_BYTES + 1)
+    assert [len(piece.part) // PAGE_SIZE for piece in pieces] == [4, 4, 4, 4]
+    assert [run.source_pages for piece in pieces for run in piece.runs] == [slice(i, i + 4) for i in range(0, 16, 4)]
