@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from bench.router import choosing, engine_bound, forwarding, latency, overload
+from bench.router import choosing, engine_bound, forwarding, latency, others, overload
 from bench.router.figures import Figure, Report
 from bench.router.suite import Stubs
 from services.cli.errors import CliError
@@ -26,19 +28,26 @@ PARTS: dict[str, Measure] = {
     "engine_bound": engine_bound.measure,
     "choosing": choosing.measure,
     "overload": overload.measure,
+    "others": others.measure,
 }
 
 
 def main(
     parts: Annotated[str, typer.Option(help="Comma separated.")] = ",".join(PARTS),
     rounds: Annotated[int, typer.Option(min=1, help="Of each arm; medians count.")] = 5,
+    python: Annotated[
+        str, typer.Option(help="Interpreter with other routers installed, to measure beside.")
+    ] = sys.executable,
     out: Annotated[Path, typer.Option(help="JSON with flat keys.")] = Path("build/bench/router.json"),
 ) -> None:
     """Runs the parts one after the other, prints a table and writes the figures."""
     report = Report()
+    measures = PARTS | {"others": partial(others.measure, python=python)}
+    for package in others.missing(python):
+        report.left_out[package] = "not installed (pip install --no-deps, into an environment of its own: --python)"
     for name in parts.split(","):
         with Stubs() as stubs:
-            report.add(asyncio.run(PARTS[name](stubs, rounds)))
+            report.add(asyncio.run(measures[name](stubs, rounds)))
     out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(out.read_text()) if out.exists() and parts != ",".join(PARTS) else {}
     out.write_text(json.dumps(before | report.flat(), indent=1) + "\n")

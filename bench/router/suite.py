@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,17 @@ class Stubs(Fleet):
         options = ["--name", name, "--step-ms", str(step_ms), "--batch", str(batch), "--tokens", str(tokens)]
         return self._start_module("bench.router.stub", name, options)
 
+    def start_http_stub(self, *, step_ms: float) -> ServiceProcess:
+        """bench/router/http_stub.py."""
+        return self._start_module("bench.router.http_stub", "http-stub", ["--step-ms", str(step_ms)])
+
+    def start_other(self, python: str, module: str, worker: str, port: int) -> ServiceProcess:
+        """A router of somebody else's before one worker; it says nothing when it is ready."""
+        command = [python, "-m", f"{module}.launch_router", "--worker-urls", f"http://{worker}"]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+        command += ["--policy", "round_robin", "--log-level", "error"]
+        return self._launch("router", module, command, threads=1)
+
     def start_relay(self, engine: ServiceProcess) -> ServiceProcess:
         """bench/router/relay.py in front of a stub."""
         return self._start_module("bench.router.relay", "relay", ["--engine", engine.address])
@@ -44,6 +56,13 @@ class Stubs(Fleet):
     def _start_module(self, module: str, name: str, options: Sequence[str]) -> ServiceProcess:
         command = [sys.executable, "-P", "-m", module, *options, "--lifeline-fd", str(self._lifeline)]
         return self._launch("engine", name, command, threads=1)
+
+
+def free_port() -> int:
+    """A port that was free just now, for programs that cannot choose one themselves."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def cpu_s(pid: int) -> float:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 
+from bench.router import http_calls, http_stub
 from bench.router.calls import Open, closed_loop, direct, open_loop, read, through
 from bench.router.figures import Figure, Report, percentile
 from bench.router.stub import SERVICE, Stub
@@ -65,6 +66,15 @@ async def test_who_leaves_makes_room() -> None:
                 break
             leaving.cancel()
             assert (await read(start, 5)).num_tokens == 5
+
+
+async def test_events_of_a_streamed_completion_are_counted() -> None:
+    server = await asyncio.start_server(lambda reader, writer: http_stub.serve(reader, writer, 0.0), "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        streams = await http_calls.closed_loop(address, 7, concurrency=3, num_requests=5)
+    assert [stream.num_messages for stream in streams] == [7] * 5
+    assert all(0 < stream.first_s <= stream.total_s for stream in streams)
 
 
 def test_percentiles_and_aims() -> None:
