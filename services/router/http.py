@@ -18,6 +18,7 @@ from services.rpc.bind import join_address, split_address
 from services.rpc.errors import StartError, port_in_use
 
 _HEAD_TIMEOUT_S = 10.0
+_REST_TIMEOUT_S = 10.0
 _MAX_HEAD_BYTES = 1 << 16
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
@@ -110,9 +111,11 @@ class HttpServer:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's connection takes any head of a request, and waits for it for ever; this one does not."""
+    """Uvicorn's connection takes any head of a request, and waits for it for ever, as for what is left of a body that
+    was answered before its end; this one does not."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _rest_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -121,6 +124,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_rest()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -138,6 +142,15 @@ class _Protocol(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._end_rest()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.cycle.more_body and not self.transport.is_closing():
+            self._rest_timer = self.loop.call_later(_REST_TIMEOUT_S, self.transport.abort)
+        super().on_response_complete()
+
     def _begin_head(self) -> None:
         self._end_head()
         self._num_head_bytes = 0
@@ -147,3 +160,8 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _end_rest(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None

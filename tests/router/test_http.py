@@ -93,6 +93,19 @@ async def test_a_head_that_does_not_come_ends_the_connection(monkeypatch: pytest
     await server.close()
 
 
+async def test_the_rest_of_a_body_that_was_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_REST_TIMEOUT_S", 0.02)
+    server = HttpServer(hello, client_timeout_s=10)
+    address = await server.start("127.0.0.1:0")
+    async with asyncio.timeout(5):
+        assert await fetch(address, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf") == (200, "hello")
+        # One whose body is complete may ask again.
+        head = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody"
+        status, rest = await fetch(address, head + head.replace("Host", "Connection: close\r\nHost"))
+        assert (status, rest.count("hello")) == (200, 2)
+    await server.close()
+
+
 async def test_what_a_client_does_not_take_is_given_up_by_the_kernel() -> None:
     given_up = asyncio.Event()
 

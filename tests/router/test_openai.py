@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from services.router.errors import InvalidRequest
 from services.router.metrics import REQUESTS_IN_FLIGHT
+from services.router.openai.shapes import CompletionShape
 from tests.fakes import FakeModel, Fault
 from tests.router.harness import PROMPT, Running, running, script
 from tests.router.test_http import fetch, get
@@ -416,6 +417,20 @@ async def test_a_bug_shows_nothing_of_itself(monkeypatch: pytest.MonkeyPatch, ca
         assert "division" not in str(caught.value)
         [record] = [record for record in caplog.records if record.message == "call failed"]
         assert record.fields["failure"] in str(caught.value)  # type: ignore[attr-defined]
+
+
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as (_, client):
+        monkeypatch.setattr(CompletionShape, "closing", lambda *_: 1 / 0)
+        stream = await client.completions.create(
+            model="fake", prompt="x", stream=True, stream_options={"include_usage": True}
+        )
+        with pytest.raises(openai.APIConnectionError):
+            async for _ in stream:
+                pass
+        assert [record.message for record in caplog.records if record.exc_info] == ["call failed"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

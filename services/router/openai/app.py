@@ -84,9 +84,9 @@ class HttpApp:
         except ClientGone:
             pass
         except Exception as error:
+            refused = _refusal(error, scope["path"])
             if status:
                 raise  # too late to answer: the connection ends
-            refused = _refusal(error, scope["path"])
             await JSONResponse(refused.body(), refused.status, refused.headers())(scope, receive, send_and_see)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
