@@ -10,6 +10,10 @@ from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.batch import ForwardBatch
 
 
+class BackendUnavailable(ValueError):
+    """A backend cannot compute this pool, or its library is not there. The message is one phrase that says why."""
+
+
 class AttentionBackend(Protocol):
     """Writes and reads one KV pool of shape (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim).
 

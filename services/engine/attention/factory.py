@@ -1,13 +1,12 @@
-"""The choice of an attention backend."""
+"""The attention backends that there are, and which of them an engine tries."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
+from services.engine.attention.choice import Factory, choose
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.oracle import OracleAttention
 from services.engine.model.model import ModelShape
@@ -20,7 +19,7 @@ def _paged_numba(kv: Tensor, num_threads: int) -> AttentionBackend:
     return PagedNumbaAttention(kv, num_threads)
 
 
-BACKENDS: dict[str, Callable[[Tensor, int], AttentionBackend]] = {
+BACKENDS: dict[str, Factory] = {
     "oracle": lambda kv, num_threads: OracleAttention(kv),
     "gather_sdpa": lambda kv, num_threads: GatherSdpaAttention(kv),
     "paged_numba": _paged_numba,
@@ -28,7 +27,7 @@ BACKENDS: dict[str, Callable[[Tensor, int], AttentionBackend]] = {
 
 
 def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads: int = 1) -> AttentionBackend:
-    """The named backend over the pool `kv`; None takes the fastest for its device and dtype.
+    """The named backend over the pool `kv`; None tries those for its device and dtype and takes the fastest.
 
     Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's.
     """
@@ -36,7 +35,15 @@ def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads
     if kv.dim() != 6 or (kv.shape[0], kv.shape[2], kv.shape[3], kv.shape[5]) != expected:
         raise ValueError(f"a KV pool of shape {tuple(kv.shape)} does not fit the model's {expected}")
     if name is None:
-        name = "paged_numba" if kv.device.type == "cpu" and kv.dtype == torch.float32 else "gather_sdpa"
+        candidates = {name: BACKENDS[name] for name in _candidates(kv)}
+        return choose(candidates, kv, config.num_heads, num_threads)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name](kv, num_threads)
+
+
+def _candidates(kv: Tensor) -> tuple[str, ...]:
+    """Names in order of preference; the last one computes everywhere."""
+    if kv.device.type == "cpu" and kv.dtype == torch.float32:
+        return "paged_numba", "gather_sdpa"
+    return ("gather_sdpa",)

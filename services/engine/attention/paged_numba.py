@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row
@@ -40,7 +41,7 @@ class PagedNumbaAttention(GatherSdpaAttention):
 
     def __init__(self, kv: Tensor, num_threads: int = 1, max_single_rows: int = MAX_SINGLE_ROWS) -> None:
         if kv.device.type != "cpu" or kv.dtype != torch.float32:
-            raise ValueError(f"paged_numba computes float32 on the CPU, not {kv.dtype} on {kv.device}")
+            raise BackendUnavailable(f"paged_numba computes float32 on the CPU, not {kv.dtype} on {kv.device}")
         super().__init__(kv)
         self._team = team_of(num_threads)
         self._max_single_rows = max_single_rows

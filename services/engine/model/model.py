@@ -28,6 +28,10 @@ class ModelShape(Protocol):
         """Layers that keep KV."""
 
     @property
+    def num_heads(self) -> int:
+        """Heads of queries in most layers."""
+
+    @property
     def num_kv_heads(self) -> int:
         """Heads of keys and of values in each layer."""
 

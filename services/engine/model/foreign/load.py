@@ -108,6 +108,7 @@ def _shape(model: Any, config: Any) -> ForeignConfig:
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_context=int(getattr(text, "max_position_embeddings", 2048)),
         num_layers=len(calls),
+        num_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_dim,
         eos_token_ids=_end_tokens(model),

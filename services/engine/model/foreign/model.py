@@ -22,6 +22,7 @@ class ForeignConfig:
     vocab_size: int
     max_context: int
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     eos_token_ids: tuple[int, ...]

@@ -1,0 +1,127 @@
+"""The trial at the start: broken backends are passed over and said to be, slow ones are not taken."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.attention.backend import AttentionBackend, BackendUnavailable
+from services.engine.attention.choice import Factory, choose
+from services.engine.attention.form import PLAIN, AttentionForm
+from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.engine.attention.problem import CONTEXTS
+from services.engine.batch import ForwardBatch
+
+NUM_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
+
+
+class ForgetsTheSecondSequence(GatherSdpaAttention):
+    """As a paged split-KV kernel of torch does."""
+
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        mixed = torch.empty_like(query)
+        self.attend_into(mixed, layer, query, batch, [0], form)
+        return mixed
+
+
+class ForgetsTheWindow(GatherSdpaAttention):
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        return super().attend(layer, query, batch, AttentionForm(form.scale, None, form.softcap))
+
+
+class ReadsOneTokenTooFew(GatherSdpaAttention):
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        short = ForwardBatch(
+            batch.token_ids, batch.positions, batch.slots, batch.query_starts, batch.context_lengths - 1,
+            batch.block_tables, batch.logits_rows,
+        )  # fmt: skip
+        return super().attend(layer, query, short, form)
+
+
+class ReadsUnwrittenSlots(GatherSdpaAttention):
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        return super().attend(layer, query, batch, form) + 0 * self.kv[0, :, 0, 0, -1].sum()
+
+
+class Raises(GatherSdpaAttention):
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+
+class Slow(GatherSdpaAttention):
+    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+        time.sleep(0.02)
+        return super().attend(layer, query, batch, form)
+
+
+class AlsoRight(GatherSdpaAttention):
+    pass
+
+
+def absent(kv: Tensor, num_threads: int) -> AttentionBackend:
+    raise BackendUnavailable("its library is not installed")
+
+
+def of(kind: Callable[[Tensor], AttentionBackend]) -> Factory:
+    return lambda kv, num_threads: kind(kv)
+
+
+def pool(page_size: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(1, 3, 2, KV_HEADS, page_size, HEAD_DIM, dtype=dtype)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]]:
+    return [(record.levelname, record.__dict__["fields"]) for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (of(ForgetsTheSecondSequence), "WrongResult: differs by nan"),
+        (of(ForgetsTheWindow), "WrongResult: differs by"),
+        (of(ReadsOneTokenTooFew), "WrongResult: differs by"),
+        (of(ReadsUnwrittenSlots), "WrongResult: differs by nan"),
+        (of(Raises), "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    kv = pool()
+    chosen = choose({"broken": broken, "right": of(AlsoRight)}, kv, NUM_HEADS, 1)
+    assert isinstance(chosen, AlsoRight)
+    assert chosen.kv is kv, "the one that serves has the real pool"
+    (level, first), (_, last) = said(caplog)
+    assert (level, first["backend"], last["backend"]) == ("WARNING", "broken", "right")
+    assert str(first["why"]).startswith(why)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_one_that_is_not_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert isinstance(choose({"absent": absent, "right": of(AlsoRight)}, pool(), NUM_HEADS, 1), AlsoRight)
+    assert said(caplog)[0] == ("INFO", {"backend": "absent", "why": "its library is not installed"})
+
+
+def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert isinstance(choose({"slow": of(Slow), "right": of(AlsoRight)}, pool(), NUM_HEADS, 1), AlsoRight)
+    ((_, fields),) = said(caplog)
+    assert fields["why"] == "fastest of those that are right"
+    assert fields["slow_ms"] > fields["right_ms"]  # type: ignore[operator]
+
+
+def test_none_left_is_an_error() -> None:
+    with pytest.raises(BackendUnavailable, match="none of absent, broken computes"):
+        choose({"absent": absent, "broken": of(Raises)}, pool(), NUM_HEADS, 1)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 256, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_right_one_passes_for_every_page_size_and_type(page_size: int, dtype: torch.dtype) -> None:
+    assert max(CONTEXTS) < 1024, "one page may hold a whole sequence"
+    assert isinstance(choose({"right": of(AlsoRight)}, pool(page_size, dtype), NUM_HEADS, 1), AlsoRight)
