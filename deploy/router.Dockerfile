@@ -6,7 +6,7 @@ WORKDIR /opt/microserve
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY gen gen
 COPY services services
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt ".[kubernetes]"
 
 USER nobody
 WORKDIR /tmp
