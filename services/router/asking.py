@@ -11,6 +11,7 @@ from services.router.text.template import ChatMessage
 from services.router.values import Sampling
 
 MAX_NAME_CHARACTERS = 128
+MAX_POLICY_CHARACTERS = 512  # parameters included
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 _PRIORITIES = tuple(each.value for each in Priority)
 MAX_MESSAGES = 4_096
@@ -69,6 +70,7 @@ def check(ask: Ask) -> None:
     _check_name("request_id", ask.request_id)
     _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
     _check_name("tenant", ask.tenant)
+    _check_name("policy", ask.policy, MAX_POLICY_CHARACTERS)
     if ask.priority and ask.priority not in _PRIORITIES:
         raise InvalidRequest(f"priority {ask.priority[:MAX_NAME_CHARACTERS]!r} is not one of {', '.join(_PRIORITIES)}")
     _bounded("stop", len(ask.stop), MAX_STOPS, "strings")
@@ -127,8 +129,8 @@ def _check_vocabulary(token_ids: tuple[int, ...], model: Model) -> None:
         raise InvalidRequest(f"token id {max(token_ids)} is not below {model.vocab_size}")
 
 
-def _check_name(what: str, name: str) -> None:
-    _bounded(what, len(name), MAX_NAME_CHARACTERS, "characters")
+def _check_name(what: str, name: str, limit: int = MAX_NAME_CHARACTERS) -> None:
+    _bounded(what, len(name), limit, "characters")
     if not name.isprintable():  # it goes into logs
         raise InvalidRequest(f"{what} has characters that cannot be printed")
 

@@ -127,9 +127,9 @@ class RouterConfig(ServerConfig):
             "breaker_first",
             "breaker_longest",
         ):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # also what is no number
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
-        if self.max_retries < 0 or self.stranded_timeout < 0:
+        if self.max_retries < 0 or not self.stranded_timeout >= 0:
             raise ValueError("--max-retries and --stranded-timeout must not be negative")
         if (self.engine_tls_cert is None) != (self.engine_tls_key is None):
             raise ValueError("--engine-tls-cert and --engine-tls-key go together")

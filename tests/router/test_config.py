@@ -47,6 +47,8 @@ def test_engines_from_the_environment() -> None:
         [*ENGINE, "--max-retries", "-1"],
         [*ENGINE, "--breaker-failures", "0"],
         [*ENGINE, "--queue-timeout", "0"],
+        [*ENGINE, "--queue-timeout", "nan"],
+        [*ENGINE, "--stranded-timeout", "nan"],
         ["--engine-dns", "nowhere"],
         [*ENGINE, "--engine-tls-cert", "x", "--engine-tls-key", "y"],
         [*ENGINE, "--allow-policy-upload"],

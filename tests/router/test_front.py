@@ -152,6 +152,7 @@ async def test_sampling_reaches_the_engine_untouched() -> None:
         ({"policy": "balanced:2"}, "INVALID_ARGUMENT", "BAD_POLICY"),
         ({"policy": "balanced:ratio=x"}, "INVALID_ARGUMENT", "BAD_POLICY"),
         ({"policy": "data_parallel:1"}, "INVALID_ARGUMENT", "BAD_POLICY"),
+        ({"policy": f"balanced:{' ' * 5000}0.1"}, "INVALID_ARGUMENT", "INVALID_REQUEST"),  # it stands in traces
         ({"model": "nope"}, "NOT_FOUND", "UNKNOWN_MODEL"),
     ],
 )
