@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bench.router import choosing, engine_bound, forwarding, latency, others, overload
+from bench.router import choosing, engine_bound, forwarding, latency, others, overload, scaling
 from bench.router.figures import Figure, Report
 from bench.router.suite import Stubs
 from services.cli.errors import CliError
@@ -28,6 +28,7 @@ PARTS: dict[str, Measure] = {
     "engine_bound": engine_bound.measure,
     "choosing": choosing.measure,
     "overload": overload.measure,
+    "scaling": scaling.measure,
     "others": others.measure,
 }
 

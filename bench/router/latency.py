@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 
-import grpc.aio
-
 from bench.router.calls import Open, Stream, closed_loop, direct, open_loop, through
 from bench.router.figures import Figure, percentile
 from bench.router.suite import Stopwatch, Stubs
@@ -22,39 +20,53 @@ async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
     stub = stubs.start_stub(step_ms=STEP_MS, name="latency")
     router = stubs.start_roomy_router([stub], name="latency-router")
     await wait_serving(router.address, 60)
-    async with make_channel(router.address) as to_router, make_channel(stub.address) as to_stub:
+    relay = stubs.start_relay(stub)
+    await wait_serving(relay.address, 60)
+    async with (
+        make_channel(router.address) as to_router,
+        make_channel(relay.address) as to_relay,
+        make_channel(stub.address) as to_stub,
+    ):
         for _ in range(2):
             with Stopwatch(router.pid) as watch:
                 await closed_loop(through(to_router), NUM_TOKENS, concurrency=64, num_requests=512)
         full_rate = 512 / watch.cost.wall_s
-        half = await _paired(to_router, to_stub, full_rate / 2, rounds)
-        light = await _paired(to_router, to_stub, full_rate / 20, rounds)
-    for process in (router, stub):
+        ways = [through(to_router), through(to_relay), direct(to_stub)]
+        half = await _in_turn(ways, full_rate / 2, rounds)
+        light = await _in_turn(ways, full_rate / 20, rounds)
+    for process in (router, relay, stub):
         process.terminate()
-    added, alone = _added_ms(*half), _added_ms(*light)
+    added, relayed = (_added_ms(streams, half[2]) for streams in half[:2])
+    alone, relayed_alone = (_added_ms(streams, light[2]) for streams in light[:2])
     at = f"at {full_rate / 2:.0f} requests/s, half of what it takes"
     return [
         Figure("added_ms_p50", f"added to the first token, {at}: median, ms", percentile(added, 0.5), 0.5),
         Figure("added_ms_p99", "the same, 99th percentile of pairs", percentile(added, 0.99), 2.0),
-        Figure("direct_ms_p50", "first token of a direct call at that load, median, ms", _ms(half[1], 0.5)),
-        Figure("direct_ms_p99", "the same, 99th percentile", _ms(half[1], 0.99)),
+        Figure("direct_ms_p50", "first token of a direct call at that load, median, ms", _ms(half[2], 0.5)),
+        Figure("direct_ms_p99", "the same, 99th percentile", _ms(half[2], 0.99)),
+        Figure(
+            "relay_added_ms_p50",
+            "added by a relay without policy, check, text or account: median, ms",
+            percentile(relayed, 0.5),
+        ),
+        Figure("relay_added_ms_p99", "the same, 99th percentile of pairs", percentile(relayed, 0.99)),
         Figure("light_added_ms_p50", "added at a twentieth of what it takes, median, ms", percentile(alone, 0.5)),
+        Figure("light_relay_added_ms_p50", "the same of the relay", percentile(relayed_alone, 0.5)),
     ]
 
 
-async def _paired(
-    to_router: grpc.aio.Channel, to_stub: grpc.aio.Channel, rate: float, rounds: int
-) -> tuple[list[Stream], list[Stream]]:
-    found: tuple[list[Stream], list[Stream]] = [], []
+async def _in_turn(ways: list[Open], rate: float, rounds: int) -> list[list[Stream]]:
+    """The streams of each way, those of equal index for equal arrivals. Who begins a round changes."""
+    found: list[list[Stream]] = [[] for _ in ways]
     source = random.Random(0)
     for number in range(rounds):
         arrivals, at_s = list[float](), source.expovariate(rate)
         while at_s < PERIOD_S:
             arrivals.append(at_s)
             at_s += source.expovariate(rate)
-        arms: list[tuple[list[Stream], Open]] = [(found[0], through(to_router)), (found[1], direct(to_stub))]
-        for streams, start in arms if number % 2 else reversed(arms):
-            streams += await open_loop(start, NUM_TOKENS, arrivals)
+        for turn in range(len(ways)):
+            way = (number + turn) % len(ways)
+            found[way] += await open_loop(ways[way], NUM_TOKENS, arrivals)
     return found
 
 

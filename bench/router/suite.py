@@ -91,4 +91,8 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cost = Cost(time.perf_counter() - self._wall_s, sum(map(cpu_s, self._pids)) - self._cpu_s)
+        self.cost = self.stop()
+
+    def stop(self) -> Cost:
+        """What the block has cost so far."""
+        return Cost(time.perf_counter() - self._wall_s, sum(map(cpu_s, self._pids)) - self._cpu_s)
