@@ -273,19 +273,6 @@ class GrantTable:
             self._fence(grant, attempt)
         return attempt.committed
 
-    def find_attempt(self, key: GrantKey, claimed: TokenRange, number: int, writer_id: str) -> Attempt | None:
-        """The live attempt that these name, or None."""
-        grant = self._grants.get(key)
-        for attempt in grant.attempts if grant else ():
-            if (attempt.range, attempt.number, attempt.writer_id, attempt.fenced) == (
-                claimed,
-                number,
-                writer_id,
-                False,
-            ):
-                return attempt
-        return None
-
     def revoke(self, key: GrantKey) -> bool:
         """Closes a grant for good. Returns whether it is drained already; an unknown one is, and stays so."""
         grant = self._grants.get(key)

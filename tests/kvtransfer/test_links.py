@@ -63,7 +63,7 @@ async def test_the_nearest_and_then_the_fastest_comes_first() -> None:
     table = links(
         FakeTransport("slow", Reach.NETWORK, 1e6),
         FakeTransport("fast", Reach.NETWORK, 1e9),
-        FakeTransport("near", Reach.SAME_HOST, 1e3),
+        FakeTransport("near", Reach.SAME_SERVICE, 1e3),
         FakeTransport("never", Reach.SAME_SERVICE, refusal="too far"),
     )
     assert await names(table) == ["near", "fast", "slow"]
@@ -79,7 +79,7 @@ async def test_peers_are_asked_and_probed_once() -> None:
 
 
 async def test_what_failed_is_tried_last_and_shown() -> None:
-    first, second = FakeTransport("first", Reach.SAME_HOST, 1e9), FakeTransport("second", Reach.NETWORK, 1e6)
+    first, second = FakeTransport("first", Reach.SAME_SERVICE, 1e9), FakeTransport("second", Reach.NETWORK, 1e6)
     table = links(first, second)
     peer = await table.peer(address())
     table.failed(peer, first, TransportFailed("no device"))  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ async def test_what_failed_is_tried_last_and_shown() -> None:
 
 
 async def test_a_transport_whose_probe_fails_is_tried_last() -> None:
-    table = links(FakeTransport("dead", Reach.SAME_HOST, 0), FakeTransport("tcp", Reach.NETWORK, 1.0))
+    table = links(FakeTransport("dead", Reach.SAME_SERVICE, 0), FakeTransport("tcp", Reach.NETWORK, 1.0))
     assert await names(table) == ["tcp", "dead"]
     assert table.all()[0].fallbacks == 1
 

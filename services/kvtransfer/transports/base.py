@@ -28,7 +28,6 @@ class Reach(Enum):
     """How far a transport goes."""
 
     SAME_SERVICE = "same service"
-    SAME_HOST = "same host"
     NETWORK = "network"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from services.engine.core import api, ports
 from services.engine.errors import RequestCancelled
 from services.protocol.address import KvAddress
-from services.protocol.errors import ServiceError, StaleEpoch
+from services.protocol.errors import ProtocolError, ServiceError, StaleEpoch
 from services.protocol.grants import Attempt, Draining, GrantKey, GrantSpec, GrantState, GrantTable
 from services.protocol.ranges import TokenRange
 
@@ -210,11 +211,14 @@ class FakeService:
 
     def _end_attempt(self, target: KvAddress, attempt: int, attempt_range: TokenRange, writer_id: str) -> None:
         service = self.network.services[target.endpoint]
+        if target.epoch != service.epoch:
+            return
         key = GrantKey(target.shards[0].pool_id, target.reservation_id)
-        found = service.table.find_attempt(key, attempt_range, attempt, writer_id)
-        if found is not None:
-            service.table.end_attempt(found)
-            service.tell()
+        with contextlib.suppress(ProtocolError):
+            opened = service.table.open_attempt(key, target.secret, attempt_range, attempt, writer_id)
+            if isinstance(opened, Attempt):
+                service.table.end_attempt(opened)
+        service.tell()
 
 
 class Network:

@@ -1,7 +1,7 @@
 """NIXL's Python binding, loaded where it is installed and brought to the few calls that reading needs.
 
 NIXL (github.com/ai-dynamo/nixl) moves bytes over UCX: RDMA where the machine has it, shared memory and TCP elsewhere.
-Only reads are used; transports/nixl/reader.py says why.
+Only reads are used; transports/nixl/sink.py says why.
 """
 
 from __future__ import annotations

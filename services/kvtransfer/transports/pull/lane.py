@@ -42,7 +42,7 @@ class PullTransport:
     """A Transport whose receiving service fetches the bytes."""
 
     def __init__(self, side: SourceSide, caller: PullCaller, epoch: bytes, offer: str) -> None:
-        """`offer`: what GetPeer tells of it."""
+        """`offer`: what GetInfo tells of it."""
         self.capabilities = Capabilities(side.name, Reach.NETWORK)
         self._side = side
         self._caller = caller
