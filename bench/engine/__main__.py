@@ -70,9 +70,16 @@ def _peers(gguf: Path, folder: Path, threads: int, resources: ExitStack) -> list
         print("vLLM is not installed (VLLM names its command, or vllm on the PATH)")
     for peer in peers:
         resources.callback(peer.close)
-    for peer in peers:
+    return [peer for peer in peers if _serves(peer)]
+
+
+def _serves(peer: LlamaCpp | Vllm) -> bool:
+    try:
         peer.wait_healthy()
-    return list(peers)
+    except RuntimeError as error:
+        print(f"left out: {error}; the end of its log:\n{peer.log_end()}")
+        return False
+    return True
 
 
 def _ratios(rates: Rates, ours: Microserve, exact: Microserve) -> dict[str, float]:

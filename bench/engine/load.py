@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -52,6 +53,9 @@ def measure(servers: Sequence[Server], rounds: int) -> Rates:
                 # Prompts are never used again, so that no prefix cache helps.
                 prompts = [source.choices(TOKEN_IDS, k=scenario.prompt_tokens) for _ in range(scenario.streams)]
                 rate = scenario.counted_tokens / run(server, prompts, scenario.output_tokens)
+                print(
+                    f"{scenario.key} round {number + 1} of {rounds}: {server.name} {rate:.1f} tokens/s", file=sys.stderr
+                )
                 if number >= 0:
                     seen.setdefault((server.name, scenario), []).append(rate)
     return {key: statistics.median(values) for key, values in seen.items()}

@@ -63,6 +63,7 @@ class _HttpServer:
     def __init__(self, name: str, command: Sequence[str], port: int, log: Path, environment: dict[str, str]) -> None:
         self.name = name
         self._port = port
+        self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
@@ -81,6 +82,10 @@ class _HttpServer:
                 pass
             time.sleep(0.2)
         raise RuntimeError(f"{self.name} does not serve within {START_TIMEOUT_S:.0f} s")
+
+    def log_end(self) -> str:
+        """The last lines that it wrote."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
 
     def close(self) -> None:
         """Stops it."""

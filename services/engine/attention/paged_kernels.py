@@ -1,6 +1,6 @@
 """Attention over paged float32 KV on the CPU, as kernels of a team.
 
-Two kernels, because a decoding row uses every key once and a chunk of a prompt uses it for all its rows:
+Two kernels attend, because a decoding row uses every key once and a chunk of a prompt uses it for all its rows:
 - attend_row: one row of one sequence, the query heads of one kv head. Pages are read where they lie.
 - attend_block: some rows of one sequence as 96 lanes, a lane a query head of a row, and keys in blocks of 64 with a
   running maximum (online softmax, Milakov and Gimelshein, arXiv 1805.02867), so that both products are tiles.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from services.engine.kernels.machine_code import compiled, kernel
-from services.engine.kernels.memory import floats, int32s, prefetch
+from services.engine.kernels.memory import floats, int32s, int64s, prefetch
 from services.engine.kernels.tiles import LANES, dot_tile, float_tile
 
 BLOCK_LANES = 96
@@ -273,5 +273,21 @@ def _attend_block(job: Any, chunk: int) -> None:
         target[lane // group, kv_head * group + lane % group] = sums[lane] / totals[lane]
 
 
+def _write(job: Any, chunk: int) -> None:
+    key, value, key_stride, value_stride, pool, slots = job[0], job[1], job[2], job[3], job[4], job[5]
+    num_tokens, tokens_a_chunk, kv_heads, page_size, head_dim = job[6], job[7], job[8], job[9], job[10]
+    pages = floats(pool, (1 << 40, 2, kv_heads, page_size, head_dim))
+    places = int64s(slots, (num_tokens,))
+    for token in range(chunk * tokens_a_chunk, min((chunk + 1) * tokens_a_chunk, num_tokens)):
+        page, offset = places[token] // page_size, places[token] % page_size
+        keys = floats(key + token * key_stride, (kv_heads, head_dim))
+        values = floats(value + token * value_stride, (kv_heads, head_dim))
+        for head in range(kv_heads):
+            for element in range(head_dim):
+                pages[page, 0, head, offset, element] = keys[head, element]
+                pages[page, 1, head, offset, element] = values[head, element]
+
+
+write = kernel(_write)
 attend_row = kernel(_attend_row)
 attend_block = kernel(_attend_block)

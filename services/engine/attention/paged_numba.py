@@ -12,12 +12,13 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row
+from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row, write
 from services.engine.batch import ForwardBatch
 from services.engine.kernels.team import addresses, team_of
 from services.engine.kernels.tiles import LANES
 
 MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
+TOKENS_A_WRITE = 64  # by one thread
 
 
 _NO_BLOCKS = np.empty((0, 4), dtype=np.int32)
@@ -48,6 +49,17 @@ class PagedNumbaAttention(GatherSdpaAttention):
         # Of a pool shared by several ranks this one has some heads of each page: its strides are the whole's.
         self._fits = self.head_dim % LANES == 0 and kv[0].is_contiguous()
         self._split: _Split | None = None
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Stores key and value, each (num_tokens, num_kv_heads, head_dim), at slots (num_tokens,) int64."""
+        if not self._fits or any(part.stride()[1:] != (self.head_dim, 1) for part in (key, value)):
+            super().write(layer, key, value, slots)
+            return
+        num_tokens, kv_heads, head_dim = key.shape
+        strides = (4 * key.stride(0), 4 * value.stride(0))
+        shape = (num_tokens, TOKENS_A_WRITE, kv_heads, self.page_size, head_dim)
+        job = addresses(key, value, *strides, self.kv[layer], slots.contiguous(), *shape)
+        self._team.run(write, job, -(-num_tokens // TOKENS_A_WRITE))
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
