@@ -59,6 +59,46 @@ def test_it_opens_tries_once_and_closes() -> None:
     assert breaker.state is BreakerState.CLOSED
 
 
+def test_a_trial_that_hangs_holds_up_no_later_one() -> None:
+    breaker, clock = breaker_of(1)
+    call(breaker, LOSS)
+    clock.now += 1.0
+    with breaker.call():
+        breaker.reset()  # the engine has restarted
+        call(breaker, LOSS)
+        clock.now += 1.0
+        assert breaker.admits
+        with breaker.call():
+            assert not breaker.admits
+
+
+def test_a_trial_that_became_a_long_call_ends_no_later_one() -> None:
+    breaker, clock = breaker_of(1)
+    call(breaker, LOSS)
+    clock.now += 1.0
+    long_call = breaker.call()
+    long_call.__enter__()()
+    assert breaker.state is BreakerState.CLOSED
+    call(breaker, LOSS)
+    clock.now += 1.0
+    with breaker.call():
+        long_call.__exit__(None, None, None)
+        assert not breaker.admits
+
+
+def test_a_long_call_that_goes_well_hides_no_failures() -> None:
+    breaker, _ = breaker_of()
+    with breaker.call() as succeeded:
+        for _ in range(3):
+            call(breaker, LOSS)
+            succeeded()  # with every token
+        assert breaker.state is BreakerState.CLOSED  # the first was news
+        call(breaker, LOSS)
+        assert breaker.state is BreakerState.OPEN
+        succeeded()
+    assert breaker.state is BreakerState.OPEN
+
+
 def test_a_failed_trial_opens_it_for_longer_up_to_a_limit() -> None:
     breaker, clock = breaker_of(1)
     call(breaker, LOSS)

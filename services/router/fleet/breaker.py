@@ -65,7 +65,7 @@ class Breaker:
         self._num_failures = 0  # in a row
         self._open_s = config.first_s
         self._open_until: float | None = None  # None: closed
-        self._has_trial = False
+        self._trial: object | None = None  # the one call that tries
 
     @property
     def state(self) -> BreakerState:
@@ -77,7 +77,7 @@ class Breaker:
     @property
     def admits(self) -> bool:
         """Whether a call would pass."""
-        return self._open_until is None or (not self._has_trial and self._clock() >= self._open_until)
+        return self._open_until is None or (self._trial is None and self._clock() >= self._open_until)
 
     def show(self) -> None:
         """Lets /metrics read the state from now on."""
@@ -90,24 +90,34 @@ class Breaker:
     def reset(self) -> None:
         """It is another engine now."""
         self._num_failures, self._open_s, self._open_until = 0, self._config.first_s, None
+        self._trial = None
 
     @contextmanager
     def call(self) -> Iterator[Callable[[], None]]:
-        """Around a call. BreakerOpen. What is yielded is to be called where success shows before the call's end."""
+        """Around a call. BreakerOpen. What is yielded is to be called where success shows before the call's end; a call
+        tells of it once, and one from before it opened not at all."""
         if not self.admits:
             raise BreakerOpen(f"engine {self._engine} failed {self._num_failures} times and is left alone")
-        is_trial = self._open_until is not None
-        self._has_trial = self._has_trial or is_trial
+        this, has_told = object(), False
+        if self._open_until is not None:
+            self._trial = this
+
+        def succeeded() -> None:
+            nonlocal has_told
+            if not has_told and (self._open_until is None or self._trial is this):
+                self._succeeded()
+            has_told = True
+
         try:
-            yield self._succeeded
-            self._succeeded()
+            yield succeeded
+            succeeded()
         except ServiceError as error:
             if is_fault(error):
                 self._failed(error)
             raise
         finally:
-            if is_trial:
-                self._has_trial = False
+            if self._trial is this:
+                self._trial = None
 
     def _succeeded(self) -> None:
         if self._open_until is not None:
