@@ -37,6 +37,8 @@ from services.router.text.output import TextOutput
 from services.router.traces import Trace, Traces
 from services.router.values import FinishReason, Leg, Logprobs, Sampling, Usage
 
+_TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -217,24 +219,24 @@ async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -
         if chunk is None:
             raise PolicyFailed("the policy ended without a last chunk")
         piece = output.feed(chunk)
-        answer = Answer(piece.text, piece.token_ids, piece.logprobs)
+        text = piece.text
         if output.stopped:
             if chunk.finish is None:
                 await run.stop_early()
             break
         if chunk.finish is not None:
-            answer = replace(answer, text=piece.text + output.finish())
+            text += output.finish()
             break
-        if answer.text or answer.token_ids:
-            yield answer
+        if text or piece.token_ids:
+            yield Answer(text, piece.token_ids, piece.logprobs)
     finish = FinishReason.STOP if output.stopped else chunk.finish
     generation = run.legs.generation()
     matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
     cached = min(matched, num_prompt_tokens)  # what goes on after a failure finds tokens of the answer cached too
     usage = Usage(num_prompt_tokens, cached, output.num_tokens)
-    for kind, number in (("prompt", num_prompt_tokens), ("cached", cached), ("output", output.num_tokens)):
-        TOKENS.labels(kind).inc(number)
-    yield replace(answer, finish=finish, usage=usage, legs=run.legs.legs())
+    for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, output.num_tokens), strict=True):
+        counter.inc(number)
+    yield Answer(text, piece.token_ids, piece.logprobs, finish, usage, run.legs.legs())
 
 
 async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:

@@ -96,5 +96,6 @@ class RequestScope:
             # One that a program left behind is waiting in ends with its sequence.
             with contextlib.suppress(RuntimeError):
                 await chunks.aclose()
-        await asyncio.gather(*(self.let_go(reservation) for reservation in tuple(self._reservations)))
+        if self._reservations:
+            await asyncio.gather(*(self.let_go(reservation) for reservation in tuple(self._reservations)))
         return num_leaked

@@ -73,6 +73,7 @@ class PolicyRun:
         self._limits = limits
         self._mailbox = Mailbox(limits.max_buffered)
         self._yielded = self._finished = False
+        self._tidy = False  # nothing is left on engines, and nothing can be begun there
         self._closing: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._run(), name=f"policy {program.spec}")
         self._task.add_done_callback(lambda _: on_end(self))
@@ -110,6 +111,8 @@ class PolicyRun:
 
     async def close(self) -> None:
         """Ends the program and all that it left on engines. Cancelling the caller does not stop it. Idempotent."""
+        if self._tidy and self._task.done():
+            return
         if self._closing is None:
             self._closing = self._scope.cleanup.spawn("close policy", self._close())
         await asyncio.wait({self._closing}, timeout=self._limits.client_waits_s)
@@ -128,6 +131,7 @@ class PolicyRun:
 
     async def _close_scope(self) -> None:
         num_leaked = await self._scope.close()
+        self._tidy = True
         if num_leaked and self._finished:
             fields = {"policy": self.served_by.spec, "leaked": num_leaked}
             log.warning("policy left something open", extra={"fields": fields})
