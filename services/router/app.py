@@ -101,7 +101,7 @@ class Router:
                 self.registry, self.membership, self.catalogue, traces, take_uploads=config.allow_policy_upload
             )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
-        limits = HttpLimits(config.max_message_bytes, config.client_timeout)
+        limits = HttpLimits(config.max_message_bytes, config.client_timeout, config.max_requests)
         self._registrations = Registrations(self.membership, config.register_lease)
         registration = RegistrationServicer(
             self._registrations, config.register_token, trust_certificates=config.register_by_certificate

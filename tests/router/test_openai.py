@@ -376,6 +376,21 @@ async def test_a_body_that_is_too_large() -> None:
         await client.completions.create(model="fake", prompt="x")
 
 
+async def test_bodies_under_way_are_as_many_as_requests_may_be() -> None:
+    async with serving(max_requests=1) as (suite, client):
+        host, port = suite.http.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
+        async with asyncio.timeout(5):
+            with pytest.raises(openai.RateLimitError) as caught:
+                while True:  # until the other one has come
+                    await client.completions.create(model="fake", prompt="x")
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert (await get(suite.http, "/health"))[0] == 200
+        writer.close()
+
+
 async def test_overload_says_when_to_come_back() -> None:
     async with serving(max_requests=1) as (suite, client):
         suite.first.gate.clear()

@@ -45,6 +45,7 @@ class HttpApp:
         self._service = service
         self._is_serving = is_serving
         self._keys = keys
+        self._max_calls = limits.max_calls
         self._draining = False
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -113,6 +114,8 @@ class HttpApp:
         self._keys.check(b"".join(value for name, value in scope["headers"] if name == HEADER.encode()))
         if self._draining:
             raise Refusal(503, "the server is about to stop", "draining")
+        if self._num_calls > self._max_calls:
+            raise Refusal(429, f"{self._max_calls} requests are under way", "overloaded")
 
     async def _health(self, request: Request) -> Response:
         serving = self._is_serving()

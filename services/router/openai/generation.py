@@ -34,10 +34,12 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """The largest body taken, and how long a client may take to accept a piece of its answer."""
+    """The largest body taken, how long a client may take to accept a piece of its answer, and how many calls are under
+    way at once, those whose bodies are still coming among them."""
 
     max_body_bytes: int
     client_timeout_s: float
+    max_calls: int
 
 
 class Generation:
