@@ -381,10 +381,14 @@ async def test_bodies_under_way_are_as_many_as_requests_may_be() -> None:
         host, port = suite.http.split(":")
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
-        async with asyncio.timeout(5):
-            with pytest.raises(openai.RateLimitError) as caught:
+
+        async def ask() -> None:
+            async with asyncio.timeout(5):
                 while True:  # until the other one has come
                     await client.completions.create(model="fake", prompt="x")
+
+        with pytest.raises(openai.RateLimitError) as caught:
+            await ask()
         assert caught.value.code == "overloaded"
         assert caught.value.response.headers["retry-after"] == "1"
         assert (await get(suite.http, "/health"))[0] == 200
