@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import pytest_asyncio
 from microserve.kvtransfer.v1 import data_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2
 
-from services.kvtransfer.transports.tcp import heartbeat
+from services.kvtransfer.landing import Landings
+from services.kvtransfer.transports.tcp import heartbeat, inbound
 from services.kvtransfer.transports.tcp.wire import MAX_PUT_BYTES, Header, Kind, encode_message
 from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.pattern import POISON
@@ -200,6 +202,29 @@ async def test_a_connection_that_nobody_needs_makes_room(port: DirectPort, recei
     for peer in (peers[0], peers[2], late):
         peer.say(encode_message(2, pb.DataMessage(probe=pb.Probe())))
         assert (await peer.message()).HasField("probed")
+
+
+async def test_more_questions_than_answers(
+    port: DirectPort, receiver: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks on and on while nothing is answered is cut off, and what it asked costs no more memory."""
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    answering, opened = asyncio.Event(), Landings.open
+
+    async def later(*arguments: Any) -> Any:
+        await answering.wait()
+        return await opened(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(inbound, "_MOST_PUTS", 2)
+        context.setattr(Landings, "open", later)
+        peer = await RawPeer.welcomed(port)
+        for number in range(1, 4):
+            peer.open(number, address, (0, 8))
+        assert await peer.refused() == "PROTOCOL_VIOLATION"
+    answering.set()
+    await receiver.revoke("r")
+    await still_serves(port, receiver)
 
 
 async def test_the_secret_does_not_travel(port: DirectPort, receiver: FakeEngine) -> None:

@@ -97,6 +97,7 @@ class Inbound(Connection):
         # When the peer last wanted something, by time.monotonic; None: it is a stranger still.
         self.used_s: float | None = None
         self._puts: dict[int, InboundPut] = {}
+        self._unanswered = 0
 
     def connect(self) -> Channel:
         """See Connection."""
@@ -245,6 +246,10 @@ class Inbound(Connection):
             self._on_loop(put.listening.close)
 
     def _answer(self, number: int, work: Coroutine[Any, Any, pb.DataMessage]) -> None:
+        if self._unanswered >= _MOST_PUTS:
+            work.close()
+            raise ProtocolViolation("more requests at once than there can be puts")
+        self._unanswered += 1
         self._on_loop(lambda: self._reception.run(self._answered(number, work)))
 
     async def _answered(self, number: int, work: Coroutine[Any, Any, pb.DataMessage]) -> None:
@@ -252,6 +257,11 @@ class Inbound(Connection):
             self.say(encode_message(number, await work))
         except ServiceError as error:
             self.say(encode_error(number, error))
+        finally:
+            self.submit(self._was_answered)
+
+    def _was_answered(self) -> None:
+        self._unanswered -= 1
 
     async def _open(self, number: int, message: pb.ProvedStatement) -> pb.DataMessage:
         statement = self._admit(number, message)
