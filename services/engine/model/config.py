@@ -55,7 +55,6 @@ class ModelConfig:
     logits_softcap: float | None  # logits become softcap * tanh(logit / softcap)
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    weights_dtype: str  # what the checkpoint was trained in: "float32", "bfloat16" or "float16"
 
     @property
     def num_layers(self) -> int:
@@ -64,11 +63,6 @@ class ModelConfig:
     @property
     def queries_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of KV one token takes over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -129,7 +123,6 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any], path:
         logits_softcap=fields.optional_positive("final_logit_softcapping"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab_size, path),
-        weights_dtype=_weights_dtype(config),
     )
 
 
@@ -178,8 +171,3 @@ def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
         if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
             raise ModelCorrupt(f"{path}: eos_token_id {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
     return tuple(ids)
-
-
-def _weights_dtype(config: Mapping[str, Any]) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return name if name in ("float32", "bfloat16", "float16") else "float32"

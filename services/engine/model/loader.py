@@ -94,6 +94,6 @@ def _load_foreign(
 
 def _digest(config: ModelConfig, numbers: str, weights: bytes) -> bytes:
     """What KV depends on: the weights (see Checkpoint.identity), what is computed with them, in which numbers."""
-    computed = dataclasses.replace(config, eos_token_ids=(), max_context=0, weights_dtype="")
+    computed = dataclasses.replace(config, eos_token_ids=(), max_context=0)
     computation = f"{computed} {numbers}"
     return blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()

@@ -61,11 +61,6 @@ class Results:
                 ARM_SECONDS.labels(self.policy, name).observe(value)
 
     @property
-    def num_requests(self) -> int:
-        """Those that have ended."""
-        return self.codes.total()
-
-    @property
     def ttft(self) -> Distribution:
         """Time to first token."""
         return Distribution.of(self._ttft_s)

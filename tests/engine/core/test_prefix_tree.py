@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from services.engine.core.blocks import BlockChain
-from services.engine.core.naive_prefix_cache import NaivePrefixCache
 from services.engine.core.prefix_cache import PrefixCache
 from services.engine.core.prefix_tree import PrefixTree
 from services.protocol.pages import PageLedger
+from tests.engine.core.naive_prefix_cache import NaivePrefixCache
 
 PAGE_SIZE = 2
 NUM_PAGES = 8

@@ -36,7 +36,7 @@ def test_old_files_leave_much_out(tmp_path: Path) -> None:
     assert (config.num_kv_heads, config.head_dim, config.max_context) == (32, 128, 2048)
     assert (config.norm_eps, config.num_layers) == (1e-6, 32)
     assert set(config.layers) == {LayerConfig(PLAIN, RopeConfig(10000.0))}
-    assert (config.eos_token_ids, config.weights_dtype) == ((2,), "float32")
+    assert config.eos_token_ids == (2,)
     assert (config.query_key_value_bias, config.attention_output_bias, config.mlp_bias) == (False, False, False)
     assert not config.tie_word_embeddings
 
