@@ -18,7 +18,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-engine bench-kv bench-router constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-engine: $(DEV_STAMP) ## one engine beside llama.cpp's server and vLLM, whe
 
 bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; a quarter of an hour
 	$(BIN)/python -m bench.policies $(ARGS)
+
+bench-simulated: $(DEV_STAMP) ## the same on simulated engines; two minutes
+	$(BIN)/python -m bench.policies.simulated $(ARGS)
 
 bench-kv: $(DEV_STAMP) ## measure what moving KV costs: build/bench/kv.json and kv.png
 	$(BIN)/microserve kv bench $(ARGS)

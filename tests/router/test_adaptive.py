@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -22,15 +21,14 @@ async def policy(request, fleet):
     async for chunk in first.start_generate(request):
         yield chunk
 """
-SURE = (1e-9,) * 4
+SURE = (1e-9,) * 5
 END = len(PROMPT) - 1
 
 
 def measured(suite: Running, engine: FakeEngine, *, token_s: float, step_s: float, sequence_s: float = 0.0) -> None:
     """What the router is to believe of an engine."""
     speeds = EngineSpeeds()
-    speeds.prefill = LeastSquares((0.0, token_s, 0.0, 0.0), SURE)
-    speeds.decode = LeastSquares((step_s, sequence_s, 0.0), SURE[:3])
+    speeds.steps = LeastSquares((step_s, token_s, 0.0, sequence_s, 0.0), SURE)
     suite.router.costs._engines[engine.address, engine.incarnation] = speeds
 
 
@@ -102,7 +100,6 @@ async def test_what_engines_do_is_learned() -> None:
             await suite.generate(cache_salt=str(number))
         first, second = (suite.router.registry.members[each.address].snapshot() for each in suite.engines)
         costs = suite.router.costs
-        assert costs.engine(second).decode.num_observations == 10
         assert costs.engine(second).reserve.num_observations == 10
         assert costs.link(first, second).send.num_observations == 10
         assert 0 < costs.link(first, second).send.predict((1.0, 0.0, 50.0)) < 1.0
@@ -125,17 +122,3 @@ async def test_a_request_that_is_unknown_cannot_be_explained() -> None:
         assert not (await explain(suite, "plain")).HasField("chosen")
         with failing("NOT_FOUND", "UNKNOWN_REQUEST"):
             await explain(suite, "nope")
-
-
-async def test_the_mean_number_of_sequences_is_weighted_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    async with running() as suite:
-        engine = suite.router.registry.members[suite.first.address]
-        monkeypatch.setattr("services.router.fleet.member.time", SimpleNamespace(monotonic=lambda: now))
-        begin = engine.sequence_seconds()
-        with engine.expecting():
-            now += 3.0
-            with engine.expecting(), engine.generating(10, expected=False):
-                now += 1.0
-        now += 6.0
-        assert engine.sequence_seconds() - begin == pytest.approx(3 * 1 + 1 * 3)

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from services.protocol.ranges import TokenRange
-from services.router.cost.book import FIRST_GUESS_OUTPUT, CostBook, GenerationEnd
+from services.router.cost.book import FIRST_GUESS_OUTPUT, CostBook
 from services.router.cost.decision import MAX_ALTERNATIVES, Decision
 from services.router.cost.least_squares import LeastSquares
 from services.router.cost.placement import Pattern, Placement, Planner
-from services.router.cost.speeds import PREFILL_S_PER_TOKEN, DecodeWork, EngineSpeeds, PrefillWork, SendWork
+from services.router.cost.speeds import PREFILL_S_PER_TOKEN, DecodeWork, EngineSpeeds, PrefillWork, SendWork, StepsWork
 from services.router.errors import NoEngine
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
-from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load, WorkDone
 from services.router.request import ModelKey, PolicyRequest
 from services.router.values import Sampling, Timing
 
@@ -53,7 +53,7 @@ def cache(engine: EngineSnapshot, asked: PolicyRequest, tokens: int) -> None:
 
 
 def prefill_s(tokens: int) -> float:
-    return 5e-3 + TOKEN_S * tokens
+    return TOKEN_S * tokens
 
 
 def step_s(sequences: float) -> float:
@@ -61,20 +61,26 @@ def step_s(sequences: float) -> float:
 
 
 def measured(*engines: EngineSnapshot, factor: float = 1.0, book: CostBook | None = None) -> CostBook:
-    """A book in which each engine has served many requests of every size, `factor` times slower than the above."""
+    """A book in which each engine has told of many steps of every kind, `factor` times slower than the above."""
     book, source = book or CostBook(), random.Random(1)
+    done = {engine.address: WorkDone() for engine in engines}
     for _ in range(60):
         for engine in engines:
-            tokens, beside = source.choice((64, 256, 1024)), source.randrange(8)
-            noise = source.uniform(0.95, 1.05)
-            timing = Timing(computed_tokens=tokens, generated_tokens=32, prefill_s=factor * noise * prefill_s(tokens))
-            per_token_s = factor * noise * step_s(1 + beside)
-            context = tokens + source.randrange(8) * 500
-            book.generated(GenerationEnd(engine, beside, 1 + beside, context, tokens, timing), per_token_s)
+            tokens, rows, noise = source.choice((0, 64, 256, 512)), source.randrange(8), source.uniform(0.95, 1.05)
+            before = done[engine.address]
+            done[engine.address] = WorkDone(
+                busy_s=before.busy_s + factor * noise * (prefill_s(tokens) + step_s(rows)),
+                steps=before.steps + 1,
+                prompt_tokens=before.prompt_tokens + tokens,
+                prompt_context=before.prompt_context + tokens * source.randrange(1000),
+                rows=before.rows + rows,
+                row_context=before.row_context + rows * source.randrange(500),
+            )
+            book.reported(replace(engine, load=replace(engine.load, work=done[engine.address])))
             for other in engines:
-                sent = Timing(transferred_bytes=1000 * tokens, queue_s=0.1)
-                elapsed_s = noise * (4e-3 + 1e-5 * tokens) + 0.1
-                book.sent(engine, other, TokenRange(0, tokens), sent, elapsed_s)
+                sent = Timing(transferred_bytes=1000 * max(1, tokens), queue_s=0.1)
+                elapsed_s = noise * (4e-3 + 1e-5 * max(1, tokens)) + 0.1
+                book.sent(engine, other, TokenRange(0, max(1, tokens)), sent, elapsed_s)
     return book
 
 
@@ -132,7 +138,8 @@ def test_thousands_of_observations_stay_numerically_sound(seed: int) -> None:
         if number > 20:
             errors.append(abs(speeds.step_s(work) / seconds - 1))
         luck = source.choice((0.5, 1, 1, 1, 1, 1, 1, 1, 1, 40)) if number > 20 else 1
-        speeds.decode.observe(work.features, seconds * luck * source.uniform(0.9, 1.1))
+        steps = StepsWork(1, rows=work.sequences, row_context=work.context)
+        speeds.steps.observe(steps.features, seconds * luck * source.uniform(0.9, 1.1))
     errors.sort()
     assert errors[len(errors) // 2] < 0.05
     assert errors[int(0.99 * len(errors))] < 0.2
@@ -155,7 +162,7 @@ def test_speeds_of_engines_and_links_are_measured() -> None:
         speeds = book.engine(engine)
         for tokens in (128, 512):
             expected = factor * prefill_s(tokens)
-            assert speeds.prefill_s(PrefillWork(tokens, 0, 0)) == pytest.approx(expected, rel=0.1)
+            assert speeds.prefill_s(PrefillWork(tokens, 0)) == pytest.approx(expected, rel=0.1)
         for sequences in (1, 4, 8):
             assert speeds.step_s(DecodeWork(sequences, 500)) == pytest.approx(factor * step_s(sequences), rel=0.1)
     link = book.link(fast, fast)
@@ -168,9 +175,9 @@ def test_speeds_of_engines_and_links_are_measured() -> None:
 def test_a_new_engine_is_taken_to_be_like_the_others() -> None:
     book = measured(snapshot("a"))
     speeds = book.engine(snapshot("b"))
-    assert speeds.prefill_s(PrefillWork(512, 0, 0)) == pytest.approx(prefill_s(512), rel=0.1)
+    assert speeds.prefill_s(PrefillWork(512, 0)) == pytest.approx(prefill_s(512), rel=0.1)
     other = replace(snapshot("c").info, model=ModelKey("n", b"others", b""))
-    assert book.engine(replace(snapshot("c"), info=other)).prefill_s(PrefillWork(512, 0, 0)) == pytest.approx(
+    assert book.engine(replace(snapshot("c"), info=other)).prefill_s(PrefillWork(512, 0)) == pytest.approx(
         512 * PREFILL_S_PER_TOKEN
     )
 
@@ -180,20 +187,37 @@ def test_an_engine_that_restarts_is_measured_anew() -> None:
     measured(engine, factor=50.0, book=book)
     measured(snapshot("b"), book=book)
     restarted = replace(engine, info=replace(engine.info, incarnation=b"another"))
-    assert book.engine(restarted).prefill_s(PrefillWork(512, 0, 0)) == pytest.approx(prefill_s(512), rel=0.1)
+    assert book.engine(restarted).prefill_s(PrefillWork(512, 0)) == pytest.approx(prefill_s(512), rel=0.1)
 
 
-def test_accounts_that_cannot_be_are_left_out() -> None:
+def test_reports_that_say_nothing_are_left_out() -> None:
     engine, book = snapshot("a"), CostBook()
-    for timing in (Timing(), Timing(computed_tokens=10, prefill_s=0.0), Timing(10, 0, 5, 1, 0, 0, 9.0, 0, 9, 3)):
-        book.generated(GenerationEnd(engine, 0, 1, 1, 1, timing), 0.0)
-        book.sent(engine, engine, TokenRange(0, 4), timing, 0.0)
+    done = WorkDone(busy_s=5.0, steps=7, rows=7)
+    # The first, the same again, and the first of an engine that began anew under the same name.
+    for work in (done, done, WorkDone(busy_s=1.0, steps=1, rows=1)):
+        book.reported(replace(engine, load=Load(work=work)))
+    book.sent(engine, engine, TokenRange(0, 4), Timing(queue_s=1.0), 0.5)
     book.reserved(engine, 0.0)
-    assert book.engine(engine).prefill.num_observations == 0
+    assert book.engine(engine).steps.num_observations == 0
+    assert book.link(engine, engine).send.num_observations == 0
+
+
+def test_a_prompt_that_shared_its_steps_is_not_taken_for_a_slow_one() -> None:
+    """Twelve prompts at once: each waited for all of them, and the engine was as fast as ever."""
+    engine, book = snapshot("a"), CostBook()
+    for steps in range(1, 40):
+        tokens = 512 * (steps % 3)
+        total = sum(512 * (step % 3) for step in range(1, steps + 1))
+        busy_s = sum(step_s(4) + prefill_s(512 * (step % 3)) for step in range(1, steps + 1))
+        work = WorkDone(busy_s, steps, total, 0, 4 * steps, 0)
+        book.reported(replace(engine, load=Load(work=work, queued_tokens=12 * tokens)))
+    speeds = book.engine(engine)
+    assert speeds.prefill_s(PrefillWork(512, 0)) == pytest.approx(prefill_s(512), rel=0.05)
+    assert speeds.step_s(DecodeWork(4, 0)) == pytest.approx(step_s(4), rel=0.05)
 
 
 def test_output_is_expected_to_be_as_long_as_of_late() -> None:
-    book, engine = CostBook(), snapshot("a")
+    book = CostBook()
     asked = request(output=1000)
     assert book.expected_output(asked) == 1000  # it ignores the end of sequence
     asked = replace(asked, sampling=Sampling(max_tokens=1000))
@@ -201,8 +225,7 @@ def test_output_is_expected_to_be_as_long_as_of_late() -> None:
     assert book.expected_output(replace(asked, num_generated=60)) == FIRST_GUESS_OUTPUT - 60
     assert book.expected_output(replace(asked, num_generated=600)) == 1
     for _ in range(200):
-        timing = Timing(generated_tokens=10)
-        book.generated(GenerationEnd(engine, 0, 1, 10, 10, timing), 0.0)
+        book.answered(10)
     assert book.expected_output(asked) == pytest.approx(10, rel=0.05)
     assert book.expected_output(replace(asked, sampling=Sampling())) == pytest.approx(10, rel=0.05)
 
@@ -219,8 +242,8 @@ def busy(name: str, running: int, queued: int = 0) -> EngineSnapshot:
 def test_an_idle_fleet_computes_where_it_decodes() -> None:
     placement = best([snapshot("a"), snapshot("b")])
     assert (placement.pattern, placement.prefill) == (Pattern.DATA_PARALLEL, None)
-    assert placement.ttft_s == pytest.approx(prefill_s(1024), rel=0.1)
-    assert placement.jct_s == pytest.approx(prefill_s(1024) + 31 * step_s(1), rel=0.1)
+    assert placement.ttft_s == pytest.approx(step_s(0) + prefill_s(1024), rel=0.1)
+    assert placement.jct_s == pytest.approx(step_s(0) + prefill_s(1024) + 31 * step_s(1), rel=0.1)
     assert placement.delay_s == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from services.router.errors import FleetFull
 from services.router.fleet.dns import follow_dns, resolve
-from tests.virtual_time import run
+from services.router.simulate.loop import run
 
 
 class Published:

@@ -302,6 +302,17 @@ Command: TypeAlias = (
 
 
 @dataclass(frozen=True, slots=True)
+class WorkDone:
+    """What all steps so far did; see engine.v1.WorkDone."""
+
+    busy_s: float = 0.0
+    prompt_tokens: int = 0
+    prompt_context: int = 0
+    rows: int = 0
+    row_context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """The engine's load after a step or command; see engine.v1.WatchLoadResponse."""
 
@@ -314,6 +325,7 @@ class Load:
     pages: PageCounts
     steps: int
     draining: bool
+    work: WorkDone = WorkDone()
 
 
 class FinishReason:

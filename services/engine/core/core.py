@@ -122,6 +122,7 @@ class EngineCore:
             pages=self._context.pool.counts(),
             steps=self._stepper.num_steps,
             draining=self._context.draining,
+            work=self._stepper.work,
         )
 
     def check_invariants(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from services.engine.core.api import WorkDone
 from services.engine.core.context import Context
 from services.engine.core.dispatch import Desks
 from services.engine.core.plan import Chosen, StepPlan
+from services.engine.core.work import after_step
 from services.engine.errors import StepFailed
 
 _log = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ class Stepper:
         self._generations = desks.generations
         self._sends = desks.sends
         self.num_steps = 0
+        self.work = WorkDone()
 
     def carry_out(self, plan: StepPlan) -> bool:
         """Computes what the plan says and settles it.
@@ -48,7 +51,9 @@ class Stepper:
             _log.exception("a step failed", extra={"fields": {"sequences": len(plan.segments)}})
             return None
         self.num_steps += 1
-        self._context.pace.step(plan.num_tokens, self._context.clock() - began)
+        seconds = self._context.clock() - began
+        self._context.pace.step(plan.num_tokens, seconds)
+        self.work = after_step(self.work, plan, seconds)
         return chosen
 
     def _layer_raiser(self, slots: list[int]) -> Callable[[int], None] | None:

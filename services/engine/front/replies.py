@@ -62,6 +62,13 @@ def to_load(load: Load) -> engine_pb2.WatchLoadResponse:
         ),
         step_count=load.steps,
         draining=load.draining,
+        work=engine_pb2.WorkDone(
+            busy=to_duration(load.work.busy_s),
+            prompt_token_count=load.work.prompt_tokens,
+            prompt_context_token_count=load.work.prompt_context,
+            row_count=load.work.rows,
+            row_context_token_count=load.work.row_context,
+        ),
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from services.protocol.ranges import TokenRange
-from services.router.cost.speeds import DecodeWork, EngineSpeeds, LinkSpeed, PrefillWork, SendWork
-from services.router.fleet.info import EngineSnapshot
+from services.router.cost.speeds import EngineSpeeds, LinkSpeed, SendWork, StepsWork
+from services.router.fleet.info import EngineSnapshot, WorkDone
 from services.router.request import PolicyRequest
 from services.router.values import Timing
 
@@ -24,24 +23,13 @@ Value = TypeVar("Value")
 EngineKey = tuple[str, bytes]  # address, incarnation: one that restarts may be another machine
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationEnd:
-    """A start_generate that has ended well."""
-
-    begin: EngineSnapshot
-    beside: int  # other sequences there when it began
-    sequences: float  # there on average while it decoded, itself among them
-    context_tokens: float  # of all of them
-    prompt_tokens: int
-    timing: Timing
-
-
 class CostBook:
     """Keeps a model for each engine and pair that was used, the latest MAX_ENGINES and MAX_LINKS of them."""
 
     def __init__(self) -> None:
         self._engines: OrderedDict[EngineKey, EngineSpeeds] = OrderedDict()
         self._links: OrderedDict[tuple[EngineKey, EngineKey], LinkSpeed] = OrderedDict()
+        self._reports: OrderedDict[EngineKey, WorkDone] = OrderedDict()  # the last of each
         # By model digest: what a new engine is taken to be like.
         self._latest: OrderedDict[bytes, EngineSpeeds] = OrderedDict()
         self._mean_output = FIRST_GUESS_OUTPUT
@@ -66,6 +54,16 @@ class CostBook:
         """Tokens of an answer, of late."""
         return self._mean_output
 
+    def reported(self, engine: EngineSnapshot) -> None:
+        """An engine has told its load: what it did since it last did is an observation of its steps. With the first
+        report it is a newcomer, and what went before is not looked at."""
+        before = _touch(self._reports, _key(engine), lambda: engine.load.work, MAX_ENGINES)
+        self._reports[_key(engine)] = engine.load.work
+        steps = StepsWork.between(before, engine.load.work)
+        seconds = engine.load.work.busy_s - before.busy_s
+        if steps.steps > 0 and seconds > 0:
+            self._observed(engine).steps.observe(steps.features, seconds)
+
     def reserved(self, engine: EngineSnapshot, seconds: float) -> None:
         """A prep_recv has ended well."""
         if seconds > 0:
@@ -74,30 +72,17 @@ class CostBook:
     def sent(
         self, sender: EngineSnapshot, receiver: EngineSnapshot, tokens: TokenRange, timing: Timing, elapsed_s: float
     ) -> None:
-        """A remote_send has ended well; snapshots are of its beginning."""
-        computed = timing.computed_tokens
-        self._prefilled(sender, timing, tokens.end - computed, sender.sequences)
+        """A remote_send has ended well; snapshots are of before."""
         seconds = elapsed_s - timing.queue_s - timing.prefill_s
         if seconds > 0:
-            moved = min(computed, len(tokens))
+            moved = min(timing.computed_tokens, len(tokens))
             work = SendWork(cached=len(tokens) - moved, computed=moved)
             key = (_key(sender), _key(receiver))
             _touch(self._links, key, LinkSpeed, MAX_LINKS).observe(work, seconds, timing.transferred_bytes)
 
-    def generated(self, end: GenerationEnd, per_token_s: float) -> None:
-        """A start_generate has ended well; `per_token_s` between its tokens after the first, 0 if there was but one."""
-        timing = end.timing
-        self._prefilled(end.begin, timing, end.prompt_tokens - timing.computed_tokens, end.beside)
-        self._mean_output += _OUTPUT_WEIGHT * (timing.generated_tokens - self._mean_output)
-        if per_token_s > 0 and not timing.num_preemptions:
-            own = end.prompt_tokens + timing.generated_tokens / 2
-            work = DecodeWork(end.sequences, max(own, end.context_tokens))
-            self._observed(end.begin).decode.observe(work.features, per_token_s)
-
-    def _prefilled(self, engine: EngineSnapshot, timing: Timing, context: int, beside: int) -> None:
-        if timing.computed_tokens and timing.prefill_s > 0 and not timing.num_preemptions:
-            work = PrefillWork(timing.computed_tokens, max(0, context), beside)
-            self._observed(engine).prefill.observe(work.features, timing.prefill_s)
+    def answered(self, output_tokens: int) -> None:
+        """An answer has ended well."""
+        self._mean_output += _OUTPUT_WEIGHT * (output_tokens - self._mean_output)
 
     def _observed(self, engine: EngineSnapshot) -> EngineSpeeds:
         model = engine.info.model.digest

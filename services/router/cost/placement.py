@@ -106,8 +106,8 @@ class Planner:
         speeds, there = self._book.engine(provider), min(self._cached[provider.address], split)
         missing = split - self._cached[receiver.address]
         computed = split - there
-        work = PrefillWork(computed, there, provider.sequences)
-        provider_s = speeds.prefill_s(work)
+        added_s = speeds.prefill_s(PrefillWork(computed, there))
+        provider_s = self._step_s(provider) + added_s if computed else 0.0
         moved = min(computed, missing)
         send_s = self._book.link(provider, receiver).send_s(SendWork(cached=missing - moved, computed=moved))
         transfer_s = self._book.engine(receiver).reserve_s + send_s
@@ -125,7 +125,7 @@ class Planner:
             provider_s + compute_s,
             transfer_s,
             decode_s,
-            delay_s + provider.sequences * provider_s,
+            delay_s + provider.sequences * added_s,
         )
 
     def _pairs(self, alone: Sequence[Placement]) -> Iterator[Placement]:
@@ -149,22 +149,24 @@ class Planner:
     def _provide_s(self, engine: EngineSnapshot) -> float:
         """Seconds until an engine would have the whole prompt."""
         speeds, there = self._book.engine(engine), self._cached[engine.address]
-        work = PrefillWork(self._length - there, there, engine.sequences)
-        return speeds.wait_s(engine.prompt_tokens) + speeds.prefill_s(work)
+        return speeds.wait_s(engine.prompt_tokens) + speeds.prefill_s(PrefillWork(self._length - there, there))
+
+    def _step_s(self, engine: EngineSnapshot) -> float:
+        """Seconds of a step there as it is, with nothing of this request."""
+        return self._book.engine(engine).step_s(DecodeWork(engine.sequences, engine.load.context_tokens))
 
     def _decoding(self, engine: EngineSnapshot, ready: int) -> tuple[float, float, float]:
         """(computing prompt[ready:], generating, what that delays others there) in seconds."""
         speeds, beside = self._book.engine(engine), engine.sequences
-        compute_s = speeds.prefill_s(PrefillWork(self._length - ready, ready, beside))
+        added_s, without_s = speeds.prefill_s(PrefillWork(self._length - ready, ready)), self._step_s(engine)
         context = engine.load.context_tokens
         step_s = speeds.step_s(DecodeWork(beside + 1, context + self._length + self._output / 2))
-        without_s = speeds.step_s(DecodeWork(max(1, beside), context))
         decode_s = max(0.0, self._output - 1) * step_s
         # Others are half done on average. While they are there, this sequence makes each of their steps longer, and its
         # prompt holds all of them up once.
         together = min(self._output, self._book.mean_output / 2)
-        delay_s = beside * (compute_s + together * max(0.0, step_s - without_s))
-        return compute_s, decode_s, delay_s
+        delay_s = beside * (added_s + together * max(0.0, step_s - without_s))
+        return without_s + added_s, decode_s, delay_s
 
     def _pattern(self, computed: int, split: int) -> Pattern:
         if not computed:

@@ -1,10 +1,12 @@
-"""How fast an engine computes and a pair of engines moves KV, fitted to the accounts of ended verbs."""
+"""How fast an engine computes, fitted to what it tells of its steps, and a pair of engines moves KV, fitted to ended
+sends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from services.router.cost.least_squares import LeastSquares
+from services.router.fleet.info import WorkDone
 
 # Where nothing is known yet: the right order of magnitude for something between a CPU core and a GPU is enough, because
 # the first observations count for nearly all.
@@ -21,12 +23,6 @@ class PrefillWork:
 
     tokens: int
     context: int  # tokens before them whose KV is there
-    beside: float  # sequences that decode meanwhile
-
-    @property
-    def features(self) -> tuple[float, ...]:
-        """A constant, the tokens, what attention reads, and what decoding takes from it."""
-        return 1.0, self.tokens, self.tokens * (self.context + self.tokens / 2), self.tokens * self.beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +32,33 @@ class DecodeWork:
     sequences: float
     context: float  # tokens of all of them
 
+
+@dataclass(frozen=True, slots=True)
+class StepsWork:
+    """Any number of steps. In each, an engine computes pieces of prompts and a token of every sequence that decodes."""
+
+    steps: float
+    prompt_tokens: float = 0.0
+    prompt_context: float = 0.0  # tokens before each of them, summed
+    rows: float = 0.0  # tokens of sequences that decode
+    row_context: float = 0.0  # tokens before each of these, summed
+
+    @classmethod
+    def between(cls, begin: WorkDone, end: WorkDone) -> StepsWork:
+        """What was done from one report to the next."""
+        return cls(
+            end.steps - begin.steps,
+            end.prompt_tokens - begin.prompt_tokens,
+            end.prompt_context - begin.prompt_context,
+            end.rows - begin.rows,
+            end.row_context - begin.row_context,
+        )
+
     @property
     def features(self) -> tuple[float, ...]:
-        """A constant (the weights are read once), the sequences, and what attention reads."""
-        return 1.0, self.sequences, self.context
+        """Time is linear in each: the weights are read once a step, a token is so many products, and attention reads
+        what is before it."""
+        return self.steps, self.prompt_tokens, self.prompt_context, self.rows, self.row_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +79,26 @@ class EngineSpeeds:
 
     def __init__(self, like: EngineSpeeds | None = None) -> None:
         """`like`: an engine that serves the same model, to start from."""
-        prefill, decode, reserve = [0.0, PREFILL_S_PER_TOKEN, 0.0, 0.0], [STEP_S, STEP_S / 10, 0.0], [RESERVE_S]
+        steps, reserve = [STEP_S, PREFILL_S_PER_TOKEN, 0.0, STEP_S / 10, 0.0], [RESERVE_S]
         if like is not None:
-            prefill, decode, reserve = (each.coefficients for each in (like.prefill, like.decode, like.reserve))
-        token_s, step_s = max(prefill[1], 1e-7), max(decode[0], 1e-5)
-        self.prefill: LeastSquares = LeastSquares(prefill, (step_s, 3 * token_s, token_s / 1e3, token_s / 10))
-        self.decode: LeastSquares = LeastSquares(decode, (3 * step_s, step_s / 4, step_s / 1e4))
+            steps, reserve = like.steps.coefficients, like.reserve.coefficients
+        step_s, token_s = max(steps[0], 1e-5), max(steps[1], 1e-7)
+        spread = (3 * step_s, 3 * token_s, token_s / 1e3, step_s / 4, step_s / 1e4)
+        self.steps: LeastSquares = LeastSquares(steps, spread)
         self.reserve: LeastSquares = LeastSquares(reserve, (RESERVE_S,))
 
     def prefill_s(self, work: PrefillWork) -> float:
-        """Seconds from the first of its tokens being scheduled to the last being computed."""
-        return self.prefill.predict(work.features) if work.tokens else 0.0
+        """Seconds by which computing that makes steps longer which are done anyway."""
+        between = work.tokens * (work.context + work.tokens / 2)
+        return self.steps.predict(StepsWork(0, work.tokens, between).features)
 
     def step_s(self, work: DecodeWork) -> float:
         """Seconds between two tokens of one sequence."""
-        return self.decode.predict(work.features)
+        return self.steps.predict(StepsWork(1, rows=work.sequences, row_context=work.context).features)
 
     def wait_s(self, queued_tokens: int) -> float:
         """Seconds until so many prompt tokens, of others, have been computed."""
-        return queued_tokens * self.prefill.coefficients[1]
+        return self.prefill_s(PrefillWork(queued_tokens, 0))
 
     @property
     def reserve_s(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -15,7 +14,8 @@ from microserve.types.v1 import kv_pb2
 from services.protocol.ranges import TokenRange
 from services.router.errors import IncompatibleEngine
 from services.router.fleet.cached_blocks import KvEvent
-from services.router.fleet.info import EngineInfo, Load
+from services.router.fleet.info import EngineInfo, Load, WorkDone
+from services.router.fleet.port import ReservedKv
 from services.router.fleet.session import Sequence, Session
 from services.router.request import ModelKey, PolicyRequest
 from services.router.values import Timing
@@ -28,18 +28,6 @@ INFO_TIMEOUT_S = 5.0
 TOKENIZER_TIMEOUT_S = 60.0
 
 Message = TypeVar("Message")
-
-
-@dataclass(frozen=True, slots=True)
-class ReservedKv:
-    """A receiver's answer to prep_recv. Address and secret are passed on unread and shown to nobody."""
-
-    reservation_id: str
-    secret: bytes = field(repr=False)
-    address: bytes = field(repr=False)  # types.v1.KvAddress
-    window: TokenRange
-    lease_s: float
-    timing: Timing
 
 
 class EngineClient:
@@ -171,6 +159,14 @@ class EngineClient:
                     context_tokens=report.context_token_count,
                     usable_pages=report.pages.free + report.pages.cached,
                     draining=report.draining,
+                    work=WorkDone(
+                        busy_s=seconds(report.work.busy),
+                        steps=report.step_count,
+                        prompt_tokens=report.work.prompt_token_count,
+                        prompt_context=report.work.prompt_context_token_count,
+                        rows=report.work.row_count,
+                        row_context=report.work.row_context_token_count,
+                    ),
                     raw=report.SerializeToString(),
                 )
 

@@ -27,6 +27,18 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkDone:
+    """All that an engine has computed since it began, see engine.v1.WorkDone."""
+
+    busy_s: float = 0.0
+    steps: int = 0
+    prompt_tokens: int = 0  # in pieces of more than one
+    prompt_context: int = 0  # tokens before each of them, summed
+    rows: int = 0  # pieces of one token
+    row_context: int = 0  # tokens before each of these, summed
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """An engine's load report: sequences, tokens of prompt not computed yet, pages that could be had."""
 
@@ -37,6 +49,7 @@ class Load:
     context_tokens: int = 0
     usable_pages: int = 0
     draining: bool = False
+    work: WorkDone = field(default_factory=WorkDone)
     raw: bytes = field(default=b"", repr=False)  # WatchLoadResponse as it came
 
     @property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
+from services.router.clock import now
 from services.router.cost.decision import Decision
 from services.router.metrics import VERB_SECONDS
 from services.router.values import Leg, Timing, Verb
@@ -19,25 +19,25 @@ class OpenLeg:
     def __init__(self, verb: Verb, engine: str, tokens: TokenRange) -> None:
         self._verb, self._engine, self._tokens = verb, engine, tokens
         self._timing: Timing | None = None
-        self._begin = time.monotonic()
+        self._begin = now()
         self._first_token_s: float | None = None
         self._elapsed_s: float | None = None
 
     def first_token(self) -> None:
         """A token has come; only the first call counts."""
         if self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._begin
+            self._first_token_s = now() - self._begin
 
     def end(self, timing: Timing | None = None, code: str = "OK") -> None:
         """The verb has ended, with the engine's account if it gave one; only the first call counts."""
         if self._elapsed_s is None:
             self._timing = timing
-            self._elapsed_s = time.monotonic() - self._begin
+            self._elapsed_s = now() - self._begin
             VERB_SECONDS.labels(self._verb.value, code).observe(self._elapsed_s)
 
     def leg(self) -> Leg:
         """What is known so far."""
-        elapsed_s = time.monotonic() - self._begin if self._elapsed_s is None else self._elapsed_s
+        elapsed_s = now() - self._begin if self._elapsed_s is None else self._elapsed_s
         return Leg(self._verb, self._engine, self._tokens, self._timing, elapsed_s, self._first_token_s)
 
 

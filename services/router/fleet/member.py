@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
@@ -15,8 +14,8 @@ from services.router.fleet.backoff import Backoff, BackoffConfig
 from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
-from services.router.fleet.client import EngineClient
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.fleet.port import EnginePort
 from services.router.fleet.session import Sequence
 from services.router.text.store import TokenizerStore
 from services.router.text.tokenizer import Tokenizer
@@ -34,7 +33,7 @@ class MemberListener(Protocol):
     def changed(self) -> None:
         """A member takes work now, or takes none any more."""
 
-    def loaded(self) -> None:
+    def loaded(self, member: Member) -> None:
         """A member has told its load."""
 
     def moved(self, member: Member) -> None:
@@ -51,7 +50,7 @@ class Member:
     def __init__(
         self,
         address: str,
-        client: EngineClient,
+        client: EnginePort,
         tokenizers: TokenizerStore,
         listener: MemberListener,
         backoff: BackoffConfig,
@@ -73,7 +72,6 @@ class Member:
         self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
         self._in_flight = InFlight()
-        self._sequence_seconds, self._weighed_at = 0.0, time.monotonic()
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
@@ -197,19 +195,9 @@ class Member:
         finally:
             self._count(0, -num_tokens)
 
-    def sequence_seconds(self) -> float:
-        """Sequences there, integrated over time: the difference of two looks over the time between them is their mean
-        number."""
-        now = time.monotonic()
-        if self.info is not None:
-            self._sequence_seconds += self.snapshot().sequences * (now - self._weighed_at)
-        self._weighed_at = now
-        return self._sequence_seconds
-
     def _count(self, sequences: int, prompt_tokens: int) -> None:
-        self.sequence_seconds()
-        now = self._in_flight
-        self._in_flight = InFlight(now.sequences + sequences, now.prompt_tokens + prompt_tokens)
+        ours = self._in_flight
+        self._in_flight = InFlight(ours.sequences + sequences, ours.prompt_tokens + prompt_tokens)
         self._snapshot = None
         self._listener.moved(self)
 
@@ -273,7 +261,6 @@ class Member:
             await backoff.wait()
 
     def _take_load(self, load: Load) -> bool:
-        self.sequence_seconds()
         drains = load.draining != self.load.draining
         self.load, self._snapshot = load, None
         self._listener.moved(self)
@@ -283,7 +270,7 @@ class Member:
         self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))
         if drains:
             self._listener.changed()
-        self._listener.loaded()
+        self._listener.loaded(self)
         return True
 
     def _take_event(self, event: KvEvent) -> bool:

@@ -50,6 +50,7 @@ class Registry:
         self._retire_s = retire_s
         self._capacities: dict[ModelKey, tuple[float, Capacity]] = {}  # with when it was counted
         self._on_load: list[tuple[Callable[[], None], Callable[[], bool]]] = []
+        self._on_report: list[Callable[[EngineSnapshot], None]] = []
         self._listeners: list[Callable[[], None]] = []
 
     def add(self, member: Member) -> None:
@@ -103,8 +104,14 @@ class Registry:
         """Calls `listener` for each load report while `wants()`."""
         self._on_load.append((listener, wants))
 
-    def loaded(self) -> None:
+    def on_report(self, listener: Callable[[EngineSnapshot], None]) -> None:
+        """Calls `listener` with each engine that has told its load."""
+        self._on_report.append(listener)
+
+    def loaded(self, member: Member) -> None:
         """An engine has told its load."""
+        for report in self._on_report:
+            report(member.snapshot())
         for listener, wants in self._on_load:
             if wants():
                 self._capacities.clear()

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.cleanup import Cleanup
-from services.router.fleet.client import EngineClient, ReservedKv
 from services.router.fleet.info import EngineSnapshot
+from services.router.fleet.port import EnginePort, ReservedKv
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _GONE = (Code.NOT_FOUND, Code.ABORTED)
 class Reservation:
     """Where the KV of [matched, end) will arrive. Keeps its lease alive until it is used up or released."""
 
-    def __init__(self, receiver: EngineSnapshot, kv: ReservedKv, client: EngineClient, cleanup: Cleanup) -> None:
+    def __init__(self, receiver: EngineSnapshot, kv: ReservedKv, client: EnginePort, cleanup: Cleanup) -> None:
         self.receiver = receiver
         self.kv = kv
         self._client = client

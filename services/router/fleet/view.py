@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
-from services.router.cost.book import CostBook, GenerationEnd
+from services.router.cost.book import CostBook
 from services.router.cost.decision import Decision
 from services.router.cost.placement import Planner
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed
@@ -32,31 +31,6 @@ _REFUSALS = frozenset(
         Code.UNAUTHENTICATED,
     }
 )
-
-
-class _Decoding:
-    """How long the tokens of a sequence took, and beside how many others."""
-
-    def __init__(self, beside: int) -> None:
-        self.beside = beside  # other sequences when it began
-        self._begin: tuple[float, float] | None = None  # time, sequence-seconds of the engine
-
-    def first_token(self, member: Member) -> None:
-        """Only the first call counts."""
-        if self._begin is None:
-            self._begin = time.monotonic(), member.sequence_seconds()
-
-    def per_token_s(self, timing: Timing) -> float:
-        """Between tokens after the first; 0 if there was but one."""
-        if self._begin is None or timing.generated_tokens < 2:
-            return 0.0
-        return (time.monotonic() - self._begin[0]) / (timing.generated_tokens - 1)
-
-    def mean_sequences(self, member: Member) -> float:
-        """On the engine since the first token, this one among them."""
-        if self._begin is None or (elapsed_s := time.monotonic() - self._begin[0]) <= 0:
-            return 1.0
-        return max(1.0, (member.sequence_seconds() - self._begin[1]) / elapsed_s)
 
 
 class Engine:
@@ -116,10 +90,9 @@ class Engine:
             self._member.sending(len(tokens)),
         ):
             call_id, attempt = self._scope.next_call_id(), kv.next_attempt(tokens)
-            begin = self._member.snapshot()
             timing = await self._member.client.remote_send(call_id, request, tokens, kv.kv, attempt)
             leg.end(timing)
-            self._costs.sent(begin, kv.receiver, tokens, timing, leg.leg().elapsed_s)
+            self._costs.sent(self.snapshot, kv.receiver, tokens, timing, leg.leg().elapsed_s)
             return timing
 
     def start_generate(
@@ -132,8 +105,6 @@ class Engine:
         self, request: PolicyRequest, begin: int, kv: Reservation | None
     ) -> AsyncGenerator[Chunk, None]:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
-        before = self._member.snapshot()
-        decoding = _Decoding(max(0, before.sequences - int(kv is not None)))
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
             self._watched() as succeeded,
@@ -147,7 +118,6 @@ class Engine:
                 while (chunk := await sequence.take()) is not None:
                     if chunk.token_ids:
                         leg.first_token()
-                        decoding.first_token(self._member)
                         prompt_computed()
                         succeeded()
                         if kv is not None:
@@ -157,7 +127,8 @@ class Engine:
                         leg.end(chunk.timing)
                         if kv is not None:
                             kv.used_up()
-                        self._generated(request, before, decoding, chunk)
+                        if chunk.finish is not FinishReason.CANCELLED and chunk.timing is not None:
+                            self._costs.answered(chunk.timing.generated_tokens)
                     yield chunk
             finally:
                 self._member.sequences.discard(sequence)
@@ -167,15 +138,6 @@ class Engine:
         """How many of the tokens are not cached, if that is cheap to say; else all."""
         known = request.is_hashed(self.info.page_size)
         return max(1, tokens.end - max(tokens.begin, self.cached_prefix(request) if known else 0))
-
-    def _generated(self, request: PolicyRequest, before: EngineSnapshot, decoding: _Decoding, chunk: Chunk) -> None:
-        """Tells the cost model of a sequence that has ended well."""
-        if chunk.timing is not None and chunk.finish is not FinishReason.CANCELLED:
-            after = self._member.snapshot()
-            sequences = decoding.mean_sequences(self._member)
-            context = (before.load.context_tokens + after.load.context_tokens) / 2
-            end = GenerationEnd(before, decoding.beside, sequences, context, len(request.prompt), chunk.timing)
-            self._costs.generated(end, decoding.per_token_s(chunk.timing))
 
     @contextmanager
     def _watched(self) -> Iterator[Callable[[], None]]:

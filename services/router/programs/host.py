@@ -26,6 +26,7 @@ class PolicyHost:
         self._limits = limits
         self._cleanup = Cleanup(limits.close_s)
         self.costs = CostBook()
+        registry.on_report(self.costs.reported)
         self._runs: set[PolicyRun] = set()
 
     @property

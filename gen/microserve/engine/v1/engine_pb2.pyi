@@ -882,6 +882,7 @@ class WatchLoadResponse(_message.Message):
     PAGES_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     running_sequence_count: _builtins.int
     """Sequences in the running batch."""
     waiting_sequence_count: _builtins.int
@@ -902,6 +903,10 @@ class WatchLoadResponse(_message.Message):
     def pages(self) -> Global___PageCounts:
         """The pages."""
 
+    @_builtins.property
+    def work(self) -> Global___WorkDone:
+        """What the steps counted by step_count did."""
+
     def __init__(
         self,
         *,
@@ -914,14 +919,57 @@ class WatchLoadResponse(_message.Message):
         pages: Global___PageCounts | None = ...,
         step_count: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        work: Global___WorkDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_token_count", b"context_token_count", "draining", b"draining", "pages", b"pages", "queued_token_count", b"queued_token_count", "reservation_count", b"reservation_count", "running_sequence_count", b"running_sequence_count", "step_count", b"step_count", "waiting_for_kv_count", b"waiting_for_kv_count", "waiting_sequence_count", b"waiting_sequence_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_token_count", b"context_token_count", "draining", b"draining", "pages", b"pages", "queued_token_count", b"queued_token_count", "reservation_count", b"reservation_count", "running_sequence_count", b"running_sequence_count", "step_count", b"step_count", "waiting_for_kv_count", b"waiting_for_kv_count", "waiting_sequence_count", b"waiting_sequence_count", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015
+
+@_typing.final
+class WorkDone(_message.Message):
+    """WorkDone adds up all steps since start. The time of a step is about linear in what it computes, so the differences of
+    reports tell how fast the engine is, whatever shared its steps. A piece is what one sequence has in one step.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUSY_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ROW_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    prompt_token_count: _builtins.int
+    """Tokens in pieces of more than one token: prompts."""
+    prompt_context_token_count: _builtins.int
+    """Tokens of context before each of these, summed."""
+    row_count: _builtins.int
+    """Pieces of one token: sequences that decode, and ends of prompts."""
+    row_context_token_count: _builtins.int
+    """Tokens of context before each of these, summed."""
+    @_builtins.property
+    def busy(self) -> _duration_pb2.Duration:
+        """Time spent on steps."""
+
+    def __init__(
+        self,
+        *,
+        busy: _duration_pb2.Duration | None = ...,
+        prompt_token_count: _builtins.int = ...,
+        prompt_context_token_count: _builtins.int = ...,
+        row_count: _builtins.int = ...,
+        row_context_token_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "prompt_context_token_count", b"prompt_context_token_count", "prompt_token_count", b"prompt_token_count", "row_context_token_count", b"row_context_token_count", "row_count", b"row_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkDone: _TypeAlias = WorkDone  # noqa: Y015
 
 @_typing.final
 class WatchKvEventsRequest(_message.Message):

@@ -1,0 +1,1 @@
+"""Router programs over simulated engines, on a clock that jumps."""
