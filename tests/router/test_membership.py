@@ -138,6 +138,22 @@ async def test_sources_are_kept_apart() -> None:
         assert set(members) == {first}
 
 
+async def test_an_operators_word_outlives_a_source_that_forgets_the_engine_for_a_moment() -> None:
+    async with running(2) as suite:
+        address, other = (engine.address for engine in suite.engines)
+        membership, members = suite.router.membership, suite.router.registry.members
+        await suite.admin.DrainEngine(admin_pb2.DrainEngineRequest(address=address))
+        membership.publish("static", [other])
+        assert address not in members
+        membership.publish("static", [address, other])
+        await suite.until(lambda: not members[address].problem)
+        assert (await listed(suite))[address].problem == "an operator drains it"
+        assert {(await suite.generate()).legs[0].engine for _ in range(3)} == {"b"}
+        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=address))
+        await suite.admin.AddEngine(admin_pb2.AddEngineRequest(address=address))  # and begins anew
+        await suite.until(lambda: members[address].healthy)
+
+
 async def test_a_fleet_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "MAX_ENGINES", 3)
     async with running(2) as suite:
@@ -145,6 +161,12 @@ async def test_a_fleet_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(FleetFull):
             suite.router.membership.publish("dns", ["x:1", "y:1"])
         assert set(suite.router.registry.members) == before
+        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=suite.first.address))
+        suite.router.membership.publish("dns", ["x:1", "y:1"])
+        with failing("RESOURCE_EXHAUSTED", "FLEET_FULL"), remote():
+            await suite.admin.AddEngine(admin_pb2.AddEngineRequest(address=suite.first.address))
+        suite.router.membership.publish("dns", [])
+        assert suite.first.address not in suite.router.registry.members  # its removal still stands
 
 
 async def test_two_routers_over_one_fleet_agree_and_do_not_disturb_each_other() -> None:

@@ -39,7 +39,9 @@ class Membership:
         self._registry = registry
         self._make_member = make_member
         self._named: dict[str, tuple[str, ...]] = {}  # by source
+        # An operator's word, which sources that forget an engine and name it again do not undo.
         self._removed: set[str] = set()
+        self._drained: set[str] = set()
 
     def publish(self, source: str, addresses: Collection[str]) -> None:
         """Replaces what a source names. FleetFull, and then nothing has changed."""
@@ -52,9 +54,11 @@ class Membership:
         return tuple(sorted(source for source, addresses in self._named.items() if address in addresses))
 
     def add(self, address: str) -> None:
-        """An operator adds an engine, or takes back its removal. FleetFull."""
-        self._removed.discard(address)
-        self.publish(ADMIN, {*self._named.get(ADMIN, ()), address})
+        """An operator adds an engine, or takes back its removal. FleetFull, and then nothing has changed."""
+        named = self._named | {ADMIN: tuple({*self._named.get(ADMIN, ()), address})}
+        removed = self._removed - {address}
+        self._apply(named, removed)
+        self._named, self._removed = named, removed
 
     def remove(self, address: str) -> None:
         """An operator removes an engine: nothing new begins there, what has begun ends. It stays out, whoever names
@@ -63,12 +67,16 @@ class Membership:
         self._named[ADMIN] = tuple(each for each in self._named.get(ADMIN, ()) if each != address)
         # What nobody names needs no remembering, so this cannot grow without bound.
         self._removed = {each for each in (*self._removed, address) if self.sources(each)}
+        self._drained.discard(address)
         self._apply(self._named, self._removed)
 
     def drain(self, address: str, drained: bool, *, migrate: bool = False) -> None:
         """An operator gives an engine no new work, or gives it work again. With `migrate`, what runs there goes on
         elsewhere, if another engine serves the model. UnknownEngine."""
         member = self._member(address)
+        self._drained = {each for each in self._drained if self.sources(each)} - {address}
+        if drained:
+            self._drained.add(address)
         member.drain(drained)
         if drained and migrate and member.info is not None and self._registry.engines(member.info.model):
             member.take_sequences_away()
@@ -84,10 +92,12 @@ class Membership:
         wanted = {address: None for addresses in named.values() for address in addresses if address not in removed}
         if len(wanted) > MAX_ENGINES:
             raise FleetFull(f"a fleet has at most {MAX_ENGINES} engines, not {len(wanted)}")
-        present = tuple(self._registry.members)
-        for address in (each for each in present if each not in wanted):
+        present = self._registry.members
+        for address in [each for each in present if each not in wanted]:
             log.info("engine removed", extra={"fields": {"address": address}})
             self._registry.remove(address)
-        for address in (each for each in wanted if each not in present):
+        for address in [each for each in wanted if each not in present]:
             log.info("engine added", extra={"fields": {"address": address}})
-            self._registry.add(self._make_member(address))
+            member = self._make_member(address)
+            member.drained = address in self._drained
+            self._registry.add(member)
