@@ -87,7 +87,7 @@ class EngineCore:
         if context.config.check_every_step or not is_sound:
             self.check_invariants()
         context.faults.reach("step.end")
-        return plan.changes_something
+        return plan.changes_something and self._is_awaited()
 
     def next_timer(self) -> float | None:
         """When, on the clock, step() is due even without a command; None if never."""
@@ -138,6 +138,11 @@ class EngineCore:
             known = desks.generations.get(sequence.number) or desks.sends.get(sequence.number)
             if known is None:
                 raise AssertionError("a sequence without a request")
+
+    def _is_awaited(self) -> bool:
+        """Whether anybody waits for a step: otherwise one more would be in the way of handing on what this one gave."""
+        scheduler = self._context.scheduler
+        return bool(scheduler.num_running or scheduler.num_waiting or self._desks.prep_recvs.num_waiting)
 
     def _hand_over(self) -> None:
         self._desks.cache_watch.flush()

@@ -88,6 +88,11 @@ class PrepRecvs:
         else:
             self._enter(call)
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for room or for a prefix."""
+        return len(self._early) + len(self._queue)
+
     def step(self) -> None:
         """Looks whether those that wait have what they wait for."""
         for call in [call for call in self._early if not self._is_early(call)]:
@@ -148,7 +153,7 @@ class PrepRecvs:
 
     def _check_room(self) -> None:
         config = self._context.config
-        if self._reservations.num_live + len(self._early) + len(self._queue) >= config.max_reservations:
+        if self._reservations.num_live + self.num_waiting >= config.max_reservations:
             message = f"There are {config.max_reservations} reservations already."
             raise QueueFull(message, retry_delay_s=self._context.retry_delay_s())
 

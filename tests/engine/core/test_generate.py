@@ -31,6 +31,15 @@ def test_one_sequence() -> None:
     engine.assert_idle()
 
 
+def test_no_step_follows_the_last_token_of_the_last_sequence() -> None:
+    engine = node()
+    stream = engine.generate(prompt_of(10), limited(2))
+    assert engine.step()
+    assert not engine.step()
+    assert stream.finish_reason == api.FinishReason.LENGTH
+    engine.assert_idle()
+
+
 def test_batched_equals_one_by_one() -> None:
     engine = node()
     lengths = [1, 3, 4, 5, 9, 16, 17, 20]
