@@ -36,11 +36,6 @@ def from_duration(message: Duration, field: str, *, clip: bool = False) -> float
     return seconds
 
 
-def to_range(tokens: TokenRange) -> kv_pb2.TokenRange:
-    """A range as a message."""
-    return kv_pb2.TokenRange(begin=tokens.begin, end=tokens.end)
-
-
 def from_range(message: kv_pb2.TokenRange) -> TokenRange:
     """A range. Raises InvalidRange unless begin <= end."""
     return TokenRange(message.begin, message.end)
@@ -51,18 +46,6 @@ def from_ranges(messages: Iterable[kv_pb2.TokenRange]) -> RangeSet:
     return RangeSet.of(from_range(message) for message in messages)
 
 
-def to_layout(layout: PageLayout) -> kv_pb2.PageLayout:
-    """A layout as a message."""
-    return kv_pb2.PageLayout(
-        layer_count=layout.layer_count,
-        kv_head_count=layout.kv_head_count,
-        head_dim=layout.head_dim,
-        page_size=layout.page_size,
-        dtype=kv_pb2.Dtype.Value(f"DTYPE_{layout.dtype.value}"),
-        order=kv_pb2.PageOrder.Value(f"PAGE_ORDER_{layout.order.value}"),
-    )
-
-
 def from_layout(message: kv_pb2.PageLayout) -> PageLayout:
     """A layout. Raises BadRequest for a dtype or order that is unknown, LayoutMismatch for an impossible shape."""
     try:
@@ -71,21 +54,6 @@ def from_layout(message: kv_pb2.PageLayout) -> PageLayout:
     except ValueError:
         raise BadRequest("The layout names no known dtype or page order.") from None
     return PageLayout(message.layer_count, message.kv_head_count, message.head_dim, message.page_size, dtype, order)
-
-
-def to_address(address: KvAddress) -> kv_pb2.KvAddress:
-    """An address as a message, secret included."""
-    return kv_pb2.KvAddress(
-        reservation_id=address.reservation_id,
-        endpoint=address.endpoint,
-        epoch=address.epoch,
-        secret=address.secret,
-        window=to_range(address.window),
-        shards=[_to_shard(shard) for shard in address.shards],
-        layout=to_layout(address.layout),
-        model_digest=address.model_digest,
-        prompt_digest=address.prompt_digest,
-    )
 
 
 def from_address(message: kv_pb2.KvAddress) -> KvAddress:
@@ -163,17 +131,6 @@ def _to_token_logprob(pair: tuple[int, float]) -> sampling_pb2.TokenLogprob:
 def _decimal(value: float) -> float:
     """The shortest decimal that a float32 of the wire stands for: 0.1, not 0.10000000149."""
     return float(f"{value:.7g}") if math.isfinite(value) else value
-
-
-def _to_shard(shard: KvShard) -> kv_pb2.KvShard:
-    return kv_pb2.KvShard(
-        pool_id=shard.pool_id,
-        layer_begin=shard.layers[0],
-        layer_end=shard.layers[1],
-        kv_head_begin=shard.kv_heads[0],
-        kv_head_end=shard.kv_heads[1],
-        page_ids=shard.page_ids,
-    )
 
 
 def _from_shard(message: kv_pb2.KvShard) -> KvShard:

@@ -12,7 +12,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2 as pb
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceServicer
 
-from services.engine.convert import from_duration, to_duration, to_layout, to_timing
+from services.engine.convert import from_duration, to_duration, to_timing
 from services.engine.core import api
 from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
@@ -26,6 +26,7 @@ from services.engine.metrics import count_verb
 from services.protocol.errors import ServiceError
 from services.protocol.layout import PageLayout
 from services.rpc.deadline import time_left
+from services.rpc.kv_messages import layout_message
 
 CONTRACT_VERSION = "1.0"
 MAX_TOKENIZER_PIECE_BYTES = 1 << 20
@@ -141,7 +142,7 @@ class EngineServicer(EngineServiceServicer):
             model=identity.model,
             model_digest=identity.model_digest,
             tokenizer_digest=identity.tokenizer_digest,
-            layout=to_layout(identity.layout),
+            layout=layout_message(identity.layout),
             page_count=identity.page_count,
             max_context_length=identity.limits.max_context,
             vocab_size=identity.limits.vocab_size,

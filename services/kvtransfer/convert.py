@@ -88,49 +88,6 @@ def to_address(message: kv_pb2.KvAddress) -> KvAddress:
     )
 
 
-def range_message(part: TokenRange) -> kv_pb2.TokenRange:
-    """The inverse of to_range."""
-    return kv_pb2.TokenRange(begin=part.begin, end=part.end)
-
-
-def layout_message(layout: PageLayout) -> kv_pb2.PageLayout:
-    """The inverse of to_layout."""
-    return kv_pb2.PageLayout(
-        layer_count=layout.layer_count,
-        kv_head_count=layout.kv_head_count,
-        head_dim=layout.head_dim,
-        page_size=layout.page_size,
-        dtype=kv_pb2.Dtype.Value(f"DTYPE_{layout.dtype.value}"),
-        order=kv_pb2.PageOrder.Value(f"PAGE_ORDER_{layout.order.value}"),
-    )
-
-
-def address_message(address: KvAddress) -> kv_pb2.KvAddress:
-    """The inverse of to_address. It carries the secret."""
-    shards = [
-        kv_pb2.KvShard(
-            pool_id=shard.pool_id,
-            layer_begin=shard.layers[0],
-            layer_end=shard.layers[1],
-            kv_head_begin=shard.kv_heads[0],
-            kv_head_end=shard.kv_heads[1],
-            page_ids=shard.page_ids,
-        )
-        for shard in address.shards
-    ]
-    return kv_pb2.KvAddress(
-        reservation_id=address.reservation_id,
-        endpoint=address.endpoint,
-        epoch=address.epoch,
-        secret=address.secret,
-        window=range_message(address.window),
-        shards=shards,
-        layout=layout_message(address.layout),
-        model_digest=address.model_digest,
-        prompt_digest=address.prompt_digest,
-    )
-
-
 def to_duration(seconds: float) -> Duration:
     """To the nanosecond."""
     duration = Duration()

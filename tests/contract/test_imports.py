@@ -26,6 +26,7 @@ MAY_IMPORT = {
 # Modules that know the wire: servicers, clients of other services, and what turns messages into plain data.
 WIRE = [
     "rpc/status.py",
+    "rpc/kv_messages.py",
     "*/__main__.py",
     "*/servicer.py",
     "*/convert.py",

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from microserve.engine.v1 import engine_pb2
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
-from services.engine.convert import to_address, to_duration, to_logprobs, to_range, to_timing
+from services.engine.convert import to_duration, to_logprobs, to_timing
 from services.engine.core.api import CacheEvent, Load, ReservationInfo, Reserved, SequenceOutput
+from services.rpc.kv_messages import address_message, range_message
 from services.rpc.status import to_error_message
 
 MAX_LISTED_RESERVATIONS = 10_000
@@ -19,7 +20,7 @@ MAX_BLOCKS_PER_MESSAGE = 16_384
 def to_reserved(reserved: Reserved) -> engine_pb2.PrepRecvResponse:
     """The answer to a PrepRecv."""
     return engine_pb2.PrepRecvResponse(
-        address=to_address(reserved.address),
+        address=address_message(reserved.address),
         matched_token_count=reserved.matched_tokens,
         lease=to_duration(reserved.lease_s),
         timing=to_timing(reserved.timing),
@@ -111,8 +112,8 @@ def _to_reservation_info(info: ReservationInfo) -> engine_pb2.ReservationInfo:
         owner_id=info.key.owner_id,
         request_id=info.key.request_id,
         state=engine_pb2.ReservationState.Value(f"RESERVATION_STATE_{info.state}"),
-        window=to_range(info.window),
-        committed=[to_range(part) for part in info.committed],
+        window=range_message(info.window),
+        committed=[range_message(part) for part in info.committed],
         lease_remaining=to_duration(info.lease_remaining_s),
         page_ids=info.page_ids,
     )

@@ -10,11 +10,12 @@ import grpc.aio
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc
 
-from services.engine.convert import from_ranges, to_address, to_layout, to_range
+from services.engine.convert import from_ranges
 from services.engine.core.ports import GrantSpec, PushSpec
 from services.protocol.errors import Code
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import RangeSet
+from services.rpc.kv_messages import address_message, layout_message, range_message
 from services.rpc.status import RemoteError, remote_errors
 
 # A revoke waits for copies under way, which the service itself bounds at five seconds.
@@ -76,7 +77,7 @@ class TransferClient:
     async def create_pool(self, name: str, layout: PageLayout, page_count: int, gpu: bytes, adopt: bool) -> PoolRef:
         """Makes the engine's pool, on a GPU if one is named, or announces that its descriptors will be handed back."""
         request = pb.CreatePoolRequest(
-            engine_name=name, layout=to_layout(layout), page_count=page_count, gpu=gpu, adopt=adopt
+            engine_name=name, layout=layout_message(layout), page_count=page_count, gpu=gpu, adopt=adopt
         )
         with remote_errors():
             reply = await self._stub.CreatePool(request, timeout=POOL_TIMEOUT_S)
@@ -102,7 +103,7 @@ class TransferClient:
             incarnation=self.incarnation,
             reservation_id=spec.reservation_id,
             secret=spec.secret,
-            window=to_range(spec.window),
+            window=range_message(spec.window),
             page_ids=spec.page_ids,
         )
         with remote_errors():
@@ -123,10 +124,10 @@ class TransferClient:
             pool_id=pool.pool_id,
             incarnation=self.incarnation,
             page_ids=spec.page_ids,
-            range=to_range(spec.range),
-            target=to_address(spec.target),
+            range=range_message(spec.range),
+            target=address_message(spec.target),
             attempt=spec.attempt,
-            attempt_range=to_range(spec.attempt_range),
+            attempt_range=range_message(spec.attempt_range),
             ready_slot=spec.ready_slot,
             writer_id=spec.writer_id,
         )
@@ -155,9 +156,9 @@ class TransferClient:
         request = pb.EndAttemptRequest(
             pool_id=pool.pool_id,
             incarnation=self.incarnation,
-            target=to_address(spec.target),
+            target=address_message(spec.target),
             attempt=spec.attempt,
-            attempt_range=to_range(spec.attempt_range),
+            attempt_range=range_message(spec.attempt_range),
             writer_id=spec.writer_id,
         )
         with remote_errors():

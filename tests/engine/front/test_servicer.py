@@ -12,11 +12,12 @@ from google.protobuf.duration_pb2 import Duration
 from microserve.engine.v1 import engine_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
-from services.engine.convert import from_address, to_address
+from services.engine.convert import from_address
 from services.engine.core import api
 from services.engine.core.api import RequestKey, ReservationRef
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.ranges import RangeSet, TokenRange
+from services.rpc.kv_messages import address_message
 from tests.e2e.errors import failing
 from tests.engine.front.harness import LAYOUT, OWNER, TOKENIZER_FILES, Served, load, serve
 
@@ -54,7 +55,7 @@ def send(**fields: object) -> pb.RemoteSendRequest:
         "request_id": "r1",
         "prompt_token_ids": PROMPT,
         "range": kv_pb2.TokenRange(begin=4, end=8),
-        "address": to_address(ADDRESS),
+        "address": address_message(ADDRESS),
     }
     return pb.RemoteSendRequest(**{**defaults, **fields})
 
@@ -66,7 +67,7 @@ def seconds(value: float) -> Duration:
 
 
 def test_an_address_survives_the_wire_and_hides_its_secret() -> None:
-    assert from_address(to_address(ADDRESS)) == ADDRESS
+    assert from_address(address_message(ADDRESS)) == ADDRESS
     assert "sss" not in repr(ADDRESS)
 
 
@@ -106,14 +107,14 @@ async def test_remote_send(served: Served) -> None:
 
 
 def _address(**fields: object) -> kv_pb2.KvAddress:
-    address = to_address(ADDRESS)
+    address = address_message(ADDRESS)
     for name, value in fields.items():
         setattr(address, name, value)
     return address
 
 
 def _without_pages() -> kv_pb2.KvAddress:
-    address = to_address(ADDRESS)
+    address = address_message(ADDRESS)
     del address.shards[0].page_ids[:]
     return address
 

@@ -10,7 +10,7 @@ import grpc.aio
 from microserve.kvtransfer.v1 import peer_pb2 as pb
 from microserve.kvtransfer.v1 import peer_pb2_grpc as pb_grpc
 
-from services.kvtransfer.convert import address_message, layout_message, range_message, to_range
+from services.kvtransfer.convert import to_range
 from services.kvtransfer.errors import KvTransferError
 from services.kvtransfer.landing import Claim
 from services.kvtransfer.transports.pull.fetching import Fetch
@@ -19,6 +19,7 @@ from services.kvtransfer.transports.pull.session import Answer, Finished, Last, 
 from services.protocol.address import KvAddress
 from services.protocol.errors import ProtocolError, ServiceError
 from services.rpc.channel import ClientTls, make_channel
+from services.rpc.kv_messages import address_message, layout_message, range_message
 from services.rpc.status import RemoteError, remote_errors
 
 END_TIMEOUT_S = 10.0

@@ -10,7 +10,7 @@ import grpc.aio
 from microserve.kvtransfer.v1 import peer_pb2 as pb
 from microserve.kvtransfer.v1 import peer_pb2_grpc as pb_grpc
 
-from services.kvtransfer.convert import range_message, to_address, to_claim, to_layout, to_range
+from services.kvtransfer.convert import to_address, to_claim, to_layout, to_range
 from services.kvtransfer.errors import InvalidRequest
 from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool
 from services.kvtransfer.transports.pull.puller import PullState
@@ -24,6 +24,7 @@ from services.kvtransfer.transports.pull.session import (
     Ready,
     Said,
 )
+from services.rpc.kv_messages import range_message
 
 # A string: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from google.protobuf.message import DecodeError
 from microserve.kvtransfer.v1 import data_pb2 as pb
 
-from services.kvtransfer.convert import address_message, layout_message, range_message, to_address, to_layout, to_range
+from services.kvtransfer.convert import to_address, to_layout, to_range
 from services.kvtransfer.errors import InvalidRequest, ProtocolViolation
 from services.kvtransfer.landing import Claim
 from services.protocol.address import KvAddress
@@ -15,6 +15,7 @@ from services.protocol.extents import Extent
 from services.protocol.grants import prove
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
+from services.rpc.kv_messages import address_message, layout_message, range_message
 
 # A service puts names of its own before that of the writer.
 _MAX_WRITER_CHARACTERS = 1_024
