@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from services.cli.client import wait_serving
 from services.cli.fleet import Fleet
 from tests.e2e.errors import failing
-from tests.e2e.network import Link, Network, two_nodes
+from tests.e2e.network import Link, Network, Node, two_nodes
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Engine, Suite, ask, channel, generate, idle, prep_recv, remote_send, wait_for_load
 from tests.models import make_tiny_llama
@@ -56,9 +56,16 @@ class TwoNodes:
 
 @asynccontextmanager
 async def start_two(
-    model: Path, network: Network | None, *, checksums: bool = False, policy: str | None = "disaggregated"
+    model: Path,
+    network: Network | None,
+    *,
+    checksums: bool = False,
+    policy: str | None = "disaggregated",
+    num_engines: int = 2,
+    options_of: Mapping[int, Sequence[str]] | None = None,
 ) -> AsyncIterator[TwoNodes]:
-    """One engine and one transfer service a node; the router outside. Without a network, all on one host."""
+    """One transfer service a node, the first engine on the first, all others on the second; the router outside.
+    Without a network, all on one host."""
     os.environ["MICROSERVE_TESTING"] = "1"
     nodes = (network.first, network.second) if network is not None else (None, None)
     with (
@@ -66,17 +73,21 @@ async def start_two(
         Fleet(within=nodes[0].within if nodes[0] else ()) as one,
         Fleet(within=nodes[1].within if nodes[1] else ()) as two,
     ):
-        transfers, engines = [], []
-        for index, (fleet, node) in enumerate(zip((one, two), nodes, strict=True)):
+        transfers = []
+        for fleet, node in zip((one, two), nodes, strict=True):
             inside = node.inside if node else "127.0.0.1"
             options = ["--data-listen", f"{inside}:0", *(["--checksums"] if checksums else [])]
             listen = "0.0.0.0:0" if node else "127.0.0.1:0"
             transfer = fleet.start_kvtransfer(listen=listen, extra=["--advertise", inside, *options])
-            outside = node.outside if node else "127.0.0.1"
-            engine = fleet.start_engine(f"engine-{index}", model, transfer, listen=f"{outside}:0", extra=PAGES)
             port = transfer.address.rpartition(":")[2]
-            transfers.append((transfer, KvTransferServiceStub(channel(f"{outside}:{port}"))))
-            engines.append(engine)
+            transfers.append((transfer, KvTransferServiceStub(channel(f"{_outside(node)}:{port}"))))
+        engines = []
+        for index in range(num_engines):
+            at = min(index, 1)
+            listen, extra = f"{_outside(nodes[at])}:0", [*PAGES, *(options_of or {}).get(index, ())]
+            engines.append(
+                (one, two)[at].start_engine(f"engine-{index}", model, transfers[at][0], listen=listen, extra=extra)
+            )
         suite = Suite(near, transfers[0][0], transfers[0][1], [], [])
         for process in engines:
             suite.engines.append(Engine(process, EngineServiceStub(suite.connect(process.address))))
@@ -90,6 +101,10 @@ async def start_two(
         finally:
             for open_channel in suite.channels:
                 await open_channel.close()
+
+
+def _outside(node: Node | None) -> str:
+    return node.outside if node else "127.0.0.1"
 
 
 async def same_tokens(nodes: TwoNodes, longest: int) -> None:
