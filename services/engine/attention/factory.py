@@ -19,10 +19,38 @@ def _paged_numba(kv: Tensor, num_threads: int) -> AttentionBackend:
     return PagedNumbaAttention(kv, num_threads)
 
 
+def _flash_attn(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.flash_attn import FlashAttnAttention
+
+    return FlashAttnAttention(kv)
+
+
+def _flashinfer(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(kv)
+
+
+def _torch_varlen(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.torch_varlen import TorchVarlenAttention
+
+    return TorchVarlenAttention(kv)
+
+
+def _triton_paged(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.triton_paged import TritonPagedAttention
+
+    return TritonPagedAttention(kv)
+
+
 BACKENDS: dict[str, Factory] = {
     "oracle": lambda kv, num_threads: OracleAttention(kv),
     "gather_sdpa": lambda kv, num_threads: GatherSdpaAttention(kv),
     "paged_numba": _paged_numba,
+    "flash_attn": _flash_attn,
+    "flashinfer": _flashinfer,
+    "torch_varlen": _torch_varlen,
+    "triton_paged": _triton_paged,
 }
 
 
@@ -46,4 +74,6 @@ def _candidates(kv: Tensor) -> tuple[str, ...]:
     """Names in order of preference; the last one computes everywhere."""
     if kv.device.type == "cpu" and kv.dtype == torch.float32:
         return "paged_numba", "gather_sdpa"
+    if kv.device.type == "cuda":
+        return "flash_attn", "flashinfer", "torch_varlen", "triton_paged", "gather_sdpa"
     return ("gather_sdpa",)

@@ -31,7 +31,9 @@ def test_default_is_the_fastest_that_fits(config: ModelConfig) -> None:
 
 def test_by_name(config: ModelConfig) -> None:
     assert isinstance(make_attention("oracle", _pool(config), config), OracleAttention)
-    with pytest.raises(ValueError, match="unknown attention backend 'fast'; there are gather_sdpa"):
+    with pytest.raises(
+        ValueError, match="unknown attention backend 'fast'; there are flash_attn, flashinfer, gather_sdpa"
+    ):
         make_attention("fast", _pool(config), config)
 
 

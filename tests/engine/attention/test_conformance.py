@@ -67,16 +67,16 @@ class Pool:
                 key, value = self.keys[sequence][layer], self.values[sequence][layer]
                 backend.write(layer, key, value, self.slots(sequence))
 
-    def batch(self, sequences: Sequence[int]) -> ForwardBatch:
+    def batch(self, sequences: Sequence[int], device: str = "cpu") -> ForwardBatch:
         counts = [self.shape[s][0] for s in sequences]
-        ignored = torch.zeros(sum(counts), dtype=torch.int64)
+        ignored = torch.zeros(sum(counts), dtype=torch.int64, device=device)
         return ForwardBatch(
             token_ids=ignored,
             positions=ignored,
             slots=ignored,
             query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
             context_lengths=torch.tensor([self.shape[s][1] for s in sequences], dtype=torch.int32),
-            block_tables=self.tables[list(sequences)],
+            block_tables=self.tables[list(sequences)].to(device),
             logits_rows=ignored,
         )
 
