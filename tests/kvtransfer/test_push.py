@@ -12,6 +12,7 @@ import pytest_asyncio
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
+from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.transports import shm
 from services.protocol.errors import Code, ServiceError
 from tests.kvtransfer.engine import FakeEngine, Shape
@@ -20,6 +21,7 @@ from tests.kvtransfer.pattern import POISON
 from tests.kvtransfer.port import PATIENCE_S, DirectPort
 
 PAIR = tuple[FakeEngine, FakeEngine]
+THREADS = KvTransferConfig().copy_threads
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -34,16 +36,19 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[PAIR]:
 
 
 class Brake:
-    """Stops every copy before its bytes move, until it is let go."""
+    """Stops every copy before its bytes move, until it is let go. `begun`: all copying threads stand here."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self._go_on = asyncio.Event(), threading.Event()
         self.copies = 0
+        counting = threading.Lock()
         loop, copy_piece = asyncio.get_running_loop(), shm.copy_piece
 
         def braked(*arguments: object) -> None:
-            self.copies += 1
-            loop.call_soon_threadsafe(self.begun.set)
+            with counting:
+                self.copies += 1
+                if self.copies == THREADS:
+                    loop.call_soon_threadsafe(self.begun.set)
             assert self._go_on.wait(PATIENCE_S)
             copy_piece(*arguments)  # type: ignore[arg-type]
 
@@ -90,7 +95,7 @@ async def test_revoke_waits_for_the_copy_under_way(pair: PAIR, monkeypatch: pyte
     assert caught.value.reason == "RESERVATION_GONE"
     assert (receiver.memory == POISON).all()
     # One a thread was under way.
-    assert brake.copies == begun <= 2
+    assert brake.copies == begun == THREADS
 
 
 async def test_end_attempt_waits_for_the_copy_under_way(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
