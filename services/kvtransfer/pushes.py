@@ -24,7 +24,7 @@ from services.kvtransfer.pool_table import PoolTable
 from services.kvtransfer.push import AllReady, Push, ReadySource, SlotReady
 from services.kvtransfer.transports.base import Peer, PutRequest
 from services.protocol.address import KvAddress
-from services.protocol.errors import AttemptSuperseded, RangeOverlaps, ReservationGone, ServiceError
+from services.protocol.errors import AttemptSuperseded, RangeOverlaps, ReservationGone, ServiceError, StaleEpoch
 from services.protocol.ranges import TokenRange
 
 
@@ -41,7 +41,7 @@ class PushOrder:
     ready_slot: int | None = None
 
 
-_OUT_OF_REACH = (PeerUnreachable, PeerLost, TransportFailed)
+_OUT_OF_REACH = (PeerUnreachable, PeerLost, TransportFailed, StaleEpoch)
 
 
 class Pushes:
@@ -92,8 +92,9 @@ class Pushes:
         """Gives an attempt up. When this returns none of its pushes reads or writes, nor will one that is still on
         its way. Returns whether its range is committed, which then stands.
 
-        A receiver that is out of reach ends it by itself. Raises StaleIncarnation, StaleEpoch, NoTransport,
-        WrongSecret, OutsideWindow, NotDrained.
+        A receiver that is out of reach ends it by itself, and with one that restarted it is over. Raises
+        StaleIncarnation, StaleEpoch if the pool is of an earlier incarnation, NoTransport, WrongSecret, OutsideWindow,
+        NotDrained.
         """
         pool = self._pools.find(pool_id)
         pool.require(incarnation)

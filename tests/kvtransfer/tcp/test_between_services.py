@@ -22,6 +22,7 @@ from services.kvtransfer.transports.tcp import inbound_put
 from services.kvtransfer.transports.tcp.channel import Channel
 from services.kvtransfer.transports.tcp.transport import TcpTransport
 from services.protocol.errors import Code, ServiceError
+from tests.kvtransfer import port as ports
 from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.port import PATIENCE_S, DirectPort
@@ -214,3 +215,25 @@ async def test_a_service_that_drains_lets_what_arrives_end() -> None:
         sender.pool.raise_ready(0, 3)
         assert (await first.done()).state == pb.PUSH_STATE_COMMITTED
         await asyncio.wait_for(draining, PATIENCE_S)
+
+
+async def test_an_attempt_at_a_receiver_that_restarted_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is of an incarnation that is gone: there is nobody to ask and nothing to keep."""
+    async with pair({}, {}) as (sender, receiver):
+        order = sender.order(await receiver.grant("r", 0, 8, [4, 5]), 0, 8, [1, 2], ready_slot=0)
+        push = sender.push(order)
+        await push.opened()
+        await receiver.port.close()
+        with pytest.raises(ServiceError):
+            await push.done()
+        other = DirectPort()
+        successor = await FakeEngine(other, "d").start()
+        successor.endpoint = receiver.endpoint
+        with monkeypatch.context() as context:
+            context.setitem(ports._direct, receiver.endpoint, other.service)
+            await moves(sender, successor)
+            assert not await sender.end_attempt(order)
+        (pool,) = sender.port.service._pools.all()  # type: ignore[attr-defined]
+        assert not pool.attempts
+        successor.close()
+        await other.close()
