@@ -1,4 +1,4 @@
-"""The router as the commands see it: calls in, plain values out. The only file here that knows the contracts."""
+"""The router as the commands see it: calls in, plain values out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
-from microserve.types.v1 import sampling_pb2
 
 from services.cli.errors import CliError
-from services.cli.values import Answer, Arm, Engine, Explanation, Leg, Option, Policy, Question, Split
+from services.cli.values import Answer, Engine, Explanation, Policy, Question, Split
+from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_policy, to_split
 from services.protocol.errors import Code
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
@@ -40,7 +39,7 @@ class RouterClient:
         """Pieces of text as they come, and the whole answer last. Leaving it early cancels the request."""
         stub = router_pb2_grpc.RouterServiceStub(self.channel)
         metadata = ((POLICY_KEY, question.policy),) if question.policy else ()
-        call = stub.Generate(_request(question), timeout=timeout_s, metadata=metadata)
+        call = stub.Generate(request_message(question), timeout=timeout_s, metadata=metadata)
         pieces: list[router_pb2.GenerateResponse] = []
         try:
             with remote_errors():
@@ -50,61 +49,50 @@ class RouterClient:
                         yield piece.text
         finally:
             call.cancel()
-        yield _answer(pieces)
+        yield to_answer(pieces)
 
     async def list_engines(self) -> list[Engine]:
         """The fleet, by address."""
         reply = await self._admin.ListEngines(admin_pb2.ListEnginesRequest(), timeout=_ADMIN_TIMEOUT_S)
-        return [_engine(engine) for engine in reply.engines]
+        return [to_engine(engine) for engine in reply.engines]
 
     async def list_policies(self) -> list[Policy]:
         """Programs at hand, by name."""
         reply = await self._admin.ListPolicies(admin_pb2.ListPoliciesRequest(), timeout=_ADMIN_TIMEOUT_S)
-        return [_policy(policy) for policy in reply.policies]
+        return [to_policy(policy) for policy in reply.policies]
 
     async def get_policy(self, name: str) -> tuple[Policy, str]:
         """A program (empty name: the current one) and its source."""
         request = admin_pb2.GetPolicyRequest(name=name)
         reply = await self._admin.GetPolicy(request, timeout=_ADMIN_TIMEOUT_S)
-        return _policy(reply.policy), reply.source
+        return to_policy(reply.policy), reply.source
 
     async def set_policy(self, name: str, source: str = "") -> Policy:
         """Makes a program the current one; with `source` it is uploaded first."""
         request = admin_pb2.SetPolicyRequest(name=name, source=source)
         reply = await self._admin.SetPolicy(request, timeout=_ADMIN_TIMEOUT_S)
-        return _policy(reply.policy)
+        return to_policy(reply.policy)
 
     async def roll_back_policy(self) -> Policy:
         """Restores the last good program."""
         reply = await self._admin.RollBackPolicy(admin_pb2.RollBackPolicyRequest(), timeout=_ADMIN_TIMEOUT_S)
-        return _policy(reply.policy)
+        return to_policy(reply.policy)
 
     async def split_policies(self, shares: Mapping[str, float]) -> Split:
         """Begins a split; with no shares ends it."""
         wanted = [admin_pb2.PolicyShare(policy=name, percent=percent) for name, percent in shares.items()]
         request = admin_pb2.SplitPoliciesRequest(shares=wanted)
-        return _split((await self._admin.SplitPolicies(request, timeout=_ADMIN_TIMEOUT_S)).split)
+        return to_split((await self._admin.SplitPolicies(request, timeout=_ADMIN_TIMEOUT_S)).split)
 
     async def get_split(self) -> Split:
         """The present or last split with its results."""
-        return _split((await self._admin.GetSplit(admin_pb2.GetSplitRequest(), timeout=_ADMIN_TIMEOUT_S)).split)
+        return to_split((await self._admin.GetSplit(admin_pb2.GetSplitRequest(), timeout=_ADMIN_TIMEOUT_S)).split)
 
     async def explain(self, request_id: str) -> Explanation:
         """Why a recent request ran where it did."""
         request = admin_pb2.ExplainRequestRequest(request_id=request_id)
         reply = await self._admin.ExplainRequest(request, timeout=_ADMIN_TIMEOUT_S)
-        return Explanation(
-            request_id=request_id,
-            policy=reply.policy,
-            code=reply.code,
-            chosen=_option(reply.chosen) if reply.HasField("chosen") else None,
-            alternatives=tuple(map(_option, reply.alternatives)),
-            weighed=reply.weighed_count,
-            ttft_ms=_milliseconds(reply.ttft) if reply.HasField("ttft") else None,
-            jct_ms=_milliseconds(reply.jct),
-            output_tokens=reply.output_token_count,
-            legs=tuple(map(_leg, reply.legs)),
-        )
+        return to_explanation(request_id, reply)
 
     @property
     def _admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
@@ -165,117 +153,3 @@ def _explain(address: str, error: RemoteError) -> CliError:
     sentence = re.sub(r"\s+", " ", error.message)
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"
     return CliError(f"{sentence} ({name})")
-
-
-def _request(question: Question) -> router_pb2.GenerateRequest:
-    request = router_pb2.GenerateRequest(
-        sampling=sampling_pb2.SamplingParams(
-            temperature=question.temperature, max_tokens=question.max_tokens, seed=question.seed or 0
-        ),
-        seed_given=question.seed is not None,
-    )
-    if question.raw:
-        request.text = question.text
-    else:
-        request.chat.messages.add(role="user", content=question.text)
-    return request
-
-
-def _answer(pieces: list[router_pb2.GenerateResponse]) -> Answer:
-    if not pieces or not pieces[-1].finish_reason:
-        raise CliError("the router ended the answer without saying why")
-    first, last = pieces[0], pieces[-1]
-    return Answer(
-        text="".join(piece.text for piece in pieces),
-        request_id=first.request_id,
-        policy=first.policy,
-        finish_reason=_name(sampling_pb2.FinishReason.Name(last.finish_reason), "FINISH_REASON_"),
-        prompt_tokens=last.usage.prompt_token_count,
-        cached_tokens=last.usage.cached_token_count,
-        output_tokens=last.usage.output_token_count,
-        legs=tuple(_leg(leg) for leg in last.legs),
-    )
-
-
-def _leg(leg: sampling_pb2.Leg) -> Leg:
-    timing = leg.timing
-    return Leg(
-        verb=_name(sampling_pb2.Verb.Name(leg.verb), "VERB_"),
-        engine=leg.engine,
-        begin=leg.range.begin,
-        end=leg.range.end,
-        matched=timing.matched_token_count,
-        transferred=timing.transferred_token_count,
-        computed=timing.computed_token_count,
-        generated=timing.generated_token_count,
-        transferred_bytes=timing.transferred_bytes,
-        elapsed_ms=_milliseconds(leg.elapsed),
-        first_token_ms=_milliseconds(leg.first_token) if leg.HasField("first_token") else None,
-    )
-
-
-def _engine(engine: admin_pb2.EngineStatus) -> Engine:
-    info, load = engine.info, engine.load
-    return Engine(
-        name=info.engine_name,
-        address=engine.address,
-        healthy=engine.healthy,
-        problem=engine.problem,
-        model=info.model,
-        device=info.device,
-        running=load.running_sequence_count,
-        waiting=load.waiting_sequence_count + load.waiting_for_kv_count,
-        reservations=load.reservation_count,
-        pages_free=load.pages.free,
-        pages_cached=load.pages.cached,
-        pages_total=load.pages.total,
-        draining=load.draining,
-    )
-
-
-def _policy(policy: admin_pb2.PolicyInfo) -> Policy:
-    return Policy(policy.name, policy.summary, policy.current, policy.file)
-
-
-def _split(split: admin_pb2.Split) -> Split:
-    return Split(
-        split.active,
-        tuple(
-            Arm(
-                policy=arm.policy,
-                percent=arm.percent,
-                requests=dict(arm.request_count_by_code),
-                ttft_mean_ms=_milliseconds(arm.ttft.mean),
-                ttft_p99_ms=_milliseconds(arm.ttft.p99),
-                tpot_mean_ms=_milliseconds(arm.tpot.mean),
-                jct_mean_ms=_milliseconds(arm.jct.mean),
-                jct_p99_ms=_milliseconds(arm.jct.p99),
-            )
-            for arm in split.arms
-        ),
-    )
-
-
-def _option(option: admin_pb2.PlacementOption) -> Option:
-    return Option(
-        pattern=option.pattern,
-        decode=option.decode_engine,
-        prefill=option.prefill_engine,
-        split=option.split,
-        wait_ms=_milliseconds(option.wait),
-        compute_ms=_milliseconds(option.compute),
-        transfer_ms=_milliseconds(option.transfer),
-        decode_ms=_milliseconds(option.decode),
-        delay_ms=_milliseconds(option.delay),
-        ttft_ms=_milliseconds(option.ttft),
-        jct_ms=_milliseconds(option.jct),
-        cost_ms=_milliseconds(option.cost),
-    )
-
-
-def _name(value: str, prefix: str) -> str:
-    return value.removeprefix(prefix).lower()
-
-
-def _milliseconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e6
