@@ -117,6 +117,27 @@ def test_it_chooses_as_the_plain_way(size: int, roles: tuple[str, ...]) -> None:
             same(lambda: roster.pair_by_prefix(REQUEST, avoided), lambda: choose.pair_by_prefix(REQUEST, left))  # noqa: B023
 
 
+@pytest.mark.parametrize("size", [1, 6, 7, 40])
+def test_the_shortlist_has_the_best_of_each_kind_and_few_others(size: int) -> None:
+    source, index = random.Random(size), BlockIndex()
+    engines = fleet(source, index, size, ("",))
+    roster = Roster(engines, index)
+    for _ in range(20):
+        for engine in source.sample(engines, size // 2):
+            change(source, engine)
+            roster.moved(engine)
+        avoided = {each.address for each in source.sample(engines, size // 3)}
+        left = [each.snapshot() for each in engines if each.address not in avoided]
+        listed = {each.address: each for each in roster.shortlist(REQUEST, 2, avoided)}
+        assert len(listed) == (len(left) if len(left) <= 6 else min(len(listed), 6))
+        assert not avoided & listed.keys()
+        assert choose.least_loaded(left).address in listed
+        shortest = min(each.prompt_tokens for each in left)
+        assert shortest in {each.snapshot().prompt_tokens for each in listed.values()}
+        longest = max(each.cached_prefix(REQUEST) for each in left)
+        assert longest in {each.snapshot().cached_prefix(REQUEST) for each in listed.values()}
+
+
 def test_the_index_knows_what_the_engines_know() -> None:
     source, index = random.Random(0), BlockIndex()
     names = [bytes([number]) * 16 for number in range(20)]

@@ -10,20 +10,24 @@ migration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import itemgetter
+from typing import TypeAlias
 
 from services.router.cost.book import CostBook
 from services.router.cost.least_squares import RELATIVE_NOISE
-from services.router.cost.speeds import DecodeWork, PrefillWork, SendWork
+from services.router.cost.speeds import DecodeWork, EngineSpeeds, PrefillWork, SendWork
 from services.router.errors import NoEngine
 from services.router.fleet.info import EngineSnapshot
 from services.router.request import PolicyRequest
 
 # With many engines only the best few of each kind are combined: most pairs are worse than these by their parts already.
-MAX_PROVIDERS = 4
-MAX_RECEIVERS = 4
+MAX_PROVIDERS = 2
+MAX_RECEIVERS = 2
+SHORTLIST = 3  # engines of each kind that a placement is sought among, see Roster.shortlist
+MAX_SPLIT_PAIRS = 2  # pairs of engines for which the best split is sought
 DOUBT = 1 + RELATIVE_NOISE  # more verbs, more that can go wrong: they must promise to be better by more than noise
 NUM_SPLITS = 8  # shares of the prompt that are tried as split, in eighths
 
@@ -72,6 +76,24 @@ class Placement:
         return self.jct_s + self.delay_s
 
 
+_Ranked: TypeAlias = tuple[tuple[bool, float], Placement]  # the least comes first
+
+
+class _Site:
+    """An engine for one request, and what does not depend on where else it could go."""
+
+    __slots__ = ("cached", "context", "engine", "sequences", "speeds", "step_s", "wait_s")
+
+    def __init__(self, engine: EngineSnapshot, speeds: EngineSpeeds, cached: int) -> None:
+        self.engine = engine
+        self.speeds = speeds
+        self.cached = cached  # tokens of the prompt
+        self.sequences = engine.sequences
+        self.context = engine.load.context_tokens
+        self.wait_s = speeds.wait_s(engine.prompt_tokens)
+        self.step_s = speeds.step_s(DecodeWork(self.sequences, self.context))  # with nothing of this request
+
+
 class Planner:
     """Weighs the placements of one request."""
 
@@ -80,46 +102,45 @@ class Planner:
         if not engines:
             raise NoEngine("no healthy engine serves this model", retry_delay_s=1.0)
         self._book = book
-        self._request = request
-        self._engines = engines
         self._length = len(request.prompt)
         self._output = book.expected_output(request)
-        self._cached = {each.address: min(each.cached_prefix(request), self._length - 1) for each in engines}
+        self._sites = [
+            _Site(each, book.engine(each), min(each.cached_prefix(request), self._length - 1)) for each in engines
+        ]
 
     def placements(self) -> list[Placement]:
         """All that are worth a look, the cheapest first. Those that find too few free pages come last."""
-        alone = sorted(map(self.alone, self._engines), key=self._rank)
-        placements = [*alone, *self._pairs(alone)]
-        return sorted(placements, key=self._rank)
+        ranked = [self._ranked(site, self._alone(site)) for site in self._sites]
+        ranked += self._pairs()
+        ranked.sort(key=itemgetter(0))
+        return [placement for _, placement in ranked]
 
-    def alone(self, engine: EngineSnapshot) -> Placement:
+    def _alone(self, site: _Site) -> Placement:
         """All on one engine."""
-        cached = self._cached[engine.address]
-        wait_s = self._book.engine(engine).wait_s(engine.prompt_tokens)
-        compute_s, decode_s, delay_s = self._decoding(engine, cached)
-        pattern = Pattern.CACHED if 2 * cached >= self._length else Pattern.DATA_PARALLEL
-        return Placement(pattern, engine, None, 0, wait_s, compute_s, 0.0, decode_s, delay_s)
+        compute_s, decode_s, delay_s = self._decoding(site, site.cached)
+        pattern = Pattern.CACHED if 2 * site.cached >= self._length else Pattern.DATA_PARALLEL
+        return Placement(pattern, site.engine, None, 0, site.wait_s, compute_s, 0.0, decode_s, delay_s)
 
-    def split(self, provider: EngineSnapshot, receiver: EngineSnapshot, split: int) -> Placement:
+    def _split(self, provider: _Site, receiver: _Site, split: int) -> Placement:
         """`provider` computes prompt[:split] or has it cached and sends what `receiver` lacks; that one does the
         rest."""
-        speeds, there = self._book.engine(provider), min(self._cached[provider.address], split)
-        missing = split - self._cached[receiver.address]
+        there = min(provider.cached, split)
+        missing = split - receiver.cached
         computed = split - there
-        added_s = speeds.prefill_s(PrefillWork(computed, there))
-        provider_s = self._step_s(provider) + added_s if computed else 0.0
+        added_s = provider.speeds.prefill_s(PrefillWork(computed, there))
+        provider_s = provider.step_s + added_s if computed else 0.0
         moved = min(computed, missing)
-        send_s = self._book.link(provider, receiver).send_s(SendWork(cached=missing - moved, computed=moved))
-        transfer_s = self._book.engine(receiver).reserve_s + send_s
-        wait_s = speeds.wait_s(provider.prompt_tokens) if computed else 0.0
+        link = self._book.link(provider.engine, receiver.engine)
+        transfer_s = receiver.speeds.reserve_s + link.send_s(SendWork(cached=missing - moved, computed=moved))
+        wait_s = provider.wait_s if computed else 0.0
         ready_s = wait_s + provider_s + transfer_s
         # Its queue gets shorter while the KV is on its way.
-        more_wait_s = max(0.0, self._book.engine(receiver).wait_s(receiver.prompt_tokens) - ready_s)
+        more_wait_s = max(0.0, receiver.wait_s - ready_s)
         compute_s, decode_s, delay_s = self._decoding(receiver, split)
         return Placement(
             self._pattern(computed, split),
-            receiver,
-            provider,
+            receiver.engine,
+            provider.engine,
             split,
             wait_s + more_wait_s,
             provider_s + compute_s,
@@ -128,54 +149,55 @@ class Planner:
             delay_s + provider.sequences * added_s,
         )
 
-    def _pairs(self, alone: Sequence[Placement]) -> Iterator[Placement]:
-        able = [each.decode for each in alone if each.decode.info.can_transfer]
-        by_cache = sorted(able, key=lambda each: -self._cached[each.address])[:2]
+    def _pairs(self) -> list[_Ranked]:
+        """Of many pairs only the most promising ones, and of these only the best with every split."""
+        able, last = [site for site in self._sites if site.engine.info.can_transfer], self._length - 1
+        by_cache = sorted(able, key=lambda site: -site.cached)[:1]
         by_time = sorted(able, key=self._provide_s)[:MAX_PROVIDERS]
-        by_decoding = sorted(able, key=lambda each: sum(self._decoding(each, self._length - 1)))[:MAX_RECEIVERS]
-        for provider in {each.address: each for each in (*by_cache, *by_time)}.values():
-            for receiver in by_decoding:
-                if provider.address != receiver.address:
-                    for split in self._splits(provider, receiver):
-                        yield self.split(provider, receiver, split)
+        receivers = sorted(able, key=lambda site: sum(self._decoding(site, last)))[:MAX_RECEIVERS]
+        pairs = {(one, other): None for one in (*by_cache, *by_time) for other in receivers if one is not other}
+        whole = [
+            (self._ranked(other, self._split(one, other, last)), one, other)
+            for one, other in pairs
+            if other.cached < last
+        ]
+        whole.sort(key=lambda each: each[0][0])
+        ranked = [each for each, _, _ in whole]
+        for _, one, other in whole[:MAX_SPLIT_PAIRS]:
+            ranked += [self._ranked(other, self._split(one, other, split)) for split in self._splits(one, other)]
+        return ranked
 
-    def _splits(self, provider: EngineSnapshot, receiver: EngineSnapshot) -> list[int]:
-        """Whole pages, so that no page is filled by both; and all but the last token."""
-        last, page = self._length - 1, receiver.info.page_size
+    def _splits(self, provider: _Site, receiver: _Site) -> list[int]:
+        """Whole pages, so that no page is filled by both; all but the last token is another matter."""
+        last, page = self._length - 1, receiver.engine.info.page_size
         shares = {min(last, self._length * share // NUM_SPLITS // page * page) for share in range(1, NUM_SPLITS)}
-        shares |= {last, min(last, self._cached[provider.address] // page * page)}
-        return sorted(share for share in shares if share > self._cached[receiver.address])
+        shares.add(min(last, provider.cached // page * page))
+        return sorted(share for share in shares if receiver.cached < share < last)
 
-    def _provide_s(self, engine: EngineSnapshot) -> float:
+    def _provide_s(self, site: _Site) -> float:
         """Seconds until an engine would have the whole prompt."""
-        speeds, there = self._book.engine(engine), self._cached[engine.address]
-        return speeds.wait_s(engine.prompt_tokens) + speeds.prefill_s(PrefillWork(self._length - there, there))
+        return site.wait_s + site.speeds.prefill_s(PrefillWork(self._length - site.cached, site.cached))
 
-    def _step_s(self, engine: EngineSnapshot) -> float:
-        """Seconds of a step there as it is, with nothing of this request."""
-        return self._book.engine(engine).step_s(DecodeWork(engine.sequences, engine.load.context_tokens))
-
-    def _decoding(self, engine: EngineSnapshot, ready: int) -> tuple[float, float, float]:
+    def _decoding(self, site: _Site, ready: int) -> tuple[float, float, float]:
         """(computing prompt[ready:], generating, what that delays others there) in seconds."""
-        speeds, beside = self._book.engine(engine), engine.sequences
-        added_s, without_s = speeds.prefill_s(PrefillWork(self._length - ready, ready)), self._step_s(engine)
-        context = engine.load.context_tokens
-        step_s = speeds.step_s(DecodeWork(beside + 1, context + self._length + self._output / 2))
+        speeds, beside = site.speeds, site.sequences
+        added_s = speeds.prefill_s(PrefillWork(self._length - ready, ready))
+        step_s = speeds.step_s(DecodeWork(beside + 1, site.context + self._length + self._output / 2))
         decode_s = max(0.0, self._output - 1) * step_s
         # Others are half done on average. While they are there, this sequence makes each of their steps longer, and its
         # prompt holds all of them up once.
         together = min(self._output, self._book.mean_output / 2)
-        delay_s = beside * (added_s + together * max(0.0, step_s - without_s))
-        return without_s + added_s, decode_s, delay_s
+        delay_s = beside * (added_s + together * max(0.0, step_s - site.step_s))
+        return site.step_s + added_s, decode_s, delay_s
 
     def _pattern(self, computed: int, split: int) -> Pattern:
         if not computed:
             return Pattern.MIGRATION
         return Pattern.DISAGGREGATED if split == self._length - 1 else Pattern.BALANCED
 
-    def _rank(self, placement: Placement) -> tuple[bool, float]:
+    def _ranked(self, site: _Site, placement: Placement) -> _Ranked:
         """Without enough pages a request is refused, or waits for as long as others please."""
-        engine = placement.decode
-        pages = -(-(self._length - self._cached[engine.address]) // engine.info.page_size)
+        engine = site.engine
+        pages = -(-(self._length - site.cached) // engine.info.page_size)
         doubt = 1.0 if placement.prefill is None else DOUBT
-        return pages > engine.load.usable_pages > 0, doubt * placement.cost_s
+        return (pages > engine.load.usable_pages > 0, doubt * placement.cost_s), placement

@@ -89,12 +89,13 @@ class EngineSpeeds:
 
     def prefill_s(self, work: PrefillWork) -> float:
         """Seconds by which computing that makes steps longer which are done anyway."""
-        between = work.tokens * (work.context + work.tokens / 2)
-        return self.steps.predict(StepsWork(0, work.tokens, between).features)
+        _, token_s, context_s, _, _ = self.steps.coefficients
+        return work.tokens * (token_s + context_s * (work.context + work.tokens / 2))
 
     def step_s(self, work: DecodeWork) -> float:
         """Seconds between two tokens of one sequence."""
-        return self.steps.predict(StepsWork(1, rows=work.sequences, row_context=work.context).features)
+        each_s, _, _, row_s, context_s = self.steps.coefficients
+        return each_s + row_s * work.sequences + context_s * work.context
 
     def wait_s(self, queued_tokens: int) -> float:
         """Seconds until so many prompt tokens, of others, have been computed."""

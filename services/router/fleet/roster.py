@@ -113,6 +113,27 @@ class Roster(Generic[Item]):
         prefill, decode = self._choose(choice, avoided)
         return prefill, decode
 
+    def shortlist(self, request: PolicyRequest, count: int, avoided: Collection[str]) -> list[Item]:
+        """Those that any good choice is among: `count` with the fewest sequences for their size, with the fewest prompt
+        tokens to compute, and with most of the prompt cached each; all where there are hardly more. NoEngine."""
+
+        def choice(among: _Candidates) -> tuple[int, ...]:
+            positions = among.everyone.positions
+            if len(positions) <= 3 * count:
+                return tuple(positions)
+            lists = [self._few(positions, count, key) for key in (self._sequences, self._prompt_tokens)]
+            holders = self._most_cached(request, among.everyone)
+            if len(holders) < len(positions):
+                lists.append(self._few(holders, count, self._sequences))
+            return tuple(np.unique(np.concatenate(lists)))
+
+        return self._choose(choice, avoided)
+
+    @staticmethod
+    def _few(positions: Positions, count: int, key: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Positions:
+        """`count` of these places with the least keys; of equal ones the first."""
+        return positions[np.argsort(key[positions], kind="stable")[:count]]
+
     def _choose(self, choice: Callable[[_Candidates], tuple[int, ...]], avoided: Collection[str]) -> list[Item]:
         """What `choice` says of those that may be chosen now. NoEngine."""
         self._refresh()

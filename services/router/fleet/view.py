@@ -9,7 +9,7 @@ from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.cost.book import CostBook
 from services.router.cost.decision import Decision
-from services.router.cost.placement import Planner
+from services.router.cost.placement import SHORTLIST, Planner
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
@@ -217,7 +217,8 @@ class Fleet:
     def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
         """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`
         does it all. Why, is kept with the request's trace. NoEngine."""
-        placements = Planner(self._costs, request, self._candidates()).placements()
+        shortlist = self._roster().shortlist(request, SHORTLIST, self._scope.avoided)
+        placements = Planner(self._costs, request, [member.snapshot() for member in shortlist]).placements()
         self._scope.legs.decision = Decision.of(placements)
         best = placements[0]
         prefill = None if best.prefill is None else self.engine(best.prefill)
