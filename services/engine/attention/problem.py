@@ -105,10 +105,13 @@ class Problem:
 
 @contextmanager
 def _uninitialized_is_nan() -> Iterator[None]:
-    """Has torch fill what it allocates: that comes with its deterministic mode."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Has torch fill what it allocates: that comes with its deterministic mode.
+
+    use_deterministic_algorithms would do the same, but loads the compiler first, which takes longer than all else here.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
