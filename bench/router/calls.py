@@ -83,12 +83,17 @@ async def read(start: Open, num_tokens: int) -> Stream:
 
 
 async def closed_loop(start: Open, num_tokens: int, *, concurrency: int, num_requests: int) -> list[Stream]:
-    """So many requests, so many at once."""
+    """So many equal requests, so many at once."""
+    return await work_through(start, [num_tokens] * num_requests, concurrency=concurrency)
+
+
+async def work_through(start: Open, lengths: Sequence[int], *, concurrency: int) -> list[Stream]:
+    """A request for each of these numbers of tokens, so many at once."""
     streams: list[Stream] = []
-    left = iter(range(num_requests))
+    left = iter(lengths)
 
     async def client() -> None:
-        streams.extend([await read(start, num_tokens) for _ in left])
+        streams.extend([await read(start, num_tokens) for num_tokens in left])
 
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):

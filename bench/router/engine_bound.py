@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from statistics import median
 
-from bench.router.calls import Open, closed_loop, direct, through
+from bench.router.calls import Open, direct, through, work_through
 from bench.router.figures import Figure
 from bench.router.suite import Stopwatch, Stubs
 from services.cli.client import wait_serving
 from services.rpc.channel import make_channel
 
 STEP_MS, BATCH = 10.0, 16
-NUM_TOKENS, CONCURRENCY, NUM_REQUESTS = 64, 24, 64
+SHORTEST, LONGEST, CONCURRENCY, NUM_REQUESTS = 16, 112, 24, 96
 
 
 async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
@@ -19,11 +20,13 @@ async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
     stub = stubs.start_stub(step_ms=STEP_MS, batch=BATCH, name="bound")
     router = stubs.start_roomy_router([stub], name="bound-router")
     await wait_serving(router.address, 60)
+    source = random.Random(0)
     ratios, rates = list[float](), list[float]()
     async with make_channel(router.address) as to_router, make_channel(stub.address) as to_stub:
         for _ in range(rounds):
-            rates.append(await _tokens_per_s(through(to_router)))
-            ratios.append(rates[-1] / await _tokens_per_s(direct(to_stub)))
+            lengths = [source.randint(SHORTEST, LONGEST) for _ in range(NUM_REQUESTS)]
+            rates.append(await _tokens_per_s(through(to_router), lengths))
+            ratios.append(rates[-1] / await _tokens_per_s(direct(to_stub), lengths))
     for process in (router, stub):
         process.terminate()
     return [
@@ -38,7 +41,7 @@ async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
     ]
 
 
-async def _tokens_per_s(start: Open) -> float:
+async def _tokens_per_s(start: Open, lengths: list[int]) -> float:
     with Stopwatch() as watch:
-        streams = await closed_loop(start, NUM_TOKENS, concurrency=CONCURRENCY, num_requests=NUM_REQUESTS)
+        streams = await work_through(start, lengths, concurrency=CONCURRENCY)
     return sum(stream.num_tokens for stream in streams) / watch.cost.wall_s
