@@ -12,7 +12,7 @@ import pytest
 from services.kvtransfer.errors import PushStalled
 from services.kvtransfer.push import AllReady, Push, PushState
 from services.kvtransfer.transports.base import Capabilities, PutProgress, Reach
-from tests import virtual_time
+from services.router.simulate.loop import run
 
 STALL_S = 30.0
 
@@ -72,7 +72,7 @@ def push(layer_s: float, stops_s: float) -> tuple[PushState, float]:
             last = progress
         return last.state, asyncio.get_running_loop().time()
 
-    return virtual_time.run(main())
+    return run(main())
 
 
 def test_a_slow_layer_is_no_stall() -> None:
