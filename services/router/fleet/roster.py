@@ -121,18 +121,21 @@ class Roster(Generic[Item]):
             positions = among.everyone.positions
             if len(positions) <= 3 * count:
                 return tuple(positions)
-            lists = [self._few(positions, count, key) for key in (self._sequences, self._prompt_tokens)]
+            lists = [
+                self._few(positions, count, self._sequences, self._prompt_tokens),
+                self._few(positions, count, self._prompt_tokens),
+            ]
             holders = self._most_cached(request, among.everyone)
             if len(holders) < len(positions):
-                lists.append(self._few(holders, count, self._sequences))
+                lists.append(self._few(holders, count, self._sequences, self._prompt_tokens))
             return tuple(np.unique(np.concatenate(lists)))
 
         return self._choose(choice, avoided)
 
     @staticmethod
-    def _few(positions: Positions, count: int, key: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Positions:
-        """`count` of these places with the least keys; of equal ones the first."""
-        return positions[np.argsort(key[positions], kind="stable")[:count]]
+    def _few(positions: Positions, count: int, *keys: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Positions:
+        """`count` of these places with the least first keys, of equal ones the least second, and so on."""
+        return positions[np.lexsort([key[positions] for key in reversed(keys)])[:count]]
 
     def _choose(self, choice: Callable[[_Candidates], tuple[int, ...]], avoided: Collection[str]) -> list[Item]:
         """What `choice` says of those that may be chosen now. NoEngine."""
