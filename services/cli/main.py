@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from services.cli import commands, kv, policy
 from services.cli.errors import CliError, ServiceFailed
+from services.cli.simulate import simulate
 from services.cli.up import UpOptions, up
 from services.engine.model.catalogue import DEFAULT_MODEL
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("ask")(commands.ask)
 app.command("engines")(commands.engines)
 app.command("explain")(commands.explain)
+app.command("simulate")(simulate)
 app.add_typer(policy.app, name="policy")
 app.add_typer(kv.app, name="kv")
 app.add_typer(commands.model_app, name="model")

@@ -1,0 +1,111 @@
+"""`microserve simulate`: router programs over simulated engines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from services.cli import output
+from services.cli.commands import Json
+from services.cli.errors import CliError
+from services.cli.policy import is_file
+from services.router.errors import RouterError
+from services.router.simulate.fleet import Arrival, simulated_router
+from services.router.simulate.hardware import HARDWARE, FleetHardware
+from services.router.simulate.loop import run
+from services.router.traces import Trace
+
+_SPREAD = 0.3  # lengths vary by up to this share around their mean
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a policy did. Times in milliseconds, means but for the last; None where no request was answered."""
+
+    policy: str
+    requests: int
+    failed: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    jct_ms: float | None
+    jct_p99_ms: float | None
+
+
+def simulate(
+    policies: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Router programs to compare.")],
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, Poisson.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=1, max=100_000)] = 200,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=4096, help="On average.")] = 384,
+    shared_tokens: Annotated[int, typer.Option(min=0, max=4096, help="More, the same in every prompt.")] = 0,
+    output_tokens: Annotated[int, typer.Option(min=1, max=2048, help="On average.")] = 32,
+    engines: Annotated[int, typer.Option(min=1, max=1000)] = 2,
+    hardware: Annotated[str, typer.Option(help=f"What an engine is like: {', '.join(HARDWARE)}.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    json: Json = False,
+) -> None:
+    """Runs router programs over simulated engines, each with the same arrivals, on a clock that jumps."""
+    if hardware not in HARDWARE:
+        raise CliError(f"--hardware is one of {', '.join(HARDWARE)}")
+    fleet = FleetHardware({f"engine-{number}": HARDWARE[hardware] for number in range(engines)})
+    arrivals = _arrivals(random.Random(seed), rate, requests, prompt_tokens, shared_tokens, output_tokens)
+    results = [_row(policy, _traces(policy, fleet, arrivals)) for policy in policies]
+    output.print_json(results) if json else output.say(_table(results))
+
+
+def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> list[Trace]:
+    async def main() -> list[Trace]:
+        files = [Path(policy)] if is_file(policy) else []
+        async with simulated_router(fleet, files) as router:
+            return await router.serve(Path(policy).stem if files else policy, arrivals)
+
+    try:
+        return run(main())
+    except RouterError as error:
+        raise CliError(error.message) from None
+
+
+def _arrivals(
+    source: random.Random, rate: float, count: int, prompt_tokens: int, shared_tokens: int, output_tokens: int
+) -> list[Arrival]:
+    shared, made, now_s = tuple(range(shared_tokens)), list[Arrival](), 0.0
+    for _ in range(count):
+        now_s += source.expovariate(rate)
+        own = max(1, round(prompt_tokens * source.uniform(1 - _SPREAD, 1 + _SPREAD)))
+        wanted = max(1, round(output_tokens * source.uniform(1 - _SPREAD, 1 + _SPREAD)))
+        made.append(Arrival(now_s, (*shared, *source.choices(range(1 << 20), k=own)), wanted))
+    return made
+
+
+def _row(policy: str, traces: Sequence[Trace]) -> Simulated:
+    answered = [trace for trace in traces if trace.code == "OK"]
+    jcts = sorted(trace.duration_s for trace in answered)
+    return Simulated(
+        policy=policy,
+        requests=len(traces),
+        failed=len(traces) - len(answered),
+        ttft_ms=_mean_ms([trace.first_token_s for trace in answered]),
+        tpot_ms=_mean_ms([trace.per_token_s for trace in answered]),
+        jct_ms=_mean_ms(jcts),
+        jct_p99_ms=_mean_ms(jcts[int(0.99 * len(jcts)) :][:1]),
+    )
+
+
+def _mean_ms(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return 1e3 * fmean(known) if known else None
+
+
+def _table(results: Sequence[Simulated]) -> Table:
+    table = Table("policy", "requests", "failed", "ttft ms", "tpot ms", "jct ms", "jct p99 ms")
+    for each in results:
+        times = (each.ttft_ms, each.tpot_ms, each.jct_ms, each.jct_p99_ms)
+        shown = ["" if time is None else f"{time:.1f}" for time in times]
+        table.add_row(each.policy, str(each.requests), str(each.failed), *shown)
+    return table

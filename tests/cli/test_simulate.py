@@ -1,0 +1,45 @@
+"""`microserve simulate`: the user's program beside the built-in ones, and what is wrong said in a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Run
+
+HERE = Path(__file__).resolve().parents[2]
+
+
+def test_programs_are_compared_under_the_same_arrivals(microserve: Run) -> None:
+    own = HERE / "docs/examples/migrate_then_run.py"
+    command = ("simulate", "data_parallel", "balanced:0.5", str(own), "--requests", "20", "--rate", "2", "--json")
+    code, out, err = microserve(*command)
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [(row["policy"], row["requests"], row["failed"]) for row in rows] == [
+        ("data_parallel", 20, 0),
+        ("balanced:0.5", 20, 0),
+        (str(own), 20, 0),
+    ]
+    assert all(0 < row["ttft_ms"] < row["jct_ms"] <= row["jct_p99_ms"] for row in rows)
+    # Nothing is cached, so there is nothing to move.
+    assert rows[2]["jct_ms"] == rows[0]["jct_ms"] != rows[1]["jct_ms"]
+    assert microserve(*command)[1] == out
+
+
+def test_a_table_for_people(microserve: Run) -> None:
+    code, out, _ = microserve("simulate", "adaptive", "--requests", "3", "--shared-tokens", "64")
+    assert code == 0
+    assert "adaptive" in out
+    assert "jct p99 ms" in out
+
+
+def test_what_cannot_be_simulated_is_a_line(microserve: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("policy = 1")
+    for arguments in (("nonsense",), (str(broken),), ("adaptive", "--hardware", "abacus")):
+        code, out, err = microserve("simulate", *arguments)
+        assert code != 0
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("microserve: ")
