@@ -50,7 +50,9 @@ class EngineConfig(ServerConfig):
     page_size: int = field(default=16, metadata={"help": "tokens in a page"})
     max_context: int | None = field(
         default=None,
-        metadata={"help": "most tokens of a prompt and its output; none: what the model can, and half of the pool"},
+        metadata={
+            "help": "most tokens of a prompt and its output; none: as the model, and half of a pool without --pages"
+        },
     )
     max_batch_size: int = field(default=64, metadata={"help": "sequences computed in one step"})
     max_step_tokens: int = field(default=512, metadata={"help": "tokens computed in one step"})
