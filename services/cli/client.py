@@ -56,6 +56,11 @@ class RouterClient:
         reply = await self._admin.ListEngines(admin_pb2.ListEnginesRequest(), timeout=_ADMIN_TIMEOUT_S)
         return [to_engine(engine) for engine in reply.engines]
 
+    async def drain_engine(self, address: str, *, resume: bool, migrate: bool) -> None:
+        """An engine takes no new work, or takes it again; with `migrate` what runs there goes on elsewhere."""
+        request = admin_pb2.DrainEngineRequest(address=address, resume=resume, migrate=migrate)
+        await self._admin.DrainEngine(request, timeout=_ADMIN_TIMEOUT_S)
+
     async def list_policies(self) -> list[Policy]:
         """Programs at hand, by name."""
         reply = await self._admin.ListPolicies(admin_pb2.ListPoliciesRequest(), timeout=_ADMIN_TIMEOUT_S)

@@ -47,17 +47,6 @@ def ask(
         output.print_legs(answer)
 
 
-def engines(address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
-    """Shows the fleet as the router sees it."""
-
-    async def run() -> None:
-        async with router_client(address) as router:
-            fleet = await router.list_engines()
-        output.print_json(fleet) if json else output.print_engines(fleet)
-
-    asyncio.run(run())
-
-
 def explain(
     request: Annotated[str, typer.Argument(metavar="REQUEST", help="Its id, as `microserve ask --json` prints it.")],
     address: Address = DEFAULT_ADDRESS,

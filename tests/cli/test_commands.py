@@ -33,6 +33,24 @@ def test_ask_prints_json(microserve: Run, router_address: str) -> None:
     assert answer["legs"][1]["transferred_bytes"] == 1_234_567
 
 
+def test_engines_are_drained_by_name_or_address(microserve: Run, router_address: str) -> None:
+    for command, said in (
+        (("drain", "engine-0", "--migrate"), "engine-0 takes no new work\n"),
+        (("resume", "engine-0"), "engine-0 takes work again\n"),
+    ):
+        assert microserve("engines", *command, "--address", router_address) == (0, said, "")
+    # The fake router refuses this one with what it was asked: resume, migrate.
+    code, _, err = microserve("engines", "drain", "10.0.0.9:1", "--migrate", "--address", router_address)
+    assert code != 0
+    assert "False True" in err
+    code, out, err = microserve("engines", "drain", "engine-9", "--address", router_address)
+    assert (code != 0, out) == (True, "")
+    assert "no engine engine-9" in err
+    code, _, err = microserve("engines", "--address", router_address, "drain", "engine-0")
+    assert code != 0
+    assert "behind `drain`" in err
+
+
 def test_engines(microserve: Run, router_address: str) -> None:
     code, out, _ = microserve("engines", "--address", router_address)
     assert code == 0

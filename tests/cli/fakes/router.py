@@ -98,6 +98,11 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         engines[0].load.pages.total = 512
         return admin_pb2.ListEnginesResponse(engines=engines)
 
+    async def DrainEngine(self, request: Any, context: Any) -> admin_pb2.DrainEngineResponse:
+        if request.address == "10.0.0.9:1":
+            raise UnknownPolicy(f"{request.resume} {request.migrate}")
+        return admin_pb2.DrainEngineResponse()
+
     async def ListPolicies(self, request: Any, context: Any) -> admin_pb2.ListPoliciesResponse:
         return admin_pb2.ListPoliciesResponse(policies=[self.info(name) for name in sorted(PROGRAMS)])
 
