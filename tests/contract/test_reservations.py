@@ -88,17 +88,20 @@ async def test_a_wish_beyond_the_longest_lease_gets_the_longest(suite: Suite) ->
         await release(at, prepared.address)
 
 
-async def test_release_without_publishing_frees(suite: Suite) -> None:
+async def test_release_frees_what_is_not_filled_and_keeps_the_rest_cached(suite: Suite) -> None:
     sender, at = suite.engines[:2]
     prompt, before = prompt_of(100, 5), (await wait_for_load(at, idle)).pages
-    prepared = await prep_recv(suite, at, prompt, 100)
-    assert (await load(at)).pages.held == before.held + 7
-    await remote_send(suite, sender, prompt, prepared.address)
-    assert await release(at, prepared.address) == 0
-    after = (await wait_for_load(at, idle)).pages
-    assert (after.free, after.cached) == (before.free, before.cached)
-    assert await release(at, prepared.address) == 0, "idempotent"
-    assert (await generate(suite, at, prompt)).timing.matched_token_count == 0
+    for filled in (False, True):
+        prepared = await prep_recv(suite, at, prompt, 100)
+        assert (await load(at)).pages.held == before.held + 7
+        if filled:
+            await remote_send(suite, sender, prompt, prepared.address)
+        assert await release(at, prepared.address) == 0, "the count was not asked for"
+        after = (await wait_for_load(at, idle)).pages
+        num_cached = 100 // 16 if filled else 0
+        assert (after.free, after.cached) == (before.free - num_cached, before.cached + num_cached)
+        assert await release(at, prepared.address) == 0, "idempotent"
+    assert (await generate(suite, at, prompt)).timing.matched_token_count == 96
 
 
 async def test_release_publishes_only_what_is_filled(suite: Suite) -> None:
