@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.rpc.bind import split_address
-from services.rpc.channel import MAX_MESSAGE_BYTES, SERVER_MINIMUM_PING_INTERVAL_MS, Options, keepalive_options
+from services.rpc.channel import MAX_MESSAGE_BYTES, Options, keepalive_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,9 @@ def server_options(config: ServerConfig) -> Options:
     """The same as arguments of a grpc server."""
     return [
         *keepalive_options(),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", SERVER_MINIMUM_PING_INTERVAL_MS),
-        ("grpc.http2.max_ping_strikes", 2),
+        # Whoever pings is welcome: a busy machine reads pings late and one right after the other, and other people's
+        # clients ping as they like.
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         # With it two services could share a port by accident, and each would get half of the calls.
