@@ -14,9 +14,15 @@ class ReceiverSide(WorldState):
     """PrepRecv, leases, StartGenerate, Release, and the death of either process."""
 
     def prep(self, rid: str) -> None:
-        """PrepRecv: pages, then a grant. Refused at once if pages are short or the service is known gone."""
+        """PrepRecv: pages, then a grant. Refused at once if pages are short or the service is known gone.
+
+        Cached pages make room: they are in nobody's use, and whoever gets them next may write them.
+        """
         if not self.connected:
             return
+        for page in range(NUM_PAGES):
+            if self.ledger.is_published(page) and not self.ledger.users(page):
+                self.ledger.evict(page)
         try:
             pages = self.ledger.allocate(len(WINDOW))
         except OutOfPages:
@@ -63,9 +69,8 @@ class ReceiverSide(WorldState):
         machine = self.held[rid].machine
         if how == "abort":
             machine.abort()
-        elif machine.release(self.clock):
-            self._publish_and_free(rid)
-            return
+        else:
+            machine.release(self.clock)
         self._give_up_pages(rid)
 
     def start(self, rid: str) -> None:
@@ -95,16 +100,23 @@ class ReceiverSide(WorldState):
             wanted = [f"{rid}:{position}"] * WHOLE.kv_head_count
             assert self.content[page] == wanted, f"read {self.content[page]} before commit"
 
-    def _publish_and_free(self, rid: str) -> None:
+    def publish_if_filled(self, rid: str) -> None:
+        """Others may read the pages from the moment they are filled; nobody waits for a release."""
+        held = self.held[rid]
+        if held.machine.state is not ReservationState.FILLED or self.ledger.is_published(held.pages[0]):
+            return
         self._read(rid)
-        for page in self.held[rid].pages:
+        for page in held.pages:
             self.ledger.publish(page)
-        self.ledger.release(self.held[rid].pages)
-        self._revoke(rid)
 
     def _give_up_pages(self, rid: str) -> None:
         held = self.held[rid]
         held.starting = False
+        if self.ledger.is_published(held.pages[0]):
+            # Whole and committed: no copy into them can begin any more, so no fence has to be waited for.
+            self.ledger.release(held.pages)
+            self._revoke(rid)
+            return
         self.ledger.quarantine(held.pages)
         held.quarantined = True
         if held.grant == "drained":

@@ -42,7 +42,7 @@ SCENARIOS = {
     "retry supersedes": (superseding, Budget(starts=1, sender_cancels=1)),
     "retry supersedes, sender dies": (superseding, Budget(starts=1, sender_deaths=1, aborts=1)),
     "abort and reuse of the pages": (superseding, Budget(aborts=1, second_reservation=1, starts=1)),
-    "release publishes": (disjoint, Budget(releases=1, second_reservation=1, ticks=2)),
+    "what is filled is cached, evicted and used again": (disjoint, Budget(releases=1, second_reservation=1, ticks=2)),
     "lost grant reply": (disjoint, Budget(lost_grant_replies=1, second_reservation=1, starts=1)),
     "receiver dies": (superseding, Budget(receiver_deaths=1, starts=1, second_reservation=1)),
     "service dies": (disjoint, Budget(service_deaths=1, starts=1, second_reservation=1, aborts=1)),

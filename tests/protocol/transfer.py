@@ -54,6 +54,7 @@ class TransferSide(ReceiverSide):
             if rid not in self.held:
                 continue
             self.held[rid].machine.progress(status.committed, status.state.value == "WRITING", self.clock)
+            self.publish_if_filled(rid)
             self._tell_if_drained(rid)
 
     def service_dies(self) -> None:
