@@ -25,6 +25,7 @@ from services.rpc.channel import make_channel
 _TOKENS = 256
 # Of the time of the computing: in the middle of what counts.
 _TOTAL_OVER_PREFILL = 0.6
+_OTHER = 10_000
 _POLL_S = 0.004
 
 
@@ -41,8 +42,8 @@ async def measure_overlap(model: Path, rounds: int) -> Overlap:
     """Real engines, each with a transfer service of its own, over tcp; the receiver's two in a network namespace.
 
     The link there is shaped so that the whole KV takes 0.6 of the time that computing it takes. Every round sends a new
-    prompt while it is computed, gives the reservation up, and sends the same prompt again, whose KV the sender has by
-    then: the link is then the only thing to wait for. Raises CliError where no namespace can be made.
+    prompt while it is computed, and another one of the same length whose KV the sender has by then: the link is then
+    the only thing to wait for. Raises CliError where no namespace can be made.
     """
     with ShapedLink() as link, Fleet() as here, Fleet(within=link.prefix) as there:
         data = {"near": ["--data-listen", f"{link.near}:0"], "far": ["--data-listen", f"{link.far}:0"]}
@@ -93,7 +94,11 @@ async def _computed(nodes: Nodes, seed: int) -> sampling_pb2.Timing:
 
 async def _both(nodes: Nodes, seed: int) -> tuple[sampling_pb2.Timing, sampling_pb2.Timing]:
     """A send that computes, and one that finds everything computed."""
-    first, second = await _computed(nodes, seed), await _computed(nodes, seed)
+    first = await _computed(nodes, seed)
+    # Another prompt, for the receiver keeps what it got.
+    other = seed + _OTHER
+    await nodes.sender.generate_one(_prompt(other), f"{other}")
+    second = await _computed(nodes, other)
     if second.computed_token_count:
         raise CliError("the sender has not kept what it computed: its cache is too small to measure")
     return first, second
