@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bench.engine.load import SCENARIOS, Rates, measure, outside_model_share
+from bench.engine.load import SCENARIOS, Rates, Scenario, measure, outside_model_share
 from bench.engine.perplexity import perplexity
 from bench.engine.servers import LlamaCpp, Microserve, Server, Vllm, find, start_engine
 from bench.engine.start import start_to_first_token_s
@@ -28,46 +29,66 @@ from services.engine.model.loader import model_folder
 RESULT = Path("build/bench/engine.json")
 
 
+OURS = ("int8", "float32")  # by --dtype
+PEERS = ("llamacpp", "vllm")
+
+
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each load runs on each server.")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = core_count(),
     perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge int8 on; 0: skip.")] = 20_480,
+    servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = ",".join((*OURS, *PEERS)),
+    loads: Annotated[str, typer.Option(help="Which loads, by commas.")] = ",".join(each.key for each in SCENARIOS),
+    start: Annotated[bool, typer.Option(help="Measure the start, too.")] = True,
 ) -> None:
-    """Starts every server that is installed, loads them in turns, and prints a table."""
+    """Starts every server that is installed, loads them in turns, and prints a table.
+
+    A figure that compares servers or loads that are left out is left out, too.
+    """
+    wanted = _chosen("--servers", servers, (*OURS, *PEERS))
+    scenarios = [each for each in SCENARIOS if each.key in _chosen("--loads", loads, [each.key for each in SCENARIOS])]
     gguf = fetch(DEFAULT_MODEL)
     folder = model_folder(gguf)
-    figures: dict[str, float] = {"start_to_first_token_s": start_to_first_token_s()}
+    figures: dict[str, float] = {"start_to_first_token_s": start_to_first_token_s()} if start else {}
     with ExitStack() as resources:
         fleet = resources.enter_context(Fleet())
-        ours = start_engine(fleet, folder, "int8", threads, resources)
-        exact = start_engine(fleet, folder, "float32", threads, resources)
-        servers: list[Server] = [ours, exact, *_peers(gguf, folder, threads, resources)]
-        rates = measure(servers, rounds)
-        figures |= _ratios(rates, ours, exact)
-        figures["outside_model_share"] = outside_model_share(ours)
+        ours = {name: start_engine(fleet, folder, name, threads, resources) for name in OURS if name in wanted}
+        arms: list[Server] = [*ours.values(), *_peers(wanted, gguf, folder, threads, resources)]
+        rates = measure(arms, scenarios, rounds)
+        figures |= _ratios(rates, ours, scenarios)
+        if "int8" in ours and any(each.key == "batch32" for each in scenarios):
+            figures["outside_model_share"] = outside_model_share(ours["int8"])
     if perplexity_tokens:
         figures["perplexity_over_float32"] = perplexity(folder, "int8", threads, perplexity_tokens) / perplexity(
             folder, "float32", threads, perplexity_tokens
         )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=2) + "\n")
-    say(_table(rates, threads))
+    say(_table(rates, scenarios, threads))
     for name, value in figures.items():
         print(f"{name}: {value:.3f}")
 
 
-def _peers(gguf: Path, folder: Path, threads: int, resources: ExitStack) -> list[Server]:
+def _chosen(option: str, names: str, known: Sequence[str]) -> set[str]:
+    chosen = {name.strip() for name in names.split(",")}
+    if unknown := sorted(chosen - set(known)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}", param_hint=option)
+    return chosen
+
+
+def _peers(wanted: set[str], gguf: Path, folder: Path, threads: int, resources: ExitStack) -> list[Server]:
     logs = Path(resources.enter_context(tempfile.TemporaryDirectory()))
     peers: list[LlamaCpp | Vllm] = []
-    llama, vllm = find("LLAMA_SERVER", "llama-server", "llama-cpp-server"), find("VLLM", "vllm")
-    if llama:
-        peers.append(LlamaCpp(llama, gguf, threads, logs))
-    else:
-        print("llama.cpp's server is not installed (LLAMA_SERVER names it, or llama-server on the PATH)")
-    if vllm:
-        peers.append(Vllm(vllm, folder, threads, logs))
-    else:
-        print("vLLM is not installed (VLLM names its command, or vllm on the PATH)")
+    if "llamacpp" in wanted:
+        if llama := find("LLAMA_SERVER", "llama-server", "llama-cpp-server"):
+            peers.append(LlamaCpp(llama, gguf, threads, logs))
+        else:
+            print("llama.cpp's server is not installed (LLAMA_SERVER names it, or llama-server on the PATH)")
+    if "vllm" in wanted:
+        if vllm := find("VLLM", "vllm"):
+            peers.append(Vllm(vllm, folder, threads, logs))
+        else:
+            print("vLLM is not installed (VLLM names its command, or vllm on the PATH)")
     for peer in peers:
         resources.callback(peer.close)
     return [peer for peer in peers if _serves(peer)]
@@ -82,25 +103,27 @@ def _serves(peer: LlamaCpp | Vllm) -> bool:
     return True
 
 
-def _ratios(rates: Rates, ours: Microserve, exact: Microserve) -> dict[str, float]:
+def _ratios(rates: Rates, ours: Mapping[str, Microserve], scenarios: Sequence[Scenario]) -> dict[str, float]:
     figures = {}
-    peers = {server for server, _ in rates} - {ours.name, exact.name}
+    peers = {server for server, _ in rates} - {server.name for server in ours.values()}
     for peer in sorted(peers):
         key = "llamacpp" if peer == "llama.cpp" else "vllm"
-        for scenario in SCENARIOS:
-            figures[f"{scenario.key}_over_{key}"] = rates[ours.name, scenario] / rates[peer, scenario]
-        if key == "vllm":
-            figures["float32_over_vllm_min"] = min(rates[exact.name, each] / rates[peer, each] for each in SCENARIOS)
+        if fast := ours.get("int8"):
+            for scenario in scenarios:
+                figures[f"{scenario.key}_over_{key}"] = rates[fast.name, scenario] / rates[peer, scenario]
+        exact = ours.get("float32")
+        if exact is not None and key == "vllm":
+            figures["float32_over_vllm_min"] = min(rates[exact.name, each] / rates[peer, each] for each in scenarios)
     return figures
 
 
-def _table(rates: Rates, threads: int) -> Table:
+def _table(rates: Rates, scenarios: Sequence[Scenario], threads: int) -> Table:
     table = Table(title=f"tokens/s (prefill: prompt tokens/s), {threads} threads", title_justify="left", box=None)
     table.add_column("server", no_wrap=True)
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         table.add_column(scenario.title, justify="right")
     for server in dict.fromkeys(server for server, _ in rates):
-        table.add_row(server, *(f"{rates[server, scenario]:.0f}" for scenario in SCENARIOS))
+        table.add_row(server, *(f"{rates[server, scenario]:.0f}" for scenario in scenarios))
     return table
 
 

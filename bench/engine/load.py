@@ -43,11 +43,11 @@ SCENARIOS = (
 Rates = dict[tuple[str, Scenario], float]
 
 
-def measure(servers: Sequence[Server], rounds: int) -> Rates:
+def measure(servers: Sequence[Server], scenarios: Sequence[Scenario], rounds: int) -> Rates:
     """The median rate of each server under each load; the servers take turns, and each is warmed up first."""
     source = random.Random(0)
     seen: dict[tuple[str, Scenario], list[float]] = {}
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         for number in range(-1, rounds):
             for server in servers:
                 # Prompts are never used again, so that no prefix cache helps.

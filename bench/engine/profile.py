@@ -36,6 +36,7 @@ PAGE_SIZE, NUM_PAGES, REPEATS = 16, 1024, 15
 PARTS = {
     tiled_kernels.multiply_bytes: "linear layers",
     tiled_kernels.quantise_rows: "rounding rows to bytes",
+    paged_kernels.write: "attention",
     paged_kernels.attend_row: "attention",
     paged_kernels.attend_block: "attention",
 }
