@@ -1,4 +1,4 @@
-"""A decoder in torch, of any family in families.py: fused projections, norms in float32, attention plugged in."""
+"""A decoder of any family in families.py: fused projections, attention plugged in, the rest by the device's ops."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
-from services.engine.model.config import Activation, ModelConfig
+from services.engine.model.config import ModelConfig
 from services.engine.model.linear.linear import Linear
-from services.engine.model.rope import RotaryTable, rotate
-
-ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda values: F.gelu(values, approximate="tanh"),
-}
+from services.engine.model.ops import Ops, Step, TorchOps
+from services.engine.model.rope import RotaryTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
-        self._activate = ACTIVATE[config.activation]
+        self._ops: Ops = TorchOps(config)
         ropes = {layer.rope for layer in config.layers}
         self._rotary = {rope: RotaryTable(rope, config.head_dim, config.max_context, self.device) for rope in ropes}
 
@@ -78,42 +72,30 @@ class Decoder:
         attention computes, so a transfer of layer l overlaps all that follows. On a GPU "written" means queued on
         the current stream: record an event there.
         """
-        hidden = F.embedding(batch.token_ids, self._weights.embedding)  # (num_tokens, hidden)
-        if self.config.embedding_scale != 1:
-            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype, device=hidden.device)
-        angles = {rope: table.at(batch.positions) for rope, table in self._rotary.items()}
-        for index, (layer, facts) in enumerate(zip(self._weights.layers, self.config.layers, strict=True)):
-            query, key, value = self._project(layer, hidden, *angles[facts.rope])
-            attention.write(index, key, value, batch.slots)
-            if on_layer is not None:
-                on_layer(index)
-            mixed = attention.attend(index, query, batch, facts.attention)  # (num_tokens, num_heads, head_dim)
-            hidden = hidden + self._optional_norm(layer.output(mixed.flatten(1)), layer.attention_norm)
-            gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            hidden = hidden + self._optional_norm(layer.down(self._activate(gate).mul_(up)), layer.down_norm)
-        return hidden
+        return self._hidden_states(self._ops, Step(batch, attention, on_layer))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, (rows, vocab) float32, of hidden states, (rows, hidden), that forward returned."""
-        logits = self._weights.head(self._norm(hidden, self._weights.norm)).float()
+        logits = self._ops.linear(self._weights.head, self._ops.norm(hidden, self._weights.norm)).float()
         softcap = self.config.logits_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def _project(self, layer: LayerWeights, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (num_tokens, heads, head_dim) each; queries and keys are rotated."""
-        config = self.config
-        projected = layer.query_key_value(self._norm(hidden, layer.input_norm))
-        heads = projected.view(hidden.shape[0], -1, config.head_dim)  # queries, keys, values
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated = rotate(self._optional_norm(heads[:, :num_rotated], layer.query_key_norm), cosine, sine)
-        return rotated[:, : config.num_heads], rotated[:, config.num_heads :], heads[:, num_rotated:]
+    def _hidden_states(self, ops: Ops, step: Step) -> Tensor:
+        hidden = ops.embed(step, self._weights.embedding, self.config.embedding_scale)  # (num_tokens, hidden)
+        added = None
+        for index, (layer, facts) in enumerate(zip(self._weights.layers, self.config.layers, strict=True)):
+            projected = ops.linear(layer.query_key_value, ops.add_norm(hidden, added, layer.input_norm))
+            rotary = self._rotary[facts.rope]
+            query = ops.rotate_and_store(step, index, projected, layer.query_key_norm, rotary)
+            mixed = ops.attend(step, index, query, facts.attention)  # (num_tokens, num_heads * head_dim)
+            added = _optional_norm(ops, ops.linear(layer.output, mixed), layer.attention_norm)
+            gate_up = ops.linear(layer.gate_up, ops.add_norm(hidden, added, layer.mlp_norm))
+            added = _optional_norm(ops, ops.linear(layer.down, ops.activate(gate_up)), layer.down_norm)
+        if added is not None:
+            ops.add(hidden, added)
+        return hidden
 
-    def _optional_norm(self, values: Tensor, weight: Tensor | None) -> Tensor:
-        return values if weight is None else self._norm(values, weight)
 
-    def _norm(self, values: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension, in float32 whatever the dtype."""
-        exact = values.float()
-        scale = exact.square().mean(-1, keepdim=True).add_(self.config.norm_eps).rsqrt_()
-        return (exact * scale).mul_(weight).to(values.dtype)
+def _optional_norm(ops: Ops, rows: Tensor, weight: Tensor | None) -> Tensor:
+    return rows if weight is None else ops.norm(rows, weight)
