@@ -17,7 +17,7 @@ from services.router.fleet.membership import Membership, checked_address
 from services.router.fleet.registry import Registry
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.loader import load_upload
-from services.router.programs.program import Program
+from services.router.programs.program import POLICY, Program
 from services.router.traces import Traces
 from services.router.wire import leg_to_wire
 
@@ -90,7 +90,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             if not self._take_uploads:
                 raise UploadDisabled("this router takes no code: start it with --allow-policy-upload --admin-listen")
             name, _, params = request.name.partition(":")
-            program = await load_upload(name, request.source)
+            program = await load_upload(name, request.source, POLICY)
             program.bind(params)
             self._catalogue.add(program)
         elif not request.name:

@@ -7,21 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.router.errors import BadPolicy, NoEarlierPolicy, UnknownPolicy
-from services.router.programs.loader import load_file
-from services.router.programs.program import BoundProgram, Program
+from services.router.errors import NoEarlierPolicy
+from services.router.programs.library import Library
+from services.router.programs.program import POLICY, BoundProgram, Program
 from services.router.programs.split import Split
 from services.router.traces import Trace
 
 BUILT_IN = Path(__file__).parent.parent / "policies"
 FALLBACK = "data_parallel"
-MAX_UPLOADED = 64
 MAX_PAST = 16
-
-
-def built_in_programs() -> list[Program]:
-    """Those that come with the router."""
-    return [load_file(path) for path in sorted(BUILT_IN.glob("*.py")) if path.stem != "__init__"]
 
 
 @dataclass(slots=True)
@@ -32,21 +26,14 @@ class _Use:
     answered: bool = False  # whether a request on it has ended well
 
 
-class Catalogue:
-    """Programs by name. A request takes a bound program out once, so changes here never reach one under way."""
+class Catalogue(Library):
+    """Policies by name. A request takes a bound program out once, so changes here never reach one under way."""
 
     def __init__(self, files: Iterable[Path] = (), use: str = FALLBACK) -> None:
         """Loads the built-in programs and `files`; `use` is a name with parameters, or one more file. BadPolicy."""
-        self._programs = {program.name: program for program in built_in_programs()}
-        self._built_in = frozenset(self._programs)
-        for path in files:
-            self.add(load_file(path))
-        if use.endswith(".py"):
-            program = load_file(Path(use))
-            self.add(program)
-            use = program.name
+        super().__init__(POLICY, BUILT_IN, files)
         self._past: deque[_Use] = deque(maxlen=MAX_PAST)
-        self._use = _Use(self.bind(use))
+        self._use = _Use(self.take_in(use))
         self._split: Split | None = None
 
     @property
@@ -64,25 +51,9 @@ class Catalogue:
         """What runs where a program finds no two engines: data parallel."""
         return self._programs[FALLBACK].bind("")
 
-    def programs(self) -> list[Program]:
-        """All, by name."""
-        return sorted(self._programs.values(), key=lambda program: program.name)
-
     def get(self, name: str) -> Program:
         """The program of that name, the current one for an empty name. UnknownPolicy."""
-        if not name:
-            return self.current.program
-        program = self._programs.get(name)
-        if program is None:
-            raise UnknownPolicy(f"there is no policy named {name[:100]!r}")
-        return program
-
-    def bind(self, spec: str) -> BoundProgram:
-        """The program for "name" or "name:parameters". UnknownPolicy, BadPolicy."""
-        name, _, text = spec.partition(":")
-        if not name:
-            raise BadPolicy("name a policy")
-        return self.get(name).bind(text)
+        return super().get(name) if name else self.current.program
 
     def resolve(self, spec: str) -> BoundProgram:
         """The program for a request: as named, else by the split, else the current one. UnknownPolicy, BadPolicy."""
@@ -133,12 +104,3 @@ class Catalogue:
         if trace.code == "OK":
             for use in (self._use, *self._past):
                 use.answered = use.answered or use.program is program
-
-    def add(self, program: Program) -> None:
-        """Takes a program in, in place of an earlier one of that name. BadPolicy for names of built-in ones."""
-        if program.name in self._built_in:
-            raise BadPolicy(f"{program.name} is built in: choose another name")
-        uploaded = sum(not each.file for each in self._programs.values())
-        if program.name not in self._programs and not program.file and uploaded >= MAX_UPLOADED:
-            raise BadPolicy(f"{MAX_UPLOADED} uploaded policies are kept: replace one of them")
-        self._programs[program.name] = program

@@ -16,7 +16,7 @@ from typing import Any
 
 from services.router.errors import BadPolicy
 from services.router.programs.params import ParamsSpec
-from services.router.programs.program import Program
+from services.router.programs.program import Kind, Program
 
 MAX_SOURCE_CHARACTERS = 1 << 16
 LOAD_TIMEOUT_S = 5.0
@@ -25,16 +25,16 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _numbers = itertools.count(1)
 
 
-def load_file(path: Path) -> Program:
+def load_file(path: Path, kind: Kind) -> Program:
     """The program in a file, named after it. BadPolicy."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadPolicy(f"cannot read {path}: {error}") from None
-    return load_source(path.stem, source, file=str(path))
+    return load_source(path.stem, source, kind, file=str(path))
 
 
-async def load_upload(name: str, source: str) -> Program:
+async def load_upload(name: str, source: str, kind: Kind) -> Program:
     """As load_source, on a thread and bounded in time, since nobody has seen the code yet.
 
     Code that does not end goes on burning the thread, a daemon, but not the loop.
@@ -52,36 +52,36 @@ async def load_upload(name: str, source: str) -> Program:
     def load() -> None:
         program, error = None, None
         try:
-            program = load_source(name, source)
+            program = load_source(name, source, kind)
         except BaseException as failure:
             error = failure
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, program, error)
 
-    threading.Thread(target=load, name=f"load policy {name}", daemon=True).start()
+    threading.Thread(target=load, name=f"load {kind.function} {name}", daemon=True).start()
     try:
         async with asyncio.timeout(LOAD_TIMEOUT_S):
             return await done
     except TimeoutError:
-        raise BadPolicy(f"policy {name} did not finish loading within {LOAD_TIMEOUT_S:g} s") from None
+        raise BadPolicy(f"{kind.function} {name} did not finish loading within {LOAD_TIMEOUT_S:g} s") from None
 
 
-def load_source(name: str, source: str, *, file: str = "") -> Program:
+def load_source(name: str, source: str, kind: Kind, *, file: str = "") -> Program:
     """Runs the source as a module and checks what it defined. BadPolicy says what is wrong."""
     if not _NAME.fullmatch(name):
-        raise BadPolicy(f"{name[:80]!r} is no name for a policy: lower case letters, digits and underscores")
+        raise BadPolicy(f"{name[:80]!r} is no name for a {kind.function}: lower case letters, digits and underscores")
     if len(source) > MAX_SOURCE_CHARACTERS:
-        raise BadPolicy(f"policy {name} is longer than {MAX_SOURCE_CHARACTERS} characters")
-    module = _run(name, source, file or f"<policy {name}>")
-    function, params_type = getattr(module, "policy", None), getattr(module, "Params", None)
+        raise BadPolicy(f"{kind.function} {name} is longer than {MAX_SOURCE_CHARACTERS} characters")
+    module = _run(name, source, kind, file or f"<{kind.function} {name}>")
+    function, params_type = getattr(module, kind.function, None), getattr(module, "Params", None)
     try:
         params = None if params_type is None else ParamsSpec.of(params_type)
-        _check_shape(function, takes_params=params is not None)
+        _check_shape(function, kind, takes_params=params is not None)
     except Exception as error:  # checks of the program's own may raise anything
-        raise BadPolicy(f"policy {name}: {error}") from None
+        raise BadPolicy(f"{kind.function} {name}: {error}") from None
     summary = (inspect.getdoc(module) or inspect.getdoc(function) or "").partition("\n")[0]
     assert function is not None
-    return Program(name, summary, source, file, function, params)
+    return Program(name, summary, source, file, function, params, kind)
 
 
 def program_name(module: Mapping[str, Any]) -> str | None:
@@ -92,7 +92,7 @@ def program_name(module: Mapping[str, Any]) -> str | None:
     return name.removeprefix(_MODULE_PREFIX).partition("_")[2]
 
 
-def _run(name: str, source: str, file: str) -> ModuleType:
+def _run(name: str, source: str, kind: Kind, file: str) -> ModuleType:
     module = ModuleType(f"{_MODULE_PREFIX}{next(_numbers)}_{name}")
     module.__file__ = file
     # Dataclasses look their module up, tracebacks their lines.
@@ -102,20 +102,20 @@ def _run(name: str, source: str, file: str) -> ModuleType:
         exec(compile(source, file, "exec"), module.__dict__)
     except SyntaxError as error:
         del sys.modules[module.__name__]
-        raise BadPolicy(f"policy {name}: line {error.lineno}: {error.msg}") from None
+        raise BadPolicy(f"{kind.function} {name}: line {error.lineno}: {error.msg}") from None
     except BaseException as error:  # also SystemExit: whatever it raises, it cannot be loaded
         del sys.modules[module.__name__]
-        raise BadPolicy(f"policy {name} raised {type(error).__name__} while loading: {str(error)[:200]}") from None
+        raised = f"raised {type(error).__name__} while loading: {str(error)[:200]}"
+        raise BadPolicy(f"{kind.function} {name} {raised}") from None
     return module
 
 
-def _check_shape(function: Any, *, takes_params: bool) -> None:
-    """ValueError unless it is `async def policy(request, fleet)`, with a third parameter where there are Params."""
-    if not inspect.isasyncgenfunction(function):
-        raise ValueError("it has no `async def policy(request, fleet)` that yields")
-    arguments = 3 if takes_params else 2
+def _check_shape(function: Any, kind: Kind, *, takes_params: bool) -> None:
+    """ValueError unless it is what its kind wants, with one parameter more where there are Params."""
+    if not kind.fits(function):
+        raise ValueError(f"it has no {kind.wanted}")
+    parameters = (*kind.parameters, "params") if takes_params else kind.parameters
     try:
-        inspect.signature(function).bind(*range(arguments))
+        inspect.signature(function).bind(*parameters)
     except TypeError:
-        wanted = "policy(request, fleet, params)" if takes_params else "policy(request, fleet)"
-        raise ValueError(f"its policy does not take {wanted}") from None
+        raise ValueError(f"its {kind.function} does not take {kind.function}({', '.join(parameters)})") from None

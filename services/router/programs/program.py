@@ -1,7 +1,8 @@
-"""A policy that has been loaded, and one with its parameters filled in."""
+"""A program that has been loaded, and one with its parameters filled in."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,21 @@ from services.router.values import Chunk
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What a file must define to be a program of a kind."""
+
+    function: str  # its name, and that of the kind
+    parameters: tuple[str, ...]
+    fits: Callable[[Any], bool]
+    wanted: str  # the same in words
+
+
+POLICY = Kind(
+    "policy", ("request", "fleet"), inspect.isasyncgenfunction, "`async def policy(request, fleet)` that yields"
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """Source, and what running it defined. `params` is None if it takes none."""
 
@@ -21,19 +37,20 @@ class Program:
     summary: str
     source: str
     file: str  # empty if it was uploaded
-    function: Callable[..., AsyncGenerator[Chunk, None]]
+    function: Callable[..., Any]
     params: ParamsSpec | None
+    kind: Kind
 
     def bind(self, text: str) -> BoundProgram:
         """With parameters, as in "0.5" or "ratio=0.5,little=64"; empty for the defaults. BadPolicy."""
         if self.params is None:
             if text:
-                raise BadPolicy(f"policy {self.name} takes no parameters")
+                raise BadPolicy(f"{self.kind.function} {self.name} takes no parameters")
             return BoundProgram(self, "", ())
         try:
             return BoundProgram(self, text, (self.params.parse(text),))
         except Exception as error:  # checks of the program's own may raise anything
-            raise BadPolicy(f"policy {self.name}: {error}") from None
+            raise BadPolicy(f"{self.kind.function} {self.name}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,5 +72,6 @@ class BoundProgram:
         return f"{self.name}:{self.text}" if self.text else self.name
 
     def start(self, request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
-        """Its chunks; nothing runs before the first is asked for."""
-        return self.program.function(request, fleet, *self.arguments)
+        """A policy's chunks; nothing runs before the first is asked for."""
+        chunks: AsyncGenerator[Chunk, None] = self.program.function(request, fleet, *self.arguments)
+        return chunks
