@@ -9,6 +9,7 @@ import sys
 from services.router.app import Router
 from services.router.config import RouterConfig
 from services.rpc.config import describe, parse_config
+from services.rpc.heap import settle_heap
 from services.rpc.log import configure
 from services.rpc.main import run_main
 
@@ -30,6 +31,7 @@ async def _serve(config: RouterConfig) -> None:
     try:
         log.info("starting", extra={"fields": describe(config)})
         addresses = await router.start()
+        settle_heap()
         router.server.announce(metrics=addresses.http)
         await router.run()
     finally:
