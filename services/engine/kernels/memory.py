@@ -47,6 +47,16 @@ def int64s(address: int, shape: Any) -> Any:
 
 
 @intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 whose bits an int32 has."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
 def atomic_load(typing_context: Any, address: Any) -> Any:
     """The int64 at an address, and what other threads wrote before they put it there."""
 

@@ -45,10 +45,10 @@ def _take(board: int) -> bool:
 
 
 @compiled
-def _compute(board: int, kernel: int, job: Any, num_chunks: int) -> None:
+def _compute(board: int, kernel: int, job: int, num_chunks: int) -> None:
     """Posts a job and takes part in it until all of it is done."""
     atomic_store(board + _KERNEL, kernel)
-    atomic_store(board + _JOB, job.ctypes.data)
+    atomic_store(board + _JOB, job)
     atomic_store(board + _DONE, 0)
     ticket = (atomic_load(board + _CLAIM) >> 32) + 1
     atomic_store(board + _CLAIM, (ticket << 32) | num_chunks)
@@ -59,9 +59,20 @@ def _compute(board: int, kernel: int, job: Any, num_chunks: int) -> None:
 
 
 @compiled
-def _compute_alone(kernel: int, job: Any, num_chunks: int) -> None:
+def _compute_alone(kernel: int, job: int, num_chunks: int) -> None:
     for chunk in range(num_chunks):
-        call_kernel(kernel, job.ctypes.data, chunk)
+        call_kernel(kernel, job, chunk)
+
+
+@compiled
+def _compute_all(board: int, program: Any) -> None:
+    """Each row of `program` is a kernel, the address of its job, and chunks. board 0: by this thread alone."""
+    for index in range(program.shape[0]):
+        kernel, job, num_chunks = program[index, 0], program[index, 1], program[index, 2]
+        if num_chunks == 1 or board == 0:
+            _compute_alone(kernel, job, num_chunks)
+        else:
+            _compute(board, kernel, job, num_chunks)
 
 
 @compiled
@@ -114,13 +125,17 @@ class Team:
 
     def run(self, kernel: int, job: NDArray[np.int64], num_chunks: int) -> None:
         """Computes all chunks of a job; what its addresses name must stay until then, as it does in the caller."""
-        if num_chunks == 1 or not self._helpers or not self._lock.acquire(blocking=False):
-            _compute_alone(kernel, job, num_chunks)
+        self.run_all(np.array([[kernel, job.ctypes.data, num_chunks]], dtype=np.int64))
+
+    def run_all(self, program: NDArray[np.int64]) -> None:
+        """Computes jobs one after the other, (num_jobs, 3): kernel, address of the job, chunks. See Jobs."""
+        if not self._helpers or not self._lock.acquire(blocking=False):
+            _compute_all(0, program)
             return
         try:
             for helper in self._helpers:
                 helper.rouse()
-            _compute(self._board, kernel, job, num_chunks)
+            _compute_all(self._board, program)
         finally:
             self._lock.release()
 
@@ -139,10 +154,11 @@ def team_of(num_threads: int) -> Team:
 
 def addresses(*values: Any) -> NDArray[np.int64]:
     """The arguments of a job: integers as they are, of tensors and arrays their addresses."""
-    return np.array([_address(value) for value in values], dtype=np.int64)
+    return np.array([address(value) for value in values], dtype=np.int64)
 
 
-def _address(value: Any) -> int:
+def address(value: Any) -> int:
+    """Where a tensor or an array lies; an integer stands for itself."""
     if isinstance(value, int):
         return value
     return int(value.ctypes.data) if isinstance(value, np.ndarray) else int(value.data_ptr())

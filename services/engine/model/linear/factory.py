@@ -21,4 +21,4 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, in_
     def make(weight: Tensor, bias: Tensor | None) -> Linear:
         return kind(weight, bias, team)
 
-    return LinearMaker(make, form=" int8" if in_bytes else "")
+    return LinearMaker(make, " int8" if in_bytes else "", team)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:  # numba takes a while to load, and engines on a GPU never need it
+    from services.engine.kernels.jobs import Jobs
+    from services.engine.kernels.team import Team
 
 
 class Linear(Protocol):
@@ -15,6 +19,13 @@ class Linear(Protocol):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows (num_rows, in) to (num_rows, out), of the same dtype and device."""
+
+
+class TeamLinear(Linear, Protocol):
+    """A layer that a team of threads computes, so that it can be one job among others."""
+
+    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """Adds what computes the layer for rows (num_rows, in), contiguous: (num_rows, out), once the jobs have run."""
 
 
 # Makes a layer of a weight (out, in) and a bias (out,) or none. Every linear layer of a model is made by one factory,
@@ -37,10 +48,12 @@ class DenseLinear:
 
 @dataclass(frozen=True, slots=True)
 class LinearMaker:
-    """A factory, and the name of the form that its layers give to weights; empty if they keep them as they are."""
+    """A factory, the name of the form that its layers give to weights (empty if they keep them as they are), and who
+    computes them."""
 
     make: LinearFactory
     form: str = ""
+    team: Team | None = None  # whose layers these are; None: they are no TeamLinear
 
 
 DENSE = LinearMaker(DenseLinear)

@@ -12,11 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.kernels.team import Team, addresses
+from services.engine.kernels.jobs import Jobs, rows_a_chunk
+from services.engine.kernels.team import Team
 from services.engine.kernels.tiles import GROUP, LANES
-from services.engine.model.linear.tiled_kernels import TILE_PANELS, multiply_bytes, multiply_floats, quantise_rows
+from services.engine.model.linear.tiled_kernels import (
+    TILE_PANELS,
+    finish_rows,
+    multiply_bytes,
+    multiply_floats,
+    quantise_rows,
+)
 
-_ROWS_A_CHUNK = 16
 # So many chunks a thread that one of them is not waited for long, but not so many that taking them costs.
 _CHUNKS_A_THREAD = 4
 _LARGEST_BYTE = 127
@@ -34,12 +40,31 @@ class _Tiled:
         self._panels_a_chunk = TILE_PANELS * tiles_a_chunk
         self._num_chunks = -(-self._num_panels // self._panels_a_chunk)
 
-    def _empty(self, num_rows: int) -> Tensor:
-        return torch.empty(num_rows, self._num_panels * LANES)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See Linear."""
+        jobs = Jobs(self._team)
+        result = self.add_to(jobs, rows.contiguous())
+        jobs.run()
+        return result
 
-    def _finished(self, out: Tensor) -> Tensor:
-        result = out if out.shape[1] == self._num_columns else out[:, : self._num_columns].contiguous()
-        return result if self._bias is None else result.add_(self._bias)
+    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """See TeamLinear."""
+        raise NotImplementedError
+
+    def _empty(self, jobs: Jobs, num_rows: int) -> Tensor:
+        return jobs.take(num_rows, self._num_panels * LANES)
+
+    def _finished(self, jobs: Jobs, out: Tensor) -> Tensor:
+        """The columns of `out` without the padding, and the bias added."""
+        if self._bias is None and out.shape[1] == self._num_columns:
+            return out
+        num_rows, size = out.shape[0], rows_a_chunk(out.shape[0], self._num_columns, self._team)
+        result = jobs.take(num_rows, self._num_columns)
+        bias = 0 if self._bias is None else self._bias
+        jobs.add(
+            finish_rows, -(-num_rows // size), out, bias, result, num_rows, *out.shape[1:], self._num_columns, size
+        )
+        return result
 
 
 class TiledLinear(_Tiled):
@@ -51,13 +76,12 @@ class TiledLinear(_Tiled):
         padded = F.pad(weight, (0, 0, 0, self._num_panels * LANES - self._num_columns))
         self._panels = padded.view(self._num_panels, LANES, self._depth).transpose(1, 2).contiguous()
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """See Linear."""
-        rows = rows.contiguous()
-        out = self._empty(rows.shape[0])
+    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """See TeamLinear."""
+        out = self._empty(jobs, rows.shape[0])
         shape = (rows.shape[0], self._depth, self._num_panels, self._panels_a_chunk)
-        self._team.run(multiply_floats, addresses(rows, self._panels, out, *shape), self._num_chunks)
-        return self._finished(out)
+        jobs.add(multiply_floats, self._num_chunks, rows, self._panels, out, *shape)
+        return self._finished(jobs, out)
 
 
 class ByteLinear(_Tiled):
@@ -73,20 +97,17 @@ class ByteLinear(_Tiled):
         self._panels = (lanes.transpose(1, 2).to(torch.int16) + 128).to(torch.uint8).contiguous()
         self._scales = F.pad(scales, (0, 0, 0, missing)).view(self._num_panels, LANES, -1).transpose(1, 2).contiguous()
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """See Linear."""
-        rows, num_rows = rows.contiguous(), rows.shape[0]
-        quantised = torch.empty(num_rows, self._num_groups * GROUP, dtype=torch.int8)
-        scales = torch.empty(num_rows, self._num_groups, 2)
-        num_chunks = -(-num_rows // _ROWS_A_CHUNK)
-        self._team.run(
-            quantise_rows, addresses(rows, quantised, scales, num_rows, self._depth, _ROWS_A_CHUNK), num_chunks
-        )
-        out = self._empty(num_rows)
+    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """See TeamLinear."""
+        num_rows = rows.shape[0]
+        quantised = jobs.take(num_rows, self._num_groups * GROUP, dtype=torch.int8)
+        scales = jobs.take(num_rows, self._num_groups, 2)
+        size = rows_a_chunk(num_rows, self._depth, self._team)
+        jobs.add(quantise_rows, -(-num_rows // size), rows, quantised, scales, num_rows, self._depth, size)
+        out = self._empty(jobs, num_rows)
         shape = (num_rows, self._num_groups, self._num_panels, self._panels_a_chunk)
-        job = addresses(quantised, scales, self._panels, self._scales, out, *shape)
-        self._team.run(multiply_bytes, job, self._num_chunks)
-        return self._finished(out)
+        jobs.add(multiply_bytes, self._num_chunks, quantised, scales, self._panels, self._scales, out, *shape)
+        return self._finished(jobs, out)
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,21 @@ def _quantise_rows(job: Any, chunk: int) -> None:
             quantise_group(rest.ctypes.data, quantised + whole * GROUP, scales + whole * 8)
 
 
+def _finish_rows(job: Any, chunk: int) -> None:
+    """The first columns of rows that were padded, plus a bias, if there is one."""
+    num_rows, padded, num_columns, rows_a_chunk = job[3], job[4], job[5], job[6]
+    for row in range(chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, num_rows)):
+        values, result = (
+            floats(job[0] + row * padded * 4, (num_columns,)),
+            floats(job[2] + row * num_columns * 4, (num_columns,)),
+        )
+        if job[1] == 0:
+            result[:] = values
+        else:
+            result[:] = values + floats(job[1], (num_columns,))
+
+
 multiply_bytes = kernel(_multiply_bytes)
 multiply_floats = kernel(_multiply_floats)
 quantise_rows = kernel(_quantise_rows)
+finish_rows = kernel(_finish_rows)
