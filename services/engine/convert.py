@@ -12,6 +12,7 @@ from services.engine.core.api import Timing, TokenLogprobs
 from services.engine.errors import BadRequest, BadSampling
 from services.engine.sampling.guide import Guide, GuideKind
 from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.layout import Dtype, PageLayout, PageOrder
 from services.protocol.ranges import RangeSet, TokenRange
@@ -89,6 +90,7 @@ def from_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
         max_tokens=message.max_tokens or None,
         ignore_eos=message.ignore_eos,
         guide=_from_guide(message.guide) if message.HasField("guide") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
@@ -121,6 +123,16 @@ def to_logprobs(logprobs: TokenLogprobs) -> sampling_pb2.Logprobs:
     """The log-probabilities of one generated token."""
     return sampling_pb2.Logprobs(
         chosen=_to_token_logprob(logprobs.chosen), top=[_to_token_logprob(pair) for pair in logprobs.top]
+    )
+
+
+def to_prompt_logprobs(prompt: PromptLogprobs) -> sampling_pb2.PromptLogprobs:
+    """The log-probabilities of consecutive tokens of a prompt."""
+    return sampling_pb2.PromptLogprobs(
+        logprobs=prompt.logprobs.tolist(),
+        top_count=prompt.num_top,
+        top_token_ids=prompt.top_ids.ravel().tolist(),
+        top_logprobs=prompt.top_logprobs.ravel().tolist(),
     )
 
 

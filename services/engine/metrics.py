@@ -14,7 +14,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
 from services.engine.core.api import Load, SequenceOutput, Timing
-from services.engine.core.plan import Chosen, PageCopy, Runner, StepPlan
+from services.engine.core.plan import Computed, PageCopy, Runner, StepPlan
 from services.engine.model.model import Model
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -64,7 +64,7 @@ class TimedRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
         """See Runner."""
         with STEP_SECONDS.time():
             return self._runner.run(plan, on_layer)

@@ -218,7 +218,7 @@ async def _single(caller: Caller) -> AsyncGenerator[api.SequenceOutput, None]:
     """The outputs of a caller's only sequence, to its end. Raises what the sequence failed with."""
     while True:
         for output in await caller.take():
-            if output.error is None or output.token_ids:
+            if output.error is None or output.has_news:
                 yield output
             if output.error is not None:
                 raise output.error

@@ -93,6 +93,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert (other.finish_reason, other.error) == (one.finish_reason, one.error)
     assert [chosen.chosen.token_id for chosen in other.logprobs] == [chosen.chosen.token_id for chosen in one.logprobs]
     assert flat(other) == pytest.approx(flat(one), abs=1e-4)
+    assert list(other.prompt_logprobs.logprobs) == pytest.approx(list(one.prompt_logprobs.logprobs), abs=1e-4)
 
 
 def flat(outcome: Outcome) -> list[float]:
@@ -119,6 +120,28 @@ async def test_all_ways_give_the_same(suite: Suite, case: str) -> None:
     assert outcome.timing is not None
     assert outcome.timing.generated_token_count == request.sampling.max_tokens
     assert_same(outcome, await StartGenerateReader(suite.engines[1].stub, renamed(suite, request)).result())
+
+
+async def test_a_prompt_is_rated_the_same_every_way_and_wherever_its_kv_is(suite: Suite) -> None:
+    """Also as forced tokens after its first one, which engines rated before they rated prompts."""
+    prompt, at = prompt_of(700), suite.engines[0]
+    forced = await generate(suite, at, prompt[:1], forced=prompt[1:], salt="forced")
+    expected = [each.chosen.logprob for each in forced.logprobs]
+    for _ in range(2):  # the second time all of it is cached
+        request = start(suite, prompt, {"prompt_logprobs": 3, "max_tokens": 4})
+        outcome = await every_way(suite, at, request)
+        told = outcome.prompt_logprobs
+        assert list(told.logprobs) == pytest.approx(expected, abs=1e-4)
+        assert (told.top_count, len(told.top_token_ids), len(told.top_logprobs)) == (3, 3 * 699, 3 * 699)
+        best = [each.top[0].logprob for each in forced.logprobs]
+        assert list(told.top_logprobs)[::3] == pytest.approx(best, abs=1e-4)
+        assert len(outcome.token_ids) == 4
+    rest = await StartGenerateReader(
+        at.stub, start(suite, prompt, {"prompt_logprobs": 0}, prompt_logprobs_begin=650)
+    ).result()
+    assert list(rest.prompt_logprobs.logprobs) == pytest.approx(expected[649:], abs=1e-4)
+    assert rest.timing is not None
+    assert rest.timing.matched_token_count == 649
 
 
 async def test_many_sequences_on_one_session(suite: Suite) -> None:

@@ -179,6 +179,7 @@ class Generated:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[sampling.Logprobs] = field(default_factory=list)
+    prompt_logprobs: sampling.PromptLogprobs = field(default_factory=sampling.PromptLogprobs)
     finish_reason: int = 0
     timing: sampling.Timing = field(default_factory=sampling.Timing)
 
@@ -211,6 +212,7 @@ async def generate(
     async for message in at.stub.StartGenerate(request, timeout=120):
         result.token_ids.extend(message.token_ids)
         result.logprobs.extend(message.logprobs)
+        result.prompt_logprobs.MergeFrom(message.prompt_logprobs)
         result.finish_reason = message.finish_reason
         result.timing = message.timing
     return result

@@ -44,6 +44,13 @@ async def test_the_same_tokens(tmp_path: Path) -> None:
         expected = [(await generate(suite, whole, prompt)).token_ids for prompt in PROMPTS]
         for engine in split:
             assert [(await generate(suite, engine, prompt)).token_ids for prompt in PROMPTS] == expected
+        rated = [await generate(suite, engine, PROMPTS[-1], prompt_logprobs=2) for engine in suite.engines]
+        assert len(rated[0].prompt_logprobs.logprobs) == len(PROMPTS[-1]) - 1
+        for each in rated[1:]:
+            assert list(each.prompt_logprobs.logprobs) == pytest.approx(
+                list(rated[0].prompt_logprobs.logprobs), abs=1e-4
+            )
+            assert each.token_ids == expected[-1]
         for turn, (sender, receiver) in enumerate(((0, 1), (1, 0), (1, 2), (2, 1))):
             salt = f"turn {turn}"
             assert await moved(suite, sender, receiver, salt) == expected[-1]

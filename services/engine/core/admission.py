@@ -88,6 +88,8 @@ def check_start_generate(command: StartGenerate, config: CoreConfig) -> None:
     check_tokens(command.forced, config)
     if not 0 <= command.prompt_token_count <= len(command.prompt):
         raise BadRequest(f"prompt_token_count is not within the prompt of {len(command.prompt)} tokens.")
+    if not 0 <= command.prompt_logprobs_begin <= (command.prompt_token_count or len(command.prompt)):
+        raise InvalidRange(f"prompt_logprobs_begin {command.prompt_logprobs_begin} is beyond the prompt.")
     if not 0 <= command.begin <= len(command.prompt):
         raise InvalidRange(f"begin {command.begin} is not within the prompt of {len(command.prompt)} tokens.")
     if command.reservation is None and command.begin:

@@ -28,6 +28,7 @@ from typing import TypeAlias, TypeVar
 
 from services.engine.core.guides import GuideState
 from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from services.protocol.address import KvAddress
 from services.protocol.errors import ServiceError
 from services.protocol.pages import PageCounts as PageCounts
@@ -131,6 +132,7 @@ class StartGenerate:
     deadline: float | None
     forced: tuple[int, ...] = ()
     call_id: int = 0
+    prompt_logprobs_begin: int = 0  # first position of the prompt to tell of, if sampling asks for any; 0 means 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,3 +357,9 @@ class SequenceOutput:
     error: ServiceError | None = None
     timing: Timing | None = None
     call_id: int = 0
+    prompt_logprobs: PromptLogprobs | None = None  # of the next tokens of the prompt
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it says more than that the sequence has ended."""
+        return bool(self.token_ids) or self.prompt_logprobs is not None

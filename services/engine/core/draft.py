@@ -35,6 +35,7 @@ class Draft:
             sequence.tokens[begin:end],
             sequence.pages[:num_pages],
             sequence.sample_spec(end),
+            sequence.score_spec(begin, end),
         )
 
     def copy(self, sequence: Sequence, source: int, target: int) -> None:

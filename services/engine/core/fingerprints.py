@@ -26,6 +26,7 @@ def fingerprint(command: PrepRecv | RemoteSend | StartGenerate) -> bytes:
                 "StartGenerate",
                 command.begin,
                 command.prompt_token_count,
+                command.prompt_logprobs_begin,
                 command.sampling,
                 command.forced,
                 (ref.reservation_id, ref.secret) if ref else None,

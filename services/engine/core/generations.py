@@ -16,6 +16,7 @@ from services.engine.core.sequence import Phase, Sequence
 from services.engine.core.stopping import finish_reason, has_all
 from services.engine.core.timers import Timer
 from services.engine.errors import DeadlineExceeded, GuidesUnavailable, InvalidGuide, SequenceExists
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from services.protocol.errors import InvalidRange, PromptMismatch, ReservationGone, ServiceError
 from services.protocol.reservation import ReservationState
 
@@ -114,11 +115,14 @@ class Generations:
             self.fail(generation, error)
 
     def attach(self, generation: Generation) -> None:
-        """Takes over the pages of a filled reservation and joins the queue. They are whole, so they are published."""
+        """Takes over the pages of a filled reservation and joins the queue. They are whole, so they are published.
+
+        Where tokens of the prompt are to be rated it keeps only the pages before them: a page cannot tell the logits.
+        """
         context, sequence, booking = self._context, generation.sequence, generation.booking
         assert booking is not None
         sequence.pages.extend(self._reservations.attach(booking))
-        sequence.num_computed = min(booking.end, sequence.match_limit)
+        sequence.num_computed = min(booking.end, sequence.goal - 1)
         sequence.num_published = booking.num_matched // context.config.page_size
         account = sequence.account
         account.matched_tokens = booking.num_matched
@@ -126,14 +130,21 @@ class Generations:
         account.transferred_bytes = booking.num_bytes
         account.transfer_s = context.clock() - account.arrived_at
         context.scheduler.publish(sequence)
+        if sequence.num_computed > sequence.match_limit:
+            context.pool.release(sequence.give_back(sequence.match_limit))
         context.scheduler.add(sequence)
 
-    def settle(self, generation: Generation, begin: int, chosen: Chosen | None) -> None:
-        """Positions from `begin` are computed, and a token chosen unless more of the prompt is to come."""
+    def settle(self, generation: Generation, begin: int, chosen: Chosen | None, scored: PromptLogprobs | None) -> None:
+        """Positions from `begin` are computed, the next of the prompt's tokens rated if that was asked for, and a token
+        chosen unless more of the prompt is to come."""
         sequence, now = generation.sequence, self._context.clock()
         account = sequence.account
         account.computed_tokens += max(0, min(sequence.num_computed, sequence.num_given) - begin)
+        if scored is not None:
+            sequence.num_told += len(scored)
         if chosen is None:
+            if scored is not None:
+                self._put(generation, scored=scored)
             return
         account.prefilled(now)
         account.generated_tokens += 1
@@ -148,7 +159,7 @@ class Generations:
         if reason is not None:
             self._context.faults.reach("start_generate.end")
             self._end(generation)
-        self._put(generation, chosen, reason=reason)
+        self._put(generation, chosen, scored=scored, reason=reason)
 
     def preempted(self, number: int) -> None:
         """The scheduler took the sequence's pages back; a reservation it had is used up."""
@@ -217,6 +228,7 @@ class Generations:
             num_prompt=command.prompt_token_count or num_given,
             sampling=command.sampling,
             forced=command.forced,
+            num_told=None if command.sampling.prompt_logprobs is None else max(1, command.prompt_logprobs_begin),
         )
 
     def _await(self, generation: Generation, booking: Booking) -> None:
@@ -253,6 +265,7 @@ class Generations:
         generation: Generation,
         chosen: Chosen | None = None,
         *,
+        scored: PromptLogprobs | None = None,
         reason: str | None = None,
         error: ServiceError | None = None,
     ) -> None:
@@ -269,5 +282,6 @@ class Generations:
             error=error,
             timing=generation.sequence.account.timing(self._context.clock()) if is_last else None,
             call_id=generation.command.call_id,
+            prompt_logprobs=scored,
         )
         self._context.outputs.append(output)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """Tokens of a prompt to be rated by consecutive rows of a segment: row `first`, counted from the segment's begin,
+    rates targets[0], which follows it."""
+
+    first: int
+    targets: Sequence[int]
+    num_top: int  # alternatives to report with each
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """The next tokens of one sequence: positions [begin, end). page_ids cover [0, end)."""
 
@@ -33,6 +44,7 @@ class Segment:
     token_ids: Sequence[int]
     page_ids: array[int]
     sample: SampleSpec | None
+    score: ScoreSpec | None = None
 
     @property
     def end(self) -> int:
@@ -79,11 +91,20 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What came out of a step: of each segment with a SampleSpec, and of each with a ScoreSpec, in order."""
+
+    chosen: Sequence[Chosen] = ()
+    scored: Sequence[PromptLogprobs] = ()
+
+
 class Runner(Protocol):
     """The only place where tensors compute. Called on the loop thread; blocks until the step is computed."""
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
-        """Makes the plan's copies, computes its segments and chooses one token for each with a SampleSpec, in order.
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
+        """Makes the plan's copies, computes its segments, chooses a token for each with a SampleSpec, and rates the
+        tokens of each ScoreSpec.
 
         on_layer(l) is called once the KV of layer l of all segments is in the pages, readable by another process.
         """

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
-from services.engine.core.plan import Chosen, PageCopy, Segment, StepPlan
+from services.engine.core.plan import Chosen, Computed, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
 from services.engine.sampling.sampler import SamplingRow, sample
+from services.engine.sampling.score import PromptScorer, rows_at_once
 
 
 class TorchRunner:
@@ -28,9 +29,11 @@ class TorchRunner:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
         """See Runner."""
-        logits = self.compute(plan.copies, plan.segments, on_layer)
+        wanted = [segment.score for segment in plan.segments if segment.score is not None]
+        scorer = PromptScorer([each.targets for each in wanted], [each.num_top for each in wanted])
+        logits = self.compute(plan.copies, plan.segments, on_layer, scorer.rate)
         specs = [segment.sample for segment in plan.segments if segment.sample is not None]
         chosen: Sequence[Chosen] = ()
         if logits is not None:
@@ -41,16 +44,26 @@ class TorchRunner:
             sampled = sample(logits, rows, self._eos_token_ids)
             chosen = [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
         self._wait()
-        return chosen
+        return Computed(chosen, scorer.results() if wanted else ())
 
     @torch.inference_mode()
     def compute(
-        self, copies: Sequence[PageCopy], segments: Sequence[Segment], on_layer: Callable[[int], None] | None
+        self,
+        copies: Sequence[PageCopy],
+        segments: Sequence[Segment],
+        on_layer: Callable[[int], None] | None,
+        rate: Callable[[Tensor], None],
     ) -> Tensor | None:
-        """The step without its choices: logits, (rows, vocab), of the segments with a SampleSpec, None if none has."""
+        """The step without its choices: logits, (rows, vocab), of the segments with a SampleSpec, None if none has.
+
+        `rate` is given the logits of the rows of all ScoreSpecs, in order, as many at a time as memory is meant for.
+        """
         self._copy(copies)
         batch = make_batch(segments, self._kv.shape[4], self._model.device)
         hidden = self._model.forward(batch, self._attention, self._when_written(on_layer))  # (num_tokens, hidden)
+        if any(segment.score for segment in segments):
+            for rows in torch.split(scored_rows(segments), rows_at_once(self._model.config.vocab_size)):
+                rate(self._model.logits(hidden[rows.to(hidden.device)]))
         return self._model.logits(hidden[batch.logits_rows]) if batch.logits_rows.numel() else None
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
@@ -83,6 +96,17 @@ class TorchRunner:
     def _wait(self) -> None:
         if self._kv.device.type == "cuda":
             torch.cuda.current_stream(self._kv.device).synchronize()
+
+
+def scored_rows(segments: Sequence[Segment]) -> Tensor:
+    """(rows,) int64, which packed rows the ScoreSpecs ask for."""
+    starts = accumulate((len(segment.token_ids) for segment in segments), initial=0)
+    wanted: list[int] = []
+    for start, segment in zip(starts, segments, strict=False):
+        if segment.score is not None:
+            first = start + segment.score.first
+            wanted.extend(range(first, first + len(segment.score.targets)))
+    return torch.tensor(wanted, dtype=torch.int64)
 
 
 def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device) -> ForwardBatch:

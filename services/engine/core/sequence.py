@@ -9,7 +9,7 @@ from services.engine.core.account import Account
 from services.engine.core.api import RequestKey
 from services.engine.core.blocks import BlockChain
 from services.engine.core.guides import GuideState
-from services.engine.core.plan import SampleSpec
+from services.engine.core.plan import SampleSpec, ScoreSpec
 from services.engine.core.prefix_waits import PrefixWait
 from services.engine.sampling.params import SamplingParams
 
@@ -33,7 +33,7 @@ class Sequence:
 
     __slots__ = (
         "account", "chain", "forced", "goal", "guide", "key", "num_computed", "num_given", "num_prompt",
-        "num_published", "number", "pages", "phase", "sampling", "wait",
+        "num_published", "num_told", "number", "pages", "phase", "sampling", "wait",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +47,7 @@ class Sequence:
         num_prompt: int = 0,
         sampling: SamplingParams | None = None,
         forced: tuple[int, ...] = (),
+        num_told: int | None = None,
     ) -> None:
         self.number = number  # order of arrival in this engine
         self.key = key
@@ -57,6 +58,8 @@ class Sequence:
         self.num_prompt = num_prompt  # of those, the prompt; the rest is output generated elsewhere
         self.sampling = sampling
         self.forced = forced
+        # Tokens of the prompt, from its first one on, whose log-probabilities are told or not wanted. None: all.
+        self.num_told = num_prompt if num_told is None else num_told
         self.guide: GuideState | None = None  # once it is compiled, if the request has one
         self.phase = Phase.WAITING_FOR_KV  # until it is put into a queue
         self.wait = PrefixWait(in_line=True)
@@ -81,8 +84,10 @@ class Sequence:
 
     @property
     def match_limit(self) -> int:
-        """How much of it may come from the cache: the last token before a choice is always computed (rule 5)."""
-        return self.goal - 1 if self.generates else self.goal
+        """How much of it may come from the cache: the last token before a choice is always computed (rule 5), and so
+        is the one before each token of the prompt that is to be rated."""
+        limit = self.goal - 1 if self.generates else self.goal
+        return min(limit, self.num_told - 1) if self.num_told < self.num_prompt else limit
 
     @property
     def room_wanted(self) -> int:
@@ -98,10 +103,27 @@ class Sequence:
         allowed = self.guide.allowed if self.guide is not None else None
         return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced, allowed)
 
+    def score_spec(self, begin: int, end: int) -> ScoreSpec | None:
+        """Which tokens of the prompt are rated when positions [begin, end) are computed, where `begin` is at most
+        match_limit: those that follow these positions and were not rated yet."""
+        first, last = self.num_told - 1, min(end, self.num_prompt - 1)
+        if self.sampling is None or self.sampling.prompt_logprobs is None or first >= last:
+            return None
+        return ScoreSpec(first - begin, self.tokens[first + 1 : last + 1], self.sampling.prompt_logprobs)
+
     def append(self, token: int) -> None:
         """Adds a chosen token."""
         self.tokens.append(token)
         self.goal += 1
+
+    def give_back(self, position: int) -> array[int]:
+        """Forgets what is computed from `position` on and gives up the pages after it; the caller releases them."""
+        page_size = self.chain.page_size
+        num_kept = -(-position // page_size)
+        given, self.pages = self.pages[num_kept:], self.pages[:num_kept]
+        self.num_computed = position
+        self.num_published = min(self.num_published, position // page_size)
+        return given
 
     def take_pages(self) -> array[int]:
         """Gives up all pages and with them everything computed; the caller releases them."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from services.engine.core.api import WorkDone
 from services.engine.core.context import Context
 from services.engine.core.dispatch import Desks
-from services.engine.core.plan import Chosen, StepPlan
+from services.engine.core.plan import Computed, StepPlan
 from services.engine.core.work import after_step
 from services.engine.errors import StepFailed
 
@@ -34,19 +34,19 @@ class Stepper:
         for number in plan.preempted:
             self._generations.preempted(number)
         slots = self._sends.planned(plan)
-        chosen = self._run(plan, slots) if plan.segments else ()
+        computed = self._run(plan, slots) if plan.segments else Computed()
         self._context.pool.release(plan.pinned)
-        if chosen is None:
+        if computed is None:
             self._fail(plan)
             return False
-        self._settle(plan, chosen)
+        self._settle(plan, computed)
         return True
 
-    def _run(self, plan: StepPlan, slots: list[int]) -> Sequence[Chosen] | None:
-        """What the runner chose; None if it failed."""
+    def _run(self, plan: StepPlan, slots: list[int]) -> Computed | None:
+        """What the runner gave; None if it failed."""
         began = self._context.clock()
         try:
-            chosen = self._context.runner.run(plan, self._layer_raiser(slots))
+            computed = self._context.runner.run(plan, self._layer_raiser(slots))
         except Exception:
             _log.exception("a step failed", extra={"fields": {"sequences": len(plan.segments)}})
             return None
@@ -54,7 +54,7 @@ class Stepper:
         seconds = self._context.clock() - began
         self._context.pace.step(plan.num_tokens, seconds)
         self.work = after_step(self.work, plan, seconds)
-        return chosen
+        return computed
 
     def _layer_raiser(self, slots: list[int]) -> Callable[[int], None] | None:
         """What tells the transfer service of layers that can be moved, while the step goes on."""
@@ -69,13 +69,14 @@ class Stepper:
 
         return on_layer
 
-    def _settle(self, plan: StepPlan, chosen: Sequence[Chosen]) -> None:
-        tokens = iter(chosen)
+    def _settle(self, plan: StepPlan, computed: Computed) -> None:
+        tokens, scored = iter(computed.chosen), iter(computed.scored)
         for segment in plan.segments:
             token = next(tokens) if segment.sample else None
+            scores = next(scored) if segment.score else None
             if (generation := self._generations.get(segment.number)) is not None:
                 self._context.scheduler.settle(generation.sequence, segment.end)
-                self._generations.settle(generation, segment.begin, token)
+                self._generations.settle(generation, segment.begin, token, scores)
             elif (send := self._sends.get(segment.number)) is not None:
                 self._context.scheduler.settle(send.sequence, segment.end)
                 self._sends.settle(send, segment.begin)

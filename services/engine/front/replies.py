@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from microserve.engine.v1 import engine_pb2
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
-from services.engine.convert import to_duration, to_logprobs, to_timing
+from services.engine.convert import to_duration, to_logprobs, to_prompt_logprobs, to_timing
 from services.engine.core.api import CacheEvent, Load, ReservationInfo, Reserved, SequenceOutput
 from services.rpc.kv_messages import address_message, range_message
 from services.rpc.status import to_error_message
@@ -32,6 +32,8 @@ def to_generated(output: SequenceOutput) -> engine_pb2.StartGenerateResponse:
     response = engine_pb2.StartGenerateResponse(token_ids=output.token_ids)
     if output.logprobs:
         response.logprobs.extend(to_logprobs(entry) for entry in output.logprobs)
+    if output.prompt_logprobs is not None:
+        response.prompt_logprobs.CopyFrom(to_prompt_logprobs(output.prompt_logprobs))
     if output.finish_reason is not None:
         response.finish_reason = sampling_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason}")
     if output.timing is not None:
@@ -99,7 +101,7 @@ def to_cache_events(event: CacheEvent) -> Iterator[engine_pb2.WatchKvEventsRespo
 
 def _to_session_output(output: SequenceOutput) -> engine_pb2.SequenceOutput:
     message = engine_pb2.SequenceOutput(request_id=output.key.request_id)
-    if output.error is None or output.token_ids:
+    if output.error is None or output.has_news:
         message.output.CopyFrom(to_generated(output))
     if output.error is not None:
         message.error.CopyFrom(to_error_message(output.error))

@@ -91,6 +91,7 @@ def to_start_generate(
     if forced and sampling.guide is not None:
         raise BadSampling("forced_token_ids and a guide exclude each other.")
     prompt_token_count = request.prompt_token_count or len(prompt)
+    check_position("prompt_logprobs_begin", request.prompt_logprobs_begin, prompt_token_count)
     if sampling.max_tokens is not None and len(prompt) - prompt_token_count >= sampling.max_tokens:
         raise BadSampling("max_tokens are there already: nothing is left to generate.")
     deadlines = [] if call_deadline is None else [call_deadline]
@@ -106,6 +107,7 @@ def to_start_generate(
         cache_salt=request.cache_salt,
         deadline=min(deadlines, default=None),
         forced=forced,
+        prompt_logprobs_begin=request.prompt_logprobs_begin,
     )
 
 

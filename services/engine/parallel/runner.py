@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from services.engine.core.plan import Chosen, PageCopy, Runner, Segment, StepPlan
+from services.engine.core.plan import Computed, PageCopy, Runner, Segment, StepPlan
 from services.engine.parallel.messages import Compute, CopyPages, Poison
 from services.engine.parallel.ranks import Ranks
 
@@ -17,7 +17,7 @@ class ParallelRunner:
         self._own = own
         self._ranks = ranks
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Sequence[Chosen]:
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
         """See Runner. A layer is in the pages when every rank has written its heads, and that is certain once the
         ranks have added up that layer's attention: so a layer is told of when the next one is written."""
         self._ranks.tell(Compute(plan.copies, tuple(_without_history(segment) for segment in plan.segments)))
@@ -31,9 +31,9 @@ class ParallelRunner:
                 on_layer(layer - 1)
             written = layer
 
-        chosen = self._own.run(plan, next_layer)
+        computed = self._own.run(plan, next_layer)
         on_layer(written)
-        return chosen
+        return computed
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """See Runner."""

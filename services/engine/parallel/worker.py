@@ -58,7 +58,7 @@ def _start(task: RankTask, connection: Connection) -> TorchRunner:
 def _obey(message: Compute | CopyPages | Poison, runner: TorchRunner, connection: Connection) -> None:
     if isinstance(message, Compute):
         # What comes out is rank 0's; ours went into it on the way.
-        runner.compute(message.copies, message.segments, None)
+        runner.compute(message.copies, message.segments, None, lambda logits: None)
         return
     if isinstance(message, CopyPages):
         runner.copy_pages(message.copies)

@@ -51,6 +51,7 @@ class SamplingParams:
     max_tokens: int | None = None  # None: as many as the context leaves room for
     ignore_eos: bool = False
     guide: Guide | None = None  # what the output must be
+    prompt_logprobs: int | None = None  # alternatives to report for each token of the prompt; None reports nothing
 
     @staticmethod
     def bias_pairs(bias: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
@@ -84,8 +85,9 @@ class SamplingParams:
         if len({token_id for token_id, _ in self.logit_bias}) != len(self.logit_bias):
             raise InvalidSampling("logit_bias", "logit_bias names a token twice.")
         _check_int("seed", self.seed, 0, MAX_SEED)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size))
+        for field, wanted in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if wanted is not None:
+                _check_int(field, wanted, 0, min(MAX_TOP_LOGPROBS, vocab_size))
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise InvalidSampling("stop_token_ids", f"At most {MAX_STOP_TOKENS} stop_token_ids may be given.")
         for token_id in self.stop_token_ids:

@@ -55,6 +55,8 @@ class Stream:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[api.TokenLogprobs] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_tops: list[list[tuple[int, float]]] = []
         self.finish_reason: str | None = None
         self.error: ServiceError | None = None
         self.timing: api.Timing | None = None
@@ -79,4 +81,9 @@ class Stream:
         assert not self.has_ended, f"output after the end: {output}"
         self.tokens += output.token_ids
         self.logprobs += output.logprobs
+        if (prompt := output.prompt_logprobs) is not None:
+            assert len(self.tokens) == len(output.token_ids), "the prompt comes before the second token"
+            self.prompt_logprobs += prompt.logprobs.tolist()
+            rows = zip(prompt.top_ids.tolist(), prompt.top_logprobs.tolist(), strict=True)
+            self.prompt_tops += [list(zip(ids, values, strict=True)) for ids, values in rows]
         self.finish_reason, self.error, self.timing = output.finish_reason, output.error, output.timing

@@ -8,8 +8,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.core.plan import Chosen, PageCopy, SampleSpec, StepPlan
+from services.engine.core.plan import Chosen, Computed, PageCopy, SampleSpec, Segment, StepPlan
 from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 
 POISON = -1
 
@@ -25,6 +26,17 @@ def choose(kv: NDArray[np.int64], params: SamplingParams, vocab: int) -> int:
     """The next token: a digest of KV (layers, tokens), and of seed and position where one samples."""
     salt = b"" if params.is_greedy else f"{params.seed} {kv.shape[1]}".encode()
     return crc32(np.ascontiguousarray(kv).tobytes() + salt) % vocab
+
+
+def score(kv: NDArray[np.int64], target: int) -> float:
+    """What stands for a log-probability of `target` after KV (layers, tokens): exact in float32."""
+    return -float(crc32(np.ascontiguousarray(kv).tobytes() + b"%d" % target) % 10_000)
+
+
+def expected_scores(prompt: Sequence[int], num_layers: int = 3) -> list[float]:
+    """Of all tokens of a prompt but the first."""
+    kv = kv_of(prompt, num_layers)
+    return [score(kv[:, :position], target) for position, target in enumerate(prompt[1:], start=1)]
 
 
 def expected_tokens(
@@ -48,7 +60,7 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.fail_next: Exception | None = None
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[Chosen]:
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
         self.plans.append(plan)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -63,7 +75,10 @@ class FakeRunner:
                     self.memory[layer, page, position % self.page_size] = value
             if on_layer is not None:
                 on_layer(layer)
-        return [self._choose(s.page_ids, s.end, s.sample) for s in plan.segments if s.sample is not None]
+        return Computed(
+            [self._choose(s.page_ids, s.end, s.sample) for s in plan.segments if s.sample is not None],
+            [self._rate(s) for s in plan.segments if s.score is not None],
+        )
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
@@ -75,6 +90,20 @@ class FakeRunner:
     def read(self, pages: Sequence[int], length: int) -> NDArray[np.int64]:
         """KV of the first `length` tokens in the pages, (layers, length)."""
         return self.memory[:, list(pages)].reshape(len(self.memory), -1)[:, :length]
+
+    def _rate(self, segment: Segment) -> PromptLogprobs:
+        """A digest of all KV before each target, and of the target; the alternatives are the target's successors."""
+        spec = segment.score
+        assert spec is not None
+        assert spec.first >= 0
+        rated = []
+        for row, target in enumerate(spec.targets, start=segment.begin + spec.first):
+            assert row < segment.end
+            rated.append(score(self.read(segment.page_ids, row + 1), target))
+        own = np.array(rated, dtype=np.float32)
+        tops = np.arange(1, spec.num_top + 1)
+        ids = (np.array(spec.targets, dtype=np.int32)[:, None] + tops) % self.vocab
+        return PromptLogprobs(own, ids.astype(np.int32), own[:, None] - tops.astype(np.float32))
 
     def _choose(self, pages: Sequence[int], end: int, spec: SampleSpec) -> Chosen:
         assert len(spec.token_ids) == end

@@ -11,6 +11,7 @@ from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import ServiceError
 from tests.engine.core.answers import Answer, Stream
+from tests.engine.core.fake_runner import expected_scores
 from tests.engine.core.world import VOCAB, Node, World, ref_of
 
 pytestmark = pytest.mark.slow
@@ -40,12 +41,13 @@ class RandomWork(RuleBasedStateMachine):
         return f"call {self.names}"
 
     @rule(side=st.sampled_from("pd"), root=st.integers(0, 1), length=st.integers(1, 24), count=st.integers(1, 12),
-          temperature=st.sampled_from([0.0, 1.0]), timeout=st.sampled_from([None, None, None, 2.0]))  # fmt: skip
+          temperature=st.sampled_from([0.0, 1.0]), timeout=st.sampled_from([None, None, None, 2.0]),
+          rate=st.sampled_from([None, None, 1]))  # fmt: skip
     def generate(
-        self, side: str, root: int, length: int, count: int, temperature: float, timeout: float | None
+        self, side: str, root: int, length: int, count: int, temperature: float, timeout: float | None, rate: int | None
     ) -> None:
         node = self.world.p if side == "p" else self.world.d
-        params = SamplingParams(temperature=temperature, seed=root, max_tokens=count)
+        params = SamplingParams(temperature=temperature, seed=root, max_tokens=count, prompt_logprobs=rate)
         deadline = None if timeout is None else self.world.clock.now + timeout
         stream = node.generate(prompt(root, length), params, name=self.name(), deadline=deadline)
         self.streams.append((node, prompt(root, length), params, stream))
@@ -73,11 +75,12 @@ class RandomWork(RuleBasedStateMachine):
             answer = self.world.p.remote_send(tokens, begin, window.end, reserved, name=name, attempt=attempt)
             self.sends.append((name, answer))
 
-    @rule(choice=st.integers(0, 9), count=st.integers(1, 12), timeout=st.sampled_from([None, None, None, 2.0]))
-    def generate_reserved(self, choice: int, count: int, timeout: float | None) -> None:
+    @rule(choice=st.integers(0, 9), count=st.integers(1, 12), timeout=st.sampled_from([None, None, None, 2.0]),
+          rate=st.sampled_from([None, None, 1]))  # fmt: skip
+    def generate_reserved(self, choice: int, count: int, timeout: float | None, rate: int | None) -> None:
         if (found := self.reserved(choice)) is not None:
             tokens, _, reserved = found
-            params = SamplingParams(max_tokens=count)
+            params = SamplingParams(max_tokens=count, prompt_logprobs=rate)
             deadline = None if timeout is None else self.world.clock.now + timeout
             end = reserved.address.window.end
             stream = self.world.d.generate(
@@ -144,6 +147,10 @@ class RandomWork(RuleBasedStateMachine):
         for node, tokens, params, stream in self.streams:
             expected = node.expected(tokens, len(stream.tokens), params)
             assert stream.tokens == expected
+            told = stream.prompt_logprobs
+            assert told == expected_scores(tokens)[: len(told)]
+            is_all = params.prompt_logprobs is not None and (stream.tokens or stream.finish_reason == "LENGTH")
+            assert not is_all or len(told) == len(tokens) - 1
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

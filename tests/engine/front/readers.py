@@ -20,6 +20,7 @@ class Outcome:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[sampling_pb2.Logprobs] = field(default_factory=list)
+    prompt_logprobs: sampling_pb2.PromptLogprobs = field(default_factory=sampling_pb2.PromptLogprobs)
     finish_reason: int = 0
     timing: sampling_pb2.Timing | None = None
     error: tuple[int, str, float | None] | None = None  # code, reason, retry delay in seconds
@@ -28,6 +29,7 @@ class Outcome:
     def add(self, response: pb.StartGenerateResponse) -> None:
         self.token_ids += response.token_ids
         self.logprobs += response.logprobs
+        self.prompt_logprobs.MergeFrom(response.prompt_logprobs)
         self.finish_reason = self.finish_reason or response.finish_reason
         if response.HasField("timing"):
             self.timing = response.timing

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from services.engine.core.api import FinishReason, RequestKey, SequenceOutput, TokenLogprobs
 from services.engine.front.streams import MAX_TAKEN_NUMBERS, Caller, Streams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 
 KEY, OTHER = RequestKey("me", "a"), RequestKey("me", "b")
 
@@ -43,3 +46,30 @@ async def test_more_than_a_message_holds_comes_in_several() -> None:
             if each.finish_reason is not None:
                 finished.append(each.key)
     assert tokens == {KEY: list(range(num_tokens)), OTHER: list(range(num_tokens))}
+
+
+async def test_a_prompt_that_more_than_fills_messages_comes_before_the_tokens() -> None:
+    mailbox, num_steps, rows = caller(), 40, 256
+    for step in range(num_steps):
+        own = np.arange(step * rows, (step + 1) * rows, dtype=np.float32)
+        tops = np.repeat(own[:, None], 20, axis=1)
+        tokens = (7,) if step == num_steps - 1 else ()
+        mailbox.put(SequenceOutput(KEY, tokens, prompt_logprobs=PromptLogprobs(own, tops.astype(np.int32), tops)))
+    mailbox.put(SequenceOutput(OTHER, (8,), finish_reason=FinishReason.LENGTH))
+    mailbox.put(SequenceOutput(KEY, (9,), finish_reason=FinishReason.LENGTH))
+    told: list[float] = []
+    messages = [await mailbox.take()]
+    while messages[-1][-1].finish_reason is None or len(messages) < 2:
+        messages.append(await mailbox.take())
+    for message in messages:
+        numbers = 0
+        for each in message:
+            if (prompt := each.prompt_logprobs) is not None:
+                told += prompt.logprobs.tolist()
+                assert prompt.top_ids.tolist() == prompt.top_logprobs.tolist()
+                assert not each.token_ids or len(told) == num_steps * rows
+                numbers += len(prompt) * 41
+        assert numbers <= MAX_TAKEN_NUMBERS
+    assert told == [float(number) for number in range(num_steps * rows)]
+    tokens_of = {key: [t for m in messages for e in m if e.key == key for t in e.token_ids] for key in (KEY, OTHER)}
+    assert tokens_of == {KEY: [7, 9], OTHER: [8]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 from microserve.engine.v1 import engine_pb2 as pb
 from microserve.types.v1 import sampling_pb2
@@ -11,6 +12,7 @@ from microserve.types.v1 import sampling_pb2
 from services.engine.core.api import Cancel, RequestKey, ReservationRef, StartGenerate, Timing, TokenLogprobs
 from services.engine.errors import DeadlineExceeded, QueueFull
 from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from tests.engine.front.harness import OWNER, Served, output, serve, start_request
 from tests.engine.front.readers import CompleteReader, SessionReader, StartGenerateReader
 
@@ -98,6 +100,29 @@ async def test_a_sequence_that_fails_midway_keeps_its_tokens_and_says_why(served
     assert outcome.token_ids == ([10, 11, 12] if reader.streams else [])
 
 
+async def test_a_prompt_is_told_of_before_the_first_token(served: Served, reader: Reader) -> None:
+    params = sampling_pb2.SamplingParams(prompt_logprobs=2)
+    reading = reader(served.stub, start_request(prompt=(5, 6, 7, 8), prompt_logprobs_begin=1, sampling=params))
+    command = await served.engine.next(StartGenerate)
+    assert (command.sampling.prompt_logprobs, command.prompt_logprobs_begin) == (2, 1)
+    served.engine.step(output(command, prompt_logprobs=rated([-0.5, -1.5], first_id=10)))
+    served.engine.step(output(command, 20, prompt_logprobs=rated([-2.5], first_id=30)))
+    served.engine.step(output(command, 21, finish_reason="LENGTH"))
+    outcome = await reading.result()
+    assert outcome.token_ids == [20, 21]
+    assert list(outcome.prompt_logprobs.logprobs) == [-0.5, -1.5, -2.5]
+    assert outcome.prompt_logprobs.top_count == 2
+    assert list(outcome.prompt_logprobs.top_token_ids) == [10, 11, 12, 13, 30, 31]
+    assert list(outcome.prompt_logprobs.top_logprobs) == [-0.5, -1.5, -1.5, -2.5, -2.5, -3.5]
+
+
+def rated(logprobs: list[float], first_id: int) -> PromptLogprobs:
+    """Of some tokens, each with two alternatives."""
+    own = np.array(logprobs, dtype=np.float32)
+    ids = np.arange(first_id, first_id + 2 * len(logprobs), dtype=np.int32).reshape(-1, 2)
+    return PromptLogprobs(own, ids, np.stack([own, own - 1], axis=1))
+
+
 BAD_STARTS = {
     "EMPTY_PROMPT": {"prompt": ()},
     "TOKEN_OUT_OF_RANGE": {"prompt": (5, 100)},
@@ -107,6 +132,8 @@ BAD_STARTS = {
     "INVALID_RANGE of begin": {"begin": 4},
     "INVALID_RANGE of begin without a reservation": {"begin": 1},
     "INVALID_RANGE of prompt_token_count": {"prompt_token_count": 4},
+    "INVALID_RANGE of prompt_logprobs_begin": {"prompt_logprobs_begin": 4},
+    "INVALID_RANGE of prompt_logprobs_begin in a continuation": {"prompt_logprobs_begin": 3, "prompt_token_count": 2},
     "BAD_REQUEST for no owner": {"owner_id": ""},
     "BAD_REQUEST for a long owner": {"owner_id": "o" * 129},
     "BAD_REQUEST for a long salt": {"cache_salt": "s" * 129},
@@ -115,6 +142,7 @@ BAD_STARTS = {
     "INVALID_SAMPLING of nan": {"sampling": sampling_pb2.SamplingParams(top_p=float("nan"))},
     "INVALID_SAMPLING of infinity": {"sampling": sampling_pb2.SamplingParams(temperature=float("inf"))},
     "INVALID_SAMPLING of logprobs": {"sampling": sampling_pb2.SamplingParams(logprobs=21)},
+    "INVALID_SAMPLING of prompt_logprobs": {"sampling": sampling_pb2.SamplingParams(prompt_logprobs=21)},
     "INVALID_SAMPLING of a stop token": {"sampling": sampling_pb2.SamplingParams(stop_token_ids=[100])},
     "INVALID_SAMPLING of nothing left to generate": {
         "prompt_token_count": 1,

@@ -269,6 +269,7 @@ class StartGenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     FORCED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_BEGIN_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller."""
     request_id: _builtins.str
@@ -281,6 +282,11 @@ class StartGenerateRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """As in PrepRecv."""
+    prompt_logprobs_begin: _builtins.int
+    """With sampling.prompt_logprobs: the first position of the prompt to tell of, so that a sequence that goes on
+    elsewhere tells of none twice. What comes before may be taken from caches and reservations. At most
+    prompt_token_count, which tells of none. Zero means 1: nothing precedes position 0.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, and after it any tokens already generated elsewhere. At least one token."""
@@ -318,10 +324,11 @@ class StartGenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
         forced_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs_begin: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cache_salt", b"cache_salt", "forced_token_ids", b"forced_token_ids", "owner_id", b"owner_id", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cache_salt", b"cache_salt", "forced_token_ids", b"forced_token_ids", "owner_id", b"owner_id", "prompt_logprobs_begin", b"prompt_logprobs_begin", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,11 +344,12 @@ class StartGenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     finish_reason: _sampling_pb2.FinishReason.ValueType
     """Set in the last message."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """New tokens, in order. At least one except in the last message."""
+        """New tokens, in order. At least one except in the last message and in those with prompt_logprobs."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.Logprobs]:
@@ -351,6 +359,12 @@ class StartGenerateResponse(_message.Message):
     def timing(self) -> _sampling_pb2.Timing:
         """Set in the last message."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _sampling_pb2.PromptLogprobs:
+        """If asked for: the next positions of the prompt, as they are computed, the last ones with the
+        first token at the latest.
+        """
+
     def __init__(
         self,
         *,
@@ -358,10 +372,11 @@ class StartGenerateResponse(_message.Message):
         logprobs: _abc.Iterable[_sampling_pb2.Logprobs] | None = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         timing: _sampling_pb2.Timing | None = ...,
+        prompt_logprobs: _sampling_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_logprobs", b"prompt_logprobs", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

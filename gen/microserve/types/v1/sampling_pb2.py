@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from microserve.types.v1 import kv_pb2 as microserve_dot_types_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"microserve/types/v1/sampling.proto\x12\x13microserve.types.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmicroserve/types/v1/kv.proto\"\xce\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x46\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x32.microserve.types.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x15\n\x08logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12)\n\x05guide\x18\x0f \x01(\x0b\x32\x1a.microserve.types.v1.Guide\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobs\"y\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12-\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1b.microserve.types.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"m\n\x08Logprobs\x12\x31\n\x06\x63hosen\x18\x01 \x01(\x0b\x32!.microserve.types.v1.TokenLogprob\x12.\n\x03top\x18\x02 \x03(\x0b\x32!.microserve.types.v1.TokenLogprob\"\xe5\x02\n\x06Timing\x12\x1b\n\x13matched_token_count\x18\x01 \x01(\r\x12\x1f\n\x17transferred_token_count\x18\x02 \x01(\r\x12\x1c\n\x14\x63omputed_token_count\x18\x03 \x01(\r\x12\x1d\n\x15generated_token_count\x18\x04 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x05 \x01(\x04\x12(\n\x05queue\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08transfer\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10preemption_count\x18\n \x01(\r\"\xf7\x01\n\x03Leg\x12\'\n\x04verb\x18\x01 \x01(\x0e\x32\x19.microserve.types.v1.Verb\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12.\n\x05range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12+\n\x06timing\x18\x04 \x01(\x0b\x32\x1b.microserve.types.v1.Timing\x12*\n\x07\x65lapsed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*_\n\x04Verb\x12\x14\n\x10VERB_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERB_PREP_RECV\x10\x01\x12\x14\n\x10VERB_REMOTE_SEND\x10\x02\x12\x17\n\x13VERB_START_GENERATE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"microserve/types/v1/sampling.proto\x12\x13microserve.types.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmicroserve/types/v1/kv.proto\"\x80\x04\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x46\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x32.microserve.types.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x15\n\x08logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12)\n\x05guide\x18\x0f \x01(\x0b\x32\x1a.microserve.types.v1.Guide\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"y\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12-\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x1b.microserve.types.v1.ChoiceH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"m\n\x08Logprobs\x12\x31\n\x06\x63hosen\x18\x01 \x01(\x0b\x32!.microserve.types.v1.TokenLogprob\x12.\n\x03top\x18\x02 \x03(\x0b\x32!.microserve.types.v1.TokenLogprob\"b\n\x0ePromptLogprobs\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\x12\x11\n\ttop_count\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xe5\x02\n\x06Timing\x12\x1b\n\x13matched_token_count\x18\x01 \x01(\r\x12\x1f\n\x17transferred_token_count\x18\x02 \x01(\r\x12\x1c\n\x14\x63omputed_token_count\x18\x03 \x01(\r\x12\x1d\n\x15generated_token_count\x18\x04 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x05 \x01(\x04\x12(\n\x05queue\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08transfer\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10preemption_count\x18\n \x01(\r\"\xf7\x01\n\x03Leg\x12\'\n\x04verb\x18\x01 \x01(\x0e\x32\x19.microserve.types.v1.Verb\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12.\n\x05range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12+\n\x06timing\x18\x04 \x01(\x0b\x32\x1b.microserve.types.v1.Timing\x12*\n\x07\x65lapsed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*_\n\x04Verb\x12\x14\n\x10VERB_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERB_PREP_RECV\x10\x01\x12\x14\n\x10VERB_REMOTE_SEND\x10\x02\x12\x17\n\x13VERB_START_GENERATE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1506
-  _globals['_FINISHREASON']._serialized_end=1630
-  _globals['_VERB']._serialized_start=1632
-  _globals['_VERB']._serialized_end=1727
+  _globals['_FINISHREASON']._serialized_start=1656
+  _globals['_FINISHREASON']._serialized_end=1780
+  _globals['_VERB']._serialized_start=1782
+  _globals['_VERB']._serialized_end=1877
   _globals['_SAMPLINGPARAMS']._serialized_start=122
-  _globals['_SAMPLINGPARAMS']._serialized_end=584
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=523
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=571
-  _globals['_GUIDE']._serialized_start=586
-  _globals['_GUIDE']._serialized_end=707
-  _globals['_CHOICE']._serialized_start=709
-  _globals['_CHOICE']._serialized_end=732
-  _globals['_TOKENLOGPROB']._serialized_start=734
-  _globals['_TOKENLOGPROB']._serialized_end=783
-  _globals['_LOGPROBS']._serialized_start=785
-  _globals['_LOGPROBS']._serialized_end=894
-  _globals['_TIMING']._serialized_start=897
-  _globals['_TIMING']._serialized_end=1254
-  _globals['_LEG']._serialized_start=1257
-  _globals['_LEG']._serialized_end=1504
+  _globals['_SAMPLINGPARAMS']._serialized_end=634
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=553
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=601
+  _globals['_GUIDE']._serialized_start=636
+  _globals['_GUIDE']._serialized_end=757
+  _globals['_CHOICE']._serialized_start=759
+  _globals['_CHOICE']._serialized_end=782
+  _globals['_TOKENLOGPROB']._serialized_start=784
+  _globals['_TOKENLOGPROB']._serialized_end=833
+  _globals['_LOGPROBS']._serialized_start=835
+  _globals['_LOGPROBS']._serialized_end=944
+  _globals['_PROMPTLOGPROBS']._serialized_start=946
+  _globals['_PROMPTLOGPROBS']._serialized_end=1044
+  _globals['_TIMING']._serialized_start=1047
+  _globals['_TIMING']._serialized_end=1404
+  _globals['_LEG']._serialized_start=1407
+  _globals['_LEG']._serialized_end=1654
 # @@protoc_insertion_point(module_scope)
