@@ -16,6 +16,8 @@ from services.protocol.errors import ServiceError
 from tests.fake_kv import FakeKv
 from tests.fake_model import FakeModel
 
+NUM_PAGES = 1 << 20
+
 
 @dataclass
 class Fault:
@@ -89,6 +91,7 @@ class FakeDescription(EngineServiceServicer):
                     running_sequence_count=len(self.sequences),
                     reservation_count=len(self.kv.live),
                     draining=self.draining,
+                    pages=pb.PageCounts(free=NUM_PAGES, total=NUM_PAGES),
                 )
                 await changed.wait()
                 changed.clear()

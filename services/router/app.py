@@ -27,8 +27,11 @@ from services.router.http import HttpServer
 from services.router.keys import KeyInterceptor, Keys
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
+from services.router.planning.host import BUILT_IN, PlannerHost
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
+from services.router.programs.library import Library
+from services.router.programs.program import PLANNER
 from services.router.programs.watchdog import Watchdog
 from services.router.registration import RegistrationServicer
 from services.router.service import GenerationService
@@ -75,7 +78,12 @@ class Router:
         self._backoff = backoff or BackoffConfig()
         self._breaker = BreakerConfig(config.breaker_failures, config.breaker_first, config.breaker_longest)
         self._owner_id = f"router-{secrets.token_hex(12)}"  # new in every process, as the contract wants owners
-        self._host = PolicyHost(self.registry, self.catalogue, config.run_limits)
+        self._host = host = PolicyHost(self.registry, self.catalogue, config.run_limits)
+        planners = Library(PLANNER, BUILT_IN, config.planner_file)
+        self._first_planner = None if config.planner is None else planners.take_in(config.planner)
+        self.planners = PlannerHost(
+            self.registry, planners, host.traffic, host.costs, host.homes, config.planner_limits
+        )
         traces = Traces(config.max_traces)
         self.admission = Admission(config.admission_limits, self.registry.capacity)
         self.registry.on_load(self.admission.pump, lambda: self.admission.num_waiting > 0)
@@ -92,14 +100,13 @@ class Router:
         self.server = Server(config, "router", interceptors=(guard,))
         front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
-        admin = AdminServicer(self.registry, self.membership, self.catalogue, traces, take_uploads=False)
+        shown = (self.registry, self.membership, self.catalogue, self.planners, traces)
+        admin = AdminServicer(*shown, take_uploads=False)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
         self._admin_server: Server | None = None
         if config.admin_listen is not None:
             self._admin_server = Server(_admin_config(config, config.admin_listen), "admin", interceptors=(guard,))
-            admin = AdminServicer(
-                self.registry, self.membership, self.catalogue, traces, take_uploads=config.allow_policy_upload
-            )
+            admin = AdminServicer(*shown, take_uploads=config.allow_policy_upload)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         limits = HttpLimits(config.max_message_bytes, config.client_timeout, config.max_requests)
         self._registrations = Registrations(self.membership, config.register_lease)
@@ -155,6 +162,8 @@ class Router:
         for target in self.config.engine_dns:
             follow = follow_dns(target, self.membership, self.config.dns_interval)
             self._following.append(asyncio.create_task(follow, name=f"dns {target}"))
+        if self._first_planner is not None:
+            await self.planners.start(self._first_planner)
         return self.addresses
 
     async def run(self) -> None:
@@ -171,12 +180,14 @@ class Router:
             if server is not None:
                 await server.stop(0)
         self._registrations.close()
+        await self.planners.close()
         await self._host.close()
         await self.registry.stop()
         self._watchdog.stop()
 
     async def _drain(self) -> None:
         self._draining = True
+        await self.planners.stop()
         await self._http_app.drain()
 
     def _member(self, address: str) -> Member:

@@ -9,6 +9,8 @@ from services.router.admission.ticket import AdmissionLimits
 from services.router.fleet.endpoint_slices import ServiceTarget
 from services.router.fleet.recovery import RetryLimits
 from services.router.http import HttpTls
+from services.router.planning.host import PlannerLimits
+from services.router.planning.topics import TopicLimits
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
 from services.router.programs.watchdog import BLOCK_TIMEOUT_S, GIVE_UP_TIMEOUT_S, WatchdogLimits
 from services.rpc.bind import split_address
@@ -57,6 +59,21 @@ class RouterConfig(ServerConfig):
         default=BLOCK_TIMEOUT_S,
         metadata={"help": "seconds a program may keep the event loop to itself before it is interrupted"},
     )
+    planner: str | None = field(
+        default=None, metadata={"help": "planner to run: NAME, NAME:PARAMETERS or FILE.py; none: off"}
+    )
+    planner_file: tuple[Path, ...] = field(default=(), metadata={"help": "a planner to have at hand; may be repeated"})
+    planner_interval: float = field(default=2.0, metadata={"help": "seconds between two looks of the planner"})
+    planner_timeout: float = field(
+        default=60.0, metadata={"help": "seconds a planner may take for one look, moves included, before it is cut"}
+    )
+    planner_moves: int = field(default=2, metadata={"help": "contexts that the planner moves at once, at most"})
+    planner_bytes_per_s: float = field(
+        default=200e6, metadata={"help": "bytes a second that it moves from one engine to another, on average"}
+    )
+    planner_topic_tokens: int = field(
+        default=256, metadata={"help": "tokens that prompts must have in common at least to be of one topic"}
+    )
     request_timeout: float = field(
         default=600.0, metadata={"help": "seconds a request may take, whatever its own deadline"}
     )
@@ -93,7 +110,9 @@ class RouterConfig(ServerConfig):
     admin_listen: str | None = field(
         default=None, metadata={"help": "host:port of its own for AdminService, beside --listen"}
     )
-    allow_policy_upload: bool = field(default=False, metadata={"help": "take policy source at --admin-listen"})
+    allow_policy_upload: bool = field(
+        default=False, metadata={"help": "take source of policies and planners at --admin-listen"}
+    )
     engine_tls_ca: Path | None = field(default=None, metadata={"help": "PEM roots of the engines' certificates"})
     engine_tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate to show to engines (mTLS)"})
     engine_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --engine-tls-cert"})
@@ -113,6 +132,11 @@ class RouterConfig(ServerConfig):
         for name in (
             "policy_timeout",
             "policy_block_timeout",
+            "planner_interval",
+            "planner_timeout",
+            "planner_moves",
+            "planner_bytes_per_s",
+            "planner_topic_tokens",
             "request_timeout",
             "client_timeout",
             "max_requests",
@@ -172,6 +196,17 @@ class RouterConfig(ServerConfig):
             between_chunks_s=self.policy_timeout,
             max_buffered=self.max_buffered_tokens,
             retries=RetryLimits(self.max_retries, self.stranded_timeout),
+        )
+
+    @property
+    def planner_limits(self) -> PlannerLimits:
+        """What a planner may take, and what it is shown."""
+        return PlannerLimits(
+            self.planner_interval,
+            self.planner_timeout,
+            self.planner_moves,
+            self.planner_bytes_per_s,
+            topics=TopicLimits(self.planner_topic_tokens),
         )
 
     @property

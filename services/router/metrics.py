@@ -94,3 +94,17 @@ HTTP_REQUESTS = Counter(
     "HTTP requests that were answered, by path and status; 499: the client left first.",
     ["path", "status"],
 )
+PLANNER_RUNNING = Gauge("microserve_router_planner_running", "1 while a planner runs.")
+PLANNER_FAILURES = Counter(
+    "microserve_router_planner_failures",
+    "Planners that raised, stood still, left something open or ended by themselves, and were cut, by planner.",
+    ["planner"],
+)
+PLANNER_LOOKS = Counter("microserve_router_planner_looks", "Views that a planner was given of the whole fleet.")
+PLANNER_TOPICS = Gauge("microserve_router_planner_topics", "Topics in the traffic at the planner's last look.")
+PLANNER_MOVES = Counter(
+    "microserve_router_planner_moves",
+    "Contexts that a planner moved, by outcome: OK, the reason of a failure, or CANCELLED.",
+    ["code"],
+)
+PLANNER_MOVED = Counter("microserve_router_planner_moved", "KV that a planner moved: tokens, bytes.", ["unit"])

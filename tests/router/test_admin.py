@@ -64,7 +64,7 @@ async def test_an_engine_that_cannot_be_reached_says_why() -> None:
 async def test_policies_are_listed_shown_and_set() -> None:
     async with running() as suite:
         listed = (await suite.admin.ListPolicies(admin_pb2.ListPoliciesRequest())).policies
-        names = ["adaptive", "balanced", "context_aware", "data_parallel", "disaggregated"]
+        names = ["adaptive", "at_home", "balanced", "context_aware", "data_parallel", "disaggregated"]
         assert [each.name for each in listed] == names
         assert [each.name for each in listed if each.current] == ["data_parallel"]
         assert all(each.summary and each.file for each in listed)

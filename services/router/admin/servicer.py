@@ -9,15 +9,17 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
-from services.router.admin.wire import explanation_to_wire, split_to_wire
+from services.router.admin.wire import explanation_to_wire, planner_to_wire, split_to_wire
 from services.router.errors import BadPolicy, UploadDisabled
 from services.router.fleet.breaker import BreakerState
 from services.router.fleet.member import Member
 from services.router.fleet.membership import Membership, checked_address
 from services.router.fleet.registry import Registry
+from services.router.planning.host import PlannerHost
 from services.router.programs.catalogue import Catalogue
+from services.router.programs.library import Library
 from services.router.programs.loader import load_upload
-from services.router.programs.program import POLICY, Program
+from services.router.programs.program import Program
 from services.router.traces import Traces
 from services.router.wire import leg_to_wire
 
@@ -40,6 +42,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         registry: Registry,
         membership: Membership,
         catalogue: Catalogue,
+        planners: PlannerHost,
         traces: Traces,
         *,
         take_uploads: bool,
@@ -47,6 +50,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._registry = registry
         self._membership = membership
         self._catalogue = catalogue
+        self._planners = planners
         self._traces = traces
         self._take_uploads = take_uploads
 
@@ -87,12 +91,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def SetPolicy(self, request: admin_pb2.SetPolicyRequest, context: Context) -> admin_pb2.SetPolicyResponse:
         if request.source:
-            if not self._take_uploads:
-                raise UploadDisabled("this router takes no code: start it with --allow-policy-upload --admin-listen")
-            name, _, params = request.name.partition(":")
-            program = await load_upload(name, request.source, POLICY)
-            program.bind(params)
-            self._catalogue.add(program)
+            await self._upload(request.name, request.source, self._catalogue)
         elif not request.name:
             raise BadPolicy("name a policy")
         current = self._catalogue.use(request.name)
@@ -122,6 +121,26 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def GetSplit(self, request: admin_pb2.GetSplitRequest, context: Context) -> admin_pb2.GetSplitResponse:
         return admin_pb2.GetSplitResponse(split=split_to_wire(self._catalogue.split))
 
+    async def StartPlanner(
+        self, request: admin_pb2.StartPlannerRequest, context: Context
+    ) -> admin_pb2.StartPlannerResponse:
+        library = self._planners.library
+        if request.source:
+            await self._upload(request.name, request.source, library)
+        await self._planners.start(library.bind(request.name))
+        self._log_planner("planner started by an operator", context)
+        return admin_pb2.StartPlannerResponse()
+
+    async def StopPlanner(
+        self, request: admin_pb2.StopPlannerRequest, context: Context
+    ) -> admin_pb2.StopPlannerResponse:
+        await self._planners.stop()
+        self._log_planner("planner stopped by an operator", context)
+        return admin_pb2.StopPlannerResponse()
+
+    async def GetPlanner(self, request: admin_pb2.GetPlannerRequest, context: Context) -> admin_pb2.GetPlannerResponse:
+        return planner_to_wire(self._planners.status(), self._planners.library.programs())
+
     async def GetTrace(self, request: admin_pb2.GetTraceRequest, context: Context) -> admin_pb2.GetTraceResponse:
         trace = self._traces.get(request.request_id)
         return admin_pb2.GetTraceResponse(policy=trace.policy, legs=map(leg_to_wire, trace.legs), code=trace.code)
@@ -130,6 +149,18 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ExplainRequestRequest, context: Context
     ) -> admin_pb2.ExplainRequestResponse:
         return explanation_to_wire(self._traces.get(request.request_id))
+
+    async def _upload(self, spec: str, source: str, library: Library) -> None:
+        """Takes in a program that somebody wrote. UploadDisabled, BadPolicy."""
+        if not self._take_uploads:
+            raise UploadDisabled("this router takes no code: start it with --allow-policy-upload --admin-listen")
+        name, _, params = spec.partition(":")
+        program = await load_upload(name, source, library.kind)
+        program.bind(params)
+        library.add(program)
+
+    def _log_planner(self, what: str, context: Context) -> None:
+        log.info(what, extra={"fields": {"planner": self._planners.status().spec, "peer": context.peer()}})
 
     def _describe(self, program: Program) -> admin_pb2.PolicyInfo:
         current = self._catalogue.current

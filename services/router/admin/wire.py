@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from microserve.router.v1 import admin_pb2
 
 from services.router.cost.decision import Option
+from services.router.planning.host import PlannerStatus
+from services.router.planning.mover import MoveRecord
+from services.router.planning.topics import Topic
+from services.router.planning.view import View
+from services.router.programs.program import Program
 from services.router.programs.results import Distribution
 from services.router.programs.split import Arm, Split
 from services.router.traces import Trace
@@ -31,6 +38,55 @@ def explanation_to_wire(trace: Trace) -> admin_pb2.ExplainRequestResponse:
         message.alternatives.extend(map(_option, trace.decision.alternatives))
         message.weighed_count = trace.decision.num_weighed
     return message
+
+
+def planner_to_wire(status: PlannerStatus, programs: Sequence[Program]) -> admin_pb2.GetPlannerResponse:
+    """What the planner does, and the planners at hand."""
+    return admin_pb2.GetPlannerResponse(
+        planner=status.spec,
+        problem=status.problem,
+        age=duration(status.age_s),
+        look_count=status.num_looks,
+        topics=[_topic(topic, view) for view in status.views for topic in view.topics],
+        moves=[_move(record, status.now_s) for record in status.moves],
+        move_count_by_code=status.outcomes,
+        programs=[
+            admin_pb2.PolicyInfo(
+                name=program.name,
+                summary=program.summary,
+                current=not status.problem and program.name == status.spec.partition(":")[0],
+                file=program.file,
+            )
+            for program in programs
+        ],
+    )
+
+
+def _topic(topic: Topic, view: View) -> admin_pb2.PlannerTopic:
+    names = {site.address: site.name for site in view.sites}
+    return admin_pb2.PlannerTopic(
+        name=topic.name,
+        model=view.model.name,
+        token_count=topic.tokens,
+        requests_per_s=topic.rate,
+        homes=[names[address] for address in view.homes.get(topic.name, ()) if address in names],
+        cached_token_count={site.name: site.cached[topic.name] for site in view.sites if site.cached[topic.name]},
+    )
+
+
+def _move(record: MoveRecord, now_s: float) -> admin_pb2.PlannerMove:
+    return admin_pb2.PlannerMove(
+        age=duration(now_s - record.at_s),
+        topic=record.topic,
+        source_engine=record.source,
+        target_engine=record.target,
+        token_count=record.tokens,
+        why=record.why,
+        code=record.code,
+        moved_token_count=record.moved_tokens,
+        moved_bytes=record.moved_bytes,
+        elapsed=duration(record.elapsed_s),
+    )
 
 
 def _option(option: Option) -> admin_pb2.PlacementOption:

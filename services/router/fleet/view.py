@@ -11,6 +11,8 @@ from services.router.cost.book import CostBook
 from services.router.cost.decision import Decision
 from services.router.cost.placement import SHORTLIST, Planner
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed
+from services.router.fleet.choose import least_loaded
+from services.router.fleet.homes import Homes
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
 from services.router.fleet.recovery import Remedy, remedy
@@ -177,8 +179,10 @@ class Fleet:
         engines: Callable[[], list[EngineSnapshot]],
         roster: Callable[[], Roster[Member]],
         costs: CostBook,
+        homes: Homes,
     ) -> None:
         self._costs = costs
+        self._homes = homes
         self._scope = scope
         self._members = members
         self._engines = engines
@@ -213,6 +217,13 @@ class Fleet:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
         prefill, decode = self._roster().pair_by_prefix(request, self._scope.avoided)
         return self._chosen(prefill), self._chosen(decode)
+
+    def home(self, request: PolicyRequest) -> Engine | None:
+        """Of the engines where a planner wants the request's topic to be at home the least loaded; None: there is no
+        planner, the request is of no topic, or none of them can be chosen."""
+        addresses = self._homes.of(request)
+        at_home = [engine for engine in self._candidates() if engine.address in addresses] if addresses else []
+        return self.engine(least_loaded(at_home)) if at_home else None
 
     def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
         """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`

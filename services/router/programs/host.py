@@ -7,10 +7,12 @@ from functools import partial
 
 from services.router.cleanup import Cleanup
 from services.router.cost.book import CostBook
+from services.router.fleet.homes import Homes
 from services.router.fleet.recovery import Recovery
 from services.router.fleet.registry import Registry
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
+from services.router.planning.traffic import Traffic
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.program import BoundProgram
 from services.router.programs.runner import PolicyRun, RunLimits
@@ -26,6 +28,7 @@ class PolicyHost:
         self._limits = limits
         self._cleanup = Cleanup(limits.close_s)
         self.costs = CostBook()
+        self.traffic, self.homes = Traffic(), Homes()  # what planners see, and what they say
         registry.on_report(self.costs.reported)
         self._runs: set[PolicyRun] = set()
 
@@ -36,9 +39,11 @@ class PolicyHost:
 
     def run(self, program: BoundProgram, request: PolicyRequest) -> PolicyRun:
         """Begins the program; the caller must close the run."""
+        self.traffic.saw(request)
         scope = RequestScope(self._cleanup)
         engines = partial(self._registry.engines, request.model)
-        fleet = Fleet(scope, self._registry.member, engines, partial(self._registry.roster, request.model), self.costs)
+        roster = partial(self._registry.roster, request.model)
+        fleet = Fleet(scope, self._registry.member, engines, roster, self.costs, self.homes)
         recovery = Recovery(request, scope, engines, self._limits.retries)
         run = PolicyRun(
             program, self._catalogue.fallback, request, fleet, scope, recovery, self._limits, self._runs.discard

@@ -17,7 +17,7 @@ class Library:
 
     def __init__(self, kind: Kind, built_in: Path, files: Iterable[Path] = ()) -> None:
         """`built_in`: the folder of those that come with the router. BadPolicy."""
-        self._kind = kind
+        self.kind = kind
         paths = (path for path in sorted(built_in.glob("*.py")) if path.stem != "__init__")
         self._programs = {program.name: program for program in (load_file(path, kind) for path in paths)}
         self._built_in = frozenset(self._programs)
@@ -32,21 +32,21 @@ class Library:
         """The program of that name. UnknownPolicy."""
         program = self._programs.get(name)
         if program is None:
-            raise UnknownPolicy(f"there is no {self._kind.function} named {name[:100]!r}")
+            raise UnknownPolicy(f"there is no {self.kind.function} named {name[:100]!r}")
         return program
 
     def bind(self, spec: str) -> BoundProgram:
         """The program for "name" or "name:parameters". UnknownPolicy, BadPolicy."""
         name, _, text = spec.partition(":")
         if not name:
-            raise BadPolicy(f"name a {self._kind.function}")
+            raise BadPolicy(f"name a {self.kind.function}")
         return self.get(name).bind(text)
 
     def take_in(self, spec: str) -> BoundProgram:
         """As bind, but it may also be a file that is not at hand yet. UnknownPolicy, BadPolicy."""
         if not spec.endswith(".py"):
             return self.bind(spec)
-        program = load_file(Path(spec), self._kind)
+        program = load_file(Path(spec), self.kind)
         self.add(program)
         return program.bind("")
 

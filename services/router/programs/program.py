@@ -29,6 +29,9 @@ POLICY = Kind(
 )
 
 
+PLANNER = Kind("planner", ("fleet",), inspect.iscoroutinefunction, "`async def planner(fleet)` without a yield")
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """Source, and what running it defined. `params` is None if it takes none."""

@@ -964,3 +964,305 @@ class PlacementOption(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlacementOption: _TypeAlias = PlacementOption  # noqa: Y015
+
+@_typing.final
+class StartPlannerRequest(_message.Message):
+    """StartPlannerRequest chooses a planner."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of a planner at hand, or the name to give to the one uploaded, with parameters after a colon if it takes some."""
+    source: _builtins.str
+    """Python source of a planner to upload. Empty: none."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartPlannerRequest: _TypeAlias = StartPlannerRequest  # noqa: Y015
+
+@_typing.final
+class StartPlannerResponse(_message.Message):
+    """StartPlannerResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartPlannerResponse: _TypeAlias = StartPlannerResponse  # noqa: Y015
+
+@_typing.final
+class StopPlannerRequest(_message.Message):
+    """StopPlannerRequest is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopPlannerRequest: _TypeAlias = StopPlannerRequest  # noqa: Y015
+
+@_typing.final
+class StopPlannerResponse(_message.Message):
+    """StopPlannerResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopPlannerResponse: _TypeAlias = StopPlannerResponse  # noqa: Y015
+
+@_typing.final
+class GetPlannerRequest(_message.Message):
+    """GetPlannerRequest is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlannerRequest: _TypeAlias = GetPlannerRequest  # noqa: Y015
+
+@_typing.final
+class GetPlannerResponse(_message.Message):
+    """GetPlannerResponse is the planner that runs, or the last one that did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MoveCountByCodeEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PLANNER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    LOOK_COUNT_FIELD_NUMBER: _builtins.int
+    TOPICS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    MOVE_COUNT_BY_CODE_FIELD_NUMBER: _builtins.int
+    PROGRAMS_FIELD_NUMBER: _builtins.int
+    planner: _builtins.str
+    """Its name and parameters. Empty: none was started."""
+    problem: _builtins.str
+    """Why it does not run. Empty: it runs."""
+    look_count: _builtins.int
+    """How often it was shown the fleet."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Since its start."""
+
+    @_builtins.property
+    def topics(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerTopic]:
+        """Topics of the traffic at the last look, those asked for most first."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerMove]:
+        """The latest moves, the last one first."""
+
+    @_builtins.property
+    def move_count_by_code(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Moves since its start, by outcome."""
+
+    @_builtins.property
+    def programs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyInfo]:
+        """Planners at hand, by name."""
+
+    def __init__(
+        self,
+        *,
+        planner: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        age: _duration_pb2.Duration | None = ...,
+        look_count: _builtins.int = ...,
+        topics: _abc.Iterable[Global___PlannerTopic] | None = ...,
+        moves: _abc.Iterable[Global___PlannerMove] | None = ...,
+        move_count_by_code: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        programs: _abc.Iterable[Global___PolicyInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "look_count", b"look_count", "move_count_by_code", b"move_count_by_code", "moves", b"moves", "planner", b"planner", "problem", b"problem", "programs", b"programs", "topics", b"topics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlannerResponse: _TypeAlias = GetPlannerResponse  # noqa: Y015
+
+@_typing.final
+class PlannerTopic(_message.Message):
+    """PlannerTopic is a group of requests that share a long prefix, their context."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CachedTokenCountEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    HOMES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the context."""
+    model: _builtins.str
+    """Model that is asked."""
+    token_count: _builtins.int
+    """Tokens of the context."""
+    requests_per_s: _builtins.float
+    """Requests a second."""
+    @_builtins.property
+    def homes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Engines where the topic is at home, as the look found it."""
+
+    @_builtins.property
+    def cached_token_count(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Tokens of the context that are cached, by engine."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        requests_per_s: _builtins.float = ...,
+        homes: _abc.Iterable[_builtins.str] | None = ...,
+        cached_token_count: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "homes", b"homes", "model", b"model", "name", b"name", "requests_per_s", b"requests_per_s", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerTopic: _TypeAlias = PlannerTopic  # noqa: Y015
+
+@_typing.final
+class PlannerMove(_message.Message):
+    """PlannerMove is one context that was to be copied into an engine's prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_FIELD_NUMBER: _builtins.int
+    TOPIC_FIELD_NUMBER: _builtins.int
+    SOURCE_ENGINE_FIELD_NUMBER: _builtins.int
+    TARGET_ENGINE_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MOVED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MOVED_BYTES_FIELD_NUMBER: _builtins.int
+    ELAPSED_FIELD_NUMBER: _builtins.int
+    topic: _builtins.str
+    """Name of the context."""
+    source_engine: _builtins.str
+    """Engine that sent it."""
+    target_engine: _builtins.str
+    """Engine that received it."""
+    token_count: _builtins.int
+    """Tokens of the context that the target was to have."""
+    why: _builtins.str
+    """Why, in the planner's words."""
+    code: _builtins.str
+    """OK, the reason of the failure, or CANCELLED: the time for it was over, or the planner's."""
+    moved_token_count: _builtins.int
+    """Tokens that were sent: what the target had already is not."""
+    moved_bytes: _builtins.int
+    """Bytes of KV that were sent."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Since it began."""
+
+    @_builtins.property
+    def elapsed(self) -> _duration_pb2.Duration:
+        """How long it took."""
+
+    def __init__(
+        self,
+        *,
+        age: _duration_pb2.Duration | None = ...,
+        topic: _builtins.str = ...,
+        source_engine: _builtins.str = ...,
+        target_engine: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        why: _builtins.str = ...,
+        code: _builtins.str = ...,
+        moved_token_count: _builtins.int = ...,
+        moved_bytes: _builtins.int = ...,
+        elapsed: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "elapsed", b"elapsed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "code", b"code", "elapsed", b"elapsed", "moved_bytes", b"moved_bytes", "moved_token_count", b"moved_token_count", "source_engine", b"source_engine", "target_engine", b"target_engine", "token_count", b"token_count", "topic", b"topic", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerMove: _TypeAlias = PlannerMove  # noqa: Y015

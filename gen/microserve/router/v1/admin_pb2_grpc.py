@@ -85,6 +85,21 @@ class AdminServiceStub:
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.SerializeToString,
                 response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.FromString,
                 _registered_method=True)
+        self.StartPlanner = channel.unary_unary(
+                '/microserve.router.v1.AdminService/StartPlanner',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerResponse.FromString,
+                _registered_method=True)
+        self.StopPlanner = channel.unary_unary(
+                '/microserve.router.v1.AdminService/StopPlanner',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerResponse.FromString,
+                _registered_method=True)
+        self.GetPlanner = channel.unary_unary(
+                '/microserve.router.v1.AdminService/GetPlanner',
+                request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerResponse.FromString,
+                _registered_method=True)
         self.GetTrace = channel.unary_unary(
                 '/microserve.router.v1.AdminService/GetTrace',
                 request_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
@@ -180,6 +195,29 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartPlanner(self, request, context):
+        """StartPlanner runs a planner in place of the present one, which ends first. INVALID_ARGUMENT (BAD_POLICY): it cannot
+        be loaded; the present one goes on. NOT_FOUND (UNKNOWN_POLICY). PERMISSION_DENIED (UPLOAD_DISABLED): source was
+        given and this router does not take code.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopPlanner(self, request, context):
+        """StopPlanner ends the planner, if one runs: moves under way are broken off, what they reserved is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlanner(self, request, context):
+        """GetPlanner returns what the planner sees and what it did and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTrace(self, request, context):
         """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST).
         """
@@ -247,6 +285,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetSplit,
                     request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.FromString,
                     response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.SerializeToString,
+            ),
+            'StartPlanner': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartPlanner,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerResponse.SerializeToString,
+            ),
+            'StopPlanner': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopPlanner,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerResponse.SerializeToString,
+            ),
+            'GetPlanner': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlanner,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerResponse.SerializeToString,
             ),
             'GetTrace': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrace,
@@ -530,6 +583,87 @@ class AdminService:
             '/microserve.router.v1.AdminService/GetSplit',
             microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitRequest.SerializeToString,
             microserve_dot_router_dot_v1_dot_admin__pb2.GetSplitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartPlanner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/StartPlanner',
+            microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.StartPlannerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopPlanner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/StopPlanner',
+            microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.StopPlannerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlanner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.router.v1.AdminService/GetPlanner',
+            microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_admin__pb2.GetPlannerResponse.FromString,
             options,
             channel_credentials,
             insecure,

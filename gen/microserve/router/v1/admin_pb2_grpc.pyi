@@ -68,6 +68,15 @@ class AdminServiceStub:
     """
     GetSplit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSplitRequest, _admin_pb2.GetSplitResponse]
     """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
+    StartPlanner: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartPlannerRequest, _admin_pb2.StartPlannerResponse]
+    """StartPlanner runs a planner in place of the present one, which ends first. INVALID_ARGUMENT (BAD_POLICY): it cannot
+    be loaded; the present one goes on. NOT_FOUND (UNKNOWN_POLICY). PERMISSION_DENIED (UPLOAD_DISABLED): source was
+    given and this router does not take code.
+    """
+    StopPlanner: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StopPlannerRequest, _admin_pb2.StopPlannerResponse]
+    """StopPlanner ends the planner, if one runs: moves under way are broken off, what they reserved is released."""
+    GetPlanner: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlannerRequest, _admin_pb2.GetPlannerResponse]
+    """GetPlanner returns what the planner sees and what it did and why."""
     GetTrace: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
     ExplainRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]
@@ -115,6 +124,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
     GetSplit: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSplitRequest, _admin_pb2.GetSplitResponse]  # type: ignore[assignment]
     """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
+    StartPlanner: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartPlannerRequest, _admin_pb2.StartPlannerResponse]  # type: ignore[assignment]
+    """StartPlanner runs a planner in place of the present one, which ends first. INVALID_ARGUMENT (BAD_POLICY): it cannot
+    be loaded; the present one goes on. NOT_FOUND (UNKNOWN_POLICY). PERMISSION_DENIED (UPLOAD_DISABLED): source was
+    given and this router does not take code.
+    """
+    StopPlanner: _aio.UnaryUnaryMultiCallable[_admin_pb2.StopPlannerRequest, _admin_pb2.StopPlannerResponse]  # type: ignore[assignment]
+    """StopPlanner ends the planner, if one runs: moves under way are broken off, what they reserved is released."""
+    GetPlanner: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlannerRequest, _admin_pb2.GetPlannerResponse]  # type: ignore[assignment]
+    """GetPlanner returns what the planner sees and what it did and why."""
     GetTrace: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetTraceRequest, _admin_pb2.GetTraceResponse]  # type: ignore[assignment]
     """GetTrace returns the verbs of a recent request. NOT_FOUND (UNKNOWN_REQUEST)."""
     ExplainRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequestRequest, _admin_pb2.ExplainRequestResponse]  # type: ignore[assignment]
@@ -219,6 +237,33 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetSplitResponse, _abc.Awaitable[_admin_pb2.GetSplitResponse]]:
         """GetSplit returns what came of the requests of each arm of the split, or of the last one."""
+
+    @_abc_1.abstractmethod
+    def StartPlanner(
+        self,
+        request: _admin_pb2.StartPlannerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.StartPlannerResponse, _abc.Awaitable[_admin_pb2.StartPlannerResponse]]:
+        """StartPlanner runs a planner in place of the present one, which ends first. INVALID_ARGUMENT (BAD_POLICY): it cannot
+        be loaded; the present one goes on. NOT_FOUND (UNKNOWN_POLICY). PERMISSION_DENIED (UPLOAD_DISABLED): source was
+        given and this router does not take code.
+        """
+
+    @_abc_1.abstractmethod
+    def StopPlanner(
+        self,
+        request: _admin_pb2.StopPlannerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.StopPlannerResponse, _abc.Awaitable[_admin_pb2.StopPlannerResponse]]:
+        """StopPlanner ends the planner, if one runs: moves under way are broken off, what they reserved is released."""
+
+    @_abc_1.abstractmethod
+    def GetPlanner(
+        self,
+        request: _admin_pb2.GetPlannerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetPlannerResponse, _abc.Awaitable[_admin_pb2.GetPlannerResponse]]:
+        """GetPlanner returns what the planner sees and what it did and why."""
 
     @_abc_1.abstractmethod
     def GetTrace(

@@ -1,0 +1,1 @@
+"""What planners work with: traffic seen as topics, engines as they are, moves within budgets."""

@@ -1,0 +1,13 @@
+"""Where a planner wants the request's topic to be at home, else on the least loaded engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from services.router.policies import Chunk, Fleet, PolicyRequest
+
+
+async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Chunk]:
+    engine = fleet.home(request) or fleet.least_loaded(request)
+    async for chunk in engine.start_generate(request):
+        yield chunk
