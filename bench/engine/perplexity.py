@@ -17,9 +17,11 @@ from services.engine.attention.factory import make_attention
 from services.engine.core.plan import Segment
 from services.engine.core.runner import make_batch
 from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import load_model
 
 TEXT = Path(__file__).parent.parent / "texts" / "alice.txt"
+FORMS = {"float32": WeightForm.EXACT, "int8": WeightForm.BYTES, "packed": WeightForm.PACKED}
 WINDOW, PAGE_SIZE = 512, 16
 
 
@@ -28,7 +30,7 @@ def perplexity(model: Path, dtype: str, threads: int, num_tokens: int) -> float:
     """exp of the mean negative log-likelihood of the text's first tokens, each seen after at most 511 others."""
     cpu = torch.device("cpu")
     loaded = load_model(
-        model, device=cpu, dtype=torch.float32, linear=linear_maker(cpu, torch.float32, threads, dtype == "int8")
+        model, device=cpu, dtype=torch.float32, linear=linear_maker(cpu, torch.float32, threads, FORMS[dtype])
     )
     config = loaded.config
     shape = (config.num_layers, WINDOW // PAGE_SIZE, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)

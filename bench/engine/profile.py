@@ -27,15 +27,17 @@ from services.engine.core.plan import SampleSpec, Segment, StepPlan
 from services.engine.core.runner import TorchRunner
 from services.engine.kernels.team import Team
 from services.engine.model.catalogue import DEFAULT_MODEL
-from services.engine.model.linear import tiled_kernels
+from services.engine.model.linear import block_kernels
 from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import load_model
 from services.engine.sampling.params import SamplingParams
 
 PAGE_SIZE, NUM_PAGES, REPEATS = 16, 1024, 15
 PARTS = {
-    tiled_kernels.multiply_bytes: "linear layers",
-    tiled_kernels.quantise_rows: "rounding rows to bytes",
+    block_kernels.multiply_nibbles: "linear layers",
+    block_kernels.multiply_bytes: "linear layers",
+    block_kernels.quantise_rows: "rounding rows to bytes",
     paged_kernels.write: "attention",
     paged_kernels.attend_row: "attention",
     paged_kernels.attend_block: "attention",
@@ -57,7 +59,10 @@ def main(
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     loaded = load_model(
-        fetch(DEFAULT_MODEL), device=cpu, dtype=torch.float32, linear=linear_maker(cpu, torch.float32, threads, True)
+        fetch(DEFAULT_MODEL),
+        device=cpu,
+        dtype=torch.float32,
+        linear=linear_maker(cpu, torch.float32, threads, WeightForm.PACKED),
     )
     config = loaded.config
     kv = torch.zeros(config.num_layers, NUM_PAGES, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)

@@ -43,7 +43,9 @@ def up_command(
     ask: Annotated[
         str, typer.Option(metavar="TEXT", help="Question to begin with; empty: none.")
     ] = "What is the capital of France?",
-    dtype: Annotated[str, typer.Option(help="auto, int8, float32 or bfloat16; auto: int8 on the CPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, packed, int8, float32 or bfloat16; auto: packed on the CPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one event a line.")] = False,
 ) -> None:

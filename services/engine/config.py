@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.engine.core.faults import ScriptedFaults
+from services.engine.model.linear.form import WeightForm
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
@@ -14,6 +15,7 @@ from services.rpc.server import ServerConfig
 # Set by test runners, and by nobody else.
 TESTING_VARIABLE = "MICROSERVE_TESTING"
 MAX_NAME_CHARACTERS = 128
+_QUANTISED = ("int8", "packed")  # forms of weights; everything else is float32
 _WILDCARDS = ("0.0.0.0", "::", "*")
 
 
@@ -37,8 +39,9 @@ class EngineConfig(ServerConfig):
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "number format; int8: weights in bytes, all else float32; auto: int8 on cpu, bfloat16 elsewhere",
-            "choices": ("auto", "int8", "float32", "bfloat16", "float16"),
+            "help": "number format; int8: weights in bytes, all else float32; packed: weights in the 4 or 8 bits that "
+            "a GGUF file has, int8 where it has none; auto: packed on cpu, bfloat16 elsewhere",
+            "choices": ("auto", "packed", "int8", "float32", "bfloat16", "float16"),
         },
     )
     attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
@@ -85,8 +88,8 @@ class EngineConfig(ServerConfig):
         if not 0 < self.lease_default <= self.lease_max:
             raise ValueError("--lease-default must be above 0 and at most --lease-max")
         self._check_register()
-        if self.dtype == "int8" and self.device != "cpu":
-            raise ValueError("--dtype int8 needs --device cpu")
+        if self.dtype in _QUANTISED and self.device != "cpu":
+            raise ValueError(f"--dtype {self.dtype} needs --device cpu")
         if any("=" not in label for label in self.labels):
             raise ValueError("--labels must be key=value")
         if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
@@ -111,12 +114,15 @@ class EngineConfig(ServerConfig):
         """The number format of activations and KV, and of weights too unless they are kept in bytes."""
         if self.dtype == "auto":
             return "float32" if self.device == "cpu" else "bfloat16"
-        return "float32" if self.dtype == "int8" else self.dtype
+        return "float32" if self.dtype in _QUANTISED else self.dtype
 
     @property
-    def weights_in_bytes(self) -> bool:
-        """Whether linear layers keep their weights in bytes."""
-        return self.dtype == "int8" or (self.dtype == "auto" and self.device == "cpu")
+    def weight_form(self) -> WeightForm:
+        """How linear layers keep their weights."""
+        if self.dtype == "int8":
+            return WeightForm.BYTES
+        is_packed = self.dtype == "packed" or (self.dtype == "auto" and self.device == "cpu")
+        return WeightForm.PACKED if is_packed else WeightForm.EXACT
 
     @property
     def num_threads(self) -> int:

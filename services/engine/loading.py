@@ -19,7 +19,7 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
         config.model,
         device=device,
         dtype=TORCH_DTYPES[config.dtype_name],
-        linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weights_in_bytes),
+        linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weight_form),
         shard=shard,
     )
 

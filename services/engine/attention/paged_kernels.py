@@ -17,7 +17,8 @@ import numpy as np
 
 from services.engine.kernels.machine_code import compiled, kernel
 from services.engine.kernels.memory import floats, int32s, int64s, prefetch
-from services.engine.kernels.tiles import LANES, dot_tile, float_tile
+from services.engine.kernels.tiles import dot_tile, float_tile
+from services.engine.kernels.writer import LANES
 
 BLOCK_LANES = 96
 BLOCK_TOKENS = 64

@@ -15,7 +15,7 @@ from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row, write
 from services.engine.batch import ForwardBatch
 from services.engine.kernels.team import addresses, team_of
-from services.engine.kernels.tiles import LANES
+from services.engine.kernels.writer import LANES
 
 MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
 TOKENS_A_WRITE = 64  # by one thread

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 
 from services.engine.kernels.machine_code import array_at, compiled, intrinsic, pointer_to
+from services.engine.kernels.writer import Writer
 
 _INT64 = ir.IntType(64)
 
@@ -117,11 +118,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     """Has the cache line at an address brought near; it need not be memory of ours."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind, name = ir.FunctionType(ir.VoidType(), [line, number, number, number]), "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        reads, keeps, data = (ir.Constant(number, value) for value in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(arguments[0], line), reads, keeps, data])
+        Writer(builder).prefetch(arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), build

@@ -14,20 +14,25 @@ from torch import Tensor
 
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.json_fields import read_json
+from services.engine.model.linear.blocks import BLOCK, Blocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Matrices of the others as linear layers can take them: NAME.numbers, NAME.scales, NAME.minimums, see linear.blocks.
+PACKED_FILE = "model.packed"
 SAMPLES_PER_TENSOR, SAMPLE_BYTES = 16, 256
 
 
 class Checkpoint:
     """The tensors of one model. Each is read once, into memory the caller owns."""
 
-    def __init__(self, folder: Path, handles: dict[str, tuple[Path, Any]]) -> None:
+    def __init__(self, folder: Path, handles: dict[str, tuple[Path, Any]], packed: dict[str, tuple[Path, Any]]) -> None:
         self._folder = folder
         self._handles = handles  # tensor name -> (file, open safetensors handle)
+        self._packed = packed  # the same of PACKED_FILE
         self._unread = set(handles)
         self._identity = blake2b(digest_size=16)
+        self.has_read_packed = False
 
     def __contains__(self, name: str) -> bool:
         return name in self._handles
@@ -40,10 +45,7 @@ class Checkpoint:
         if name not in self._handles:
             raise ModelCorrupt(f"{self._folder} lacks the tensor {name}.")
         path, handle = self._handles[name]
-        try:
-            tensor: Tensor = handle.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
+        tensor = _tensor(path, handle, name)
         if tensor.shape != tuple(shape):
             raise ModelCorrupt(
                 f"{path}: the tensor {name} has shape {tuple(tensor.shape)} where {tuple(shape)} is needed."
@@ -53,6 +55,30 @@ class Checkpoint:
         self._unread.discard(name)
         self._identify(name, tensor)
         target.copy_(tensor[part])
+
+    def is_packed(self, names: Sequence[str]) -> bool:
+        """Whether read_packed can read all of these, and their numbers have the same bits."""
+        kinds = {(f"{name}.numbers" in self._packed, f"{name}.minimums" in self._packed) for name in names}
+        return kinds in ({(True, False)}, {(True, True)})
+
+    def read_packed(self, name: str, shape: tuple[int, int]) -> Blocks:
+        """A matrix of `shape` that is packed. Raises ModelCorrupt naming file and tensor."""
+        self.has_read_packed = True
+        parts = {}
+        for part in ("numbers", "scales", "minimums"):
+            if f"{name}.{part}" in self._packed:
+                path, handle = self._packed[f"{name}.{part}"]
+                parts[part] = _tensor(path, handle, f"{name}.{part}")
+                self._identify(f"{name}.{part}", parts[part])
+        blocks = Blocks(shape[1], parts["numbers"], parts["scales"], parts.get("minimums"))
+        num_blocks = (shape[0], -(-shape[1] // BLOCK))
+        held = BLOCK if blocks.minimums is None else BLOCK // 2
+        if blocks.numbers.shape != (*num_blocks, held) or any(
+            halves is not None and halves.shape != num_blocks for halves in (blocks.scales, blocks.minimums)
+        ):
+            raise ModelCorrupt(f"{self._folder / PACKED_FILE}: the tensor {name} is not {shape[0]} x {shape[1]}.")
+        self._unread.discard(name)
+        return blocks
 
     def require_all_read(self, *, prefixes: tuple[str, ...] = (), suffixes: tuple[str, ...] = ()) -> None:
         """Raises ModelCorrupt for a tensor that the model has no use for: its numbers would be wrong without it.
@@ -66,11 +92,7 @@ class Checkpoint:
     def identify_all(self) -> None:
         """Takes samples of every tensor for the identity, where somebody else reads them. Raises ModelCorrupt."""
         for name in sorted(self._handles):
-            path, handle = self._handles[name]
-            try:
-                self._identify(name, handle.get_tensor(name))
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
+            self._identify(name, _tensor(*self._handles[name], name))
 
     def identity(self) -> bytes:
         """16 bytes that depend on name, shape, dtype and a sample of the values of every tensor read so far.
@@ -101,15 +123,29 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     with ExitStack() as open_files:
         handles: dict[str, tuple[Path, Any]] = {}
         for path, expected in _files(folder).items():
-            try:
-                handle = open_files.enter_context(safe_open(path, framework="pt"))
-                names = set(handle.keys())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ModelCorrupt(f"{path} is not a whole safetensors file: {error}.") from error
-            if missing := sorted(expected - names):
+            held = _handles(path, open_files)
+            if missing := sorted(expected - set(held)):
                 raise ModelCorrupt(f"{path} lacks the tensor {missing[0]} that {INDEX_FILE} promises.")
-            handles.update((name, (path, handle)) for name in names)
-        yield Checkpoint(folder, handles)
+            handles.update(held)
+        packed = folder / PACKED_FILE
+        yield Checkpoint(folder, handles, _handles(packed, open_files) if packed.is_file() else {})
+
+
+def _handles(path: Path, open_files: ExitStack) -> dict[str, tuple[Path, Any]]:
+    """The names of a file's tensors, each with the file and its handle."""
+    try:
+        handle = open_files.enter_context(safe_open(path, framework="pt"))
+        return dict.fromkeys(handle.keys(), (path, handle))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelCorrupt(f"{path} is not a whole safetensors file: {error}.") from error
+
+
+def _tensor(path: Path, handle: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = handle.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelCorrupt(f"{path}: the tensor {name} cannot be read: {error}.") from error
+    return tensor
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:

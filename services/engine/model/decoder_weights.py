@@ -11,7 +11,8 @@ from torch import Tensor
 from services.engine.model.checkpoint import Checkpoint
 from services.engine.model.config import ModelConfig
 from services.engine.model.decoder import DecoderWeights, LayerWeights
-from services.engine.model.linear.linear import DenseLinear, Linear, LinearFactory
+from services.engine.model.linear.blocks import BLOCK, stacked
+from services.engine.model.linear.linear import DENSE, Linear, LinearMaker
 from services.engine.model.shard import WHOLE, Shard
 
 # Frequencies that old checkpoints stored although they follow from the configuration.
@@ -35,7 +36,7 @@ class _Reader:
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
-    make_linear: LinearFactory
+    maker: LinearMaker
     norm_offset: float
     shard: Shard
 
@@ -63,17 +64,38 @@ class _Reader:
 
     def linear(self, prefix: str, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """One layer that does the work of several of the checkpoint on the same input, one under the other."""
-        weight = self.stacked(prefix, parts, "weight", columns)
-        return self.make_linear(weight, self.stacked(prefix, parts, "bias") if has_bias else None)
+        bias = self.stacked(prefix, parts, "bias") if has_bias else None
+        names = [f"{prefix}{name}.weight" for name, _ in parts]
+        if self.maker.make_packed is not None and self.checkpoint.is_packed(names):
+            blocks = [
+                self.checkpoint.read_packed(name, (rows, columns)).part(self.shard.part(rows))
+                for name, (_, rows) in zip(names, parts, strict=True)
+            ]
+            return self.maker.make_packed(stacked(blocks), bias)
+        return self.maker.make(self.stacked(prefix, parts, "weight", columns), bias)
 
     def summed(self, name: str, rows: int, columns: int, has_bias: bool) -> Linear:
         """A layer whose input is spread over the ranks. A bias belongs to the sum, not to each part of it."""
-        part = self.shard.part(columns)
-        weight = torch.empty((rows, part.stop - part.start), dtype=self.dtype, device=self.device)
-        self.checkpoint.read_into(f"{name}.weight", weight, (rows, columns), (slice(None), part))
         bias = self.tensor(f"{name}.bias", rows) if has_bias else None
-        alone = self.shard.count == 1
-        return self.shard.summed(self.make_linear(weight, bias if alone else None), bias)
+        own_bias = bias if self.shard.count == 1 else None
+        return self.shard.summed(self._cut(f"{name}.weight", rows, columns, own_bias), bias)
+
+    def _cut(self, name: str, rows: int, columns: int, bias: Tensor | None) -> Linear:
+        part = self.shard.part(columns)
+        has_whole_blocks = part.start % BLOCK == part.stop % BLOCK == 0
+        if self.maker.make_packed is not None and has_whole_blocks and self.checkpoint.is_packed([name]):
+            return self.maker.make_packed(self.checkpoint.read_packed(name, (rows, columns)).inputs(part), bias)
+        weight = torch.empty((rows, part.stop - part.start), dtype=self.dtype, device=self.device)
+        self.checkpoint.read_into(name, weight, (rows, columns), (slice(None), part))
+        return self.maker.make(weight, bias)
+
+    def tied_head(self, name: str, embedding: Tensor) -> Linear:
+        """A head whose weight is that of the embedding."""
+        part = self.shard.part(embedding.shape[0])
+        if self.maker.make_packed is not None and self.checkpoint.is_packed([name]):
+            rows, columns = embedding.shape
+            return self.maker.make_packed(self.checkpoint.read_packed(name, (rows, columns)).part(part), None)
+        return self.maker.make(embedding[part], None)
 
 
 def read_decoder_weights(
@@ -81,21 +103,21 @@ def read_decoder_weights(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    make_linear: LinearFactory = DenseLinear,
+    linear: LinearMaker = DENSE,
     shard: Shard = WHOLE,
 ) -> DecoderWeights:
     """The weights of `config`, the whole model's, that `shard` has.
 
     Raises ModelCorrupt for a missing, superfluous or misshapen tensor.
     """
-    reader = _Reader(checkpoint, dtype, device, make_linear, config.norm_offset, shard)
+    reader = _Reader(checkpoint, dtype, device, linear, config.norm_offset, shard)
     prefix, head_name = next((place for place in PLACES if place[0] + EMBEDDING in checkpoint), PLACES[0])
     embedding = reader.tensor(prefix + EMBEDDING, config.vocab_size, config.hidden_size)
     layers = tuple(_read_layer(reader, config, f"{prefix}layers.{index}.") for index in range(config.num_layers))
     norm = reader.norm(f"{prefix}norm", config.hidden_size)
     tied = config.tie_word_embeddings
     if tied:
-        head = make_linear(embedding[shard.part(config.vocab_size)], None)
+        head = reader.tied_head(prefix + EMBEDDING, embedding)
     else:
         head = reader.linear("", [(head_name.removesuffix(".weight"), config.vocab_size)], config.hidden_size, False)
     checkpoint.require_all_read(

@@ -61,8 +61,10 @@ def load_model(
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        weights = read_decoder_weights(checkpoint, config, dtype, device, linear.make, shard)
-        digest = _digest(config, f"{dtype}{linear.form}", checkpoint.identity())
+        weights = read_decoder_weights(checkpoint, config, dtype, device, linear, shard)
+        digest = _digest(
+            config, f"{dtype}{linear.form}{' packed' if checkpoint.has_read_packed else ''}", checkpoint.identity()
+        )
     return LoadedModel(config, Decoder(own, weights), digest, tokenizer)
 
 

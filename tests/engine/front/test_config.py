@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.engine.config import EngineConfig
+from services.engine.model.linear.form import WeightForm
 from services.rpc.config import ConfigError, read_config
 
 PROG = "microserve-engine"
@@ -21,9 +22,11 @@ def test_labels_and_no_transfer_service() -> None:
 
 
 def test_the_format_follows_the_device() -> None:
-    assert (read().dtype_name, read().weights_in_bytes) == ("float32", True)
-    assert not read("--dtype", "float32").weights_in_bytes
-    assert not read("--device", "cuda:1").weights_in_bytes
+    assert (read().dtype_name, read().weight_form) == ("float32", WeightForm.PACKED)
+    assert (read("--dtype", "int8").dtype_name, read("--dtype", "int8").weight_form) == ("float32", WeightForm.BYTES)
+    assert read("--dtype", "packed").weight_form is WeightForm.PACKED
+    assert read("--dtype", "float32").weight_form is WeightForm.EXACT
+    assert read("--device", "cuda:1").weight_form is WeightForm.EXACT
     assert read("--device", "cuda:1").dtype_name == "bfloat16"
     assert read("--device", "cuda", "--dtype", "float16").dtype_name == "float16"
 

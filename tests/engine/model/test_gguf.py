@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from services.engine.model.checkpoint import PACKED_FILE
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.gguf.convert import converted_folder
+from services.engine.model.gguf.packing import is_packable, packed
+from services.engine.model.gguf.reader import GgufFile
+from services.engine.model.linear.blocks import Blocks
+from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.rope import frequencies, plain_frequencies
 from services.engine.model.rope_config import RopeConfig
@@ -35,6 +42,11 @@ def _logits(source: Path) -> torch.Tensor:
     return PagedRunner(load_model(source, device="cpu", dtype=torch.float32).model).prefill(TOKENS)
 
 
+def _load(source: Path, form: WeightForm) -> LoadedModel:
+    cpu = torch.device("cpu")
+    return load_model(source, device=cpu, dtype=torch.float32, linear=linear_maker(cpu, torch.float32, 1, form))
+
+
 @pytest.mark.parametrize(
     ("quantization", "error", "stored"),
     [("F32", 0.0, "F32"), ("F16", 0.01, "F16"), ("BF16", 0.1, "BF16"), ("Q8_0", 0.1, "F32"), ("Q4_1", 1.0, "F32")],
@@ -48,6 +60,48 @@ def test_equals_the_folder(
     content = (converted_folder(path) / "model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["model.layers.0.mlp.up_proj.weight"]["dtype"] == stored
+
+
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
+def test_packed_weights_are_those_of_the_file(tmp_path: Path, tiny_folder: Path, quantization: str) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", quantization)
+    tensors = {name: tensor for name, tensor in GgufFile(path).tensors.items() if is_packable(tensor)}
+    assert {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight"} <= set(tensors)
+    for tensor in tensors.values():
+        parts = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in packed(tensor).arrays().items()}
+        assert np.array_equal(Blocks(tensor.shape[1], **parts).values().numpy(), tensor.dequantized())
+
+
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
+def test_packed_equals_float32_but_for_the_rounding_of_rows(
+    tmp_path: Path, tiny_folder: Path, quantization: str
+) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", quantization)
+    loaded = _load(path, WeightForm.PACKED)
+    assert relative_error(PagedRunner(loaded.model).prefill(TOKENS), _logits(path)) < 0.03
+
+
+@pytest.mark.parametrize(("quantization", "num_digests"), [("Q4_1", 3), ("F16", 2)])
+def test_digest_names_the_form_of_weights(
+    tmp_path: Path, tiny_folder: Path, quantization: str, num_digests: int
+) -> None:
+    """KV moves only between engines that compute with the same numbers: int8 rounds those of a packed file again."""
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", quantization)
+    digests = [_load(path, form).digest for form in WeightForm]
+    assert len(set(digests)) == num_digests
+    assert digests[0] not in digests[1:]
+
+
+def test_packed_parts_of_another_shape_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    path = write_gguf(tiny_folder, tmp_path / "model.gguf", "Q4_1")
+    folder = converted_folder(path)
+    whole = load_file(folder / PACKED_FILE)
+    save_file({name: part[:-1] for name, part in whole.items()}, folder / PACKED_FILE)
+    with pytest.raises(ModelCorrupt, match=r"model\.packed: the tensor .* is not"):
+        _load(path, WeightForm.PACKED)
+    (folder / PACKED_FILE).write_bytes((folder / PACKED_FILE).read_bytes()[:-8])
+    with pytest.raises(ModelCorrupt, match=r"model\.packed is not a whole safetensors file"):
+        _load(path, WeightForm.PACKED)
 
 
 def test_configuration_and_companions(tmp_path: Path, tiny: LoadedModel, tiny_folder: Path) -> None:

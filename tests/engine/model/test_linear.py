@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kernels.team import team_of
-from services.engine.kernels.tiles import GROUP
+from services.engine.model.linear.block_linear import BlockLinear
+from services.engine.model.linear.blocks import BLOCK, Blocks, blocks_of, stacked
 from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.linear.linear import DENSE, DenseLinear, Linear
-from services.engine.model.linear.tiled import ByteLinear, TiledLinear, quantise_weight
+from services.engine.model.linear.tiled import TiledLinear
 
-# (in, out): whole tiles; a remainder of panels; odd everything; less than a group; a head
+# (in, out): whole tiles; a remainder of panels; odd everything; less than a block; a head
 SHAPES = [(64, 48), (576, 960), (100, 37), (7, 1), (128, 1000)]
 ROWS = 37
 
 
-def _layer(kind: type[TiledLinear] | type[ByteLinear], depth: int, columns: int, threads: int = 1) -> Linear:
-    random = torch.Generator().manual_seed(depth)
+def _random(depth: int) -> torch.Generator:
+    return torch.Generator().manual_seed(depth)
+
+
+def _bytes(depth: int, columns: int) -> Blocks:
+    return blocks_of(torch.randn(columns, depth, generator=_random(depth)))
+
+
+def _nibbles(depth: int, columns: int) -> Blocks:
+    """Blocks as a GGUF file has them, numbers of every size."""
+    random, num_blocks = _random(depth), -(-depth // BLOCK)
+    numbers = torch.randint(0, 256, (columns, num_blocks, BLOCK // 2), dtype=torch.uint8, generator=random)
+    scales = torch.rand(columns, num_blocks, generator=random).to(torch.float16)
+    minimums = torch.randn(columns, num_blocks, generator=random).to(torch.float16)
+    return Blocks(depth, numbers, scales, minimums)
+
+
+BLOCKS = [_bytes, _nibbles]
+MakeBlocks = Callable[[int, int], Blocks]
+
+
+def _float32_layer(depth: int, columns: int, threads: int = 1) -> Linear:
+    random = _random(depth)
     weight = torch.randn(columns, depth, generator=random)
-    return kind(weight, torch.randn(columns, generator=random), team_of(threads))
+    return TiledLinear(weight, torch.randn(columns, generator=random), team_of(threads))
+
+
+def _bytes_layer(depth: int, columns: int, threads: int = 1) -> Linear:
+    return BlockLinear(_bytes(depth, columns), torch.randn(columns, generator=_random(1)), team_of(threads))
+
+
+def _nibbles_layer(depth: int, columns: int, threads: int = 1) -> Linear:
+    return BlockLinear(_nibbles(depth, columns), None, team_of(threads))
+
+
+LAYERS = [_float32_layer, _bytes_layer, _nibbles_layer]
+MakeLayer = Callable[[int, int, int], Linear]
 
 
 def _rows(depth: int, count: int = ROWS) -> Tensor:
@@ -31,14 +69,12 @@ def _rows(depth: int, count: int = ROWS) -> Tensor:
     return rows
 
 
-def plain_byte_linear(weight: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-    """The twin of ByteLinear in float64: bytes of both sides, multiplied group by group."""
-
-    def restored(values: Tensor) -> Tensor:
-        quantised, scales = quantise_weight(values)
-        return (quantised.double() * scales.double()[..., None]).flatten(1)[:, : values.shape[1]]
-
-    return restored(rows) @ restored(weight).T + bias
+def plain_block_linear(blocks: Blocks, rows: Tensor) -> Tensor:
+    """The twin of BlockLinear in float64: rows rounded to bytes, 32 with a scale, times the values of the blocks."""
+    grouped = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], -1, BLOCK)
+    scales = grouped.abs().amax(-1, keepdim=True) / 127
+    rounded = (grouped / scales.clamp_min(1e-30)).round().double() * scales.double()
+    return rounded.flatten(1)[:, : rows.shape[1]] @ blocks.values().double().T
 
 
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
@@ -51,13 +87,13 @@ def test_float32_equals_torch(depth: int, columns: int) -> None:
     assert actual.is_contiguous()
 
 
+@pytest.mark.parametrize("make", BLOCKS)
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
-def test_bytes_equal_their_plain_twin(depth: int, columns: int) -> None:
-    random = torch.Generator().manual_seed(depth)
-    weight, bias = torch.randn(columns, depth, generator=random), torch.randn(columns, generator=random)
-    rows = _rows(depth)
-    expected = plain_byte_linear(weight, bias, rows)
-    actual = ByteLinear(weight, bias, team_of(1))(rows).double()
+def test_blocks_equal_their_plain_twin(make: MakeBlocks, depth: int, columns: int) -> None:
+    blocks, rows = make(depth, columns), _rows(depth)
+    bias = torch.randn(columns, generator=_random(2))
+    expected = plain_block_linear(blocks, rows) + bias
+    actual = BlockLinear(blocks, bias, team_of(1))(rows).double()
     # A value that lies between two bytes may be rounded to either: at most half a step of one group's scale.
     error = (actual - expected).abs().amax(1) / expected.abs().amax(1)
     assert error.max() < 2e-3
@@ -66,18 +102,17 @@ def test_bytes_equal_their_plain_twin(depth: int, columns: int) -> None:
 
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
 def test_bytes_are_close_to_float32(depth: int, columns: int) -> None:
-    random = torch.Generator().manual_seed(depth)
-    weight = torch.randn(columns, depth, generator=random)
-    rows = torch.randn(ROWS, depth, generator=random)
+    weight = torch.randn(columns, depth, generator=_random(depth))
+    rows = torch.randn(ROWS, depth, generator=_random(depth + 1))
     exact = rows @ weight.T
-    error = (ByteLinear(weight, None, team_of(1))(rows) - exact).norm() / exact.norm()
+    error = (BlockLinear(blocks_of(weight), None, team_of(1))(rows) - exact).norm() / exact.norm()
     assert error < 0.02
 
 
-@pytest.mark.parametrize("kind", [TiledLinear, ByteLinear])
+@pytest.mark.parametrize("make", LAYERS)
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
-def test_bits_of_a_row_are_its_own(kind: type[TiledLinear] | type[ByteLinear], depth: int, columns: int) -> None:
-    layer, rows = _layer(kind, depth, columns), _rows(depth)
+def test_bits_of_a_row_are_its_own(make: MakeLayer, depth: int, columns: int) -> None:
+    layer, rows = make(depth, columns, 1), _rows(depth)
     together = layer(rows)
     for count in (1, 2, 3, 4, 5, 7, 8, 9, 16):
         for start in range(0, ROWS - count, count):
@@ -85,27 +120,45 @@ def test_bits_of_a_row_are_its_own(kind: type[TiledLinear] | type[ByteLinear], d
     assert torch.equal(layer(rows.flip(0)).flip(0), together)
 
 
-@pytest.mark.parametrize("kind", [TiledLinear, ByteLinear])
-def test_bits_do_not_depend_on_threads(kind: type[TiledLinear] | type[ByteLinear]) -> None:
+@pytest.mark.parametrize("make", LAYERS)
+def test_bits_do_not_depend_on_threads(make: MakeLayer) -> None:
     rows = _rows(576)
-    alone = _layer(kind, 576, 960)(rows)
+    alone = make(576, 960, 1)(rows)
     for threads in (2, 3):
-        assert torch.equal(_layer(kind, 576, 960, threads)(rows), alone)
+        assert torch.equal(make(576, 960, threads)(rows), alone)
 
 
-def test_weights_are_quantised_by_groups() -> None:
-    weight = torch.zeros(2, GROUP + 1)
-    weight[0, 0], weight[0, GROUP], weight[1, 3] = 127.0, 1e-3, -2.0
-    quantised, scales = quantise_weight(weight)
-    assert (quantised.shape, scales.shape) == ((2, 2, GROUP), (2, 2))
-    assert (quantised[0, 0, 0], quantised[0, 1, 0], quantised[1, 0, 3]) == (127, 127, -127)
-    torch.testing.assert_close(scales, torch.tensor([[1.0, 1e-3 / 127], [2 / 127, 0.0]]))
+def test_weights_are_rounded_by_blocks() -> None:
+    weight = torch.zeros(2, BLOCK + 1)
+    weight[0, 0], weight[0, BLOCK], weight[1, 3] = 127.0, 1e-3, -2.0
+    blocks = blocks_of(weight)
+    assert (blocks.numbers.shape, blocks.scales.shape) == ((2, 2, BLOCK), (2, 2))
+    assert (blocks.numbers[0, 0, 0], blocks.numbers[0, 1, 0], blocks.numbers[1, 0, 3]) == (127, 127, -127)
+    torch.testing.assert_close(blocks.values(), weight, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
+def test_weights_of_any_size_are_rounded_alike(size: float) -> None:
+    weight = torch.randn(48, 64, generator=_random(0)) * size
+    error = (blocks_of(weight).values() - weight).abs().max() / weight.abs().max()
+    assert error < 0.5 / 127 * 1.01
+    assert torch.equal(blocks_of(torch.zeros(3, 40)).values(), torch.zeros(3, 40))
+
+
+def test_parts_of_blocks() -> None:
+    blocks = _nibbles(128, 10)
+    assert torch.equal(blocks.part(slice(2, 5)).values(), blocks.values()[2:5])
+    assert torch.equal(blocks.inputs(slice(32, 96)).values(), blocks.values()[:, 32:96])
+    assert torch.equal(stacked([blocks.part(slice(0, 4)), blocks.part(slice(4, 10))]).values(), blocks.values())
 
 
 def test_kinds_by_device_and_dtype() -> None:
     weight, cpu = torch.ones(16, 64), torch.device("cpu")
-    assert linear_maker(cpu, torch.bfloat16, 1, False) is DENSE
-    assert linear_maker(torch.device("cuda"), torch.float32, 1, False) is DENSE
-    assert isinstance(linear_maker(cpu, torch.float32, 1, False).make(weight, None), TiledLinear)
-    assert isinstance(linear_maker(cpu, torch.float32, 1, True).make(weight, None), ByteLinear)
-    assert linear_maker(cpu, torch.float32, 1, False).form != linear_maker(cpu, torch.float32, 1, True).form
+    assert linear_maker(cpu, torch.bfloat16, 1, WeightForm.EXACT) is DENSE
+    assert linear_maker(torch.device("cuda"), torch.float32, 1, WeightForm.EXACT) is DENSE
+    exact, rounded, packed = (linear_maker(cpu, torch.float32, 1, form) for form in WeightForm)
+    assert isinstance(exact.make(weight, None), TiledLinear)
+    assert isinstance(rounded.make(weight, None), BlockLinear)
+    assert rounded.make_packed is None is exact.make_packed
+    assert packed.make_packed is not None
+    assert exact.form != rounded.form == packed.form  # without blocks of a file they compute the same

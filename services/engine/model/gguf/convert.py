@@ -17,7 +17,7 @@ from services.engine.model.gguf.reader import GgufFile
 from services.engine.model.gguf.tokenizer import tokenizer_files
 from services.engine.model.gguf.weights import write_safetensors
 
-CONVERTER_VERSION = 1  # raised when the same file would convert to other bytes
+CONVERTER_VERSION = 2  # raised when the same file would convert to other bytes
 HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -46,7 +46,7 @@ def convert(path: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
-    write_safetensors(file, config, folder / "model.safetensors")
+    write_safetensors(file, config, folder)
 
 
 def _content_hash(path: Path) -> str:

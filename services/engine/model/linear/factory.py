@@ -5,20 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from services.engine.model.linear.blocks import Blocks, blocks_of
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.linear.linear import DENSE, Linear, LinearMaker
 
 
-def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, in_bytes: bool) -> LinearMaker:
-    """The fastest layers for a device and dtype; `in_bytes` keeps weights in bytes, on the CPU in float32 only."""
+def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, form: WeightForm) -> LinearMaker:
+    """The fastest layers for a device and dtype; only on the CPU and in float32 may weights have another form."""
     if device.type != "cpu" or dtype != torch.float32:
         return DENSE
     # Here, because numba and its machine code take 0.5 s to load and engines on a GPU never need them.
     from services.engine.kernels.team import team_of
-    from services.engine.model.linear.tiled import ByteLinear, TiledLinear
+    from services.engine.model.linear.block_linear import BlockLinear
+    from services.engine.model.linear.tiled import TiledLinear
 
-    kind, team = ByteLinear if in_bytes else TiledLinear, team_of(num_threads)
+    team = team_of(num_threads)
+    if form is WeightForm.EXACT:
+        return LinearMaker(lambda weight, bias: TiledLinear(weight, bias, team), team=team)
 
-    def make(weight: Tensor, bias: Tensor | None) -> Linear:
-        return kind(weight, bias, team)
+    def packed(blocks: Blocks, bias: Tensor | None) -> Linear:
+        return BlockLinear(blocks, bias, team)
 
-    return LinearMaker(make, " int8" if in_bytes else "", team)
+    def rounded(weight: Tensor, bias: Tensor | None) -> Linear:
+        return packed(blocks_of(weight), bias)
+
+    return LinearMaker(rounded, " int8", team, packed if form is WeightForm.PACKED else None)

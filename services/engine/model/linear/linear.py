@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.model.linear.blocks import Blocks
+
 if TYPE_CHECKING:  # numba takes a while to load, and engines on a GPU never need it
     from services.engine.kernels.jobs import Jobs
     from services.engine.kernels.team import Team
@@ -54,6 +56,8 @@ class LinearMaker:
     make: LinearFactory
     form: str = ""
     team: Team | None = None  # whose layers these are; None: they are no TeamLinear
+    # Makes a layer of a weight that the checkpoint has in blocks. None: they are read as other weights are.
+    make_packed: Callable[[Blocks, Tensor | None], Linear] | None = None
 
 
 DENSE = LinearMaker(DenseLinear)

@@ -1,0 +1,13 @@
+"""How linear layers keep their weights."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class WeightForm(Enum):
+    """How linear layers keep their weights."""
+
+    EXACT = "exact"  # in the dtype that the model computes in
+    BYTES = "bytes"  # rounded to bytes
+    PACKED = "packed"  # in the blocks of four or eight bits that a GGUF file has; rounded to bytes where it has none
