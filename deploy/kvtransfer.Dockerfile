@@ -7,7 +7,7 @@ WORKDIR /opt/microserve
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY gen gen
 COPY services services
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt '.[kvtransfer]'
 
 USER nobody
 WORKDIR /tmp

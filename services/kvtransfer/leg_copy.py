@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.kvtransfer.conversion import CanonicalPages, LayerView, canonical_bytes, layer_view
 from services.kvtransfer.landing import LandingShard
-from services.kvtransfer.plan import PageTable, Piece, Run, plan_pieces
+from services.kvtransfer.plan import PageTable, Piece, Run, plan_pages, plan_pieces
 from services.kvtransfer.pool import Pool
+from services.kvtransfer.streaming import PageRuns, page_copier
 from services.protocol.extents import Leg
 from services.protocol.ranges import TokenRange
 
-# Into the pages of a layer. One page by its number: numpy is quicker with that than with a slice.
-PageIndex: TypeAlias = "int | slice"
+# Fewer pages than this in a piece are left to plan_pieces: the first and the last page of a push may be parts of pages.
+_MIN_PAGES_A_PIECE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,9 @@ class LegCopy:
         self._verbatim = replace(source, layer_count=1) == replace(target, layer_count=1) and (
             leg.head_count == source.kv_head_count
         )
-        pieces = plan_pieces(
-            tokens.part,
-            PageTable(tokens.page_ids, source.page_size),
-            PageTable(shard.page_ids, target.page_size),
-            canonical_bytes(source, leg.head_count, 1),
-            max_bytes,
-        )
-        self.pieces = tuple(self._prepare(piece) for piece in pieces)
+        self._token_bytes = canonical_bytes(source, leg.head_count, 1)
+        tables = PageTable(tokens.page_ids, source.page_size), PageTable(shard.page_ids, target.page_size)
+        self.pieces = self._plan(tokens.part, *tables, max_bytes)
         self._needs_axes = any(piece.runs for piece in self.pieces)
 
     def layer(self, source_layer: int) -> LayerPair:
@@ -60,20 +56,42 @@ class LegCopy:
         theirs = layer_view(source, self._layouts[0], self._leg.source_heads)
         return LayerPair(source, target, (layer_view(target, self._layouts[1], self._leg.target_heads), theirs))
 
+    def _plan(self, part: TokenRange, source: PageTable, target: PageTable, max_bytes: int) -> list[PieceCopy]:
+        """As few pieces, as even, as whole pages allow; parts of pages, at most two, are in the first one."""
+        page_size, num_pages = source.page_size, len(source.page_ids)
+        page_bytes = page_size * self._token_bytes
+        max_pages = max_bytes // page_bytes
+        cut_first, cut_last = part.begin % page_size, part.end % page_size
+        whole = slice(1 if cut_first else 0, num_pages - 1 if cut_last else num_pages)
+        if not self._verbatim or max_pages < _MIN_PAGES_A_PIECE or whole.start >= whole.stop:
+            return [self._prepare(piece) for piece in plan_pieces(part, source, target, self._token_bytes, max_bytes)]
+        parts: list[Piece] = []
+        if cut_first:
+            begin = TokenRange(part.begin, part.begin - cut_first + page_size)
+            parts += plan_pieces(begin, source[:1], target[:1], self._token_bytes, max_bytes)
+        if cut_last:
+            end = TokenRange(part.end - cut_last, part.end)
+            parts += plan_pieces(end, source[-1:], target[-1:], self._token_bytes, max_bytes)
+        even_pages = -(-num_pages // -(-num_pages // max_pages))
+        pages = plan_pages(source[whole], target[whole], even_pages - len(parts), even_pages)
+        pieces = [PieceCopy(part, int(runs[:, 2].sum()) * page_bytes, runs, ()) for runs in pages]
+        num_bytes = pieces[0].num_bytes + sum(piece.num_bytes for piece in parts)
+        pieces[0] = PieceCopy(part, num_bytes, pieces[0].pages, tuple(run for piece in parts for run in piece.runs))
+        return pieces
+
     def _prepare(self, piece: Piece) -> PieceCopy:
         stored = [run for run in piece.runs if self._verbatim and run.whole]
-        pages = tuple((_index(run.target_pages), _index(run.source_pages)) for run in stored)
-        return PieceCopy(
-            piece.part, piece.num_bytes, pages, tuple(run for run in piece.runs if not (self._verbatim and run.whole))
-        )
+        pages = [(run.source_pages.start, run.target_pages.start, run.page_count) for run in stored]
+        others = tuple(run for run in piece.runs if not (self._verbatim and run.whole))
+        return PieceCopy(piece.part, piece.num_bytes, np.array(pages, np.int64).reshape(-1, 3), others)
 
 
 class PieceCopy(NamedTuple):
-    """What is copied under one check: pages as they are stored, target before source, and tokens axis by axis."""
+    """What is copied under one check, somewhere in `part`: pages as they are stored, and tokens axis by axis."""
 
     part: TokenRange
     num_bytes: int
-    pages: tuple[tuple[PageIndex, PageIndex], ...]
+    pages: PageRuns
     runs: tuple[Run, ...]
 
 
@@ -92,10 +110,8 @@ class LayerPair(NamedTuple):
 
 
 def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
-    """Copies a piece of one layer. numpy releases the GIL in each copy, and knows that the two do not overlap."""
-    source, target = pair.stored_source, pair.stored_target
-    for target_pages, source_pages in piece.pages:
-        target[target_pages] = source[source_pages]
+    """Copies a piece of one layer. The interpreter lock is free meanwhile; the two do not overlap."""
+    page_copier()(pair.stored_source, pair.stored_target, piece.pages)
     for run in piece.runs:
         for kept, sent in pair.halves():
             kept[run.target_pages, :, run.target_tokens] = sent[run.source_pages, :, run.source_tokens]
@@ -104,7 +120,10 @@ def copy_piece(pair: LayerPair, piece: PieceCopy) -> None:
 def same_piece(pair: LayerPair, piece: PieceCopy) -> bool:
     """Whether both sides hold the same bytes."""
     source, target = pair.stored_source, pair.stored_target
-    return all(np.array_equal(target[ours], source[theirs]) for ours, theirs in piece.pages) and all(
+    return all(
+        np.array_equal(target[to_page : to_page + count], source[from_page : from_page + count])
+        for from_page, to_page, count in piece.pages.tolist()
+    ) and all(
         np.array_equal(
             kept[run.target_pages, :, run.target_tokens],
             sent[run.source_pages, :, run.source_tokens],
@@ -112,7 +131,3 @@ def same_piece(pair: LayerPair, piece: PieceCopy) -> bool:
         for run in piece.runs
         for kept, sent in pair.halves()
     )
-
-
-def _index(pages: slice) -> PageIndex:
-    return int(pages.start) if pages.stop - pages.start == 1 else pages

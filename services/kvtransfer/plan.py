@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from services.kvtransfer.streaming import PageRuns
 from services.protocol.layout import PageLayout
 from services.protocol.ranges import TokenRange
 
@@ -17,6 +21,10 @@ class PageTable:
     page_ids: tuple[int, ...]
     page_size: int
 
+    def __getitem__(self, pages: slice) -> PageTable:
+        """Some of the pages, by their place in the table."""
+        return PageTable(self.page_ids[pages], self.page_size)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -29,6 +37,11 @@ class Run:
     source_tokens: slice
     target_pages: slice
     target_tokens: slice
+
+    @property
+    def page_count(self) -> int:
+        """Pages on either side that it touches."""
+        return int(self.source_pages.stop - self.source_pages.start)
 
     @property
     def whole(self) -> bool:
@@ -65,6 +78,25 @@ def plan_pieces(
         position += tokens
     pieces.append(_piece(begin, position, runs, token_bytes))
     return tuple(pieces)
+
+
+def plan_pages(source: PageTable, target: PageTable, first_pages: int, max_pages: int) -> list[PageRuns]:
+    """Whole pages between equal page sizes, in order of the source: reading at random costs more than writing so.
+
+    Cut into pieces of at most `max_pages`, the first one of at most `first_pages`.
+    """
+    pages = np.column_stack((np.array(source.page_ids, np.int64), np.array(target.page_ids, np.int64)))
+    pages = pages[np.argsort(pages[:, 0])]
+    cuts = range(first_pages, len(pages), max_pages)
+    return [_merged(piece) for piece in np.split(pages, cuts)]
+
+
+def _merged(pages: NDArray[np.int64]) -> PageRuns:
+    """(source, target) a page; those that are neighbours on both sides make one run."""
+    is_first = np.ones(len(pages), bool)
+    is_first[1:] = (np.diff(pages, axis=0) != 1).any(axis=1)
+    firsts = np.flatnonzero(is_first)
+    return np.column_stack((pages[firsts], np.diff(firsts, append=len(pages))))
 
 
 def _even_tokens(num_tokens: int, max_tokens: int, page_size: int) -> int:

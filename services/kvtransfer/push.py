@@ -145,6 +145,8 @@ class Push:
         """
         while True:
             await self._news.wait()
+            # A message costs as much as a layer's copy: what comes within a moment makes one.
+            await asyncio.wait([self._task], timeout=_REPORT_INTERVAL_S)
             self._news.clear()
             done, progress = self._task.done(), self.progress
             if done:
@@ -153,8 +155,6 @@ class Push:
                 yield progress
             if done:
                 return
-            # A message costs as much as a layer's copy: those in between are skipped.
-            await asyncio.wait([self._task], timeout=_REPORT_INTERVAL_S)
 
     async def _run(self) -> None:
         failure: BaseException | None = None

@@ -16,6 +16,7 @@ from services.kvtransfer.errors import ChecksumMismatch, InvalidPages, Transport
 from services.kvtransfer.landing import Claim, Landing, Landings
 from services.kvtransfer.leg_copy import LayerPair, LegCopy, PieceCopy, SourceTokens, copy_piece, same_piece
 from services.kvtransfer.pool import Pool
+from services.kvtransfer.streaming import page_copier
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.protocol.address import KvAddress
 from services.protocol.grants import AlreadyCommitted
@@ -33,6 +34,7 @@ class ShmTransport:
         self, landings: Landings, copier: Copier, epoch: bytes, max_copy_bytes: int, *, checked: bool = False
     ) -> None:
         """`checked`: every copy is read again and compared."""
+        page_copier()  # now, so that no push waits until it is made
         self._checked = checked
         self._landings = landings
         self._copier = copier
