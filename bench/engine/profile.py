@@ -26,6 +26,7 @@ from services.engine.attention.factory import make_attention
 from services.engine.core.plan import SampleSpec, Segment, StepPlan
 from services.engine.core.runner import TorchRunner
 from services.engine.kernels.team import Team
+from services.engine.model import ops_kernels
 from services.engine.model.catalogue import DEFAULT_MODEL
 from services.engine.model.linear import block_kernels
 from services.engine.model.linear.factory import linear_maker
@@ -41,8 +42,13 @@ PARTS = {
     paged_kernels.write: "attention",
     paged_kernels.attend_row: "attention",
     paged_kernels.attend_block: "attention",
+    ops_kernels.activate: "activation",
+    ops_kernels.add_norm: "norms",
+    ops_kernels.rotate_and_store: "rotation and KV writes",
+    ops_kernels.embed: "embedding, last sum",
+    ops_kernels.add: "embedding, last sum",
 }
-AROUND = "around: norms, rotation, KV writes, sampling, Python"
+AROUND = "around: sampling, Python"
 # name: sequences, tokens of context, tokens computed of each
 STEPS = {
     "1 stream\nat 64": (1, 63, 1),
@@ -86,7 +92,7 @@ def _plan(sequences: int, begin: int, count: int) -> StepPlan:
 
 
 def _profile(runner: TorchRunner, plan: StepPlan) -> dict[str, float]:
-    """Median seconds of a step by part."""
+    """Median seconds of a step by part. Jobs run one by one, which costs some microseconds each."""
     steps = []
     for _ in range(REPEATS):
         with _timed_kernels() as parts:
@@ -102,18 +108,19 @@ def _profile(runner: TorchRunner, plan: StepPlan) -> dict[str, float]:
 @contextmanager
 def _timed_kernels() -> Iterator[dict[str, float]]:
     seconds: dict[str, float] = dict.fromkeys([*PARTS.values(), AROUND], 0.0)
-    run = Team.run
+    run_all = Team.run_all
 
-    def timed(team: Team, kernel: int, job: NDArray[np.int64], num_chunks: int) -> None:
-        began = time.perf_counter()
-        run(team, kernel, job, num_chunks)
-        seconds[PARTS[kernel]] += time.perf_counter() - began
+    def timed(team: Team, program: NDArray[np.int64]) -> None:
+        for job in program:
+            began = time.perf_counter()
+            run_all(team, job[None])
+            seconds[PARTS[int(job[0])]] += time.perf_counter() - began
 
-    Team.run = timed  # type: ignore[assignment, method-assign]
+    Team.run_all = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        Team.run = run  # type: ignore[method-assign]
+        Team.run_all = run_all  # type: ignore[method-assign]
 
 
 def _draw(shares: dict[str, dict[str, float]], threads: int, output: Path) -> None:

@@ -5,77 +5,48 @@ Two kernels attend, because a decoding row uses every key once and a chunk of a 
 - attend_block: some rows of one sequence as 96 lanes, a lane a query head of a row, and keys in blocks of 64 with a
   running maximum (online softmax, Milakov and Gimelshein, arXiv 1805.02867), so that both products are tiles.
 
-Arrays of a job, in order, see job_of in paged_numba.py.
+The arguments of both jobs, in order, are those that PagedNumbaAttention.add_to gives them.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from services.engine.kernels.facts import BLOCKS, MAX_PAGES, NUM_FACTS, SINGLES, TABLES
+from services.engine.kernels.functions import LOG2_E, power_of_2, tanh
 from services.engine.kernels.machine_code import compiled, kernel
-from services.engine.kernels.memory import floats, int32s, int64s, prefetch
+from services.engine.kernels.memory import as_float, floats, int32s, int64s, prefetch
 from services.engine.kernels.tiles import dot_tile, float_tile
 from services.engine.kernels.writer import LANES
 
 BLOCK_LANES = 96
 BLOCK_TOKENS = 64
 HIDDEN = np.float32(-1e30)
-LOG2_E = math.log2(math.e)
-_TWO_LOG2_E = np.float32(2 * LOG2_E)
 
 _scores_8, _scores_1 = float_tile(8, 3), float_tile(1, 3)
+_mix_6x4, _mix_6x1 = float_tile(6, 4), float_tile(6, 1)
 _mix_4x4, _mix_4x1, _mix_1x4, _mix_1x1 = float_tile(4, 4), float_tile(4, 1), float_tile(1, 4), float_tile(1, 1)
 _dots_16, _dots_1 = dot_tile(16), dot_tile(1)
 
 
 @compiled
-def _power_of_2(values: Any, exponents: Any) -> None:
-    """values become 2 ** values; at most 0 or little above. exponents, of the same length, is scratch.
-
-    2 ** x is 2 ** n * 2 ** f with |f| <= 1/2: n goes into the exponent bits of a float, a polynomial (Cephes' exp2f,
-    error 2e-7) gives 2 ** f. A call of exp would keep the loop from being vectorised.
-    """
-    powers = exponents.view(np.float32)
-    for index in range(values.shape[0]):
-        power = min(max(values[index], np.float32(-126)), np.float32(126))
-        whole = np.int32(power + np.float32(126.5)) - np.int32(126)
-        part = power - np.float32(whole)
-        exponents[index] = (whole + np.int32(127)) << np.int32(23)
-        value = np.float32(1.535336188319500e-4)
-        value = value * part + np.float32(1.339887440266574e-3)
-        value = value * part + np.float32(9.618437357674640e-3)
-        value = value * part + np.float32(5.550332471162809e-2)
-        value = value * part + np.float32(2.402264791363012e-1)
-        value = value * part + np.float32(6.931472028550421e-1)
-        values[index] = value * part + np.float32(1)
-    for index in range(values.shape[0]):
-        values[index] *= powers[index]
-
-
-@compiled
-def _cap(values: Any, exponents: Any, softcap: Any) -> None:
+def _cap(values: Any, softcap: Any) -> None:
     """values become log2(e) * softcap * tanh(values)."""
     for index in range(values.shape[0]):
-        values[index] *= _TWO_LOG2_E
-    _power_of_2(values, exponents)
-    for index in range(values.shape[0]):
-        values[index] = softcap * np.float32(LOG2_E) * (np.float32(1) - np.float32(2) / (np.float32(1) + values[index]))
+        values[index] = softcap * np.float32(LOG2_E) * tanh(values[index])
 
 
 @compiled
-def _softmax(values: Any, exponents: Any) -> None:
+def _softmax(values: Any) -> None:
     """values, in units of log2(e), become their softmax."""
     best = values[0]
     for index in range(values.shape[0]):
         best = max(best, values[index])
-    for index in range(values.shape[0]):
-        values[index] -= best
-    _power_of_2(values, exponents)
     total = np.float32(0)
     for index in range(values.shape[0]):
+        values[index] = power_of_2(values[index] - best)
         total += values[index]
     for index in range(values.shape[0]):
         values[index] /= total
@@ -113,20 +84,23 @@ def _add_mixed(
 
 
 def _attend_row(job: Any, chunk: int) -> None:
-    mixed, query, pool, rows, tables = job[0], job[1], job[2], job[3], job[4]
-    max_pages, kv_heads, page_size, head_dim, group, window = job[5], job[6], job[7], job[8], job[9], job[10]
+    mixed, query, pool, facts = job[0], job[1], job[2], int64s(job[3], (NUM_FACTS,))
+    kv_heads, page_size, head_dim, group, window = job[4], job[5], job[6], job[7], job[8]
+    scale, softcap = as_float(np.int32(job[9])), as_float(np.int32(job[10]))
     kv_head = chunk % kv_heads
-    found = int32s(rows + chunk // kv_heads * 12, (3,))  # of this row: packed row, sequence, tokens it sees
+    found = int32s(facts[SINGLES] + chunk // kv_heads * 12, (3,))  # of this row: packed row, sequence, tokens it sees
     row, context = np.int64(found[0]), np.int64(found[2])
-    table = int32s(tables + np.int64(found[1]) * max_pages * 4, (max_pages,))
-    softcap = floats(job[11], (1,))[0]
+    table = int32s(facts[TABLES] + np.int64(found[1]) * facts[MAX_PAGES] * 4, (facts[MAX_PAGES],))
     width, num_weights = head_dim * 4, group if group == 1 else (group + 3) // 4 * 4
     first = max(0, context - window)
     begin = first // page_size * page_size
     weights = np.zeros((num_weights, context - begin), dtype=np.float32)
-    exponents = np.empty(context - begin, dtype=np.int32)
     page_bytes = 2 * kv_heads * page_size * width
-    head_at = query + (row * kv_heads * group + kv_head * group) * width
+    heads = floats(query + (row * kv_heads + kv_head) * group * width, (group, head_dim))
+    scaled = np.empty((group, head_dim), dtype=np.float32)
+    for member in range(group):
+        for element in range(head_dim):
+            scaled[member, element] = heads[member, element] * scale
     token = begin
     values = kv_heads * page_size * width  # from a page's keys to its values
     while token < context:
@@ -141,17 +115,17 @@ def _attend_row(job: Any, chunk: int) -> None:
             offset = 0
             to = weights.ctypes.data + (member * (context - begin) + token - begin) * 4
             while offset + 16 <= count:
-                _dots_16(page + offset * width, width, head_at + member * width, head_dim, to + offset * 4)
+                _dots_16(page + offset * width, width, scaled.ctypes.data + member * width, head_dim, to + offset * 4)
                 offset += 16
             while offset < count:
-                _dots_1(page + offset * width, width, head_at + member * width, head_dim, to + offset * 4)
+                _dots_1(page + offset * width, width, scaled.ctypes.data + member * width, head_dim, to + offset * 4)
                 offset += 1
         token += count
     for member in range(group):
         seen = weights[member, first - begin :]
         if softcap > 0:
-            _cap(seen, exponents[first - begin :], softcap)
-        _softmax(seen, exponents[first - begin :])
+            _cap(seen, softcap)
+        _softmax(seen)
         weights[member, : first - begin] = np.float32(0)
     result = np.zeros((num_weights, head_dim), dtype=np.float32)
     token = begin
@@ -186,12 +160,12 @@ def _hide(scores: Any, start: int, firsts: Any, limits: Any) -> None:
     """Tokens start, start + 1, ... that a lane does not see."""
     for token in range(scores.shape[0]):
         for lane in range(BLOCK_LANES):
-            if start + token >= limits[lane] or start + token < firsts[lane]:
-                scores[token, lane] = HIDDEN
+            is_hidden = start + token >= limits[lane] or start + token < firsts[lane]
+            scores[token, lane] = HIDDEN if is_hidden else scores[token, lane]
 
 
 @compiled
-def _weigh(scores: Any, exponents: Any, best: Any, totals: Any, shrink: Any) -> None:
+def _weigh(scores: Any, best: Any, totals: Any, shrink: Any) -> None:
     """scores (count, 96) become weights relative to the best score of each lane so far.
 
     totals are kept up to date; what was summed with the old best is to be multiplied by `shrink`. A hidden token weighs
@@ -203,27 +177,41 @@ def _weigh(scores: Any, exponents: Any, best: Any, totals: Any, shrink: Any) -> 
         for lane in range(BLOCK_LANES):
             best[lane] = max(best[lane], scores[token, lane])
     for lane in range(BLOCK_LANES):
-        shrink[lane] -= best[lane]
-    _power_of_2(shrink, exponents)
-    for lane in range(BLOCK_LANES):
+        shrink[lane] = power_of_2(shrink[lane] - best[lane])
         totals[lane] *= shrink[lane]
     for token in range(scores.shape[0]):
         for lane in range(BLOCK_LANES):
-            scores[token, lane] -= best[lane]
-    _power_of_2(scores.reshape(scores.shape[0] * BLOCK_LANES), exponents)
-    for token in range(scores.shape[0]):
-        for lane in range(BLOCK_LANES):
-            totals[lane] += scores[token, lane]
+            weight = power_of_2(scores[token, lane] - best[lane])
+            scores[token, lane] = weight
+            totals[lane] += weight
+
+
+@compiled
+def _add_mixed_lanes(sums: int, scores: int, values: int, count: int, head_dim: int) -> None:
+    """sums (96, head_dim) += weights (count, 96), transposed, times values (count, head_dim), all by address."""
+    width, row = head_dim * 4, BLOCK_LANES * 4
+    for lane in range(0, BLOCK_LANES, 6):
+        left, to = scores + lane * 4, sums + lane * width
+        element = 0
+        while element < head_dim:
+            value, at = values + element * 4, to + element * 4
+            if element + 64 <= head_dim:
+                _mix_6x4(left, 4, row, value, 64, width, count, at, width, 1)
+                element += 64
+            else:
+                _mix_6x1(left, 4, row, value, 64, width, count, at, width, 1)
+                element += LANES
 
 
 def _attend_block(job: Any, chunk: int) -> None:
-    mixed, query, pool, blocks, tables = job[0], job[1], job[2], job[3], job[4]
-    max_pages, kv_heads, page_size, head_dim, group, window = job[5], job[6], job[7], job[8], job[9], job[10]
+    mixed, query, pool, facts = job[0], job[1], job[2], int64s(job[3], (NUM_FACTS,))
+    kv_heads, page_size, head_dim, group, window = job[4], job[5], job[6], job[7], job[8]
+    scale, softcap = as_float(np.int32(job[9])), as_float(np.int32(job[10]))
     kv_head = chunk % kv_heads
-    found = int32s(blocks + chunk // kv_heads * 16, (4,))  # first packed row, sequence, tokens that row sees, rows
+    # Of this block: first packed row, sequence, tokens that row sees, rows.
+    found = int32s(facts[BLOCKS] + chunk // kv_heads * 16, (4,))
     row, context, num_rows = np.int64(found[0]), np.int64(found[2]), np.int64(found[3])
-    table = int32s(tables + np.int64(found[1]) * max_pages * 4, (max_pages,))
-    softcap = floats(job[11], (1,))[0]
+    table = int32s(facts[TABLES] + np.int64(found[1]) * facts[MAX_PAGES] * 4, (facts[MAX_PAGES],))
     num_heads, width = kv_heads * group, head_dim * 4
     queries = floats(query + row * num_heads * width, (num_rows, num_heads, head_dim))
     packed = np.zeros((BLOCK_LANES // LANES, head_dim, LANES), dtype=np.float32)
@@ -235,10 +223,10 @@ def _attend_block(job: Any, chunk: int) -> None:
         firsts[lane] = max(0, limits[lane] - window)
         vector = queries[lane // group, kv_head * group + lane % group]
         for element in range(head_dim):
-            packed[lane // LANES, element, lane % LANES] = vector[element]
+            packed[lane // LANES, element, lane % LANES] = vector[element] * scale
     scores = np.empty((BLOCK_TOKENS, BLOCK_LANES), dtype=np.float32)
     flat = scores.reshape(BLOCK_TOKENS * BLOCK_LANES)
-    exponents = np.empty(BLOCK_TOKENS * BLOCK_LANES, dtype=np.int32)
+    together = np.empty((BLOCK_TOKENS, head_dim), dtype=np.float32)  # values of a block's tokens, out of their pages
     best, totals = np.full(BLOCK_LANES, HIDDEN, dtype=np.float32), np.zeros(BLOCK_LANES, dtype=np.float32)
     shrink, sums = np.empty(BLOCK_LANES, dtype=np.float32), np.zeros((BLOCK_LANES, head_dim), dtype=np.float32)
     page_bytes, value_offset = 2 * kv_heads * page_size * width, kv_heads * page_size * width
@@ -254,10 +242,10 @@ def _attend_block(job: Any, chunk: int) -> None:
             _score_page(to, key, count, packed.ctypes.data, head_dim)
             token += count
         if softcap > 0:
-            _cap(flat[: (stop - start) * BLOCK_LANES], exponents, softcap)
+            _cap(flat[: (stop - start) * BLOCK_LANES], softcap)
         if stop > context or start < last - window:
             _hide(scores[: stop - start], start, firsts, limits)
-        _weigh(scores[: stop - start], exponents, best, totals, shrink)
+        _weigh(scores[: stop - start], best, totals, shrink)
         for lane in range(BLOCK_LANES):
             sums[lane] *= shrink[lane]
         token = start
@@ -265,9 +253,9 @@ def _attend_block(job: Any, chunk: int) -> None:
             count = min(page_size - token % page_size, stop - token)
             value = pool + np.int64(table[token // page_size]) * page_bytes + value_offset
             value += (kv_head * page_size + token % page_size) * width
-            at = scores.ctypes.data + (token - start) * BLOCK_LANES * 4
-            _add_mixed(sums.ctypes.data, BLOCK_LANES, at, 4, BLOCK_LANES * 4, value, count, head_dim)
+            together[token - start : token - start + count] = floats(value, (count, head_dim))
             token += count
+        _add_mixed_lanes(sums.ctypes.data, scores.ctypes.data, together.ctypes.data, stop - start, head_dim)
         start = stop
     target = floats(mixed + row * num_heads * width, (num_rows, num_heads, head_dim))
     for lane in range(num_rows * group):

@@ -12,9 +12,12 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.paged_kernels import BLOCK_LANES, LOG2_E, attend_block, attend_row, write
+from services.engine.attention.paged_kernels import BLOCK_LANES, attend_block, attend_row, write
 from services.engine.batch import ForwardBatch
-from services.engine.kernels.team import addresses, team_of
+from services.engine.kernels.facts import BLOCKS, MAX_PAGES, SINGLES, TABLES
+from services.engine.kernels.functions import LOG2_E
+from services.engine.kernels.jobs import Jobs
+from services.engine.kernels.team import address, addresses, team_of
 from services.engine.kernels.writer import LANES
 
 MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
@@ -22,16 +25,27 @@ TOKENS_A_WRITE = 64  # by one thread
 
 
 _NO_BLOCKS = np.empty((0, 4), dtype=np.int32)
+_NO_WINDOW = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class PackedRows:
     """The rows of a batch as the kernels take them; the same for all layers."""
 
     batch: ForwardBatch
     singles: NDArray[np.int32]  # (n, 3): packed row, sequence, tokens that it sees
     blocks: NDArray[np.int32]  # (n, 4): first packed row, sequence, tokens that it sees, rows
     tables: NDArray[np.int32]  # (num_sequences, max_pages)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether no row is part of a block: then the jobs are the same for every batch of as many tokens."""
+        return not len(self.blocks)
+
+    def put(self, facts: NDArray[np.int64]) -> None:
+        """Where the kernels find them; they must stay until the jobs have run."""
+        facts[SINGLES], facts[BLOCKS] = address(self.singles), address(self.blocks)
+        facts[TABLES], facts[MAX_PAGES] = address(self.tables), self.tables.shape[1]
 
 
 class PagedNumbaAttention(GatherSdpaAttention):
@@ -47,12 +61,12 @@ class PagedNumbaAttention(GatherSdpaAttention):
         self._team = team_of(num_threads)
         self._max_single_rows = max_single_rows
         # Of a pool shared by several ranks this one has some heads of each page: its strides are the whole's.
-        self._fits = self.head_dim % LANES == 0 and kv[0].is_contiguous()
-        self._split: _Split | None = None
+        self.fits = self.head_dim % LANES == 0 and kv[0].is_contiguous()
+        self._rows: PackedRows | None = None
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Stores key and value, each (num_tokens, num_kv_heads, head_dim), at slots (num_tokens,) int64."""
-        if not self._fits or any(part.stride()[1:] != (self.head_dim, 1) for part in (key, value)):
+        if not self.fits or any(part.stride()[1:] != (self.head_dim, 1) for part in (key, value)):
             super().write(layer, key, value, slots)
             return
         num_tokens, kv_heads, head_dim = key.shape
@@ -63,31 +77,42 @@ class PagedNumbaAttention(GatherSdpaAttention):
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
-        if not self._fits:
+        if not self.fits:
             return super().attend(layer, query, batch, form)
-        kv_heads = self.kv.shape[3]
-        group = query.shape[1] // kv_heads
-        if self._split is None or self._split.batch is not batch:
-            self._split = self._split_batch(batch, group)
-        split, pool = self._split, self.kv[layer]
-        cap = form.softcap or 0.0
-        scaled = (query * (form.scale_for(self.head_dim) * (1 / cap if cap else LOG2_E))).contiguous()
-        mixed = torch.empty_like(scaled)
-        softcap = np.array([cap], dtype=np.float32)
-        shape = (split.tables.shape[1], kv_heads, self.page_size, self.head_dim, group, form.window or 1 << 40, softcap)
-        for kernel, rows in ((attend_row, split.singles), (attend_block, split.blocks)):
-            if len(rows):
-                self._team.run(kernel, addresses(mixed, scaled, pool, rows, split.tables, *shape), len(rows) * kv_heads)
+        jobs = Jobs(self._team)
+        mixed = self.add_to(jobs, layer, query.contiguous(), batch, form)
+        self.rows_of(batch, query.shape[1]).put(jobs.facts)
+        jobs.run()
         return mixed
 
-    def _split_batch(self, batch: ForwardBatch, group: int) -> _Split:
+    def add_to(self, jobs: Jobs, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm) -> Tensor:
+        """Adds what computes attend() for a contiguous query and a batch whose rows are in the facts of the jobs."""
+        rows, pool = self.rows_of(batch, query.shape[1]), self.kv[layer]
+        cap, kv_heads = form.softcap or 0.0, self.kv.shape[3]
+        scale = form.scale_for(self.head_dim) * (1 / cap if cap else LOG2_E)
+        mixed = jobs.take(*query.shape)
+        shape = (kv_heads, self.page_size, self.head_dim, query.shape[1] // kv_heads, form.window or _NO_WINDOW)
+        numbers = (int(bits) for bits in np.array([scale, cap], dtype=np.float32).view(np.int32))
+        arguments = (mixed, query, pool, jobs.facts, *shape, *numbers)
+        for kernel, parts in ((attend_row, rows.singles), (attend_block, rows.blocks)):
+            if len(parts):
+                jobs.add(kernel, len(parts) * kv_heads, *arguments)
+        return mixed
+
+    def rows_of(self, batch: ForwardBatch, num_heads: int) -> PackedRows:
+        """The rows of a batch, worked out once."""
+        if self._rows is None or self._rows.batch is not batch:
+            self._rows = self._split_batch(batch, num_heads // self.kv.shape[3])
+        return self._rows
+
+    def _split_batch(self, batch: ForwardBatch, group: int) -> PackedRows:
         starts, contexts = batch.query_starts.numpy(), batch.context_lengths.numpy()
         tables = np.ascontiguousarray(batch.block_tables.numpy())
         if batch.num_tokens == batch.num_sequences and self._max_single_rows:  # all decode
             singles = np.empty((len(contexts), 3), dtype=np.int32)
             singles[:, :2] = np.arange(len(contexts))[:, None]
             singles[:, 2] = contexts
-            return _Split(batch, singles, _NO_BLOCKS, tables)
+            return PackedRows(batch, singles, _NO_BLOCKS, tables)
         counts = np.diff(starts)
         is_single = counts <= self._max_single_rows
         rows = np.arange(starts[-1], dtype=np.int32)
@@ -99,4 +124,4 @@ class PagedNumbaAttention(GatherSdpaAttention):
         begins = ~is_single[sequences] & ((rows - starts[sequences]) % rows_a_block == 0)
         lengths = np.minimum(starts[sequences + 1] - rows, rows_a_block)
         blocks = np.concatenate((every, lengths[:, None].astype(np.int32)), axis=1)[begins]
-        return _Split(batch, every[is_single[sequences]], np.ascontiguousarray(blocks), tables)
+        return PackedRows(batch, every[is_single[sequences]], np.ascontiguousarray(blocks), tables)

@@ -1,7 +1,7 @@
 """Jobs put together once and computed as often as wanted, each time in one call of compiled code.
 
 A step of a model is some hundred jobs that always come in the same order over the same memory: only the addresses of
-what is new in a step differ, so kernels find those through one more address.
+what is new in a step differ, so kernels find those through one more address, that of `Jobs.facts`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.kernels.facts import NUM_FACTS
 from services.engine.kernels.team import Team, address
 
 
@@ -39,6 +40,7 @@ class Jobs:
 
     def __init__(self, team: Team, memory: Memory | None = None) -> None:
         self.team = team
+        self.facts = np.zeros(NUM_FACTS, dtype=np.int64)  # what is new in each run
         self._memory = memory
         self._arguments: list[int] = []  # of all jobs, one job after the other
         self._entries: list[tuple[int, int, int]] = []  # of each job: kernel, its first argument's place, chunks

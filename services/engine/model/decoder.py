@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from services.engine.model.config import ModelConfig
 from services.engine.model.linear.linear import Linear
 from services.engine.model.ops import Ops, Step, TorchOps
 from services.engine.model.rope import RotaryTable
+
+if TYPE_CHECKING:
+    from services.engine.kernels.team import Team
+    from services.engine.model.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +49,12 @@ class DecoderWeights:
 class Decoder:
     """Computes packed batches of sequences of any length, prefill and decode alike."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, team: Team | None = None) -> None:
+        """`team`: whose layers the linear ones are, see LinearMaker; then steps are recorded for it where that goes."""
         self.config = config
         self._weights = weights
         self._ops: Ops = TorchOps(config)
+        self._recorder = None if team is None else _recorder(config, team)
         ropes = {layer.rope for layer in config.layers}
         self._rotary = {rope: RotaryTable(rope, config.head_dim, config.max_context, self.device) for rope in ropes}
 
@@ -72,12 +79,19 @@ class Decoder:
         attention computes, so a transfer of layer l overlaps all that follows. On a GPU "written" means queued on
         the current stream: record an event there.
         """
-        return self._hidden_states(self._ops, Step(batch, attention, on_layer))
+        step = Step(batch, attention, on_layer)
+        if self._recorder is not None and self._recorder.takes(step):
+            return self._recorder.compute_step(self._hidden_states, step)
+        return self._hidden_states(self._ops, step)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, (rows, vocab) float32, of hidden states, (rows, hidden), that forward returned."""
-        logits = self._ops.linear(self._weights.head, self._ops.norm(hidden, self._weights.norm)).float()
+
+        def compute(ops: Ops) -> Tensor:
+            return ops.linear(self._weights.head, ops.norm(hidden.contiguous(), self._weights.norm))
+
+        logits = (compute(self._ops) if self._recorder is None else self._recorder.compute(compute)).float()
         softcap = self.config.logits_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -95,6 +109,13 @@ class Decoder:
         if added is not None:
             ops.add(hidden, added)
         return hidden
+
+
+def _recorder(config: ModelConfig, team: Team) -> Recorder:
+    # Here, because numba and its machine code take 0.5 s to load and engines on a GPU never need them.
+    from services.engine.model.recorder import Recorder
+
+    return Recorder(config, team)
 
 
 def _optional_norm(ops: Ops, rows: Tensor, weight: Tensor | None) -> Tensor:

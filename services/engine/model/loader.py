@@ -65,7 +65,9 @@ def load_model(
         digest = _digest(
             config, f"{dtype}{linear.form}{' packed' if checkpoint.has_read_packed else ''}", checkpoint.identity()
         )
-    return LoadedModel(config, Decoder(own, weights), digest, tokenizer)
+    # What ranks add up between layers is no job of a team.
+    decoder = Decoder(own, weights, linear.team if shard.count == 1 else None)
+    return LoadedModel(config, decoder, digest, tokenizer)
 
 
 def model_folder(source: str | Path) -> Path:

@@ -20,12 +20,12 @@ class RotaryTable:
     def __init__(self, rope: RopeConfig, head_dim: int, max_context: int, device: torch.device) -> None:
         angles = torch.arange(max_context).float()[:, None] * frequencies(rope, head_dim)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
-        self._cosine = angles.cos().to(device)
-        self._sine = angles.sin().to(device)
+        self.cosine = angles.cos().to(device)
+        self.sine = angles.sin().to(device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for positions (num_tokens,): two of (num_tokens, 1, head_dim)."""
-        return self._cosine[positions], self._sine[positions]
+        return self.cosine[positions], self.sine[positions]
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
