@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,7 +15,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
 from services.engine.core.api import Load, SequenceOutput, Timing
-from services.engine.core.plan import Computed, PageCopy, Runner, StepPlan
+from services.engine.core.plan import Computed, Launched, PageCopy, Runner, StepPlan
 from services.engine.model.model import Model
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -59,15 +60,27 @@ def count_verb(timing: Timing) -> None:
 
 
 class TimedRunner:
-    """A runner whose steps are timed."""
+    """A runner whose steps are timed, each from its launch or the end of the one before to its own end."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._free_since = 0.0
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
+    @property
+    def lag(self) -> int:
         """See Runner."""
-        with STEP_SECONDS.time():
-            return self._runner.run(plan, on_layer)
+        return self._runner.lag
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Launched:
+        """See Runner."""
+        began = time.perf_counter()
+        return _TimedStep(self, self._runner.launch(plan, on_layer), began)
+
+    def ended(self, began: float) -> None:
+        """A step that was launched at `began` is over."""
+        now = time.perf_counter()
+        STEP_SECONDS.observe(now - max(began, self._free_since))
+        self._free_since = now
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """See Runner."""
@@ -76,6 +89,19 @@ class TimedRunner:
     def poison(self, pages: Sequence[int]) -> None:
         """See Runner."""
         self._runner.poison(pages)
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    runner: TimedRunner
+    launched: Launched
+    began: float
+
+    def wait(self) -> Computed:
+        """See Launched."""
+        computed = self.launched.wait()
+        self.runner.ended(self.began)
+        return computed
 
 
 class TimedModel:

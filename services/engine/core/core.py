@@ -80,14 +80,14 @@ class EngineCore:
         is_sound = True
         for command in commands:
             is_sound &= desks.take(command)
-        plan = context.scheduler.plan(context.clock())
+        plan = context.scheduler.plan(context.clock(), is_ahead=self._stepper.is_under_way)
         desks.prep_recvs.step()
         is_sound &= self._stepper.carry_out(plan)
         self._hand_over()
         if context.config.check_every_step or not is_sound:
             self.check_invariants()
         context.faults.reach("step.end")
-        return plan.changes_something and self._is_awaited()
+        return self._stepper.is_under_way or (plan.changes_something and self._is_awaited())
 
     def next_timer(self) -> float | None:
         """When, on the clock, step() is due even without a command; None if never."""
@@ -97,6 +97,7 @@ class EngineCore:
         """Answers everything that is open with UNAVAILABLE. The core must not be used afterwards."""
         if self._context.guides is not None:
             self._context.guides.close()
+        self._stepper.abandon()
         self._hand_over_outputs()
         self._desks.fail_all(EngineStopped("The engine has stopped."))
         self._hand_over_outputs()

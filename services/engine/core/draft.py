@@ -9,8 +9,9 @@ from services.engine.core.sequence import Sequence
 class Draft:
     """Collects segments under a token budget; a sequence that is preempted meanwhile is taken out again."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, *, is_ahead: bool = False) -> None:
         self.budget = budget  # tokens that the step may still take
+        self.is_ahead = is_ahead  # the step before is still under way
         self._segments: dict[int, Segment] = {}
         self._copies: dict[int, list[PageCopy]] = {}
         self._pinned: list[int] = []
@@ -20,13 +21,13 @@ class Draft:
 
     def end_for(self, sequence: Sequence, page_size: int) -> int:
         """How far the budget lets a sequence get. Pieces of a prompt end at a page's end where they can."""
-        end = sequence.num_computed + min(sequence.num_left, self.budget)
+        end = sequence.num_planned + min(sequence.num_left, self.budget)
         aligned = end // page_size * page_size
-        return aligned if end < sequence.goal and aligned > sequence.num_computed else end
+        return aligned if end < sequence.goal and aligned > sequence.num_planned else end
 
     def add(self, sequence: Sequence, end: int) -> None:
-        """Puts positions [num_computed, end) into the step; the pages are there."""
-        begin = sequence.num_computed
+        """Puts positions [num_planned, end) into the step; the pages are there."""
+        begin, sample = sequence.num_planned, sequence.sample_spec(end)
         num_pages = -(-end // sequence.chain.page_size)
         self.budget -= end - begin
         self._segments[sequence.number] = Segment(
@@ -34,9 +35,13 @@ class Draft:
             begin,
             sequence.tokens[begin:end],
             sequence.pages[:num_pages],
-            sequence.sample_spec(end),
+            sample,
             sequence.score_spec(begin, end),
+            follows=begin == len(sequence.tokens),
         )
+        sequence.num_planned = end
+        if sample is not None:
+            sequence.expect()
 
     def copy(self, sequence: Sequence, source: int, target: int) -> None:
         """Has `source` copied into the sequence's `target` first. The source stays retained until then."""
@@ -51,7 +56,9 @@ class Draft:
         """The sequence's pages are gone, so it and its copies leave the step."""
         segment = self._segments.pop(sequence.number, None)
         if segment is not None:
-            self.budget += len(segment.token_ids)
+            self.budget += segment.num_tokens
+            if segment.sample is not None:
+                sequence.expect_no_more()
         self._copies.pop(sequence.number, None)
         self._preempted.append(sequence.number)
 

@@ -122,7 +122,7 @@ class Generations:
         context, sequence, booking = self._context, generation.sequence, generation.booking
         assert booking is not None
         sequence.pages.extend(self._reservations.attach(booking))
-        sequence.num_computed = min(booking.end, sequence.goal - 1)
+        sequence.has_computed(min(booking.end, sequence.goal - 1))
         sequence.num_published = booking.num_matched // context.config.page_size
         account = sequence.account
         account.matched_tokens = booking.num_matched

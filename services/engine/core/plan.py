@@ -16,13 +16,22 @@ from services.engine.sampling.prompt_logprobs import PromptLogprobs
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """How to choose the token after the last one of a segment. `token_ids` is only read, and only during the step."""
+    """How to choose the token after the last one of a segment. `token_ids` is only read, and only during launch.
+
+    `num_awaited` tokens more were chosen by the step before, which has not been settled.
+    """
 
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     forced_token_id: int | None = None
     allowed: NDArray[np.uint8] | None = None  # a bit a token id, see GuideState; None: any token
+    num_awaited: int = 0
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the token to choose."""
+        return len(self.token_ids) + self.num_awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,10 @@ class ScoreSpec:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The next tokens of one sequence: positions [begin, end). page_ids cover [0, end)."""
+    """The next tokens of one sequence: positions [begin, end). page_ids cover [0, end).
+
+    One that `follows` has a single token, which the step before chose for the sequence and nobody knows yet.
+    """
 
     number: int  # of the sequence
     begin: int
@@ -45,11 +57,17 @@ class Segment:
     page_ids: array[int]
     sample: SampleSpec | None
     score: ScoreSpec | None = None
+    follows: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return 1 if self.follows else len(self.token_ids)
 
     @property
     def end(self) -> int:
         """First position after the segment."""
-        return self.begin + len(self.token_ids)
+        return self.begin + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +88,17 @@ class StepPlan:
     admitted: tuple[int, ...] = ()
     preempted: tuple[int, ...] = ()  # they hold nothing now and will be computed again
     refused: tuple[int, ...] = ()  # sends that found too few pages; they hold nothing
+    must_settle: bool = False  # nothing can be planned before the step under way is settled
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in the step."""
-        return sum(len(segment.token_ids) for segment in self.segments)
+        return sum(segment.num_tokens for segment in self.segments)
 
     @property
     def changes_something(self) -> bool:
         """Whether another plan may find what this one did not."""
-        return bool(self.segments or self.admitted or self.preempted or self.refused)
+        return bool(self.segments or self.admitted or self.preempted or self.refused or self.must_settle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +117,31 @@ class Computed:
     chosen: Sequence[Chosen] = ()
     scored: Sequence[PromptLogprobs] = ()
 
+    def wait(self) -> Computed:
+        """See Launched: of a step that was over when launch returned."""
+        return self
+
+
+class Launched(Protocol):
+    """A step that was given to a runner."""
+
+    def wait(self) -> Computed:
+        """Blocks until the step is computed. Raises what went wrong with it."""
+
 
 class Runner(Protocol):
-    """The only place where tensors compute. Called on the loop thread; blocks until the step is computed."""
+    """The only place where tensors compute. Called on the loop thread; everything happens in the order of the calls."""
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
+    @property
+    def lag(self) -> int:
+        """Steps, 0 or 1, that may be under way when the next is launched: with 1, its segments may follow them."""
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Launched:
         """Makes the plan's copies, computes its segments, chooses a token for each with a SampleSpec, and rates the
         tokens of each ScoreSpec.
 
-        on_layer(l) is called once the KV of layer l of all segments is in the pages, readable by another process.
+        May return before that is done. on_layer(l) is called, during the call or a wait, once the KV of layer l of
+        all segments is in the pages, readable by another process.
         """
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from services.engine.core.blocks import BlockChain
 from services.engine.core.prefix_cache import CacheChange, PrefixMatch
@@ -14,6 +15,8 @@ from services.protocol.pages import PageCounts, PageLedger
 class PagePool:
     """Hands out pages, evicting cached ones as needed, and takes them back.
 
+    A page that is released while a step is under way goes back when that step is over: until then it may be read and
+    written. So nobody else, and no peer, can have it before.
     `poison` is told of all pages that became free, before anyone can have them again.
     """
 
@@ -22,6 +25,7 @@ class PagePool:
         self._ledger = PageLedger(num_pages)
         self._cache = PrefixTree(self._ledger, page_size)
         self._poison = poison
+        self._parked: deque[list[Sequence[int]]] = deque()  # one list a step under way: released since it began
         self._freed(range(num_pages))
 
     def counts(self) -> PageCounts:
@@ -50,8 +54,20 @@ class PagePool:
         self._cache.retain(pages)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes a user off pages, given in token order."""
-        self._freed(self._cache.release(pages))
+        """Takes a user off pages, given in token order, at once or when the newest step under way is over."""
+        if self._parked:
+            self._parked[-1].append(pages)
+        else:
+            self._freed(self._cache.release(pages))
+
+    def begin_step(self) -> None:
+        """A step is under way; steps end in the order in which they begin."""
+        self._parked.append([])
+
+    def end_step(self) -> None:
+        """The oldest step under way is over."""
+        for pages in self._parked.popleft():
+            self._freed(self._cache.release(pages))
 
     def publish(self, chain: BlockChain, index: int, page: int) -> int:
         """Offers a page that holds the full block `index`; see PrefixCache.publish."""
@@ -83,6 +99,8 @@ class PagePool:
 
     def check(self, users: Counter[int], quarantined: set[int]) -> None:
         """Raises AssertionError unless the books agree with what the owners say they hold. O(pages)."""
+        for parked in self._parked:
+            users.update(chain.from_iterable(parked))
         counts = self.counts()
         for page in range(counts.total):
             actual = self._ledger.users(page)

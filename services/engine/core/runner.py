@@ -11,14 +11,16 @@ from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
-from services.engine.core.plan import Chosen, Computed, PageCopy, Segment, StepPlan
+from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
 from services.engine.sampling.sampler import SamplingRow, sample
 from services.engine.sampling.score import PromptScorer, rows_at_once
 
 
 class TorchRunner:
-    """Computes steps on one device over one KV pool, (layers, pages, 2, kv_heads, page_size, head_dim)."""
+    """Computes steps, one at a time, over one KV pool, (layers, pages, 2, kv_heads, page_size, head_dim)."""
+
+    lag = 0
 
     def __init__(
         self, model: Model, attention: AttentionBackend, kv: Tensor, eos_token_ids: Collection[int] = ()
@@ -28,9 +30,13 @@ class TorchRunner:
         self._kv = kv
         self._eos_token_ids = tuple(eos_token_ids)
 
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Launched:
+        """See Runner."""
+        return self.run(plan, on_layer)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
-        """See Runner."""
+        """A whole step."""
         wanted = [segment.score for segment in plan.segments if segment.score is not None]
         scorer = PromptScorer([each.targets for each in wanted], [each.num_top for each in wanted])
         logits = self.compute(plan.copies, plan.segments, on_layer, scorer.rate)

@@ -18,6 +18,7 @@ from services.engine.core.pool import PagePool
 from services.engine.core.prefix_cache import PrefixMatch
 from services.engine.core.prefix_waits import PrefixWaits
 from services.engine.core.sequence import Phase, Sequence
+from services.engine.core.stopping import will_have_all
 from services.protocol.pages import OutOfPages
 
 
@@ -35,6 +36,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both by age
         self._running: list[Sequence] = []
         self._pages_owed = 0
+        self._is_short = False  # a plan that was made ahead found too few pages
 
     @property
     def pages_owed(self) -> int:
@@ -76,22 +78,31 @@ class Scheduler:
             self._pages_owed = 0  # perhaps it was the one that lacked them; the next plan finds out
         sequence.phase = Phase.ENDED
 
-    def plan(self, now: float) -> StepPlan:
-        """Decides the next step and takes pages for it. The caller runs it, then settles or removes each sequence."""
-        draft = Draft(self._config.max_step_tokens)
+    def plan(self, now: float, *, is_ahead: bool = False) -> StepPlan:
+        """Decides the next step and takes pages for it. The caller runs it, then settles or removes each sequence.
+
+        `is_ahead`: the step before is still under way, so nothing is preempted or refused for pages that it may be
+        about to give back, and what depends on the tokens that it chooses has to wait for them.
+        """
+        if is_ahead and (self._is_short or any(sequence.needs_news for sequence in self._running)):
+            self._is_short = False
+            return StepPlan(must_settle=True)
+        draft = Draft(self._config.max_step_tokens, is_ahead=is_ahead)
+        self._is_short = False
         running = list(self._running)
         for is_decode in (True, False):
             for sequence in running:
                 if (sequence.num_left == 1) == is_decode:
                     self._extend(sequence, draft)
         self._admit(draft, now)
-        return draft.plan()
+        plan = draft.plan()
+        return StepPlan(must_settle=True) if is_ahead and not plan.changes_something else plan
 
     def settle(self, sequence: Sequence, end: int) -> None:
         """Positions up to `end` are computed: publishes full pages and takes a finished send out of the batch."""
         sequence.num_computed = end
         self.publish(sequence)
-        if not sequence.generates and sequence.num_left == 0:
+        if not sequence.generates and end == sequence.goal:
             self.remove(sequence)
             sequence.phase = Phase.COMPUTED
 
@@ -115,11 +126,16 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, draft: Draft) -> None:
         """Gives a sequence of the batch its share of the budget, and pages for it."""
+        if sequence.num_awaited and will_have_all(sequence, self._config):
+            return
         end = draft.end_for(sequence, self._pool.page_size)
-        while sequence.phase is Phase.RUNNING and end > sequence.num_computed:
+        while sequence.phase is Phase.RUNNING and end > sequence.num_planned:
             try:
                 self._give_pages(sequence, end, draft)
             except OutOfPages:
+                if draft.is_ahead:
+                    self._is_short = True
+                    return
                 self._preempt(max(self._preemptable(), key=_age), draft)
             else:
                 draft.add(sequence, end)
@@ -127,7 +143,7 @@ class Scheduler:
 
     def _give_pages(self, sequence: Sequence, end: int, draft: Draft) -> None:
         """Pages up to position `end`, and a private copy of the first page to be written if it is published."""
-        first = sequence.num_computed // self._pool.page_size
+        first = sequence.num_planned // self._pool.page_size
         is_shared = first < len(sequence.pages) and self._pool.is_published(sequence.pages[first])
         num_missing = max(0, self._config.num_pages_for(end) - len(sequence.pages))
         if not num_missing and not is_shared:
@@ -166,6 +182,9 @@ class Scheduler:
                 if num_lacking and sequence.generates:
                     pages_owed = num_lacking
                     continue
+                if num_lacking and draft.is_ahead:
+                    self._is_short = True
+                    continue
                 if num_lacking:
                     self.remove(sequence)
                     draft.refuse(sequence)
@@ -178,7 +197,7 @@ class Scheduler:
         """Takes what the cache has of a sequence, and a send's other pages. Returns how many lack; then takes none."""
         self._pool.retain(match.page_ids)
         sequence.pages.extend(match.page_ids)
-        sequence.num_computed = match.num_tokens
+        sequence.has_computed(match.num_tokens)
         sequence.num_published = match.num_tokens // self._pool.page_size
         num_wanted = self._num_pages_wanted(sequence)
         num_promised = sum(self._num_pages_wanted(other) for other in self._running)
@@ -199,7 +218,7 @@ class Scheduler:
         """Pages that a sequence lacks until its next token, one for copying a page that it must not write included."""
         if not sequence.num_left:
             return 0
-        first = sequence.num_computed // self._pool.page_size
+        first = sequence.num_planned // self._pool.page_size
         is_shared = first < len(sequence.pages) and self._pool.is_published(sequence.pages[first])
         return max(0, self._config.num_pages_for(sequence.room_wanted) - len(sequence.pages)) + is_shared
 

@@ -127,7 +127,8 @@ class Sends:
 
     def _end_readable(self, sequence: Sequence) -> int:
         """Up to where pages can be read before the step: it begins by copying one that is matched in part."""
-        num_partial = sequence.num_computed % self._context.config.page_size if sequence.num_left else 0
+        is_done = sequence.num_computed == sequence.goal
+        num_partial = 0 if is_done else sequence.num_computed % self._context.config.page_size
         return sequence.num_computed - num_partial
 
     def _begin(self, command: api.RemoteSend, mark: bytes) -> None:
@@ -157,7 +158,7 @@ class Sends:
             return False
         context.pool.retain(match.page_ids)
         sequence.pages.extend(match.page_ids)
-        sequence.num_computed = match.num_tokens
+        sequence.has_computed(match.num_tokens)
         sequence.phase = Phase.COMPUTED
         sequence.account.matched_tokens = match.num_tokens
         sequence.account.scheduled(context.clock())

@@ -28,12 +28,14 @@ class Phase(Enum):
 class Sequence:
     """Tokens to compute, page by page. Those of a StartGenerate grow; those of a RemoteSend (`sampling` None) do not.
 
+    What steps under way do to it is planned already: num_planned positions will be in the pages, and num_awaited
+    tokens after those in `tokens` will be chosen.
     pages[i] holds positions [i * page_size, (i + 1) * page_size). A page that is published is never written.
     """
 
     __slots__ = (
-        "account", "chain", "forced", "goal", "guide", "key", "num_computed", "num_given", "num_prompt",
-        "num_published", "num_told", "number", "pages", "phase", "sampling", "wait",
+        "account", "chain", "forced", "goal", "guide", "key", "num_awaited", "num_computed", "num_given", "num_planned",
+        "num_prompt", "num_published", "num_told", "number", "pages", "phase", "sampling", "wait",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +66,9 @@ class Sequence:
         self.phase = Phase.WAITING_FOR_KV  # until it is put into a queue
         self.wait = PrefixWait(in_line=True)
         self.pages: array[int] = array("i")
+        self.num_awaited = 0
         self.num_computed = 0  # positions [0, num_computed) are in the pages
+        self.num_planned = 0
         self.num_published = 0  # full pages offered to the prefix cache
 
     @property
@@ -79,8 +83,14 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Positions to compute before it is done or the next token is chosen."""
-        return self.goal - self.num_computed
+        """Positions to plan before it is done or the next token is chosen."""
+        return self.goal - self.num_planned
+
+    @property
+    def needs_news(self) -> bool:
+        """Whether what it does next depends on what comes out of the step under way."""
+        is_rated = self.num_told < self.num_prompt and self.num_planned > self.num_computed
+        return is_rated or (self.guide is not None and self.num_awaited > 0)
 
     @property
     def match_limit(self) -> int:
@@ -98,10 +108,20 @@ class Sequence:
         """What to choose when positions up to `end` are computed, if that is all of them."""
         if self.sampling is None or end < self.goal:
             return None
-        num_new = len(self.tokens) - self.num_given
+        num_new = len(self.tokens) + self.num_awaited - self.num_given
         forced = self.forced[num_new] if self.forced else None
         allowed = self.guide.allowed if self.guide is not None else None
-        return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced, allowed)
+        return SampleSpec(self.sampling, self.tokens, self.num_prompt, forced, allowed, self.num_awaited)
+
+    def expect(self) -> None:
+        """A planned step will choose a token."""
+        self.num_awaited += 1
+        self.goal += 1
+
+    def expect_no_more(self) -> None:
+        """The plan that would have chosen a token was changed."""
+        self.num_awaited -= 1
+        self.goal -= 1
 
     def score_spec(self, begin: int, end: int) -> ScoreSpec | None:
         """Which tokens of the prompt are rated when positions [begin, end) are computed, where `begin` is at most
@@ -112,21 +132,25 @@ class Sequence:
         return ScoreSpec(first - begin, self.tokens[first + 1 : last + 1], self.sampling.prompt_logprobs)
 
     def append(self, token: int) -> None:
-        """Adds a chosen token."""
+        """Adds a token that was expected."""
         self.tokens.append(token)
-        self.goal += 1
+        self.num_awaited -= 1
+
+    def has_computed(self, num_tokens: int) -> None:
+        """The pages that it was given hold so many positions; nothing of it is under way."""
+        self.num_computed = self.num_planned = num_tokens
 
     def give_back(self, position: int) -> array[int]:
         """Forgets what is computed from `position` on and gives up the pages after it; the caller releases them."""
         page_size = self.chain.page_size
         num_kept = -(-position // page_size)
         given, self.pages = self.pages[num_kept:], self.pages[:num_kept]
-        self.num_computed = position
+        self.has_computed(position)
         self.num_published = min(self.num_published, position // page_size)
         return given
 
     def take_pages(self) -> array[int]:
         """Gives up all pages and with them everything computed; the caller releases them."""
         pages, self.pages = self.pages, array("i")
-        self.num_computed = self.num_published = 0
+        self.num_computed = self.num_planned = self.num_published = 0
         return pages

@@ -1,32 +1,48 @@
-"""One step: what a plan says is posted, computed and settled."""
+"""One step: what a plan says is posted, launched and, when it is computed, settled."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.engine.core.api import WorkDone
 from services.engine.core.context import Context
 from services.engine.core.dispatch import Desks
-from services.engine.core.plan import Computed, StepPlan
+from services.engine.core.plan import Computed, Launched, StepPlan
 from services.engine.core.work import after_step
 from services.engine.errors import StepFailed
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    plan: StepPlan
+    launched: Launched
+    since: float
+
+
 class Stepper:
-    """Carries plans out."""
+    """Carries plans out. A runner with a lag computes one step while the next is planned and launched."""
 
     def __init__(self, context: Context, desks: Desks) -> None:
         self._context = context
         self._generations = desks.generations
         self._sends = desks.sends
+        self._under_way: deque[_UnderWay] = deque()
+        self._settled_at = 0.0
         self.num_steps = 0
         self.work = WorkDone()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step is launched and not settled."""
+        return bool(self._under_way)
+
     def carry_out(self, plan: StepPlan) -> bool:
-        """Computes what the plan says and settles it.
+        """Launches what the plan says, and settles all steps but those that may lag behind.
 
         False if computing failed: then its sequences have been answered, nothing of the step was published, and the
         others can go on.
@@ -34,27 +50,51 @@ class Stepper:
         for number in plan.preempted:
             self._generations.preempted(number)
         slots = self._sends.planned(plan)
-        computed = self._run(plan, slots) if plan.segments else Computed()
+        is_sound = not plan.segments or self._launch(plan, slots)
         self._context.pool.release(plan.pinned)
-        if computed is None:
+        num_lagging = self._context.runner.lag if plan.segments else 0
+        while len(self._under_way) > num_lagging:
+            is_sound &= self._settle_oldest()
+        return is_sound
+
+    def abandon(self) -> None:
+        """Waits until nothing computes any more; what comes out is nobody's."""
+        while self._under_way:
+            self._wait(self._under_way.popleft())
+
+    def _launch(self, plan: StepPlan, slots: list[int]) -> bool:
+        since = self._context.clock()
+        try:
+            launched = self._context.runner.launch(plan, self._layer_raiser(slots))
+        except Exception:
             self._fail(plan)
             return False
-        self._settle(plan, computed)
+        self._context.pool.begin_step()
+        self._under_way.append(_UnderWay(plan, launched, since))
         return True
 
-    def _run(self, plan: StepPlan, slots: list[int]) -> Computed | None:
-        """What the runner gave; None if it failed."""
-        began = self._context.clock()
-        try:
-            computed = self._context.runner.run(plan, self._layer_raiser(slots))
-        except Exception:
-            _log.exception("a step failed", extra={"fields": {"sequences": len(plan.segments)}})
-            return None
+    def _settle_oldest(self) -> bool:
+        step = self._under_way.popleft()
+        computed = self._wait(step)
+        self._context.pool.end_step()
+        if computed is None:
+            return False
+        now = self._context.clock()
+        seconds = now - max(step.since, self._settled_at)
+        self._settled_at = now
         self.num_steps += 1
-        seconds = self._context.clock() - began
-        self._context.pace.step(plan.num_tokens, seconds)
-        self.work = after_step(self.work, plan, seconds)
-        return computed
+        self._context.pace.step(step.plan.num_tokens, seconds)
+        self.work = after_step(self.work, step.plan, seconds)
+        self._settle(step.plan, computed)
+        return True
+
+    def _wait(self, step: _UnderWay) -> Computed | None:
+        """What the runner gave; None if it failed."""
+        try:
+            return step.launched.wait()
+        except Exception:
+            self._fail(step.plan)
+            return None
 
     def _layer_raiser(self, slots: list[int]) -> Callable[[int], None] | None:
         """What tells the transfer service of layers that can be moved, while the step goes on."""
@@ -70,6 +110,7 @@ class Stepper:
         return on_layer
 
     def _settle(self, plan: StepPlan, computed: Computed) -> None:
+        """What came out for sequences that ended while the step was under way is dropped: their numbers name nobody."""
         tokens, scored = iter(computed.chosen), iter(computed.scored)
         for segment in plan.segments:
             token = next(tokens) if segment.sample else None
@@ -82,6 +123,7 @@ class Stepper:
                 self._sends.settle(send, segment.begin)
 
     def _fail(self, plan: StepPlan) -> None:
+        _log.exception("a step failed", extra={"fields": {"sequences": len(plan.segments)}})
         error = StepFailed("The engine failed to compute a step.")
         for segment in plan.segments:
             if (generation := self._generations.get(segment.number)) is not None:

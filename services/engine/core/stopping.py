@@ -19,7 +19,16 @@ def finish_reason(sequence: Sequence, params: SamplingParams, config: CoreConfig
 
 def has_all(sequence: Sequence, params: SamplingParams, config: CoreConfig) -> bool:
     """Whether it has all the tokens that it may have. Tokens generated elsewhere count, unless they are forced."""
-    length = len(sequence.tokens)
+    return _is_enough(len(sequence.tokens), sequence, params, config)
+
+
+def will_have_all(sequence: Sequence, config: CoreConfig) -> bool:
+    """Whether it will have them with the tokens that steps under way choose. It must generate."""
+    assert sequence.sampling is not None
+    return _is_enough(len(sequence.tokens) + sequence.num_awaited, sequence, sequence.sampling, config)
+
+
+def _is_enough(length: int, sequence: Sequence, params: SamplingParams, config: CoreConfig) -> bool:
     if sequence.forced:
         return length - sequence.num_given >= len(sequence.forced)
     is_enough = params.max_tokens is not None and length - sequence.num_prompt >= params.max_tokens

@@ -8,8 +8,8 @@ from services.engine.core.plan import StepPlan
 
 def after_step(before: WorkDone, plan: StepPlan, seconds: float) -> WorkDone:
     """`before` and one step more."""
-    prompts = [(each.begin, len(each.token_ids)) for each in plan.segments if len(each.token_ids) > 1]
-    rows = [each.begin for each in plan.segments if len(each.token_ids) == 1]
+    prompts = [(each.begin, each.num_tokens) for each in plan.segments if each.num_tokens > 1]
+    rows = [each.begin for each in plan.segments if each.num_tokens == 1]
     return WorkDone(
         busy_s=before.busy_s + seconds,
         prompt_tokens=before.prompt_tokens + sum(tokens for _, tokens in prompts),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.core.plan import Chosen, Computed, PageCopy, SampleSpec, Segment, StepPlan
+from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, SampleSpec, Segment, StepPlan
 from services.engine.sampling.params import SamplingParams
 from services.engine.sampling.prompt_logprobs import PromptLogprobs
 
@@ -49,10 +51,27 @@ def expected_tokens(
     return tokens[len(prompt) :]
 
 
-class FakeRunner:
-    """See Runner. `memory` is (layers, pages, page_size)."""
+@dataclass(frozen=True, slots=True)
+class LateStep:
+    runner: FakeRunner
+    plan: StepPlan
+    on_layer: Callable[[int], None] | None
 
-    def __init__(self, num_pages: int, page_size: int, vocab: int, num_layers: int = 3) -> None:
+    def wait(self) -> Computed:
+        return self.runner.finish(self)
+
+
+class FakeRunner:
+    """See Runner. `memory` is (layers, pages, page_size).
+
+    With a lag, a step is computed as late as it may be, when it is waited for: all that was planned meanwhile has
+    happened. Nothing shows before that, as if a device computed it.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, vocab: int, num_layers: int = 3, lag: int = 0) -> None:
+        self.lag = lag
+        self._late: list[LateStep] = []
+        self._newest: dict[int, int] = {}  # the token that the newest step computed chose, by sequence
         self.memory = np.full((num_layers, num_pages, page_size), POISON, dtype=np.int64)
         self.vocab = vocab
         self.page_size = page_size
@@ -60,27 +79,46 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.fail_next: Exception | None = None
 
-    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Launched:
         self.plans.append(plan)
+        if not self.lag:
+            return self.run(plan, on_layer)
+        specs = [s.sample and (s.sample.position, s.sample.num_awaited) for s in plan.segments]
+        assert all(spec is None or spec[0] == s.end for s, spec in zip(plan.segments, specs, strict=True))
+        self._late.append(LateStep(self, plan, on_layer))
+        assert len(self._late) <= 1 + self.lag
+        return self._late[-1]
+
+    def finish(self, step: LateStep) -> Computed:
+        """Computes a step; those before it have been."""
+        assert self._late.pop(0) is step
+        return self.run(step.plan, step.on_layer)
+
+    def run(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Computed:
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
+            self._newest = defaultdict(int)  # what follows a step that failed computes anything
             raise error
-        self.copy_pages(plan.copies)
+        self._copy(plan.copies)
         self.num_tokens_computed += plan.num_tokens
         for layer in range(len(self.memory)):
             for segment in plan.segments:
-                for position, token in enumerate(segment.token_ids, start=segment.begin):
+                tokens = [self._newest[segment.number]] if segment.follows else segment.token_ids
+                for position, token in enumerate(tokens, start=segment.begin):
                     page = segment.page_ids[position // self.page_size]
                     value = (token * 1_000_003 + position * 101) * 8 + layer
                     self.memory[layer, page, position % self.page_size] = value
             if on_layer is not None:
                 on_layer(layer)
-        return Computed(
-            [self._choose(s.page_ids, s.end, s.sample) for s in plan.segments if s.sample is not None],
-            [self._rate(s) for s in plan.segments if s.score is not None],
-        )
+        wanted = [(s.number, self._choose(s.page_ids, s.end, s.sample)) for s in plan.segments if s.sample is not None]
+        self._newest = {number: chosen.token_id for number, chosen in wanted}
+        rated = [self._rate(s) for s in plan.segments if s.score is not None]
+        return Computed([chosen for _, chosen in wanted], rated)
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        self._copy(copies)
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
             self.memory[:, copy.target] = self.memory[:, copy.source]
 
@@ -106,7 +144,6 @@ class FakeRunner:
         return PromptLogprobs(own, ids.astype(np.int32), own[:, None] - tops.astype(np.float32))
 
     def _choose(self, pages: Sequence[int], end: int, spec: SampleSpec) -> Chosen:
-        assert len(spec.token_ids) == end
         token = choose(self.read(pages, end), spec.params, self.vocab)
         if spec.forced_token_id is not None:
             token = spec.forced_token_id

@@ -9,7 +9,7 @@ from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code
 from tests.engine.core.test_transfer import THREE, assert_moved, generate, send
-from tests.engine.core.world import World, events, prompt_of
+from tests.engine.core.world import World, at_once, events, prompt_of
 
 PROMPT = prompt_of(20)
 
@@ -145,6 +145,7 @@ def test_pages_of_a_sequence_stay_fenced_until_its_grant_is_drained() -> None:
     world.assert_idle()
 
 
+@at_once
 def test_a_send_keeps_its_own_pages_when_others_publish_the_same_block() -> None:
     world, prompt = World(max_step_tokens=6), prompt_of(16)
     world.network.moves_at_once = False

@@ -9,7 +9,7 @@ import pytest
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from tests.engine.core.answers import Clock
-from tests.engine.core.world import GREEDY, PAGE_SIZE, Node, prompt_of
+from tests.engine.core.world import GREEDY, PAGE_SIZE, Node, at_once, prompt_of
 
 
 def node(**options: Any) -> Node:
@@ -31,6 +31,7 @@ def test_one_sequence() -> None:
     engine.assert_idle()
 
 
+@at_once
 def test_no_step_follows_the_last_token_of_the_last_sequence() -> None:
     engine = node()
     stream = engine.generate(prompt_of(10), limited(2))
@@ -166,6 +167,7 @@ def test_end_and_stop_tokens() -> None:
     assert (own.tokens, own.finish_reason) == (tokens[:2], api.FinishReason.STOP)
 
 
+@at_once
 def test_decoding_is_not_held_up_by_a_long_prompt() -> None:
     engine = node(max_step_tokens=8)
     short = engine.generate(prompt_of(3), limited(20))

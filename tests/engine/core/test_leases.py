@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code
 from tests.engine.core.test_transfer import generate, send
-from tests.engine.core.world import World, prompt_of, ref_of
+from tests.engine.core.world import World, at_once, prompt_of, ref_of
 
 PROMPT = prompt_of(20)
 
@@ -31,6 +31,7 @@ def test_a_lease_ends_and_its_pages_wait_until_no_write_can_come() -> None:
     world.assert_idle()
 
 
+@at_once
 def test_a_lease_is_renewed_by_hand_and_by_writes() -> None:
     world, prompt = World(max_step_tokens=4), prompt_of(40)
     reserved = world.reserve(prompt, 40, lease_s=5.0)

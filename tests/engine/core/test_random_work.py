@@ -12,7 +12,7 @@ from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import ServiceError
 from tests.engine.core.answers import Answer, Stream
 from tests.engine.core.fake_runner import expected_scores
-from tests.engine.core.world import VOCAB, Node, World, ref_of
+from tests.engine.core.world import LAG, VOCAB, Node, World, ref_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,10 @@ class RandomWork(RuleBasedStateMachine):
         self.others: list[Answer[int] | Answer[float] | Answer[None]] = []
         self.names = 0
 
-    @initialize(num_pages=st.integers(10, 20), step=st.integers(3, 20), batch=st.integers(1, 6), at_once=st.booleans())
-    def build(self, num_pages: int, step: int, batch: int, at_once: bool) -> None:
+    @initialize(num_pages=st.integers(10, 20), step=st.integers(3, 20), batch=st.integers(1, 6), at_once=st.booleans(),
+                lag=st.integers(0, 1))  # fmt: skip
+    def build(self, num_pages: int, step: int, batch: int, at_once: bool, lag: int) -> None:
+        LAG.set(lag)
         options = {"num_pages": num_pages, "max_context": 30, "max_step_tokens": step, "max_batch_size": batch}
         self.world = World(default_lease_s=LEASE_S, max_waiting=6, max_wait_s=5.0, **options)
         self.world.network.moves_at_once = at_once

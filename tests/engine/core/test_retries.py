@@ -13,7 +13,7 @@ from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
 from tests.engine.core.answers import Answer
 from tests.engine.core.test_transfer import THREE, assert_moved, generate, send
-from tests.engine.core.world import World, prompt_of, ref_of
+from tests.engine.core.world import World, at_once, prompt_of, ref_of
 
 PROMPT = prompt_of(20)
 
@@ -94,6 +94,7 @@ def test_a_committed_attempt_ends_the_computing_of_its_repetition() -> None:
     assert world.p.fake.num_tokens_computed - computed <= 8
 
 
+@at_once
 def test_a_higher_attempt_takes_over() -> None:
     world, prompt = World(max_step_tokens=4), prompt_of(30)
     world.network.moves_at_once = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code
-from tests.engine.core.world import World, prompt_of
+from tests.engine.core.world import World, at_once, prompt_of
 
 PROMPT = prompt_of(20)
 
@@ -46,6 +46,7 @@ def test_reservations_leave_room_for_a_longest_prompt() -> None:
     world.assert_idle()
 
 
+@at_once
 def test_a_send_short_of_pages_is_refused_and_does_not_wait() -> None:
     world = World(num_pages=20, max_context=64)
     reserved = world.reserve(PROMPT, 8)
@@ -62,6 +63,7 @@ def test_a_send_short_of_pages_is_refused_and_does_not_wait() -> None:
     assert more.tokens == world.p.expected(prompt_of(40, start=4), 20)
 
 
+@at_once
 def test_nothing_is_reserved_that_the_oldest_waiting_sequence_lacks() -> None:
     world = World(num_pages=24, max_context=40, max_step_tokens=128)
     streams = [world.d.generate(prompt_of(34, start=n), SamplingParams(max_tokens=6)) for n in range(3)]

@@ -12,7 +12,7 @@ from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from tests.engine.core.answers import Stream
 from tests.engine.core.fake_runner import kv_of
-from tests.engine.core.world import PAGE_SIZE, World, prompt_of, ref_of
+from tests.engine.core.world import PAGE_SIZE, World, at_once, prompt_of, ref_of
 
 THREE = SamplingParams(max_tokens=3)
 
@@ -148,6 +148,7 @@ def test_layers_arrive_while_later_ones_compute() -> None:
     assert seen == [1, 2, 3]
 
 
+@at_once
 def test_without_free_ready_slots_pieces_follow_their_steps() -> None:
     world, prompts = World(max_step_tokens=64), [prompt_of(9, start=n) for n in range(5)]
     world.network.moves_at_once = False

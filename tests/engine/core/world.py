@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from itertools import count
 from typing import Any
+
+import pytest
 
 from services.engine.core import api
 from services.engine.core.config import CoreConfig
@@ -24,6 +27,8 @@ from tests.engine.core.fake_transfer import FakeService, Network
 PAGE_SIZE = 4
 VOCAB = 50
 GREEDY = SamplingParams()
+LAG: ContextVar[int] = ContextVar("lag", default=0)  # of every engine's runner, see conftest.py
+at_once = pytest.mark.parametrize("lag", [0], ids=[""], indirect=True)  # for tests that count steps
 
 
 class Node:
@@ -43,7 +48,7 @@ class Node:
         self.name = name
         self.clock = clock
         self.config = make_config(incarnation=name.encode(), **options)
-        self.fake = FakeRunner(self.config.num_pages, self.config.page_size, self.config.vocab_size)
+        self.fake = FakeRunner(self.config.num_pages, self.config.page_size, self.config.vocab_size, lag=LAG.get())
         self.runner: Runner = make_runner(self.config) if make_runner else self.fake
         self.inbox: list[api.Command] = []
         self.streams: dict[int, Stream] = defaultdict(Stream)
