@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
 
+from services.router.answering import Answer
 from services.router.asking import MAX_NAME_CHARACTERS, Ask, check, check_choices
-from services.router.service import Answer, GenerationService
+from services.router.service import GenerationService
 
 Item = TypeVar("Item")
 

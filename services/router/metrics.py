@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TypeVar
+
 from prometheus_client import Counter, Gauge, Histogram
+
+Metric = TypeVar("Metric", Counter, Histogram)
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -108,3 +113,9 @@ PLANNER_MOVES = Counter(
     ["code"],
 )
 PLANNER_MOVED = Counter("microserve_router_planner_moved", "KV that a planner moved: tokens, bytes.", ["unit"])
+
+
+@cache
+def of(metric: Metric, *labels: str) -> Metric:
+    """`metric.labels(*labels)`, looked up once: for those that every request counts. Their labels are never removed."""
+    return metric.labels(*labels)

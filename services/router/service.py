@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 
 from services.protocol.errors import ServiceError
 from services.router.admission.admission import Admission
 from services.router.admission.ticket import Priority, Ticket
+from services.router.answering import Answer, Answering, Record
 from services.router.asking import (
     Ask,
     Chat,
@@ -24,66 +24,14 @@ from services.router.asking import (
     check_tokens,
 )
 from services.router.beside import beside
-from services.router.errors import PolicyFailed
-from services.router.fleet.legs import Legs
 from services.router.fleet.registry import Model, Registry
-from services.router.metrics import DURATION_SECONDS, REQUESTS, TOKENS, TTFT_SECONDS
+from services.router.metrics import DURATION_SECONDS, REQUESTS, of
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
-from services.router.programs.program import BoundProgram
-from services.router.programs.runner import PolicyRun
 from services.router.request import PolicyRequest
 from services.router.text.output import TextOutput
-from services.router.traces import Trace, Traces
-from services.router.values import FinishReason, Leg, Logprobs, Sampling, Usage
-
-_TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids;
-    the last has finish, usage and legs."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[Logprobs, ...] = ()
-    finish: FinishReason | None = None
-    usage: Usage | None = None
-    legs: tuple[Leg, ...] = ()
-    request_id: str = ""
-    policy: str = ""
-    engine: str = ""
-    prompt_ids: tuple[int, ...] = ()
-
-
-class Record:
-    """What is kept of a request while it runs: for metrics and its trace."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.policy, self.spec = "none", ""
-        self.program: BoundProgram | None = None
-        self.first_token_s: float | None = None
-        self.output_tokens = 0
-        self.legs = Legs()
-        self._begin = time.monotonic()
-
-    def elapsed_s(self) -> float:
-        """Since the request came."""
-        return time.monotonic() - self._begin
-
-    def trace(self, code: str) -> Trace:
-        """What is kept of it when it has ended."""
-        return Trace(
-            self.spec,
-            self.legs.legs(),
-            code,
-            self.elapsed_s(),
-            self.first_token_s,
-            self.output_tokens,
-            self.legs.decision,
-        )
+from services.router.traces import Traces
+from services.router.values import Sampling
 
 
 class GenerationService:
@@ -122,15 +70,18 @@ class GenerationService:
                     ask.stop,
                     include_stop=ask.include_stop,
                 )
-                async with (
-                    self._admission.turn(_ticket(ask, request, model)) as turn,
-                    aclosing(self._run(program, request, output, record)) as answers,
-                ):
-                    first = await anext(answers)
-                    turn.first_token()
-                    yield first
-                    async for answer in answers:
-                        yield answer
+                async with self._admission.turn(_ticket(ask, request, model)) as turn:
+                    run = self._host.run(program, request)
+                    record.legs = run.legs
+                    answering = Answering(run, request, output, record)
+                    try:
+                        first = await answering.next()
+                        turn.first_token()
+                        yield first
+                        while not answering.ended:
+                            yield await answering.next()
+                    finally:
+                        await run.close()  # all it left on engines has ended then
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
         """Token ids of a prompt. Overloaded."""
@@ -156,32 +107,6 @@ class GenerationService:
         """The model of that name; for an empty name the only one."""
         return self._registry.model(name)
 
-    async def _run(
-        self, program: BoundProgram, request: PolicyRequest, output: TextOutput, record: Record
-    ) -> AsyncGenerator[Answer, None]:
-        """The program's answer; all it left on engines has ended when this has."""
-        run = self._host.run(program, request)
-        record.legs = run.legs
-        try:
-            async with aclosing(_answers(run, output, len(request.prompt))) as answers:
-                first = await anext(answers)
-                record.spec = run.served_by.spec
-                record.first_token_s = record.elapsed_s()
-                TTFT_SECONDS.labels(record.policy).observe(record.first_token_s)
-                record.output_tokens += len(first.token_ids)
-                yield replace(
-                    first,
-                    request_id=record.request_id,
-                    policy=record.spec,
-                    engine=run.legs.generating_engine(),
-                    prompt_ids=request.prompt,
-                )
-                async for answer in answers:
-                    record.output_tokens += len(answer.token_ids)
-                    yield answer
-        finally:
-            await run.close()
-
     async def _request(self, ask: Ask, model: Model, request_id: str) -> PolicyRequest:
         limit_s = self._max_request_s if ask.time_left_s is None else min(ask.time_left_s, self._max_request_s)
         deadline = asyncio.get_running_loop().time() + limit_s
@@ -204,39 +129,12 @@ class GenerationService:
             code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         finally:
-            REQUESTS.labels(record.policy, code).inc()
-            DURATION_SECONDS.labels(record.policy).observe(record.elapsed_s())
+            of(REQUESTS, record.policy, code).inc()
+            of(DURATION_SECONDS, record.policy).observe(record.elapsed_s())
             if record.program is not None:
                 trace = record.trace(code)
                 self._traces.add(record.request_id, trace)
                 self._catalogue.ended(record.program, trace)
-
-
-async def _answers(run: PolicyRun, output: TextOutput, num_prompt_tokens: int) -> AsyncGenerator[Answer, None]:
-    """Pieces of the answer, the last with its account."""
-    while True:
-        chunk = await run.take()
-        if chunk is None:
-            raise PolicyFailed("the policy ended without a last chunk")
-        piece = output.feed(chunk)
-        text = piece.text
-        if output.stopped:
-            if chunk.finish is None:
-                await run.stop_early()
-            break
-        if chunk.finish is not None:
-            text += output.finish()
-            break
-        if text or piece.token_ids:
-            yield Answer(text, piece.token_ids, piece.logprobs)
-    finish = FinishReason.STOP if output.stopped else chunk.finish
-    generation = run.legs.generation()
-    matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
-    cached = min(matched, num_prompt_tokens)  # what goes on after a failure finds tokens of the answer cached too
-    usage = Usage(num_prompt_tokens, cached, output.num_tokens)
-    for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, output.num_tokens), strict=True):
-        counter.inc(number)
-    yield Answer(text, piece.token_ids, piece.logprobs, finish, usage, run.legs.legs())
 
 
 async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:

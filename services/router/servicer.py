@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
+from services.router.answering import Answer
 from services.router.asking import Ask, Chat, Prompt, Text, Tokens, check_choices
 from services.router.choices import generate_choices
 from services.router.errors import EmptyPrompt, SlowConsumer
-from services.router.service import Answer, GenerationService
+from services.router.service import GenerationService
 from services.router.text.template import ChatMessage
+from services.router.wait_limit import WaitLimit
 from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, sampling_from_wire
 from services.rpc.deadline import time_left
 
@@ -37,37 +37,34 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with aclosing(self._pieces(request, context)) as pieces:
-            async for piece in pieces:
-                await self._write(context, piece)
+        ask, limit = _ask(request, context), WaitLimit(self._client_timeout_s)
+        spelling = _Spelling(self._service, ask, echo=request.echo)
+        try:
+            async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
+                async for choice, answer in answers:
+                    piece = spelling.piece(choice, answer)
+                    try:
+                        await limit.wait(context.write(piece))
+                    except TimeoutError:
+                        raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
+        finally:
+            limit.stop()
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         check_choices(request.request.n)
+        ask = _ask(request.request, context)
+        spelling = _Spelling(self._service, ask, echo=request.request.echo)
         choices = [router_pb2.GenerateResponse() for _ in range(request.request.n or 1)]
         texts: list[list[str]] = [[] for _ in choices]
-        async with aclosing(self._pieces(request.request, context)) as pieces:
-            async for piece in pieces:
-                texts[piece.choice].append(piece.text)
-                # Merging appends what is repeated and sets what is set, which each field is once.
-                choices[piece.choice].MergeFrom(piece)
-        for choice, parts in zip(choices, texts, strict=True):
-            choice.text = "".join(parts)
-        return router_pb2.CompleteResponse(response=choices[0], other_choices=choices[1:])
-
-    async def _pieces(
-        self, request: router_pb2.GenerateRequest, context: Context
-    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        """All choices on the wire, as they come."""
-        ask = _ask(request, context)
-        wants_echo = request.echo
-        async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
+        async with aclosing(generate_choices(self._service, ask, len(choices))) as answers:
             async for choice, answer in answers:
-                piece = _to_wire(choice, answer)
-                if wants_echo and not choice:
-                    piece.prompt.text = self._service.echo(ask, answer.prompt_ids)
-                    piece.prompt.token_ids.extend(answer.prompt_ids)
-                    wants_echo = False
-                yield piece
+                piece = spelling.piece(choice, answer)
+                texts[choice].append(piece.text)
+                # Merging appends what is repeated and sets what is set, which each field is once.
+                choices[choice].MergeFrom(piece)
+        for message, parts in zip(choices, texts, strict=True):
+            message.text = "".join(parts)
+        return router_pb2.CompleteResponse(response=choices[0], other_choices=choices[1:])
 
     async def Tokenize(self, request: router_pb2.TokenizeRequest, context: Context) -> router_pb2.TokenizeResponse:
         prompt = _chat(request.chat) if request.WhichOneof("input") == "chat" else Text(request.text)
@@ -93,13 +90,22 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ]
         )
 
-    async def _write(self, context: Context, piece: router_pb2.GenerateResponse) -> None:
-        """SlowConsumer if the client takes nothing for too long: a write waits for room in the connection."""
-        try:
-            async with asyncio.timeout(self._client_timeout_s):
-                await context.write(piece)
-        except TimeoutError:
-            raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
+
+class _Spelling:
+    """Answers to one request on the wire."""
+
+    def __init__(self, service: GenerationService, ask: Ask, *, echo: bool) -> None:
+        self._service, self._ask = service, ask
+        self._wants_echo = echo
+
+    def piece(self, choice: int, answer: Answer) -> router_pb2.GenerateResponse:
+        """The next one; the first of choice 0 has the prompt where it is wished for."""
+        message = _to_wire(choice, answer)
+        if self._wants_echo and not choice:
+            message.prompt.text = self._service.echo(self._ask, answer.prompt_ids)
+            message.prompt.token_ids.extend(answer.prompt_ids)
+            self._wants_echo = False
+        return message
 
 
 def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:

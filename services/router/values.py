@@ -99,7 +99,8 @@ class Chunk:
     @property
     def weight(self) -> int:
         """About how much memory it takes, in tokens; at least 1, so that empty chunks count too."""
-        return 1 + len(self.token_ids) + sum(1 + len(each.top) for each in self.logprobs)
+        weight = 1 + len(self.token_ids)
+        return weight + sum(1 + len(each.top) for each in self.logprobs) if self.logprobs else weight
 
 
 def merge(chunks: Sequence[Chunk]) -> Chunk:

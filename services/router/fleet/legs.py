@@ -9,7 +9,7 @@ from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.clock import now
 from services.router.cost.decision import Decision
-from services.router.metrics import VERB_SECONDS
+from services.router.metrics import VERB_SECONDS, of
 from services.router.values import Leg, Timing, Verb
 
 
@@ -17,8 +17,8 @@ class OpenLeg:
     """A verb under way."""
 
     def __init__(self, verb: Verb, engine: str, tokens: TokenRange) -> None:
-        self._verb, self._engine, self._tokens = verb, engine, tokens
-        self._timing: Timing | None = None
+        self.verb, self.engine, self._tokens = verb, engine, tokens
+        self.timing: Timing | None = None  # once it has ended, if the engine gave an account
         self._begin = now()
         self._first_token_s: float | None = None
         self._elapsed_s: float | None = None
@@ -31,14 +31,14 @@ class OpenLeg:
     def end(self, timing: Timing | None = None, code: str = "OK") -> None:
         """The verb has ended, with the engine's account if it gave one; only the first call counts."""
         if self._elapsed_s is None:
-            self._timing = timing
+            self.timing = timing
             self._elapsed_s = now() - self._begin
-            VERB_SECONDS.labels(self._verb.value, code).observe(self._elapsed_s)
+            of(VERB_SECONDS, self.verb.value, code).observe(self._elapsed_s)
 
     def leg(self) -> Leg:
         """What is known so far."""
         elapsed_s = now() - self._begin if self._elapsed_s is None else self._elapsed_s
-        return Leg(self._verb, self._engine, self._tokens, self._timing, elapsed_s, self._first_token_s)
+        return Leg(self.verb, self.engine, self._tokens, self.timing, elapsed_s, self._first_token_s)
 
 
 class Legs:
@@ -69,10 +69,9 @@ class Legs:
 
     def generating_engine(self) -> str:
         """Name of the engine that start_generate was last called on; empty if it was not."""
-        engines = [leg.engine for leg in self.legs() if leg.verb is Verb.START_GENERATE]
-        return engines[-1] if engines else ""
+        return next((leg.engine for leg in reversed(self._open) if leg.verb is Verb.START_GENERATE), "")
 
     def generation(self) -> Leg | None:
         """The last start_generate that gave an account."""
-        legs = [leg for leg in self.legs() if leg.verb is Verb.START_GENERATE and leg.timing is not None]
-        return legs[-1] if legs else None
+        generations = (leg for leg in reversed(self._open) if leg.verb is Verb.START_GENERATE)
+        return next((leg.leg() for leg in generations if leg.timing is not None), None)

@@ -64,9 +64,9 @@ class Mailbox:
                 await self._waiter
             finally:
                 self._waiter = None
-        taken: list[Chunk] = []
-        weight = 0
-        while self._chunks and (not taken or weight + self._chunks[0].weight <= MAX_MERGED_WEIGHT):
+        taken = [self._chunks.popleft()]
+        weight = taken[0].weight
+        while self._chunks and weight + self._chunks[0].weight <= MAX_MERGED_WEIGHT:
             taken.append(self._chunks.popleft())
             weight += taken[-1].weight
         self._weight -= weight

@@ -116,9 +116,11 @@ class Engine:
             sequence = self._member.client.start_generate(call_id, request, begin, kv.kv if kv is not None else None)
             scope.opened(sequence)
             self._member.sequences.add(sequence)
+            has_token = False
             try:
                 while (chunk := await sequence.take()) is not None:
-                    if chunk.token_ids:
+                    if chunk.token_ids and not has_token:
+                        has_token = True
                         leg.first_token()
                         prompt_computed()
                         succeeded()

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from services.protocol.errors import ServiceError
+from services.router.answering import Answer
 from services.router.choices import generate_choices, merge
 from services.router.errors import EngineLost
 from services.router.fleet.registry import Model
@@ -21,7 +22,7 @@ from services.router.openai.calls import Call, Headers
 from services.router.openai.errors import Refusal, refusal
 from services.router.openai.fields import Fields
 from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json, Offsets
-from services.router.service import Answer, GenerationService
+from services.router.service import GenerationService
 from services.router.values import FinishReason
 
 _BODY_TIMEOUT_S = 60.0

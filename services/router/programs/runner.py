@@ -75,6 +75,9 @@ class PolicyRun:
         self._yielded = self._finished = False
         self._tidy = False  # nothing is left on engines, and nothing can be begun there
         self._closing: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._yielded_at = self._loop.time()
+        self._set_timer()
         self._task = asyncio.create_task(self._run(), name=f"policy {program.spec}")
         self._task.add_done_callback(lambda _: on_end(self))
 
@@ -86,17 +89,7 @@ class PolicyRun:
     async def take(self) -> Chunk | None:
         """The next chunk; the last has `finish`, after it comes None. Raises how the program failed: an engine's
         error with its own code, PolicyFailed, PolicyTimeout, RequestTimeout, SlowConsumer."""
-        deadline = self._request.deadline
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + self._limits.between_chunks_s)):
-                return await self._mailbox.take()
-        except TimeoutError:
-            if loop.time() >= deadline:
-                raise RequestTimeout("the request's time is over") from None
-            raise PolicyTimeout(
-                f"policy {self.served_by.spec} yielded nothing for {self._limits.between_chunks_s:g} s"
-            ) from None
+        return await self._mailbox.take()
 
     async def stop_early(self) -> None:
         """The answer is complete although the sequence is not: ends it on its engine, and waits for the engine's
@@ -146,6 +139,7 @@ class PolicyRun:
         except BaseException as raised:  # also SystemExit: a program must not end the router
             error = self._explain(raised)
         self._mailbox.close(error)
+        self._timer.cancel()
         # At once, and not only when the client has read what there is.
         await self._close_scope()
 
@@ -177,7 +171,7 @@ class PolicyRun:
             async for chunk in chunks:
                 if not isinstance(chunk, Chunk):
                     raise PolicyFailed(f"policy {program.spec} yielded a {type(chunk).__name__}, not a chunk")
-                self._yielded = True
+                self._yielded, self._yielded_at = True, self._loop.time()
                 self._recovery.handed_on(chunk.token_ids)
                 self._mailbox.put(chunk)
                 if chunk.finish is not None:
@@ -185,6 +179,21 @@ class PolicyRun:
                     self._mailbox.close()
                 elif self._mailbox.closed:
                     return  # the reader is too slow, or the program goes on after its last chunk
+
+    def _set_timer(self) -> None:
+        # One for all chunks, which looks when it is due whether it is: chunks are many.
+        due = min(self._request.deadline, self._yielded_at + self._limits.between_chunks_s)
+        self._timer = self._loop.call_at(due, self._check_time)
+
+    def _check_time(self) -> None:
+        """Ends an answer that takes too long."""
+        now, limit_s = self._loop.time(), self._limits.between_chunks_s
+        if now >= self._request.deadline:
+            self._mailbox.close(RequestTimeout("the request's time is over"))
+        elif now >= self._yielded_at + limit_s:
+            self._mailbox.close(PolicyTimeout(f"policy {self.served_by.spec} yielded nothing for {limit_s:g} s"))
+        else:
+            self._set_timer()
 
     def _explain(self, raised: BaseException) -> ServiceError:
         """What the client is told; the log has the rest."""

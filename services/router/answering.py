@@ -1,0 +1,129 @@
+"""From the chunks of a program to the pieces of an answer, and what is noted of a request on the way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from services.router.errors import PolicyFailed
+from services.router.fleet.legs import Legs
+from services.router.metrics import TOKENS, TTFT_SECONDS, of
+from services.router.programs.program import BoundProgram
+from services.router.programs.runner import PolicyRun
+from services.router.request import PolicyRequest
+from services.router.text.output import Piece, TextOutput
+from services.router.traces import Trace
+from services.router.values import Chunk, FinishReason, Leg, Logprobs, Usage
+
+_TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids;
+    the last has finish, usage and legs."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: FinishReason | None = None
+    usage: Usage | None = None
+    legs: tuple[Leg, ...] = ()
+    request_id: str = ""
+    policy: str = ""
+    engine: str = ""
+    prompt_ids: tuple[int, ...] = ()
+
+
+class Record:
+    """What is kept of a request while it runs: for metrics and its trace."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.policy, self.spec = "none", ""
+        self.program: BoundProgram | None = None
+        self.first_token_s: float | None = None
+        self.output_tokens = 0
+        self.legs = Legs()
+        self._begin = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        """Since the request came."""
+        return time.monotonic() - self._begin
+
+    def trace(self, code: str) -> Trace:
+        """What is kept of it when it has ended."""
+        return Trace(
+            self.spec,
+            self.legs.legs(),
+            code,
+            self.elapsed_s(),
+            self.first_token_s,
+            self.output_tokens,
+            self.legs.decision,
+        )
+
+
+class Answering:
+    """The answer of one run, piece by piece. Who began the run closes it."""
+
+    def __init__(self, run: PolicyRun, request: PolicyRequest, output: TextOutput, record: Record) -> None:
+        self.ended = False
+        self._run, self._request, self._output, self._record = run, request, output, record
+
+    async def next(self) -> Answer:
+        """New tokens or text, in the end the account. Raises how the program failed."""
+        while True:
+            chunk = await self._run.take()
+            if chunk is None:
+                raise PolicyFailed("the policy ended without a last chunk")
+            piece = self._output.feed(chunk)
+            if chunk.finish is not None or self._output.stopped:
+                return await self._last(chunk, piece)
+            if piece.text or piece.token_ids:
+                return self._answer(piece.text, piece)
+
+    async def _last(self, chunk: Chunk, piece: Piece) -> Answer:
+        self.ended = True
+        run, text, finish = self._run, piece.text, chunk.finish
+        if self._output.stopped:
+            if finish is None:
+                await run.stop_early()
+            finish = FinishReason.STOP
+        else:
+            text += self._output.finish()
+        generation = run.legs.generation()
+        matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
+        num_prompt_tokens = len(self._request.prompt)
+        cached = min(matched, num_prompt_tokens)  # what goes on after a failure finds tokens of the answer cached too
+        usage = Usage(num_prompt_tokens, cached, self._output.num_tokens)
+        for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, usage.output_tokens), strict=True):
+            counter.inc(number)
+        return self._answer(text, piece, finish, usage, run.legs.legs())
+
+    def _answer(
+        self,
+        text: str,
+        piece: Piece,
+        finish: FinishReason | None = None,
+        usage: Usage | None = None,
+        legs: tuple[Leg, ...] = (),
+    ) -> Answer:
+        record, run = self._record, self._run
+        record.output_tokens += len(piece.token_ids)
+        if record.first_token_s is not None:
+            return Answer(text, piece.token_ids, piece.logprobs, finish, usage, legs)
+        record.spec, record.first_token_s = run.served_by.spec, record.elapsed_s()
+        of(TTFT_SECONDS, record.policy).observe(record.first_token_s)
+        return Answer(
+            text,
+            piece.token_ids,
+            piece.logprobs,
+            finish,
+            usage,
+            legs,
+            record.request_id,
+            record.spec,
+            run.legs.generating_engine(),
+            self._request.prompt,
+        )
