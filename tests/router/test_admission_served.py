@@ -39,6 +39,9 @@ async def test_what_the_engines_cannot_take_waits_in_the_router() -> None:
             engine.gate.clear()
         asked = [asyncio.create_task(suite.generate()) for _ in range(6)]
         await waiting(suite, 4)
+        first, second = suite.engines
+        await first.until(lambda: first.sequences)
+        await second.until(lambda: second.sequences)
         assert [len(engine.sequences) for engine in suite.engines] == [1, 1]
         for engine in suite.engines:
             engine.gate.set()
