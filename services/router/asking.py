@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 from services.router.admission.ticket import Priority
@@ -49,8 +50,7 @@ class Ask:
     """One request for text."""
 
     prompt: Prompt
-    sampling: Sampling = field(default_factory=Sampling)
-    seed_given: bool = False
+    sampling: Sampling = field(default_factory=Sampling)  # with a seed: the client's, or a new one
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     model: str = ""
@@ -62,6 +62,11 @@ class Ask:
     tenant: str = ""  # who shares the fleet fairly with the others
     num_answers: int = 1  # wanted in all to this prompt
     beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
+
+
+def new_seed() -> int:
+    """For a client that gave none: engines are deterministic, and so are replays."""
+    return random.getrandbits(63)
 
 
 def check(ask: Ask) -> None:

@@ -30,7 +30,7 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
         return
     check(ask)
     check_choices(n)
-    ask = replace(_named_and_seeded(ask), num_answers=n)
+    ask = replace(ask, request_id=ask.request_id or secrets.token_hex(8), num_answers=n)
     async with aclosing(service.generate(ask)) as answers:
         first = await anext(answers)
         yield 0, first
@@ -80,17 +80,6 @@ class _Ended:
     """A stream has ended, perhaps by failing."""
 
     error: Exception | None = None
-
-
-def _named_and_seeded(ask: Ask) -> Ask:
-    """With a name and a seed that those of the other choices derive from."""
-    seed = ask.sampling.seed if ask.seed_given else secrets.randbits(63)
-    return replace(
-        ask,
-        request_id=ask.request_id or secrets.token_hex(8),
-        sampling=replace(ask.sampling, seed=seed),
-        seed_given=True,
-    )
 
 
 def _variant(ask: Ask, index: int, first: Answer) -> Ask:

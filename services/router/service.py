@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from services.protocol.errors import ServiceError
 from services.router.admission.admission import Admission
@@ -31,7 +30,6 @@ from services.router.programs.host import PolicyHost
 from services.router.request import PolicyRequest
 from services.router.text.output import TextOutput
 from services.router.traces import Traces
-from services.router.values import Sampling
 
 
 class GenerationService:
@@ -112,7 +110,7 @@ class GenerationService:
         deadline = asyncio.get_running_loop().time() + limit_s
         prompt = await _encode(ask.prompt, model)
         check_tokens(prompt, model)
-        return PolicyRequest(request_id, model.key, prompt, _seeded(ask), ask.cache_salt, deadline)
+        return PolicyRequest(request_id, model.key, prompt, ask.sampling, ask.cache_salt, deadline)
 
     @contextmanager
     def _recording(self, ask: Ask) -> Iterator[Record]:
@@ -160,8 +158,3 @@ def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
         ask.num_answers,
         follows=bool(ask.beside),
     )
-
-
-def _seeded(ask: Ask) -> Sampling:
-    """A client that gives no seed gets a random one; engines are deterministic, and so are replays."""
-    return ask.sampling if ask.seed_given else replace(ask.sampling, seed=secrets.randbits(63))

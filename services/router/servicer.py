@@ -9,7 +9,7 @@ import grpc.aio
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
 from services.router.answering import Answer
-from services.router.asking import Ask, Chat, Prompt, Text, Tokens, check_choices
+from services.router.asking import Ask, Chat, Prompt, Text, Tokens, check_choices, new_seed
 from services.router.choices import generate_choices
 from services.router.errors import EmptyPrompt, SlowConsumer
 from services.router.service import GenerationService
@@ -109,11 +109,11 @@ class _Spelling:
 
 
 def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
+    is_seeded = request.seed_given or request.sampling.seed != 0
     said = {key: str(value) for key, value in context.invocation_metadata() or ()}
     return Ask(
         prompt=_prompt(request),
-        sampling=sampling_from_wire(request.sampling),
-        seed_given=request.seed_given or request.sampling.seed != 0,
+        sampling=sampling_from_wire(request.sampling, request.sampling.seed if is_seeded else new_seed()),
         stop=tuple(request.stop),
         include_stop=request.include_stop,
         model=request.model,

@@ -44,7 +44,7 @@ def seconds(message: Duration) -> float:
     return message.seconds + message.nanos / 1e9
 
 
-def sampling_from_wire(message: sampling_pb2.SamplingParams) -> Sampling:
+def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampling:
     return Sampling(
         temperature=message.temperature,
         top_p=message.top_p,
@@ -54,7 +54,7 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams) -> Sampling:
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         logit_bias=tuple(message.logit_bias.items()),
-        seed=message.seed,
+        seed=seed,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,

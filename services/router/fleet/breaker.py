@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from types import TracebackType
 
 from services.protocol.errors import Code, ServiceError
 from services.router.errors import BreakerOpen, EngineLost, RouterError
@@ -48,6 +48,31 @@ def is_fault(error: ServiceError) -> bool:
     return error.code in _FAULTS and error.reason not in _NO_FAULTS
 
 
+class BreakerCall:
+    """A call under way. What its beginning gives is to be called where success shows before the end; it tells of it
+    once."""
+
+    def __init__(self, breaker: Breaker) -> None:
+        self._breaker = breaker
+        self._has_told = False
+
+    def __enter__(self) -> Callable[[], None]:
+        self._breaker.begin(self)
+        return self._succeeded
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._succeeded()
+        self._breaker.end(self, error)
+
+    def _succeeded(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            self._breaker.succeeded(self)
+
+
 class Breaker:
     """One engine's. All methods belong to the event loop's thread."""
 
@@ -65,7 +90,7 @@ class Breaker:
         self._num_failures = 0  # in a row
         self._open_s = config.first_s
         self._open_until: float | None = None  # None: closed
-        self._trial: object | None = None  # the one call that tries
+        self._trial: BreakerCall | None = None  # the one call that tries
 
     @property
     def state(self) -> BreakerState:
@@ -92,32 +117,28 @@ class Breaker:
         self._num_failures, self._open_s, self._open_until = 0, self._config.first_s, None
         self._trial = None
 
-    @contextmanager
-    def call(self) -> Iterator[Callable[[], None]]:
-        """Around a call. BreakerOpen. What is yielded is to be called where success shows before the call's end; a call
-        tells of it once, and one from before it opened not at all."""
+    def call(self) -> BreakerCall:
+        """To put around a call. Its beginning may raise BreakerOpen."""
+        return BreakerCall(self)
+
+    def begin(self, call: BreakerCall) -> None:
+        """BreakerOpen."""
         if not self.admits:
             raise BreakerOpen(f"engine {self._engine} failed {self._num_failures} times and is left alone")
-        this, has_told = object(), False
         if self._open_until is not None:
-            self._trial = this
+            self._trial = call
 
-        def succeeded() -> None:
-            nonlocal has_told
-            if not has_told and (self._open_until is None or self._trial is this):
-                self._succeeded()
-            has_told = True
+    def succeeded(self, call: BreakerCall) -> None:
+        """A call from before it opened does not count."""
+        if self._open_until is None or self._trial is call:
+            self._succeeded()
 
-        try:
-            yield succeeded
-            succeeded()
-        except ServiceError as error:
-            if is_fault(error):
-                self._failed(error)
-            raise
-        finally:
-            if self._trial is this:
-                self._trial = None
+    def end(self, call: BreakerCall, error: BaseException | None) -> None:
+        """The call has ended, perhaps failed."""
+        if isinstance(error, ServiceError) and is_fault(error):
+            self._failed(error)
+        if self._trial is call:
+            self._trial = None
 
     def _succeeded(self) -> None:
         if self._open_until is not None:

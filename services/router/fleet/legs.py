@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
@@ -14,7 +14,7 @@ from services.router.values import Leg, Timing, Verb
 
 
 class OpenLeg:
-    """A verb under way."""
+    """A verb under way. As a context it ends with the block if the block has not ended it."""
 
     def __init__(self, verb: Verb, engine: str, tokens: TokenRange) -> None:
         self.verb, self.engine, self._tokens = verb, engine, tokens
@@ -22,6 +22,15 @@ class OpenLeg:
         self._begin = now()
         self._first_token_s: float | None = None
         self._elapsed_s: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code = "OK" if kind is None else "CANCELLED"
+        self.end(code=error.code.name if isinstance(error, ServiceError) else code)
 
     def first_token(self) -> None:
         """A token has come; only the first call counts."""
@@ -48,20 +57,11 @@ class Legs:
         self.decision: Decision | None = None  # why the request runs where it does, if its program asked
         self._open: list[OpenLeg] = []
 
-    @contextmanager
-    def begin(self, verb: Verb, engine: str, tokens: TokenRange) -> Iterator[OpenLeg]:
-        """Opens a leg, and ends it with the block if the block has not."""
+    def begin(self, verb: Verb, engine: str, tokens: TokenRange) -> OpenLeg:
+        """Opens a leg."""
         leg = OpenLeg(verb, engine, tokens)
         self._open.append(leg)
-        code = "CANCELLED"
-        try:
-            yield leg
-            code = "OK"
-        except ServiceError as error:
-            code = error.code.name
-            raise
-        finally:
-            leg.end(code=code)
+        return leg
 
     def legs(self) -> tuple[Leg, ...]:
         """All so far."""

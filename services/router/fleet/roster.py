@@ -208,6 +208,8 @@ class Roster(Generic[Item]):
     @staticmethod
     def _least(positions: Positions, *keys: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> int:
         """The place with the least first key, of those the one with the least second key, and so on."""
+        if len(positions) == 1:
+            return int(positions[0])
         for key in keys:
             values = key[positions]
             positions = positions[values == values.min()]

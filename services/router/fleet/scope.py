@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import secrets
 from collections.abc import AsyncGenerator
 
 from services.router.cleanup import Cleanup
@@ -15,6 +14,8 @@ from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
 from services.router.values import Chunk
+
+_CALL_NUMBERS = itertools.count(1)
 
 
 class RequestScope:
@@ -29,13 +30,11 @@ class RequestScope:
         self._streams: list[AsyncGenerator[Chunk, None]] = []
         self._members: set[Member] = set()
         self._closed = False
-        # Not the client's name for the request: clients repeat themselves, and an engine must not be told so.
-        self._prefix = secrets.token_hex(12)
-        self._numbers = itertools.count(1)
 
     def next_call_id(self) -> str:
-        """A request id for one verb, unique in this router."""
-        return f"{self._prefix}/{next(self._numbers)}"
+        """A request id for one verb, unique in this process. Not the client's name for the request: clients repeat
+        themselves, and an engine must not be told so."""
+        return str(next(_CALL_NUMBERS))
 
     def use(self, member: Member) -> None:
         """An engine is called: it is not let go before the request is over. PolicyFailed if it is over, for a program

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from services.router.asking import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, Ask, Chat, Prompt, Text, Tokens
+from services.router.asking import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, Ask, Chat, Prompt, Text, Tokens, new_seed
 from services.router.openai.errors import bad_value, unsupported
 from services.router.openai.fields import Fields, object_of, text_of, tokens_of
 from services.router.text.template import ChatMessage
@@ -87,7 +87,7 @@ def _call(
 ) -> Call:
     """What both kinds have in common; refuses what is left over."""
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
-    sampling = _sampling(fields, logprobs, (seed or 0) % 2**64, default_max_tokens)
+    sampling = _sampling(fields, logprobs, new_seed() if seed is None else seed % 2**64, default_max_tokens)
     stream = fields.flag("stream")
     options = fields.nested("stream_options")
     include_usage = False
@@ -105,7 +105,6 @@ def _call(
         Ask(
             prompt,
             sampling,
-            seed is not None,
             stop,
             include_stop,
             model,
