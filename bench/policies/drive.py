@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 import grpc.aio
 
@@ -15,6 +16,7 @@ from bench.policies.traffic import Arrival, Mix, arrivals
 
 TIMEOUT_S = 60.0
 CALIBRATION_REQUESTS = 12
+CALIBRATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +28,21 @@ class Capacity:
     tpot_s: float
 
 
-async def calibrate(channel: grpc.aio.Channel, mix: Mix, seed: str) -> Capacity:
-    """Measures it, data parallel."""
-    load = Load(CALIBRATION_REQUESTS, CALIBRATION_REQUESTS, mix.prompt_tokens, mix.output_tokens)
-    busy = await run_load(channel, "data_parallel", load)
+async def calibrate(channel: grpc.aio.Channel, mix: Mix) -> Capacity:
+    """Measures it, data parallel; the rate is the median of some, since one moment of a busy machine says little."""
+    rates = []
+    for seed in range(CALIBRATIONS):
+        load = Load(CALIBRATION_REQUESTS, CALIBRATION_REQUESTS, mix.prompt_tokens, mix.output_tokens, seed)
+        busy = await run_load(channel, "data_parallel", load)
+        rates.append(CALIBRATION_REQUESTS / busy.elapsed_s)
     alone = [
-        await ask(channel, "data_parallel", each.prompt, each.output_tokens, salt=f"alone {seed}")
-        for each in arrivals(mix, 1.0, 2, seed)
+        await ask(channel, "data_parallel", each.prompt, each.output_tokens)
+        for each in arrivals(mix, 1.0, CALIBRATIONS, "alone")
     ]
     return Capacity(
-        rate=CALIBRATION_REQUESTS / busy.elapsed_s,
-        ttft_s=fmean(sample.first_token_s for sample in alone),
-        tpot_s=fmean(sample.per_token_s for sample in alone),
+        rate=median(rates),
+        ttft_s=median(sample.first_token_s for sample in alone),
+        tpot_s=median(sample.per_token_s for sample in alone),
     )
 
 
@@ -51,7 +56,8 @@ async def send(
         await asyncio.sleep(max(0.0, begin + arrival.at_s - time.perf_counter()))
         try:
             return await ask(channel, policy, arrival.prompt, arrival.output_tokens, salt=salt, timeout_s=TIMEOUT_S)
-        except grpc.aio.AioRpcError:
+        except grpc.aio.AioRpcError as error:
+            print(f"{policy}: {error.code().name}: {error.details()}", file=sys.stderr)
             return None
 
     async with asyncio.TaskGroup() as group:

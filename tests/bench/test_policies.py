@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +13,7 @@ from statistics import fmean
 import pytest
 
 from bench.load import Sample
+from bench.policies.machine import Machine
 from bench.policies.plot import plot
 from bench.policies.results import Run, compare, rows, summary
 from bench.policies.traffic import MIXES, NUM_TOPICS, SPREAD, arrivals
@@ -79,6 +83,19 @@ def test_the_interval_is_wide_where_repeats_disagree() -> None:
     ]
     [narrow], [wide] = compare(steady), compare(lucky)
     assert wide.upper - wide.lower > 3 * (narrow.upper - narrow.lower)
+
+
+def test_processor_time_of_others_is_told_from_ours() -> None:
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy:
+        try:
+            ours, machine = Machine([busy.pid]), Machine([])
+            begin = time.process_time()
+            while time.process_time() < begin + 0.15:
+                pass
+            share = machine.others() - ours.others()
+        finally:
+            busy.kill()
+    assert 0.05 / os.cpu_count() < share <= 1.0
 
 
 def test_without_adaptive_nothing_is_claimed() -> None:
