@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class EngineHardware:
     """How long a step takes, in seconds for each unit of work in it, and what fits into one."""
 
-    step_s: float = 31e-3  # the weights are read once, whatever the step computes
-    prompt_token_s: float = 1.35e-3
-    row_s: float = 0.6e-3  # a sequence that decodes
-    context_token_s: float = 1.1e-5  # of those that decode
-    attention_s: float = 0.2e-6  # prompt tokens times tokens before them
+    step_s: float = 24e-3  # the weights are read once, whatever the step computes
+    prompt_token_s: float = 1.1e-3
+    row_s: float = 1.5e-3  # a sequence that decodes
+    context_token_s: float = 0.4e-5  # of those that decode
+    attention_s: float = 0.4e-6  # prompt tokens times tokens before them
     page_size: int = 16  # tokens
     max_step_tokens: int = 512
     max_batch_size: int = 64
@@ -25,7 +25,7 @@ class EngineHardware:
 # bits.
 HARDWARE = {
     "float32": EngineHardware(),
-    "int8": EngineHardware(23e-3, 1.1e-3, 1.2e-3, 0.9e-5, 1.5e-6),
+    "int8": EngineHardware(9.5e-3, 0.43e-3, 0.7e-3, 0.4e-5, 0.5e-6),
 }
 
 
