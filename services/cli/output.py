@@ -48,18 +48,18 @@ def print_explanation(explanation: Explanation) -> None:
     table = _table(
         f"{explanation.weighed} placements weighed",
         ["", "pattern", "prefill", "decode"],
-        ["split", "wait", "compute", "transfer", "ttft", "decode", "jct", "delay", "cost"],
+        ["split", "hold", "wait", "compute", "transfer", "ttft", "decode", "jct", "delay", "cost"],
     )
     for option in (explanation.chosen, *explanation.alternatives):
         table.add_row(*_option_row(option, chosen=option is explanation.chosen))
     ttft = "" if explanation.ttft_ms is None else f"{explanation.ttft_ms:.1f}"
-    table.add_row("", "as it was", "", "", "", "", "", "", ttft, "", f"{explanation.jct_ms:.1f}", "", "")
+    table.add_row("", "as it was", "", "", "", "", "", "", "", ttft, "", f"{explanation.jct_ms:.1f}", "", "")
     say(table)
 
 
 def _option_row(option: Option, *, chosen: bool) -> list[str]:
     words = ["*" if chosen else "", option.pattern, option.prefill or "-", option.decode]
-    ahead = (option.wait_ms, option.compute_ms, option.transfer_ms, option.ttft_ms)
+    ahead = (option.hold_ms, option.wait_ms, option.compute_ms, option.transfer_ms, option.ttft_ms)
     after = (option.decode_ms, option.jct_ms, option.delay_ms, option.cost_ms)
     return [*words, str(option.split), *(f"{time:.1f}" for time in (*ahead, *after))]
 

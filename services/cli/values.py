@@ -107,6 +107,7 @@ class Option:
     decode: str
     prefill: str
     split: int
+    hold_ms: float
     wait_ms: float
     compute_ms: float
     transfer_ms: float

@@ -127,6 +127,7 @@ def _option(option: admin_pb2.PlacementOption) -> Option:
         decode=option.decode_engine,
         prefill=option.prefill_engine,
         split=option.split,
+        hold_ms=_milliseconds(option.hold),
         wait_ms=_milliseconds(option.wait),
         compute_ms=_milliseconds(option.compute),
         transfer_ms=_milliseconds(option.transfer),

@@ -17,6 +17,7 @@ from services.router.cost.speeds import PREFILL_S_PER_TOKEN, DecodeWork, EngineS
 from services.router.errors import NoEngine
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load, WorkDone
+from services.router.fleet.underway import Answer
 from services.router.request import ModelKey, PolicyRequest
 from services.router.values import Sampling, Timing
 
@@ -25,7 +26,7 @@ PAGE = 16
 TOKEN_S, STEP_S, SEQUENCE_S = 2e-3, 30e-3, 4e-3
 
 
-def snapshot(name: str, load: Load | None = None, prompt_tokens: int = 0, **info: object) -> EngineSnapshot:
+def snapshot(name: str, load: Load | None = None, **info: object) -> EngineSnapshot:
     described = EngineInfo(
         name=name,
         incarnation=name.encode(),
@@ -38,8 +39,8 @@ def snapshot(name: str, load: Load | None = None, prompt_tokens: int = 0, **info
         can_transfer=True,
     )
     load = load or Load(usable_pages=10_000)
-    in_flight = InFlight(0, prompt_tokens)
-    return EngineSnapshot(f"{name}:1", replace(described, **info), load, in_flight, CachedBlocks())
+    others = InFlight(load.sequences, load.queued_tokens)
+    return EngineSnapshot(f"{name}:1", replace(described, **info), load, InFlight(), CachedBlocks(), others=others)
 
 
 def request(length: int = 1024, output: int = 32) -> PolicyRequest:
@@ -250,6 +251,34 @@ def test_an_idle_fleet_computes_where_it_decodes() -> None:
 def test_the_engine_with_less_to_do_is_taken() -> None:
     assert best([busy("a", 3), busy("b", 1)]).decode.info.name == "b"
     assert best([busy("a", 0, 4000), busy("b", 0, 100)]).decode.info.name == "b"
+
+
+def answering(name: str, *left: float) -> EngineSnapshot:
+    """An engine that generates so many tokens yet of each of our sequences."""
+    engine = snapshot(name)
+    engine.underway.answers.update(map(Answer, left))
+    return engine
+
+
+def test_the_engine_whose_sequences_end_sooner_is_taken() -> None:
+    assert best([answering("a", 40, 40), answering("b", 2, 2, 2)], request(16)).decode.info.name == "b"
+
+
+def test_a_prompt_is_kept_back_while_sequences_are_about_to_end() -> None:
+    engine = answering("a", 2, 3, 3)
+    [held] = Planner(measured(engine), request(512), [engine]).placements()
+    assert held.hold_s == pytest.approx(3 * step_s(3), rel=0.1)
+    assert held.delay_s < 0.1 * prefill_s(512)
+    [waited] = Planner(measured(engine), request(512), [engine], held_s=1.0).placements()
+    assert waited.hold_s == 1.0, "as long as computing it takes is the most"
+    assert waited.delay_s > 2.6 * prefill_s(512)
+
+
+def test_a_prompt_is_not_kept_back_for_long_or_for_little() -> None:
+    for engine in (answering("a", 400, 400), answering("a", 40), busy("a", 4)):
+        [placement] = Planner(measured(engine), request(512), [engine]).placements()
+        assert placement.hold_s == 0
+    assert best([answering("a", 2, 3, 3), snapshot("b")]).decode.info.name == "b"
 
 
 def test_a_cached_prefix_is_used_where_it_is() -> None:

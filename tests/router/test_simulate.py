@@ -117,6 +117,25 @@ def test_calls_take_their_time() -> None:
     assert times([trace]) == pytest.approx([0.2 + 0.2 + 1.32 + 0.1 + 1.1] * 2)
 
 
+def test_adaptive_lets_an_answer_end_before_a_long_prompt() -> None:
+    """What it costs the prompt is less than what it saves the answer."""
+
+    async def main(policy: str) -> tuple[Trace, Trace]:
+        async with simulated_router(ONE) as router:
+            seen = [Arrival(5.0 * n, prompt(16 + 8 * n, 1000 * n), 3 + n % 4) for n in range(20)]
+            await router.serve("data_parallel", seen, "seen")
+            # The second one comes in the middle of the last step of the first, but for one.
+            answer, long = await router.serve(policy, [Arrival(0.0, prompt(16), 4), Arrival(2.8, prompt(400), 1)])
+            return answer, long
+
+    (answer, long), (delayed, straight) = run(main("adaptive")), run(main("data_parallel"))
+    assert answer.duration_s == pytest.approx(1.16 + 3 * 1.1)
+    assert delayed.duration_s > answer.duration_s + 0.4
+    assert long.duration_s < straight.duration_s + 1.1
+    assert long.decision is not None
+    assert long.decision.chosen.hold_s > 0
+
+
 def test_a_program_in_a_file_runs_too(last_engine: Path) -> None:
     [trace] = serve(TWO, "last_engine", Arrival(0.0, prompt(32), 1), files=[last_engine])
     assert trace.legs[0].engine == "b"

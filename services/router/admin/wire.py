@@ -95,6 +95,7 @@ def _option(option: Option) -> admin_pb2.PlacementOption:
         decode_engine=option.decode,
         prefill_engine=option.prefill,
         split=option.split,
+        hold=duration(option.hold_s),
         wait=duration(option.wait_s),
         compute=duration(option.compute_s),
         transfer=duration(option.transfer_s),

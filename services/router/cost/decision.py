@@ -18,6 +18,7 @@ class Option:
     decode: str  # names of engines
     prefill: str  # empty if there is none
     split: int
+    hold_s: float
     wait_s: float
     compute_s: float
     transfer_s: float
@@ -35,6 +36,7 @@ class Option:
             decode=placement.decode.info.name,
             prefill="" if placement.prefill is None else placement.prefill.info.name,
             split=placement.split,
+            hold_s=placement.hold_s,
             wait_s=placement.wait_s,
             compute_s=placement.compute_s,
             transfer_s=placement.transfer_s,

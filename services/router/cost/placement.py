@@ -54,6 +54,7 @@ class Placement:
     decode: EngineSnapshot
     prefill: EngineSnapshot | None
     split: int  # tokens of the prompt that `prefill` provides
+    hold_s: float  # for which the request is kept back in all, until sequences beside it have ended
     wait_s: float
     compute_s: float  # of the prompt, on both engines
     transfer_s: float  # reserving and sending
@@ -63,7 +64,7 @@ class Placement:
     @property
     def ttft_s(self) -> float:
         """Expected time to the first token."""
-        return self.wait_s + self.compute_s + self.transfer_s
+        return self.hold_s + self.wait_s + self.compute_s + self.transfer_s
 
     @property
     def jct_s(self) -> float:
@@ -82,31 +83,51 @@ _Ranked: TypeAlias = tuple[tuple[bool, float], Placement]  # the least comes fir
 class _Site:
     """An engine for one request, and what does not depend on where else it could go."""
 
-    __slots__ = ("cached", "context", "engine", "sequences", "speeds", "step_s", "wait_s")
+    __slots__ = ("beside", "cached", "context", "engine", "left", "sequences", "speeds", "step_s", "wait_s")
 
-    def __init__(self, engine: EngineSnapshot, speeds: EngineSpeeds, cached: int) -> None:
+    def __init__(
+        self, engine: EngineSnapshot, speeds: EngineSpeeds, cached: int, output: float, others_output: float
+    ) -> None:
+        """`output`: tokens that the request generates; `others_output`: those of a sequence of another router."""
         self.engine = engine
         self.speeds = speeds
         self.cached = cached  # tokens of the prompt
-        self.sequences = engine.sequences
-        self.context = engine.load.context_tokens
-        self.wait_s = speeds.wait_s(engine.prompt_tokens)
-        self.step_s = speeds.step_s(DecodeWork(self.sequences, self.context))  # with nothing of this request
+        self.wait_s = _wait_s(engine, speeds)
+        foreign = engine.others.sequences
+        self.left = sorted(answer.left for answer in engine.underway.answers)  # tokens of each of ours
+        self.sequences = len(self.left) + foreign
+        # Tokens that they will generate beside those of the request.
+        self.beside = foreign * min(output, others_output) + sum(min(output, left) for left in self.left)
+        self.context = engine.load.context_tokens / max(1, engine.load.sequences)  # of each
+        self.step_s = speeds.step_s(DecodeWork(self.sequences, self.sequences * self.context))
+
+
+def _wait_s(engine: EngineSnapshot, speeds: EngineSpeeds) -> float:
+    """Seconds until the prompts of others have been computed."""
+    tokens, elapsed_s = engine.underway.head
+    rest = engine.underway.prompt_tokens - tokens + engine.others.prompt_tokens
+    return max(0.0, speeds.wait_s(tokens) - elapsed_s) + speeds.wait_s(rest)
 
 
 class Planner:
     """Weighs the placements of one request."""
 
-    def __init__(self, book: CostBook, request: PolicyRequest, engines: Sequence[EngineSnapshot]) -> None:
-        """NoEngine where there are no engines."""
+    def __init__(
+        self, book: CostBook, request: PolicyRequest, engines: Sequence[EngineSnapshot], held_s: float = 0.0
+    ) -> None:
+        """`held_s`: for how long the request has been kept back already. NoEngine where there are no engines."""
         if not engines:
             raise NoEngine("no healthy engine serves this model", retry_delay_s=1.0)
         self._book = book
+        self._held_s = held_s
         self._length = len(request.prompt)
         self._output = book.expected_output(request)
-        self._sites = [
-            _Site(each, book.engine(each), min(each.cached_prefix(request), self._length - 1)) for each in engines
-        ]
+        self._sites = [self._site(each, request) for each in engines]
+
+    def _site(self, engine: EngineSnapshot, request: PolicyRequest) -> _Site:
+        cached = min(engine.cached_prefix(request), self._length - 1)
+        # Half done on average.
+        return _Site(engine, self._book.engine(engine), cached, self._output, self._book.mean_output / 2)
 
     def placements(self) -> list[Placement]:
         """All that are worth a look, the cheapest first. Those that find too few free pages come last."""
@@ -118,8 +139,32 @@ class Planner:
     def _alone(self, site: _Site) -> Placement:
         """All on one engine."""
         compute_s, decode_s, delay_s = self._decoding(site, site.cached)
+        hold_s, saved_s = self._hold(site, compute_s)
         pattern = Pattern.CACHED if 2 * site.cached >= self._length else Pattern.DATA_PARALLEL
-        return Placement(pattern, site.engine, None, 0, site.wait_s, compute_s, 0.0, decode_s, delay_s)
+        return Placement(
+            pattern,
+            site.engine,
+            None,
+            0,
+            self._held_s + hold_s,
+            site.wait_s,
+            compute_s,
+            0.0,
+            decode_s,
+            delay_s - saved_s,
+        )
+
+    def _hold(self, site: _Site, compute_s: float) -> tuple[float, float]:
+        """(seconds to keep the request back from now on, delay of others that this saves): sequences that are about to
+        end are better not held up by its prompt. Never longer, in all, than the prompt takes."""
+        most_s, best = compute_s - self._held_s, (0.0, 0.0)
+        if site.wait_s > 0:  # the prompts of others hold them up anyway
+            return best
+        for ended, left in enumerate(site.left, 1):
+            hold_s, saved_s = left * site.step_s, ended * (compute_s - site.step_s)
+            if hold_s <= most_s and saved_s - DOUBT * hold_s > best[1] - DOUBT * best[0]:
+                best = hold_s, saved_s
+        return best
 
     def _split(self, provider: _Site, receiver: _Site, split: int) -> Placement:
         """`provider` computes prompt[:split] or has it cached and sends what `receiver` lacks; that one does the
@@ -142,6 +187,7 @@ class Planner:
             receiver.engine,
             provider.engine,
             split,
+            self._held_s,
             wait_s + more_wait_s,
             provider_s + compute_s,
             transfer_s,
@@ -180,15 +226,14 @@ class Planner:
 
     def _decoding(self, site: _Site, ready: int) -> tuple[float, float, float]:
         """(computing prompt[ready:], generating, what that delays others there) in seconds."""
-        speeds, beside = site.speeds, site.sequences
+        speeds, steps = site.speeds, max(0.0, self._output - 1)
         added_s = speeds.prefill_s(PrefillWork(self._length - ready, ready))
-        step_s = speeds.step_s(DecodeWork(beside + 1, site.context + self._length + self._output / 2))
-        decode_s = max(0.0, self._output - 1) * step_s
-        # Others are half done on average. While they are there, this sequence makes each of their steps longer, and its
-        # prompt holds all of them up once.
-        together = min(self._output, self._book.mean_output / 2)
-        delay_s = beside * (added_s + together * max(0.0, step_s - site.step_s))
-        return site.step_s + added_s, decode_s, delay_s
+        empty_s = speeds.step_s(DecodeWork(0, 0))
+        own_s = speeds.step_s(DecodeWork(1, self._length + self._output / 2)) - empty_s
+        other_s = speeds.step_s(DecodeWork(1, site.context)) - empty_s
+        decode_s = steps * (empty_s + own_s) + site.beside * other_s
+        # This sequence makes the steps of others longer while they are there, and its prompt holds all of them up once.
+        return site.step_s + added_s, decode_s, site.sequences * added_s + site.beside * own_s
 
     def _pattern(self, computed: int, split: int) -> Pattern:
         if not computed:

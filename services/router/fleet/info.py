@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.router.fleet.cached_blocks import CachedBlocks
+from services.router.fleet.underway import Underway
 from services.router.request import ModelKey, PolicyRequest
 
 
@@ -70,7 +71,8 @@ class InFlight:
 class EngineSnapshot:
     """An engine at one moment: all that choosing may depend on.
 
-    `blocks` is shared with the fleet, which goes on changing it; policies only read it.
+    `blocks` and `underway` are shared with the fleet, which goes on changing them; policies only read them. `others` is
+    what others than this router have it do.
     """
 
     address: str
@@ -78,6 +80,8 @@ class EngineSnapshot:
     load: Load
     in_flight: InFlight
     blocks: CachedBlocks
+    underway: Underway = field(default_factory=Underway)
+    others: InFlight = field(default_factory=InFlight)
 
     @property
     def sequences(self) -> int:

@@ -17,6 +17,7 @@ from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
 from services.router.fleet.port import EnginePort
 from services.router.fleet.session import Sequence
+from services.router.fleet.underway import Answer, Underway
 from services.router.text.store import TokenizerStore
 from services.router.text.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ class Member:
         self._excess = (0, 0)  # sequences and prompt tokens of others, by the last report
         self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
-        self._in_flight = InFlight()
+        self._underway = Underway()
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
@@ -135,7 +136,9 @@ class Member:
         """What is known now. Only for a member that has joined once."""
         if self._snapshot is None:
             assert self.info is not None
-            self._snapshot = EngineSnapshot(self.address, self.info, self.load, self._in_flight, self.blocks)
+            self._snapshot = EngineSnapshot(
+                self.address, self.info, self.load, self._in_flight, self.blocks, self._underway, self.others
+            )
         return self._snapshot
 
     async def run(self) -> None:
@@ -161,43 +164,36 @@ class Member:
             await self._stop_following()
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
-        """Counts a sequence from its reservation on, so that others see it coming while its KV is on the way."""
-        self._count(1, 0)
+    def answering(self, answer: Answer) -> Iterator[None]:
+        """Counts a sequence: from its reservation on, so that others see it coming while its KV is on the way."""
+        self._underway.answers.add(answer)
+        self._changed()
         try:
             yield
         finally:
-            self._count(-1, 0)
+            self._underway.answers.discard(answer)
+            self._changed()
 
     @contextmanager
-    def generating(self, num_prompt_tokens: int, *, expected: bool) -> Iterator[Callable[[], None]]:
-        """Counts a sequence unless it was expected, and its prompt; what is yielded is called at its first token,
-        when its prompt has been computed."""
-        pending, sequences = num_prompt_tokens, int(not expected)
+    def computing(self, num_tokens: int) -> Iterator[Callable[[], None]]:
+        """Counts tokens of a prompt, until the block ends or what is yielded is called: then they are computed."""
+        prompt = self._underway.begin_prompt(num_tokens)
+        self._changed()
 
-        def prompt_computed() -> None:
-            nonlocal pending
-            self._count(0, -pending)
-            pending = 0
+        def computed() -> None:
+            if self._underway.end_prompt(prompt):
+                self._changed()
 
-        self._count(sequences, pending)
         try:
-            yield prompt_computed
+            yield computed
         finally:
-            self._count(-sequences, -pending)
+            computed()
 
-    @contextmanager
-    def sending(self, num_tokens: int) -> Iterator[None]:
-        """Counts a send."""
-        self._count(0, num_tokens)
-        try:
-            yield
-        finally:
-            self._count(0, -num_tokens)
+    @property
+    def _in_flight(self) -> InFlight:
+        return InFlight(len(self._underway.answers), self._underway.prompt_tokens)
 
-    def _count(self, sequences: int, prompt_tokens: int) -> None:
-        ours = self._in_flight
-        self._in_flight = InFlight(ours.sequences + sequences, ours.prompt_tokens + prompt_tokens)
+    def _changed(self) -> None:
         self._snapshot = None
         self._listener.moved(self)
 
@@ -262,12 +258,12 @@ class Member:
 
     def _take_load(self, load: Load) -> bool:
         drains = load.draining != self.load.draining
-        self.load, self._snapshot = load, None
-        self._listener.moved(self)
         ours, before = self._in_flight, self._excess
         self._excess = max(0, load.sequences - ours.sequences), max(0, load.queued_tokens - ours.prompt_tokens)
         # The less of two reports: one alone lags behind calls of ours that have just begun or ended.
         self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))
+        self.load = load
+        self._changed()
         if drains:
             self._listener.changed()
         self._listener.loaded(self)

@@ -12,6 +12,7 @@ from services.protocol.ranges import TokenRange
 from services.router.cleanup import Cleanup
 from services.router.fleet.info import EngineSnapshot
 from services.router.fleet.port import EnginePort, ReservedKv
+from services.router.fleet.underway import Answer
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +23,12 @@ _GONE = (Code.NOT_FOUND, Code.ABORTED)
 class Reservation:
     """Where the KV of [matched, end) will arrive. Keeps its lease alive until it is used up or released."""
 
-    def __init__(self, receiver: EngineSnapshot, kv: ReservedKv, client: EnginePort, cleanup: Cleanup) -> None:
+    def __init__(
+        self, receiver: EngineSnapshot, kv: ReservedKv, answer: Answer, client: EnginePort, cleanup: Cleanup
+    ) -> None:
         self.receiver = receiver
         self.kv = kv
+        self.answer = answer
         self._client = client
         self._cleanup = cleanup
         self._attempts: Counter[TokenRange] = Counter()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
+from services.router.clock import now
 from services.router.cost.book import CostBook
 from services.router.cost.decision import Decision
 from services.router.cost.placement import SHORTLIST, Planner
@@ -19,9 +21,11 @@ from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.roster import Roster
 from services.router.fleet.scope import RequestScope
+from services.router.fleet.underway import Answer
 from services.router.request import PolicyRequest
 from services.router.values import Chunk, FinishReason, Timing, Verb
 
+SHORTEST_HOLD_S = 5e-3
 # After these an engine has certainly not made a reservation.
 _REFUSALS = frozenset(
     {
@@ -75,7 +79,7 @@ class Engine:
         reservation = await self._reserve(request, end, max_wait_s)
         await self._scope.hold(reservation)
         try:
-            with self._member.expecting():
+            with self._member.answering(reservation.answer):
                 yield reservation
         finally:
             await self._scope.let_go(reservation)
@@ -89,7 +93,7 @@ class Engine:
         with (
             self._scope.legs.begin(Verb.REMOTE_SEND, self.info.name, tokens) as leg,
             self._watched(),
-            self._member.sending(len(tokens)),
+            self._member.computing(len(tokens)),
         ):
             call_id, attempt = self._scope.next_call_id(), kv.next_attempt(tokens)
             timing = await self._member.client.remote_send(call_id, request, tokens, kv.kv, attempt)
@@ -107,10 +111,12 @@ class Engine:
         self, request: PolicyRequest, begin: int, kv: Reservation | None
     ) -> AsyncGenerator[Chunk, None]:
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
+        answer = self._answer(request) if kv is None else kv.answer
         with (
             scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
             self._watched() as succeeded,
-            self._member.generating(self._to_compute(request, tokens), expected=kv is not None) as prompt_computed,
+            self._member.answering(answer),
+            self._member.computing(self._to_compute(request, tokens)) as prompt_computed,
         ):
             call_id = scope.next_call_id()
             sequence = self._member.client.start_generate(call_id, request, begin, kv.kv if kv is not None else None)
@@ -119,6 +125,7 @@ class Engine:
             has_token = False
             try:
                 while (chunk := await sequence.take()) is not None:
+                    answer.generated += len(chunk.token_ids)
                     if chunk.token_ids and not has_token:
                         has_token = True
                         leg.first_token()
@@ -137,6 +144,9 @@ class Engine:
             finally:
                 self._member.sequences.discard(sequence)
                 scope.ended(sequence)
+
+    def _answer(self, request: PolicyRequest) -> Answer:
+        return Answer(self._costs.expected_output(request))
 
     def _to_compute(self, request: PolicyRequest, tokens: TokenRange) -> int:
         """How many of the tokens are not cached, if that is cheap to say; else all."""
@@ -168,7 +178,7 @@ class Engine:
                 raise
             leg.end(kv.timing)
         self._costs.reserved(self.snapshot, leg.leg().elapsed_s)
-        return Reservation(self.snapshot, kv, client, scope.cleanup)
+        return Reservation(self.snapshot, kv, self._answer(request), client, scope.cleanup)
 
 
 class Fleet:
@@ -227,15 +237,22 @@ class Fleet:
         at_home = [engine for engine in self._candidates() if engine.address in addresses] if addresses else []
         return self.engine(least_loaded(at_home)) if at_home else None
 
-    def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
+    async def cheapest(self, request: PolicyRequest) -> tuple[Engine | None, Engine, int]:
         """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`
-        does it all. Why, is kept with the request's trace. NoEngine."""
-        shortlist = self._roster().shortlist(request, SHORTLIST, self._scope.avoided)
-        placements = Planner(self._costs, request, [member.snapshot() for member in shortlist]).placements()
-        self._scope.legs.decision = Decision.of(placements)
-        best = placements[0]
-        prefill = None if best.prefill is None else self.engine(best.prefill)
-        return prefill, self.engine(best.decode), best.split
+        does it all. Returns when it is time to begin: a prompt may be worth keeping back while sequences end that it
+        would hold up. Why, is kept with the request's trace. NoEngine."""
+        begin = now()
+        while True:
+            shortlist = self._roster().shortlist(request, SHORTLIST, self._scope.avoided)
+            snapshots, held_s = [member.snapshot() for member in shortlist], now() - begin
+            placements = Planner(self._costs, request, snapshots, held_s).placements()
+            self._scope.legs.decision = Decision.of(placements)
+            best = placements[0]
+            if best.hold_s <= held_s:
+                prefill = None if best.prefill is None else self.engine(best.prefill)
+                return prefill, self.engine(best.decode), best.split
+            # Much may change until then: half of it, and another look.
+            await asyncio.sleep(max(SHORTEST_HOLD_S, (best.hold_s - held_s) / 2))
 
     def _candidates(self) -> list[EngineSnapshot]:
         return [engine for engine in self._engines() if engine.address not in self._scope.avoided]

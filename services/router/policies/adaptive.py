@@ -8,7 +8,7 @@ from services.router.policies import Chunk, Fleet, PolicyRequest
 
 
 async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Chunk]:
-    prefill, decode, split = fleet.cheapest(request)
+    prefill, decode, split = await fleet.cheapest(request)
     if prefill is None:
         async for chunk in decode.start_generate(request):
             yield chunk

@@ -901,6 +901,7 @@ class PlacementOption(_message.Message):
     TTFT_FIELD_NUMBER: _builtins.int
     JCT_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     pattern: _builtins.str
     """data_parallel, cached, disaggregated, balanced or migration."""
     decode_engine: _builtins.str
@@ -941,6 +942,10 @@ class PlacementOption(_message.Message):
     def cost(self) -> _duration_pb2.Duration:
         """What was compared: jct and delay."""
 
+    @_builtins.property
+    def hold(self) -> _duration_pb2.Duration:
+        """Being kept back by the router until sequences beside it have ended."""
+
     def __init__(
         self,
         *,
@@ -956,10 +961,11 @@ class PlacementOption(_message.Message):
         ttft: _duration_pb2.Duration | None = ...,
         jct: _duration_pb2.Duration | None = ...,
         cost: _duration_pb2.Duration | None = ...,
+        hold: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "delay", b"delay", "jct", b"jct", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "delay", b"delay", "hold", b"hold", "jct", b"jct", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "decode_engine", b"decode_engine", "delay", b"delay", "jct", b"jct", "pattern", b"pattern", "prefill_engine", b"prefill_engine", "split", b"split", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "cost", b"cost", "decode", b"decode", "decode_engine", b"decode_engine", "delay", b"delay", "hold", b"hold", "jct", b"jct", "pattern", b"pattern", "prefill_engine", b"prefill_engine", "split", b"split", "transfer", b"transfer", "ttft", b"ttft", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
