@@ -29,15 +29,16 @@ from services.engine.model.loader import model_folder
 RESULT = Path("build/bench/engine.json")
 
 
-OURS = ("int8", "float32")  # by --dtype
+DEFAULT = "packed"  # which ratios are of
+OURS = (DEFAULT, "int8", "float32")  # by --dtype
 PEERS = ("llamacpp", "vllm")
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each load runs on each server.")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = core_count(),
-    perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge int8 on; 0: skip.")] = 20_480,
-    servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = ",".join((*OURS, *PEERS)),
+    perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge packed on; 0: skip.")] = 20_480,
+    servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = "packed,float32,llamacpp,vllm",
     loads: Annotated[str, typer.Option(help="Which loads, by commas.")] = ",".join(each.key for each in SCENARIOS),
     start: Annotated[bool, typer.Option(help="Measure the start, too.")] = True,
 ) -> None:
@@ -56,10 +57,10 @@ def main(
         arms: list[Server] = [*ours.values(), *_peers(wanted, gguf, folder, threads, resources)]
         rates = measure(arms, scenarios, rounds)
         figures |= _ratios(rates, ours, scenarios)
-        if "int8" in ours and any(each.key == "batch32" for each in scenarios):
-            figures["outside_model_share"] = outside_model_share(ours["int8"])
+        if DEFAULT in ours and any(each.key == "batch32" for each in scenarios):
+            figures["outside_model_share"] = outside_model_share(ours[DEFAULT])
     if perplexity_tokens:
-        figures["perplexity_over_float32"] = perplexity(folder, "int8", threads, perplexity_tokens) / perplexity(
+        figures["perplexity_over_float32"] = perplexity(folder, DEFAULT, threads, perplexity_tokens) / perplexity(
             folder, "float32", threads, perplexity_tokens
         )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def _ratios(rates: Rates, ours: Mapping[str, Microserve], scenarios: Sequence[Sc
     peers = {server for server, _ in rates} - {server.name for server in ours.values()}
     for peer in sorted(peers):
         key = "llamacpp" if peer == "llama.cpp" else "vllm"
-        if fast := ours.get("int8"):
+        if fast := ours.get(DEFAULT):
             for scenario in scenarios:
                 figures[f"{scenario.key}_over_{key}"] = rates[fast.name, scenario] / rates[peer, scenario]
         exact = ours.get("float32")

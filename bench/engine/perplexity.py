@@ -1,4 +1,4 @@
-"""Perplexity of the model on a text in the public domain: how much is lost by keeping weights in bytes.
+"""Perplexity of the model on a text in the public domain: how much quantised layers lose.
 
 The text is Lewis Carroll, Alice's Adventures in Wonderland (1865).
 """

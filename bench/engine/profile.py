@@ -1,6 +1,6 @@
 """python -m bench.engine.profile: where a step's time goes on this machine, as a picture.
 
-Real steps of the default model in int8, each kernel's calls timed; what no kernel of ours takes is torch and Python.
+Real steps of the default model, each kernel's calls timed; what no kernel of ours takes is torch and Python.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _draw(shares: dict[str, dict[str, float]], threads: int, output: Path) -> No
     for row, parts in enumerate(shares.values()):
         axes.text(101, row, f"{sum(parts.values()) * 1e3:.1f} ms", va="center")
     axes.set(
-        xlim=(0, 114), xlabel="% of the step", title=f"Where a step's time goes: SmolLM2-135M, int8, {threads} threads"
+        xlim=(0, 114), xlabel="% of the step", title=f"Where a step's time goes: SmolLM2-135M, Q4_1, {threads} threads"
     )
     axes.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
