@@ -17,7 +17,7 @@ from services.engine.model.checkpoint import PACKED_FILE
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.gguf.packing import is_packable, packed
-from services.engine.model.gguf.reader import GgufFile
+from services.engine.model.gguf.reader import GgufFile, GgufTensor
 from services.engine.model.linear.blocks import Blocks
 from services.engine.model.linear.factory import linear_maker
 from services.engine.model.linear.form import WeightForm
@@ -62,14 +62,43 @@ def test_equals_the_folder(
     assert header["model.layers.0.mlp.up_proj.weight"]["dtype"] == stored
 
 
+@pytest.mark.parametrize(
+    ("quantization", "block_bytes", "num_halves"), [("Q4_0", 18, 1), ("Q4_1", 20, 2), ("Q5_0", 22, 1), ("Q8_0", 34, 1)]
+)
+def test_blocks_hold_the_very_values_of_the_file(quantization: str, block_bytes: int, num_halves: int) -> None:
+    tensor = _stored(quantization, block_bytes, 32, num_halves)
+    assert np.array_equal(_blocks(tensor).values().numpy(), tensor.dequantized())
+
+
+def test_blocks_of_k_quants_round_nothing_but_scales() -> None:
+    tensor = _stored("Q4_K", 144, 256, 2)
+    blocks, exact = _blocks(tensor), tensor.dequantized()
+    assert blocks.minimums is not None
+    largest = (blocks.scales.float().abs() * 15 + blocks.minimums.float().abs()).repeat_interleave(32, 1).numpy()
+    assert (np.abs(blocks.values().numpy() - exact) <= largest / 2048).all()
+
+
+def _stored(quantization: str, block_bytes: int, block_size: int, num_halves: int) -> GgufTensor:
+    """48 rows of 512 values: every byte at random, but for the float16 numbers that a block begins with."""
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (48, 512 // block_size, block_bytes), np.uint8)
+    halves = random.normal(0, 0.01, (*data.shape[:2], num_halves)).astype(np.float16)
+    data[..., : 2 * num_halves] = halves.view(np.uint8)
+    return GgufTensor("blk.0.ffn_up.weight", (48, 512), quantization, data.reshape(48, -1))
+
+
+def _blocks(tensor: GgufTensor) -> Blocks:
+    parts = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in packed(tensor).arrays().items()}
+    return Blocks(tensor.shape[1], **parts)
+
+
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
 def test_packed_weights_are_those_of_the_file(tmp_path: Path, tiny_folder: Path, quantization: str) -> None:
     path = write_gguf(tiny_folder, tmp_path / "model.gguf", quantization)
     tensors = {name: tensor for name, tensor in GgufFile(path).tensors.items() if is_packable(tensor)}
     assert {"token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight"} <= set(tensors)
     for tensor in tensors.values():
-        parts = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in packed(tensor).arrays().items()}
-        assert np.array_equal(Blocks(tensor.shape[1], **parts).values().numpy(), tensor.dequantized())
+        assert np.array_equal(_blocks(tensor).values().numpy(), tensor.dequantized())
 
 
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])

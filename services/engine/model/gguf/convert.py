@@ -17,7 +17,7 @@ from services.engine.model.gguf.reader import GgufFile
 from services.engine.model.gguf.tokenizer import tokenizer_files
 from services.engine.model.gguf.weights import write_safetensors
 
-CONVERTER_VERSION = 2  # raised when the same file would convert to other bytes
+CONVERTER_VERSION = 3  # raised when the same file would convert to other bytes
 HASH_BLOCK_BYTES = 1 << 20
 
 
