@@ -6,16 +6,23 @@ pairs of bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import config
 
 LANES = 16  # columns of a panel
 INT8, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
-FEATURES = llvm.get_host_cpu_features()
+# What kernels are compiled for: this processor, unless NUMBA_CPU_FEATURES (+one,-another) says otherwise.
+_NAMED: str | None = vars(config)["CPU_FEATURES"]
+FEATURES: Mapping[str, bool] = (
+    llvm.get_host_cpu_features()
+    if _NAMED is None
+    else {name.strip()[1:]: name.strip()[0] == "+" for name in _NAMED.split(",") if name.strip()}
+)
 HAS_WIDE_VECTORS = bool(FEATURES.get("avx512f"))
 # Without the instruction LLVM would call a function that numba does not have.
 _CONVERTS_HALVES = HAS_WIDE_VECTORS or bool(FEATURES.get("f16c"))

@@ -62,6 +62,7 @@ def load_model(
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
         weights = read_decoder_weights(checkpoint, config, dtype, device, linear, shard)
+        linear.settle()
         digest = _digest(
             config, f"{dtype}{linear.form}{' packed' if checkpoint.has_read_packed else ''}", checkpoint.identity()
         )

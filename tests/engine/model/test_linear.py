@@ -15,7 +15,7 @@ from services.engine.model.linear.blocks import BLOCK, Blocks, blocks_of, stacke
 from services.engine.model.linear.factory import linear_maker
 from services.engine.model.linear.form import WeightForm
 from services.engine.model.linear.linear import DENSE, DenseLinear, Linear
-from services.engine.model.linear.tiled import TiledLinear
+from services.engine.model.linear.tiled import SPLITS, BatchSize, Tiled, TiledLinear
 
 # (in, out): whole tiles; a remainder of panels; odd everything; less than a block; a head
 SHAPES = [(64, 48), (576, 960), (100, 37), (7, 1), (128, 1000)]
@@ -126,6 +126,31 @@ def test_bits_do_not_depend_on_threads(make: MakeLayer) -> None:
     alone = make(576, 960, 1)(rows)
     for threads in (2, 3):
         assert torch.equal(make(576, 960, threads)(rows), alone)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_bits_do_not_depend_on_the_split(make: MakeLayer) -> None:
+    layer, rows = make(576, 960, 2), _rows(576)
+    assert isinstance(layer, Tiled)
+    expected = layer(rows), layer(rows[:1])
+    for split in SPLITS:
+        for size in BatchSize:
+            layer.split(size, split)
+        assert torch.equal(layer(rows), expected[0])
+        assert torch.equal(layer(rows[:1]), expected[1])
+
+
+def test_splits_are_tried_for_every_shape(caplog: pytest.LogCaptureFixture) -> None:
+    maker = linear_maker(torch.device("cpu"), torch.float32, 2, WeightForm.BYTES)
+    layers = [maker.make(torch.randn(columns, 64, generator=_random(0)), None) for columns in (960, 960, 480)]
+    rows = _rows(64)
+    before = [layer(rows) for layer in layers]
+    with caplog.at_level("INFO", logger="services.engine.model.linear.trial"):
+        maker.settle()
+    fields = [record.__dict__["fields"] for record in caplog.records]
+    assert {(each["out"], each["rows"]) for each in fields} == {(960, 1), (960, 16), (480, 1), (480, 16)}
+    assert all(each["jobs_a_thread"] in SPLITS and each["4_ms"] > 0 for each in fields)
+    assert all(torch.equal(layer(rows), value) for layer, value in zip(layers, before, strict=True))
 
 
 def test_weights_are_rounded_by_blocks() -> None:

@@ -24,23 +24,28 @@ class BlockLinear(Tiled):
     """A layer of `blocks`; in and out are float32."""
 
     def __init__(self, blocks: Blocks, bias: Tensor | None, team: Team) -> None:
-        super().__init__(blocks.num_columns, bias, team)
-        self._depth = blocks.depth
+        super().__init__(blocks.depth, blocks.num_columns, bias, team)
         self._num_groups = blocks.num_groups
         self._kernel = multiply_bytes if blocks.minimums is None else multiply_nibbles
         self._tiles = _in_tiles(blocks, self._num_panels)
         self._factor = int(np.float32(blocks.factor).view(np.int32))
+
+    @property
+    def num_bytes(self) -> int:
+        """See Tiled."""
+        return self._tiles.nbytes
 
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
         num_rows = rows.shape[0]
         quantised = jobs.take(num_rows, self._num_groups * GROUP, dtype=torch.int8)
         scales = jobs.take(num_rows, self._num_groups * SCALE_BYTES, dtype=torch.uint8)
-        size = rows_a_chunk(num_rows, self._depth, self._team)
-        jobs.add(quantise_rows, -(-num_rows // size), rows, quantised, scales, num_rows, self._depth, size)
+        size = rows_a_chunk(num_rows, self.depth, self._team)
+        jobs.add(quantise_rows, -(-num_rows // size), rows, quantised, scales, num_rows, self.depth, size)
         out = self._empty(jobs, num_rows)
-        shape = (num_rows, self._num_groups, self._num_panels, self._panels_a_chunk, self._factor)
-        jobs.add(self._kernel, self._num_chunks, quantised, scales, self._tiles, out, *shape)
+        num_chunks, panels_a_chunk = self._chunks(num_rows)
+        shape = (num_rows, self._num_groups, self._num_panels, panels_a_chunk, self._factor)
+        jobs.add(self._kernel, num_chunks, quantised, scales, self._tiles, out, *shape)
         return self._finished(jobs, out)
 
 

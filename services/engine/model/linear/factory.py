@@ -17,16 +17,29 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, for
     # Here, because numba and its machine code take 0.5 s to load and engines on a GPU never need them.
     from services.engine.kernels.team import team_of
     from services.engine.model.linear.block_linear import BlockLinear
-    from services.engine.model.linear.tiled import TiledLinear
+    from services.engine.model.linear.tiled import Tiled, TiledLinear
+    from services.engine.model.linear.trial import try_splits
 
     team = team_of(num_threads)
-    if form is WeightForm.EXACT:
-        return LinearMaker(lambda weight, bias: TiledLinear(weight, bias, team), team=team)
+    made: list[Tiled] = []
+
+    def kept(layer: Tiled) -> Linear:
+        made.append(layer)
+        return layer
+
+    def exact(weight: Tensor, bias: Tensor | None) -> Linear:
+        return kept(TiledLinear(weight, bias, team))
 
     def packed(blocks: Blocks, bias: Tensor | None) -> Linear:
-        return BlockLinear(blocks, bias, team)
+        return kept(BlockLinear(blocks, bias, team))
 
     def rounded(weight: Tensor, bias: Tensor | None) -> Linear:
         return packed(blocks_of(weight), bias)
 
-    return LinearMaker(rounded, " int8", team, packed if form is WeightForm.PACKED else None)
+    def settle() -> None:
+        try_splits(made, team)
+        made.clear()
+
+    if form is WeightForm.EXACT:
+        return LinearMaker(exact, team=team, settle=settle)
+    return LinearMaker(rounded, " int8", team, packed if form is WeightForm.PACKED else None, settle)

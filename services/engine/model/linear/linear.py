@@ -48,6 +48,10 @@ class DenseLinear:
         return F.linear(rows, self._weight, self._bias)
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class LinearMaker:
     """A factory, the name of the form that its layers give to weights (empty if they keep them as they are), and who
@@ -58,6 +62,7 @@ class LinearMaker:
     team: Team | None = None  # whose layers these are; None: they are no TeamLinear
     # Makes a layer of a weight that the checkpoint has in blocks. None: they are read as other weights are.
     make_packed: Callable[[Blocks, Tensor | None], Linear] | None = None
+    settle: Callable[[], None] = _nothing  # to be called when all layers of a model are made: tries what is fastest
 
 
 DENSE = LinearMaker(DenseLinear)

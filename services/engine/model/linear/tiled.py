@@ -5,6 +5,8 @@ A row's result is bitwise the same whatever rows are beside it, and however many
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,21 +15,35 @@ from services.engine.kernels.team import Team
 from services.engine.kernels.writer import LANES
 from services.engine.model.linear.tiled_kernels import TILE_PANELS, finish_rows, multiply_floats
 
-# So many chunks a thread that one of them is not waited for long, but not so many that taking them costs.
-_CHUNKS_A_THREAD = 4
+# Chunks a thread: so many that one of them is not waited for long, but not so many that taking them costs. The first
+# one is usual, trial.py may find another one faster.
+SPLITS = (4, 2, 1)
+
+
+class BatchSize(Enum):
+    """What the split of a layer may depend on, its result never."""
+
+    ONE = "one"
+    MANY = "many"
+
+    @classmethod
+    def of(cls, num_rows: int) -> BatchSize:
+        """The size of a batch of so many rows."""
+        return cls.ONE if num_rows == 1 else cls.MANY
 
 
 class Tiled:
     """What layers of tiles share: columns in panels, and their split among threads."""
 
-    def __init__(self, num_columns: int, bias: Tensor | None, team: Team) -> None:
-        self._num_columns = num_columns
+    def __init__(self, depth: int, num_columns: int, bias: Tensor | None, team: Team) -> None:
+        self.depth = depth
+        self.num_columns = num_columns
         self._num_panels = -(-num_columns // LANES)
         self._bias = bias
         self._team = team
-        tiles_a_chunk = max(1, self._num_panels // (TILE_PANELS * _CHUNKS_A_THREAD * team.num_threads))
-        self._panels_a_chunk = TILE_PANELS * tiles_a_chunk
-        self._num_chunks = -(-self._num_panels // self._panels_a_chunk)
+        self._panels_a_chunk: dict[BatchSize, int] = {}
+        for size in BatchSize:
+            self.split(size, SPLITS[0])
 
     def __call__(self, rows: Tensor) -> Tensor:
         """See Linear."""
@@ -36,23 +52,36 @@ class Tiled:
         jobs.run()
         return result
 
+    def split(self, size: BatchSize, chunks_a_thread: int) -> None:
+        """From now on such batches are split so."""
+        tiles_a_chunk = max(1, self._num_panels // (TILE_PANELS * chunks_a_thread * self._team.num_threads))
+        self._panels_a_chunk[size] = TILE_PANELS * tiles_a_chunk
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weight."""
+        raise NotImplementedError
+
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
         raise NotImplementedError
+
+    def _chunks(self, num_rows: int) -> tuple[int, int]:
+        """Chunks, and panels of each."""
+        panels_a_chunk = self._panels_a_chunk[BatchSize.of(num_rows)]
+        return -(-self._num_panels // panels_a_chunk), panels_a_chunk
 
     def _empty(self, jobs: Jobs, num_rows: int) -> Tensor:
         return jobs.take(num_rows, self._num_panels * LANES)
 
     def _finished(self, jobs: Jobs, out: Tensor) -> Tensor:
         """The columns of `out` without the padding, and the bias added."""
-        if self._bias is None and out.shape[1] == self._num_columns:
+        if self._bias is None and out.shape[1] == self.num_columns:
             return out
-        num_rows, size = out.shape[0], rows_a_chunk(out.shape[0], self._num_columns, self._team)
-        result = jobs.take(num_rows, self._num_columns)
+        num_rows, size = out.shape[0], rows_a_chunk(out.shape[0], self.num_columns, self._team)
+        result = jobs.take(num_rows, self.num_columns)
         bias = 0 if self._bias is None else self._bias
-        jobs.add(
-            finish_rows, -(-num_rows // size), out, bias, result, num_rows, *out.shape[1:], self._num_columns, size
-        )
+        jobs.add(finish_rows, -(-num_rows // size), out, bias, result, num_rows, *out.shape[1:], self.num_columns, size)
         return result
 
 
@@ -60,14 +89,19 @@ class TiledLinear(Tiled):
     """A float32 layer."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, team: Team) -> None:
-        super().__init__(weight.shape[0], bias, team)
-        self._depth = weight.shape[1]
-        padded = F.pad(weight, (0, 0, 0, self._num_panels * LANES - self._num_columns))
-        self._panels = padded.view(self._num_panels, LANES, self._depth).transpose(1, 2).contiguous()
+        super().__init__(weight.shape[1], weight.shape[0], bias, team)
+        padded = F.pad(weight, (0, 0, 0, self._num_panels * LANES - self.num_columns))
+        self._panels = padded.view(self._num_panels, LANES, self.depth).transpose(1, 2).contiguous()
+
+    @property
+    def num_bytes(self) -> int:
+        """See Tiled."""
+        return self._panels.nbytes
 
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
         out = self._empty(jobs, rows.shape[0])
-        shape = (rows.shape[0], self._depth, self._num_panels, self._panels_a_chunk)
-        jobs.add(multiply_floats, self._num_chunks, rows, self._panels, out, *shape)
+        num_chunks, panels_a_chunk = self._chunks(rows.shape[0])
+        shape = (rows.shape[0], self.depth, self._num_panels, panels_a_chunk)
+        jobs.add(multiply_floats, num_chunks, rows, self._panels, out, *shape)
         return self._finished(jobs, out)
