@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
 
 from services.cli.errors import CliError
-from services.cli.values import Answer, Engine, Explanation, Policy, Question, Split
-from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_policy, to_split
+from services.cli.values import Answer, Engine, Explanation, Planner, Policy, Question, Split
+from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_planner, to_policy, to_split
 from services.protocol.errors import Code
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
@@ -92,6 +92,19 @@ class RouterClient:
     async def get_split(self) -> Split:
         """The present or last split with its results."""
         return to_split((await self._admin.GetSplit(admin_pb2.GetSplitRequest(), timeout=_ADMIN_TIMEOUT_S)).split)
+
+    async def get_planner(self) -> Planner:
+        """What the planner sees and did."""
+        return to_planner(await self._admin.GetPlanner(admin_pb2.GetPlannerRequest(), timeout=_ADMIN_TIMEOUT_S))
+
+    async def start_planner(self, name: str, source: str = "") -> None:
+        """Runs a planner in place of the present one; with `source` it is uploaded first."""
+        request = admin_pb2.StartPlannerRequest(name=name, source=source)
+        await self._admin.StartPlanner(request, timeout=_ADMIN_TIMEOUT_S)
+
+    async def stop_planner(self) -> None:
+        """Ends the planner, if one runs."""
+        await self._admin.StopPlanner(admin_pb2.StopPlannerRequest(), timeout=_ADMIN_TIMEOUT_S)
 
     async def explain(self, request_id: str) -> Explanation:
         """Why a recent request ran where it did."""

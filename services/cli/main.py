@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from services.cli import commands, engines, kv, policy
+from services.cli import commands, engines, kv, planner, policy
 from services.cli.errors import CliError, ServiceFailed
 from services.cli.simulate import simulate
 from services.cli.up import UpOptions, up
@@ -27,6 +27,7 @@ app.command("explain")(commands.explain)
 app.command("simulate")(simulate)
 app.add_typer(engines.app, name="engines")
 app.add_typer(policy.app, name="policy")
+app.add_typer(planner.app, name="planner")
 app.add_typer(kv.app, name="kv")
 app.add_typer(commands.model_app, name="model")
 

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.values import Answer, Endpoint, Engine, Explanation, Leg, Option, Policy, Split
+from services.cli.values import Answer, Endpoint, Engine, Explanation, Leg, Option, Planner, Policy, Split
 
 _PIPE_WIDTH = 200
+_SHOWN_MOVES = 20
 
 
 def say(text: str | Table) -> None:
@@ -138,6 +139,30 @@ def print_split(split: Split) -> None:
         errors = total - arm.requests.get("OK", 0)
         table.add_row(arm.policy, f"{arm.percent:g}", str(total), str(errors), *(f"{time:.1f}" for time in times))
     say(table)
+
+
+def print_planner(state: Planner) -> None:
+    """The planner, the topics and its latest moves."""
+    if state.problem:
+        last = f" ({state.planner})" if state.planner else ""
+        say(f"no planner runs{last}: {state.problem}; at hand: {', '.join(each.name for each in state.programs)}")
+    else:
+        counts = ", ".join(f"{count} {code}" for code, count in sorted(state.moves_by_code.items())) or "none"
+        say(f"{state.planner} runs for {state.age_s:.0f} s, {state.looks} looks, moves: {counts}")
+    if state.topics:
+        table = _table("Topics", ["topic", "home", "cached"], ["tokens", "requests/s"])
+        for topic in state.topics:
+            cached = " ".join(f"{name}:{tokens}" for name, tokens in sorted(topic.cached_tokens.items()))
+            home = " ".join(topic.homes)
+            table.add_row(topic.name, home, cached, str(topic.tokens), f"{topic.requests_per_s:.2f}")
+        say(table)
+    if state.moves:
+        table = _table("Moves", ["topic", "from", "to", "outcome", "why"], ["s ago", "tokens", "MB", "ms"])
+        for move in state.moves[:_SHOWN_MOVES]:
+            numbers = (f"{move.age_s:.0f}", str(move.moved_tokens), f"{move.moved_bytes / 1e6:.1f}")
+            row = (move.topic, move.source, move.target, move.code, move.why)
+            table.add_row(*row, *numbers, f"{move.elapsed_ms:.1f}")
+        say(table)
 
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -54,7 +54,7 @@ def set_command(
     json: Json = False,
 ) -> None:
     """Changes the program for requests that begin from now on. A FILE is uploaded, where the router allows it."""
-    name, source = _read(policy)
+    name, source = read_program(policy)
 
     async def run() -> None:
         async with router_client(address) as router:
@@ -109,7 +109,7 @@ def is_file(policy: str) -> bool:
     return policy.endswith(".py") or "/" in policy
 
 
-def _read(policy: str) -> tuple[str, str]:
+def read_program(policy: str) -> tuple[str, str]:
     """Name and source, which is empty for a program that the router has."""
     if not is_file(policy):
         return policy, ""

@@ -143,3 +143,45 @@ class Endpoint:
     grpc: str
     http: str | None
     log: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Requests that share a long prefix."""
+
+    name: str
+    model: str
+    tokens: int
+    requests_per_s: float
+    homes: tuple[str, ...]  # engines
+    cached_tokens: dict[str, int]  # of the prefix, by engine
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A context that was to be copied to an engine."""
+
+    age_s: float
+    topic: str
+    source: str
+    target: str
+    tokens: int
+    why: str
+    code: str
+    moved_tokens: int
+    moved_bytes: int
+    elapsed_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """What the planner sees and did."""
+
+    planner: str  # empty: none was started
+    problem: str  # why it does not run; empty: it runs
+    age_s: float
+    looks: int
+    topics: tuple[Topic, ...]
+    moves: tuple[Move, ...]  # the last one first
+    moves_by_code: dict[str, int]
+    programs: tuple[Policy, ...]

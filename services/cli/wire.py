@@ -7,7 +7,20 @@ from microserve.router.v1 import admin_pb2, router_pb2
 from microserve.types.v1 import sampling_pb2
 
 from services.cli.errors import CliError
-from services.cli.values import Answer, Arm, Engine, Explanation, Leg, Option, Policy, Question, Split
+from services.cli.values import (
+    Answer,
+    Arm,
+    Engine,
+    Explanation,
+    Leg,
+    Move,
+    Option,
+    Planner,
+    Policy,
+    Question,
+    Split,
+    Topic,
+)
 
 
 def request_message(question: Question) -> router_pb2.GenerateRequest:
@@ -102,6 +115,45 @@ def to_split(split: admin_pb2.Split) -> Split:
             )
             for arm in split.arms
         ),
+    )
+
+
+def to_planner(reply: admin_pb2.GetPlannerResponse) -> Planner:
+    """What the planner sees and did."""
+    return Planner(
+        planner=reply.planner,
+        problem=reply.problem,
+        age_s=reply.age.ToNanoseconds() / 1e9,
+        looks=reply.look_count,
+        topics=tuple(
+            Topic(
+                each.name,
+                each.model,
+                each.token_count,
+                each.requests_per_s,
+                tuple(each.homes),
+                dict(each.cached_token_count),
+            )
+            for each in reply.topics
+        ),
+        moves=tuple(map(_move, reply.moves)),
+        moves_by_code=dict(reply.move_count_by_code),
+        programs=tuple(map(to_policy, reply.programs)),
+    )
+
+
+def _move(move: admin_pb2.PlannerMove) -> Move:
+    return Move(
+        age_s=move.age.ToNanoseconds() / 1e9,
+        topic=move.topic,
+        source=move.source_engine,
+        target=move.target_engine,
+        tokens=move.token_count,
+        why=move.why,
+        code=move.code,
+        moved_tokens=move.moved_token_count,
+        moved_bytes=move.moved_bytes,
+        elapsed_ms=_milliseconds(move.elapsed),
     )
 
 

@@ -96,6 +96,31 @@ def test_policy_rollback_and_split(microserve: Run, router_address: str) -> None
     microserve("policy", "set", "disaggregated", *at)
 
 
+def test_planner(microserve: Run, router_address: str, tmp_path: Path) -> None:
+    at = ("--address", router_address)
+    assert "no planner runs (by_topic): it was stopped; at hand: by_topic" in microserve("planner", *at)[1]
+    assert microserve("planner", "start", *at) == (0, "by_topic runs\n", "")
+    code, out, _ = microserve("planner", *at)
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert "by_topic runs for 0 s, 0 looks, moves: 1 OK" in out
+    assert ["topic-1", "engine-0", "engine-1", "engine-0:512", "512", "2.50"] in rows
+    assert ["topic-1", "engine-0", "engine-1", "OK", "saves", "more", "0", "512", "2.0", "40.0"] in rows
+    state = json.loads(microserve("planner", "--json", *at)[1])
+    assert (state["planner"], state["topics"][0]["cached_tokens"]) == ("by_topic", {"engine-0": 512})
+    (tmp_path / "mine.py").write_text("async def planner(fleet):\n    pass\n")
+    for wrong, sentence in (
+        (("start", "nobody"), "UNKNOWN_POLICY"),
+        (("start", str(tmp_path / "mine.py")), "UPLOAD_DISABLED"),
+        (("start", str(tmp_path / "missing.py")), "cannot read"),
+    ):
+        code, _, err = microserve("planner", *wrong, *at)
+        assert (code != 0, err.count("\n"), sentence in err) == (True, 1, True)
+    code, _, err = microserve("planner", *at, "stop")
+    assert (code, "behind `stop`" in err) == (2, True)
+    assert microserve("planner", "stop", *at) == (0, "no planner runs\n", "")
+
+
 def test_explain(microserve: Run, router_address: str) -> None:
     code, out, _ = microserve("explain", "r1", "--address", router_address)
     rows = [line.split() for line in out.splitlines()]

@@ -1,13 +1,15 @@
 """A simulated engine: continuous batching under a token budget with a prefix cache, as services/engine does it.
 
 What it is asked takes effect between two steps. A step computes a token of every sequence that decodes, then pieces of
-prompts in order of age, then new ones, and takes as long as EngineHardware says. Pages are never short.
+prompts in order of age, then new ones, and takes as long as EngineHardware says. Sequences are never short of pages;
+the prefix cache has so many, and gives up those that were used longest ago.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from services.protocol.ranges import TokenRange
@@ -45,7 +47,7 @@ class SimulatedEngine:
         self._waiting: list[Work] = []
         self._running: list[Work] = []
         self._expecting: list[Work] = []  # KV from a peer
-        self._cached: set[bytes] = set()
+        self._cached: OrderedDict[bytes, None] = OrderedDict()  # the one used longest ago first
         self._coming: dict[bytes, Work] = {}  # blocks that are being computed
         self._event_numbers = itertools.count(1)
         on_event(KvEvent(0, snapshot=True, snapshot_complete=True))
@@ -234,20 +236,35 @@ class SimulatedEngine:
 
     def _match(self, hashes: Sequence[bytes]) -> int:
         missing = next((index for index, block in enumerate(hashes) if block not in self._cached), len(hashes))
+        self._touch(hashes[:missing])
         return missing * self.hardware.page_size
+
+    def _touch(self, blocks: Sequence[bytes]) -> None:
+        """They are used. The last ones count as used first: what follows a block goes before it."""
+        for block in reversed(blocks):
+            self._cached[block] = None
+            self._cached.move_to_end(block)
 
     def _publish(self, work: Work) -> None:
         end = work.computed // self.hardware.page_size
-        self._store(work.hashes[work.published : end])
-        work.published = max(work.published, end)
+        if end > work.published:
+            self._store(work.hashes[:end])  # all of it: what comes first must not go first
+            work.published = end
 
     def _store(self, blocks: Sequence[bytes]) -> None:
         new = tuple(block for block in blocks if block not in self._cached)
         for block in blocks:
             self._coming.pop(block, None)
         if new:
-            self._cached.update(new)
+            self._touch(blocks)
             self._on_event(KvEvent(next(self._event_numbers), stored=new))
+            if removed := self._evict():
+                self._on_event(KvEvent(next(self._event_numbers), removed=removed))
+
+    def _evict(self) -> tuple[bytes, ...]:
+        """What the cache has no room for."""
+        too_many = max(0, len(self._cached) - self.hardware.usable_pages)
+        return tuple(self._cached.popitem(last=False)[0] for _ in range(too_many))
 
     def _tell_load(self) -> None:
         """At once if the last report is long enough ago, else when it is."""

@@ -17,8 +17,11 @@ from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.breaker import BreakerConfig
 from services.router.fleet.member import Member
 from services.router.fleet.registry import Registry
+from services.router.planning.host import BUILT_IN, PlannerHost, PlannerLimits
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
+from services.router.programs.library import Library
+from services.router.programs.program import PLANNER
 from services.router.programs.runner import RunLimits
 from services.router.request import PolicyRequest
 from services.router.simulate.hardware import FleetHardware
@@ -61,7 +64,11 @@ class SimulatedRouter:
         """BadPolicy if a file cannot be loaded."""
         self._catalogue = Catalogue(files)
         self.registry = Registry()
-        self._host = PolicyHost(self.registry, self._catalogue, PROGRAM_LIMITS)
+        self._host = host = PolicyHost(self.registry, self._catalogue, PROGRAM_LIMITS)
+        planners = Library(PLANNER, BUILT_IN)
+        self.planners = PlannerHost(
+            self.registry, planners, host.traffic, host.costs, host.homes, PlannerLimits(look_s=1e9)
+        )
         wires, tokenizers = Wires(hardware), _NoTokenizers()
         for name, each in hardware.engines.items():
             port = SimulatedPort(name, each, wires)
@@ -77,6 +84,7 @@ class SimulatedRouter:
 
     async def close(self) -> None:
         """Ends everything."""
+        await self.planners.close()
         await self._host.close()
         await self.registry.stop()
 

@@ -18,7 +18,9 @@ class EngineHardware:
     max_step_tokens: int = 512
     max_batch_size: int = 64
     max_context: int = 8192
-    usable_pages: int = 1 << 20  # what it reports; a simulated engine is never short of them
+    usable_pages: int = (
+        1 << 20
+    )  # of its prefix cache, least recently used ones first to go; sequences take none of them
 
 
 # Fitted to steps of SmolLM2-135M on one core of a 2.5 GHz x86-64 VM with AVX-512, in float32 and with weights of eight

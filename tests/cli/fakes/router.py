@@ -80,6 +80,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self.engines = config.engine
         self.current = config.policy
         self.split = admin_pb2.Split()
+        self.planner = ""
 
     def find(self, name: str) -> str:
         if name not in PROGRAMS:
@@ -127,6 +128,30 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             arm.request_count_by_code.update({"OK": 3, "ABORTED": 1})
             arm.ttft.mean.FromMilliseconds(25)
         return admin_pb2.SplitPoliciesResponse(split=self.split)
+
+    async def StartPlanner(self, request: Any, context: Any) -> admin_pb2.StartPlannerResponse:
+        if request.source:
+            raise UploadDisabled("this router takes no code over the network")
+        if request.name != "by_topic":
+            raise UnknownPolicy(f"there is no planner named {request.name!r}")
+        self.planner = request.name
+        return admin_pb2.StartPlannerResponse()
+
+    async def StopPlanner(self, request: Any, context: Any) -> admin_pb2.StopPlannerResponse:
+        self.planner = ""
+        return admin_pb2.StopPlannerResponse()
+
+    async def GetPlanner(self, request: Any, context: Any) -> admin_pb2.GetPlannerResponse:
+        reply = admin_pb2.GetPlannerResponse(planner="by_topic", problem="" if self.planner else "it was stopped")
+        reply.programs.add(name="by_topic")
+        if self.planner:
+            reply.topics.add(name="topic-1", token_count=512, requests_per_s=2.5, homes=["engine-0", "engine-1"])
+            reply.topics[0].cached_token_count["engine-0"] = 512
+            move = reply.moves.add(topic="topic-1", source_engine="engine-0", target_engine="engine-1", code="OK")
+            move.why, move.moved_token_count, move.moved_bytes = "saves more", 512, 2_000_000
+            move.elapsed.FromMilliseconds(40)
+            reply.move_count_by_code["OK"] = 1
+        return reply
 
     async def ExplainRequest(self, request: Any, context: Any) -> admin_pb2.ExplainRequestResponse:
         if request.request_id == "plain":

@@ -1,0 +1,59 @@
+"""`microserve planner`: what the router's planner sees and does; starting and stopping one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from services.cli import output
+from services.cli.client import router_client
+from services.cli.commands import DEFAULT_ADDRESS, Address, Json
+from services.cli.errors import CliError
+from services.cli.policy import read_program
+
+app = typer.Typer(help="The program that moves hot contexts between engines before requests come for them.")
+
+
+@app.callback(invoke_without_command=True)
+def planner(context: typer.Context, address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
+    """Shows the planner, the topics of the traffic, and what was moved and why."""
+    if context.invoked_subcommand is not None:
+        if json or address != DEFAULT_ADDRESS:
+            raise CliError(f"options go behind `{context.invoked_subcommand}`")
+        return
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            state = await router.get_planner()
+        output.print_json(state) if json else output.print_planner(state)
+
+    asyncio.run(run())
+
+
+@app.command("start")
+def start(
+    planner: Annotated[str, typer.Argument(metavar="NAME|FILE")] = "by_topic", address: Address = DEFAULT_ADDRESS
+) -> None:
+    """Runs a planner in place of the present one. A FILE is uploaded, where the router allows it."""
+    name, source = read_program(planner)
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            await router.start_planner(name, source)
+        print(f"{name} runs")
+
+    asyncio.run(run())
+
+
+@app.command("stop")
+def stop(address: Address = DEFAULT_ADDRESS) -> None:
+    """Ends the planner; moves under way are broken off."""
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            await router.stop_planner()
+        print("no planner runs")
+
+    asyncio.run(run())
