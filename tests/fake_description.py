@@ -23,13 +23,15 @@ NUM_PAGES = 1 << 20
 class Fault:
     """Makes a verb fail with `error`, or hang until it is cancelled; `late`: after it has taken effect.
 
-    `after_tokens` is for StartGenerate; `times` is how often it happens, 0: always.
+    `after_tokens` is for StartGenerate, and so is `after_told`: so many tokens of the prompt; `times` is how often it
+    happens, 0: always.
     `reached` is set when a call runs into it.
     """
 
     error: ServiceError | None = None
     late: bool = False
     after_tokens: int = 0
+    after_told: int = 0
     times: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
 

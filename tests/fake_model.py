@@ -39,6 +39,15 @@ class FakeModel:
         digest = blake2b(repr(context).encode(), digest_size=4).digest()
         return self.first_token + int.from_bytes(digest, "little") % (self.vocab_size - self.first_token)
 
+    def rate(self, tokens: Sequence[int], position: int) -> float:
+        """The log-probability of the token there after those before it; float32 holds it."""
+        digest = blake2b(repr(tuple(tokens[: position + 1])).encode(), digest_size=2).digest()
+        return -int.from_bytes(digest, "little") / 256
+
+    def rate_prompt(self, prompt: Sequence[int]) -> list[float]:
+        """Of all tokens but the first."""
+        return [self.rate(prompt, position) for position in range(1, len(prompt))]
+
     def generate(self, prompt: Sequence[int], num_tokens: int, seed: int | None = None) -> list[int]:
         """What any policy must give."""
         sampling = sampling_pb2.SamplingParams(seed=seed or 0, temperature=0 if seed is None else 1)

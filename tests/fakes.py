@@ -28,6 +28,7 @@ __all__ = ["FakeBug", "FakeEngine", "FakeError", "FakeLoss", "FakeModel", "Fault
 
 SERVICE = "microserve.engine.v1.EngineService"
 BYTES_PER_TOKEN = 64
+TOLD_AT_ONCE = 10  # tokens of a prompt
 PATIENCE_S = 5.0
 
 
@@ -229,8 +230,17 @@ class FakeEngine(FakeDescription):
         num_given, num_prompt = len(tokens), request.prompt_token_count or len(tokens)
         moved = len(reservation.window) if reservation is not None else 0
         here = reservation.window.end if reservation else self.kv.matched(tokens[:-1], request.cache_salt)
-        if not (self.faults.get("StartGenerate") or Fault()).after_tokens:
+        fault = self.faults.get("StartGenerate") or Fault()
+        if not fault.after_tokens and not fault.after_told:
             await self._fault("StartGenerate")
+        if sampling.HasField("prompt_logprobs"):
+            begin = max(1, request.prompt_logprobs_begin)
+            here = min(here, begin - 1) if begin < num_prompt else here
+            for first in range(begin, num_prompt, TOLD_AT_ONCE):
+                told = range(first, min(first + TOLD_AT_ONCE, num_prompt))
+                yield pb.StartGenerateResponse(prompt_logprobs=self._rate(tokens, told, sampling.prompt_logprobs))
+                if fault.after_told and first + TOLD_AT_ONCE > fault.after_told:
+                    await self._fault("StartGenerate")
         limit = min(sampling.max_tokens or self.model.max_context, self.model.max_context - num_prompt)
         finish = sampling_pb2.FINISH_REASON_LENGTH
         for produced in range(1, limit - (num_given - num_prompt) + 1):
@@ -252,6 +262,16 @@ class FakeEngine(FakeDescription):
             generated_token_count=len(tokens) - num_given,
         )
         yield pb.StartGenerateResponse(finish_reason=finish, timing=timing)
+
+    def _rate(self, tokens: list[int], told: range, num_top: int) -> sampling_pb2.PromptLogprobs:
+        """The best one in every place is what stands there, then come its successors."""
+        rated = sampling_pb2.PromptLogprobs(top_count=num_top)
+        for position in told:
+            logprob = self.model.rate(tokens, position)
+            rated.logprobs.append(logprob)
+            rated.top_token_ids.extend((tokens[position] + rank) % self.model.vocab_size for rank in range(num_top))
+            rated.top_logprobs.extend(logprob - rank for rank in range(num_top))
+        return rated
 
     def _address(self, made: FakeReservation) -> kv_pb2.KvAddress:
         return kv_pb2.KvAddress(

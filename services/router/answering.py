@@ -10,8 +10,9 @@ from services.router.fleet.legs import Legs
 from services.router.metrics import TOKENS, TTFT_SECONDS, of
 from services.router.programs.program import BoundProgram
 from services.router.programs.runner import PolicyRun
+from services.router.prompt_logprobs import PromptLogprobs, joined
 from services.router.request import PolicyRequest
-from services.router.text.output import Piece, TextOutput
+from services.router.text.output import NoOutput, Piece, TextOutput
 from services.router.traces import Trace
 from services.router.values import Chunk, FinishReason, Leg, Logprobs, Usage
 
@@ -20,8 +21,8 @@ _TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids;
-    the last has finish, usage and legs."""
+    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids,
+    and has what was asked for of the prompt's tokens but the first; the last has finish, usage and legs."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -33,6 +34,7 @@ class Answer:
     policy: str = ""
     engine: str = ""
     prompt_ids: tuple[int, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Record:
@@ -67,8 +69,9 @@ class Record:
 class Answering:
     """The answer of one run, piece by piece. Who began the run closes it."""
 
-    def __init__(self, run: PolicyRun, request: PolicyRequest, output: TextOutput, record: Record) -> None:
+    def __init__(self, run: PolicyRun, request: PolicyRequest, output: TextOutput | NoOutput, record: Record) -> None:
         self.ended = False
+        self._told: list[PromptLogprobs] = []  # comes in pieces before the first token
         self._run, self._request, self._output, self._record = run, request, output, record
 
     async def next(self) -> Answer:
@@ -77,6 +80,8 @@ class Answering:
             chunk = await self._run.take()
             if chunk is None:
                 raise PolicyFailed("the policy ended without a last chunk")
+            if chunk.prompt_logprobs:
+                self._told.append(chunk.prompt_logprobs)
             piece = self._output.feed(chunk)
             if chunk.finish is not None or self._output.stopped:
                 return await self._last(chunk, piece)
@@ -89,9 +94,9 @@ class Answering:
         if self._output.stopped:
             if finish is None:
                 await run.stop_early()
-            finish = FinishReason.STOP
         else:
             text += self._output.finish()
+        finish = self._output.reason(finish)
         generation = run.legs.generation()
         matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
         num_prompt_tokens = len(self._request.prompt)
@@ -126,4 +131,5 @@ class Answering:
             record.spec,
             run.legs.generating_engine(),
             self._request.prompt,
+            joined(self._told),
         )

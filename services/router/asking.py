@@ -61,6 +61,7 @@ class Ask:
     priority: str = ""  # of admission.ticket.Priority; empty: normal
     tenant: str = ""  # who shares the fleet fairly with the others
     num_answers: int = 1  # wanted in all to this prompt
+    prompt_only: bool = False  # the answer ends before its first token
     beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
 
 
@@ -87,6 +88,7 @@ def check(ask: Ask) -> None:
     _bounded("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
     _bounded("logprobs", sampling.logprobs or 0, MAX_LOGPROBS, "alternatives")
+    _bounded("prompt_logprobs", sampling.prompt_logprobs or 0, MAX_LOGPROBS, "alternatives")
 
 
 def check_choices(n: int) -> None:

@@ -21,7 +21,8 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
     """(choice, piece of its answer) as they come; choice 0 is what n = 1 gives.
 
     The others begin with the first token of choice 0, on its engine: the prompt's pages are there, whichever way the
-    policy brought them. One that fails ends all. Closing the generator ends all work for it.
+    policy brought them. What is told of the prompt comes with choice 0 alone. One that fails ends all. Closing the
+    generator ends all work for it.
     """
     if n == 1:
         async with aclosing(service.generate(ask)) as answers:
@@ -90,7 +91,7 @@ def _variant(ask: Ask, index: int, first: Answer) -> Ask:
     return replace(
         ask,
         request_id=ask.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix,
-        sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little")),
+        sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little"), prompt_logprobs=None),
         policy=first.policy,
         beside=first.engine,
     )

@@ -31,6 +31,7 @@ class PolicyRequest:
     cache_salt: str = ""
     deadline: float = float("inf")  # on the event loop's clock
     num_generated: int = 0  # of the prompt's last tokens, those that the client has got already
+    num_told: int = 1  # of the prompt's first tokens, those whose log-probabilities it has got; the first one has none
     _hashes: dict[tuple[int, bytes], list[bytes]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def time_left_s(self) -> float:
@@ -40,9 +41,24 @@ class PolicyRequest:
             raise RequestTimeout("the request's time is over")
         return left
 
-    def continued(self, token_ids: Sequence[int]) -> PolicyRequest:
-        """The same request after these tokens more: what comes next is what would have come without a break."""
-        return replace(self, prompt=(*self.prompt, *token_ids), num_generated=self.num_generated + len(token_ids))
+    @property
+    def num_movable(self) -> int:
+        """Tokens of the prompt whose KV may come from a cache or another engine: all, or those before the first one
+        that has to be computed so that log-probabilities of the prompt can be told."""
+        num_told = min(self.num_told, len(self.prompt) - self.num_generated)
+        if self.sampling.prompt_logprobs is None or num_told == len(self.prompt) - self.num_generated:
+            return len(self.prompt)
+        return num_told - 1
+
+    def continued(self, token_ids: Sequence[int], num_told: int = 0) -> PolicyRequest:
+        """The same request when the client has got these tokens, and log-probabilities of `num_told` tokens of the
+        prompt, more: what comes next is what would have come without a break."""
+        return replace(
+            self,
+            prompt=(*self.prompt, *token_ids),
+            num_generated=self.num_generated + len(token_ids),
+            num_told=self.num_told + num_told,
+        )
 
     def is_hashed(self, page_size: int) -> bool:
         """Whether block_hashes has its answer at hand."""

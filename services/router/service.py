@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from services.protocol.errors import ServiceError
 from services.router.admission.admission import Admission
@@ -28,8 +29,9 @@ from services.router.metrics import DURATION_SECONDS, REQUESTS, of
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
 from services.router.request import PolicyRequest
-from services.router.text.output import TextOutput
+from services.router.text.output import NoOutput, TextOutput
 from services.router.traces import Traces
+from services.router.values import Sampling
 
 
 class GenerationService:
@@ -63,11 +65,7 @@ class GenerationService:
                     program = beside(program, ask.beside)
                 model = self._registry.model(ask.model)
                 request = await self._request(ask, model, record.request_id)
-                output = TextOutput(
-                    model.tokenizer.detokenizer(continues=not isinstance(ask.prompt, Chat)),
-                    ask.stop,
-                    include_stop=ask.include_stop,
-                )
+                output = _output(ask, model)
                 async with self._admission.turn(_ticket(ask, request, model)) as turn:
                     run = self._host.run(program, request)
                     record.legs = run.legs
@@ -110,7 +108,8 @@ class GenerationService:
         deadline = asyncio.get_running_loop().time() + limit_s
         prompt = await _encode(ask.prompt, model)
         check_tokens(prompt, model)
-        return PolicyRequest(request_id, model.key, prompt, ask.sampling, ask.cache_salt, deadline)
+        sampling = _scoring(ask.sampling) if ask.prompt_only else ask.sampling
+        return PolicyRequest(request_id, model.key, prompt, sampling, ask.cache_salt, deadline)
 
     @contextmanager
     def _recording(self, ask: Ask) -> Iterator[Record]:
@@ -151,10 +150,22 @@ def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
     return Ticket(
         request.model,
         len(request.prompt),
-        min(ask.sampling.max_tokens, most),
+        min(request.sampling.max_tokens, most),
         Priority(ask.priority) if ask.priority else Priority.NORMAL,
         ask.tenant,
         request.deadline,
         ask.num_answers,
         follows=bool(ask.beside),
     )
+
+
+def _output(ask: Ask, model: Model) -> TextOutput | NoOutput:
+    if ask.prompt_only:
+        return NoOutput()
+    detokenizer = model.tokenizer.detokenizer(continues=not isinstance(ask.prompt, Chat))
+    return TextOutput(detokenizer, ask.stop, include_stop=ask.include_stop)
+
+
+def _scoring(sampling: Sampling) -> Sampling:
+    """For one that wants its prompt told and no more: engines compute it for one token, which nobody sees."""
+    return replace(sampling, max_tokens=1, min_tokens=0, guide=None)

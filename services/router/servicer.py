@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,15 +13,18 @@ from services.router.answering import Answer
 from services.router.asking import Ask, Chat, Prompt, Text, Tokens, check_choices, new_seed
 from services.router.choices import generate_choices
 from services.router.errors import EmptyPrompt, SlowConsumer
+from services.router.prompt_logprobs import PromptLogprobs
 from services.router.service import GenerationService
 from services.router.text.template import ChatMessage
 from services.router.wait_limit import WaitLimit
-from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, sampling_from_wire
+from services.router.wire import finish_to_wire, leg_to_wire, logprobs_to_wire, prompt_to_wire, sampling_from_wire
 from services.rpc.deadline import time_left
 
 POLICY_METADATA = "x-microserve-policy"
 PRIORITY_METADATA = "x-microserve-priority"
 TENANT_METADATA = "x-microserve-tenant"
+# Of a prompt in one message: at about five bytes each, an eighth of what a message may hold.
+MAX_PROMPT_NUMBERS = 100_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,11 +46,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         try:
             async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
                 async for choice, answer in answers:
-                    piece = spelling.piece(choice, answer)
-                    try:
-                        await limit.wait(context.write(piece))
-                    except TimeoutError:
-                        raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
+                    for piece in spelling.pieces(choice, answer):
+                        try:
+                            await limit.wait(context.write(piece))
+                        except TimeoutError:
+                            raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
         finally:
             limit.stop()
 
@@ -58,10 +62,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         texts: list[list[str]] = [[] for _ in choices]
         async with aclosing(generate_choices(self._service, ask, len(choices))) as answers:
             async for choice, answer in answers:
-                piece = spelling.piece(choice, answer)
-                texts[choice].append(piece.text)
-                # Merging appends what is repeated and sets what is set, which each field is once.
-                choices[choice].MergeFrom(piece)
+                for piece in spelling.pieces(choice, answer):
+                    texts[choice].append(piece.text)
+                    # Merging appends what is repeated and sets what is set, which each field is once.
+                    choices[choice].MergeFrom(piece)
         for message, parts in zip(choices, texts, strict=True):
             message.text = "".join(parts)
         return router_pb2.CompleteResponse(response=choices[0], other_choices=choices[1:])
@@ -98,8 +102,13 @@ class _Spelling:
         self._service, self._ask = service, ask
         self._wants_echo = echo
 
-    def piece(self, choice: int, answer: Answer) -> router_pb2.GenerateResponse:
-        """The next one; the first of choice 0 has the prompt where it is wished for."""
+    def pieces(self, choice: int, answer: Answer) -> tuple[router_pb2.GenerateResponse, ...]:
+        """The next message, or several where one cannot hold all that is told of the prompt."""
+        message = self._message(choice, answer)
+        return (message,) if answer.prompt_logprobs is None else tuple(_telling(message, answer.prompt_logprobs))
+
+    def _message(self, choice: int, answer: Answer) -> router_pb2.GenerateResponse:
+        """The first of choice 0 has the prompt where it is wished for."""
         message = _to_wire(choice, answer)
         if self._wants_echo and not choice:
             message.prompt.text = self._service.echo(self._ask, answer.prompt_ids)
@@ -123,6 +132,7 @@ def _ask(request: router_pb2.GenerateRequest, context: Context) -> Ask:
         priority=said.get(PRIORITY_METADATA, ""),
         tenant=said.get(TENANT_METADATA, ""),
         time_left_s=time_left(context),
+        prompt_only=request.prompt_only,
     )
 
 
@@ -159,3 +169,19 @@ def _to_wire(choice: int, answer: Answer) -> router_pb2.GenerateResponse:
         message.usage.cached_token_count = answer.usage.cached_tokens
         message.usage.output_token_count = answer.usage.output_tokens
     return message
+
+
+def _telling(message: router_pb2.GenerateResponse, prompt: PromptLogprobs) -> Iterator[router_pb2.GenerateResponse]:
+    """`message` with the last that is told of its prompt, and before it what comes before that."""
+    *parts, last = prompt.split(MAX_PROMPT_NUMBERS)
+    for part in parts:
+        yield router_pb2.GenerateResponse(
+            request_id=message.request_id,
+            policy=message.policy,
+            prompt=message.prompt if message.HasField("prompt") else None,
+            prompt_logprobs=prompt_to_wire(part),
+        )
+        for field in ("request_id", "policy", "prompt"):
+            message.ClearField(field)
+    message.prompt_logprobs.CopyFrom(prompt_to_wire(last))
+    yield message

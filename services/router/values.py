@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Literal
 
 from services.protocol.ranges import TokenRange
+from services.router.prompt_logprobs import PromptLogprobs, joined
 
 
 class Verb(Enum):
@@ -53,6 +54,7 @@ class Sampling:
     max_tokens: int = 0
     ignore_eos: bool = False
     guide: Guide | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +91,21 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New tokens of one sequence. The last chunk has `finish`, and from an engine also `timing`."""
+    """New tokens of one sequence, before them what was asked for of its prompt. The last chunk has `finish`, and from
+    an engine also `timing`."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     finish: FinishReason | None = None
     timing: Timing | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # of the next tokens of the prompt
 
     @property
     def weight(self) -> int:
         """About how much memory it takes, in tokens; at least 1, so that empty chunks count too."""
         weight = 1 + len(self.token_ids)
+        if self.prompt_logprobs is not None:  # numbers in arrays take a tenth of the memory of those in objects
+            weight += self.prompt_logprobs.num_numbers // 10
         return weight + sum(1 + len(each.top) for each in self.logprobs) if self.logprobs else weight
 
 
@@ -112,6 +118,7 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
         logprobs=tuple(each for chunk in chunks for each in chunk.logprobs),
         finish=chunks[-1].finish,
         timing=chunks[-1].timing,
+        prompt_logprobs=joined([chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs is not None]),
     )
 
 

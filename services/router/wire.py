@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 from google.protobuf.duration_pb2 import Duration
 from microserve.engine.v1 import engine_pb2
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
 from services.protocol.ranges import TokenRange
+from services.router.prompt_logprobs import PromptLogprobs
 from services.router.values import (
     Chunk,
     FinishReason,
@@ -61,6 +64,7 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampl
         max_tokens=message.max_tokens,
         ignore_eos=message.ignore_eos,
         guide=_guide_from_wire(message.guide),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
@@ -104,6 +108,7 @@ def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
         max_tokens=sampling.max_tokens,
         ignore_eos=sampling.ignore_eos,
         guide=_guide_to_wire(sampling.guide),
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -117,6 +122,25 @@ def chunk_from_wire(message: engine_pb2.StartGenerateResponse) -> Chunk:
         logprobs=tuple(map(_logprobs_from_wire, message.logprobs)) if message.logprobs else (),
         finish=_FINISH_FROM_WIRE.get(message.finish_reason) if message.finish_reason else None,
         timing=timing_from_wire(message.timing) if message.HasField("timing") else None,
+        prompt_logprobs=_prompt_from_wire(message.prompt_logprobs) if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def _prompt_from_wire(message: sampling_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(
+        array("f", message.logprobs),
+        message.top_count,
+        array("I", message.top_token_ids),
+        array("f", message.top_logprobs),
+    )
+
+
+def prompt_to_wire(prompt: PromptLogprobs) -> sampling_pb2.PromptLogprobs:
+    return sampling_pb2.PromptLogprobs(
+        logprobs=prompt.logprobs,
+        top_count=prompt.top_count,
+        top_token_ids=prompt.top_ids,
+        top_logprobs=prompt.top_logprobs,
     )
 
 

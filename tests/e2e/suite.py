@@ -232,6 +232,7 @@ async def ask(
     async for message in suite.router.Generate(request, metadata=(("x-microserve-policy", policy),), timeout=120):
         answer.token_ids.extend(message.token_ids)
         answer.logprobs.extend(message.logprobs)
+        answer.prompt_logprobs.MergeFrom(message.prompt_logprobs)
         answer.text += message.text
         answer.legs.extend(message.legs)
         answer.finish_reason = message.finish_reason
@@ -245,6 +246,7 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[sampling.Logprobs] = field(default_factory=list)
+    prompt_logprobs: sampling.PromptLogprobs = field(default_factory=sampling.PromptLogprobs)
     legs: list[sampling.Leg] = field(default_factory=list)
     finish_reason: int = 0
 

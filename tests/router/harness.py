@@ -137,7 +137,7 @@ def request(prompt: Sequence[int] = PROMPT, **options: Any) -> router_pb2.Genera
     message = router_pb2.GenerateRequest(
         sampling=sampling_pb2.SamplingParams(**({"max_tokens": 8} | sampling)), seed_given=options.get("seed") == 0
     )
-    for name in ("stop", "include_stop", "model", "cache_salt", "request_id", "n", "echo"):
+    for name in ("stop", "include_stop", "model", "cache_salt", "request_id", "n", "echo", "prompt_only"):
         if name in options:
             message.MergeFrom(router_pb2.GenerateRequest(**{name: options[name]}))
     if "text" in options:

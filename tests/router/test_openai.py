@@ -319,7 +319,6 @@ async def test_what_a_chat_is_refused_for(options: dict[str, Any], param: str | 
         ({"prompt": [5] * 4096}, "context_length_exceeded"),
         ({"prompt": ["x"] * 129}, "invalid_value"),
         ({"prompt": ["x"] * 2, "n": 100}, "invalid_value"),
-        ({"echo": True, "logprobs": 1}, "unsupported_parameter"),
         ({"suffix": "x"}, "unsupported_parameter"),
         ({"best_of": 5}, "unsupported_parameter"),
     ],

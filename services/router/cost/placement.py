@@ -121,11 +121,12 @@ class Planner:
         self._book = book
         self._held_s = held_s
         self._length = len(request.prompt)
+        self._num_movable = request.num_movable
         self._output = book.expected_output(request)
         self._sites = [self._site(each, request) for each in engines]
 
     def _site(self, engine: EngineSnapshot, request: PolicyRequest) -> _Site:
-        cached = min(engine.cached_prefix(request), self._length - 1)
+        cached = min(engine.cached_prefix(request), self._num_movable, self._length - 1)
         # Half done on average.
         return _Site(engine, self._book.engine(engine), cached, self._output, self._book.mean_output / 2)
 
@@ -197,6 +198,8 @@ class Planner:
 
     def _pairs(self) -> list[_Ranked]:
         """Of many pairs only the most promising ones, and of these only the best with every split."""
+        if self._num_movable < self._length:  # it is computed where it is generated from
+            return []
         able, last = [site for site in self._sites if site.engine.info.can_transfer], self._length - 1
         by_cache = sorted(able, key=lambda site: -site.cached)[:1]
         by_time = sorted(able, key=self._provide_s)[:MAX_PROVIDERS]

@@ -98,6 +98,7 @@ class EngineClient:
             reservation=_reference(kv) if kv is not None else None,
             cache_salt=request.cache_salt,
             timeout=duration(request.time_left_s()),
+            prompt_logprobs_begin=request.num_told if request.sampling.prompt_logprobs is not None else 0,
         )
         return self._session.start(message)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +20,7 @@ from services.router.fleet.info import EngineSnapshot
 from services.router.fleet.scope import RequestScope
 from services.router.metrics import RETRIES
 from services.router.request import PolicyRequest
+from services.router.values import Chunk
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +90,16 @@ class Recovery:
         self._limits = limits
         self._backoff = Backoff(limits.backoff)
         self._tokens: list[int] = []  # that the client got since `request` was made
+        self._num_told = 0  # tokens of the prompt whose log-probabilities it got since
         self._num_failures = 0
         self._stranded_at: float | None = None
         self._without_transfer = False
 
-    def handed_on(self, token_ids: Iterable[int]) -> None:
-        """The client gets these tokens, so they are never generated again."""
-        self._tokens.extend(token_ids)
+    def handed_on(self, chunk: Chunk) -> None:
+        """The client gets what is in it, so that is never generated again."""
+        self._tokens.extend(chunk.token_ids)
+        if chunk.prompt_logprobs is not None:
+            self._num_told += len(chunk.prompt_logprobs)
 
     async def after(self, error: ServiceError) -> Remedy:
         """Ends what the failed run left open, waits where that helps, and says how to run `request` now. Raises
@@ -126,9 +130,9 @@ class Recovery:
         return cure
 
     def _note_progress(self) -> None:
-        if self._tokens:
-            self.request = self.request.continued(self._tokens)
-            self._tokens = []
+        if self._tokens or self._num_told:
+            self.request = self.request.continued(self._tokens, self._num_told)
+            self._tokens, self._num_told = [], 0
             self._num_failures, self._stranded_at = 0, None
             self._backoff.reset()
 

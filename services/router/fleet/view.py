@@ -63,8 +63,8 @@ class Engine:
         return self._costs.link(self.snapshot, receiver.snapshot)
 
     def cached_prefix(self, request: PolicyRequest) -> int:
-        """Tokens of the prompt that are probably cached there."""
-        return self.snapshot.cached_prefix(request)
+        """Tokens of the prompt that are probably cached there, and of use to this request."""
+        return min(self.snapshot.cached_prefix(request), request.num_movable)
 
     def page_floor(self, position: float) -> int:
         """The last page boundary at or before a token position."""
@@ -75,7 +75,12 @@ class Engine:
         self, request: PolicyRequest, *, end: int, max_wait_s: float = 0.0
     ) -> AsyncIterator[Reservation]:
         """Reserves room for KV of prompt[:end] for the block, and releases what was not used up when it ends,
-        however it ends. An engine short of pages is waited for at most `max_wait_s`."""
+        however it ends. An engine short of pages is waited for at most `max_wait_s`.
+
+        What is to be rated of the prompt is computed where it is generated from: `end` comes before it, and so do the
+        range of remote_send and the `begin` of start_generate, whatever a program says.
+        """
+        end = min(end, request.num_movable)
         reservation = await self._reserve(request, end, max_wait_s)
         await self._scope.hold(reservation)
         try:
@@ -87,7 +92,7 @@ class Engine:
     async def remote_send(self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None = None) -> Timing:
         """Computes KV of `tokens` (by default all that is missing) or takes it from the cache, and writes it into
         `kv`. Returns when every byte is in place; at once, with no call, if the range is empty."""
-        tokens = kv.missing if tokens is None else tokens
+        tokens = kv.missing if tokens is None else _movable(tokens, request)
         if not tokens:
             return Timing()
         with (
@@ -110,6 +115,7 @@ class Engine:
     async def _generate(
         self, request: PolicyRequest, begin: int, kv: Reservation | None
     ) -> AsyncGenerator[Chunk, None]:
+        begin = min(begin, request.num_movable)
         scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
         answer = self._answer(request) if kv is None else kv.answer
         with (
@@ -179,6 +185,12 @@ class Engine:
             leg.end(kv.timing)
         self._costs.reserved(self.snapshot, leg.leg().elapsed_s)
         return Reservation(self.snapshot, kv, self._answer(request), client, scope.cleanup)
+
+
+def _movable(tokens: TokenRange, request: PolicyRequest) -> TokenRange:
+    """What of a range may come from another engine."""
+    limit = request.num_movable
+    return tokens if tokens.end <= limit else TokenRange(min(tokens.begin, limit), limit)
 
 
 class Fleet:

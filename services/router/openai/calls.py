@@ -28,6 +28,7 @@ class Call:
     stream: bool
     include_usage: bool
     echo: bool = False
+    prompt_logprobs: int | None = None  # alternatives to show with each token of the prompt, apart from an echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,6 @@ def completion(fields: Fields, headers: Headers) -> Call:
     prompts = _prompts(fields.take("prompt"))
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     echo = fields.flag("echo")
-    if echo and logprobs is not None:
-        raise unsupported("echo", "with logprobs is not supported: engines give none for a prompt")
     n = _choices(fields, len(prompts))
     fields.only("suffix", "")
     fields.only("best_of", n)
@@ -82,13 +81,19 @@ def _call(
     n: int,
     logprobs: int | None,
     *,
-    default_max_tokens: int = 0,
+    default_max_tokens: int | None = None,
     echo: bool = False,
 ) -> Call:
     """What both kinds have in common; refuses what is left over."""
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
-    sampling = _sampling(fields, logprobs, new_seed() if seed is None else seed % 2**64, default_max_tokens)
-    stream = fields.flag("stream")
+    stream, prompt_logprobs = fields.flag("stream"), fields.integer("prompt_logprobs", 0, MAX_LOGPROBS)
+    if stream and prompt_logprobs is not None:
+        raise bad_value("prompt_logprobs", "needs stream to be false")
+    rated = [each for each in (logprobs if echo else None, prompt_logprobs) if each is not None]
+    max_tokens = _max_tokens(fields, default_max_tokens, least=0 if echo or rated else 1)
+    sampling = _sampling(
+        fields, logprobs, max(rated, default=None), new_seed() if seed is None else seed % 2**64, max_tokens or 0
+    )
     options = fields.nested("stream_options")
     include_usage = False
     if options is not None:
@@ -113,15 +118,23 @@ def _call(
             headers.policy,
             priority=headers.priority,
             tenant=headers.tenant,
+            prompt_only=max_tokens == 0,
         )
         for prompt in prompts
     )
-    return Call(asks, n, stream, include_usage, echo)
+    return Call(asks, n, stream, include_usage, echo, prompt_logprobs)
 
 
-def _sampling(fields: Fields, logprobs: int | None, seed: int, default_max_tokens: int) -> Sampling:
+def _max_tokens(fields: Fields, default: int | None, least: int) -> int | None:
+    """Under either of its names. None: as many as there is room for; 0, no token at all, where the prompt is told."""
+    old, new = fields.integer("max_tokens", least), fields.integer("max_completion_tokens", least)
+    return next((each for each in (new, old, default) if each is not None), None)
+
+
+def _sampling(
+    fields: Fields, logprobs: int | None, prompt_logprobs: int | None, seed: int, max_tokens: int
+) -> Sampling:
     """OpenAI's sampling parameters, and those of ours that it lacks."""
-    old, new = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
     temperature, top_p = fields.number("temperature", 0, 2), fields.number("top_p", 0, 1)
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
@@ -136,9 +149,10 @@ def _sampling(fields: Fields, logprobs: int | None, seed: int, default_max_token
         logprobs=logprobs,
         stop_token_ids=fields.tokens("stop_token_ids"),
         min_tokens=fields.integer("min_tokens", 0) or 0,
-        max_tokens=new or old or default_max_tokens,
+        max_tokens=max_tokens,
         ignore_eos=fields.flag("ignore_eos"),
         guide=_guide(fields),
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -21,7 +21,8 @@ from services.router.fleet.registry import Model
 from services.router.openai.calls import Call, Headers
 from services.router.openai.errors import Refusal, refusal
 from services.router.openai.fields import Fields
-from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json, Offsets
+from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json, Offsets, Wishes
+from services.router.openai.told import Told
 from services.router.service import GenerationService
 from services.router.values import FinishReason
 
@@ -96,7 +97,8 @@ class Generation:
             model=model.key.name,
             fingerprint=f"fp_{model.key.digest.hex()[:12]}",
             spell=model.tokenizer.spell,
-            with_logprobs=call.asks[0].sampling.logprobs is not None,
+            pieces=model.tokenizer.pieces,
+            wishes=Wishes(call.asks[0].sampling.logprobs, call.echo, call.prompt_logprobs),
         )
 
 
@@ -112,6 +114,7 @@ class _Answers:
         self._service = service
         self._choices = [Choice() for _ in range(len(call.asks) * call.n)]
         self._begun: set[int] = set()
+        self._told: dict[int, Told] = {}  # by ask, which tell of their prompt with choice 0
 
     async def whole(self, first: tuple[int, Answer], pieces: Pieces) -> Json:
         """One JSON object."""
@@ -129,12 +132,14 @@ class _Answers:
         usage: Json = {"usage": None} if self._call.include_usage else {}
         try:
             async for index, answer in _chain(first, pieces):
-                if index not in self._begun and (opening := self._shape.opening(index)) is not None:
+                is_first = index not in self._begun
+                if is_first and (opening := self._shape.opening(index)) is not None:
                     yield _event(opening | usage)
                 text = self._take(index, answer)
                 if text or answer.logprobs or answer.finish is not None:
-                    piece = self._shape.piece(index, text, answer.logprobs, offsets[index], answer.finish)
-                    yield _event(piece | usage)
+                    told = self._choices[index].told if is_first else None
+                    part = Choice(text, told, list(answer.logprobs), answer.finish)
+                    yield _event(self._shape.piece(index, part, offsets[index]) | usage)
         except ServiceError as error:
             yield _event(refusal(error).body())
             return
@@ -149,8 +154,14 @@ class _Answers:
         choice = self._choices[index]
         choice.finish, choice.usage = answer.finish, answer.usage
         text = answer.text
-        if self._call.echo and index not in self._begun:
-            text = self._service.echo(self._call.asks[index // self._call.n], answer.prompt_ids) + text
+        if index not in self._begun:
+            ask, is_other = divmod(index, self._call.n)
+            if self._call.echo:
+                text = self._service.echo(self._call.asks[ask], answer.prompt_ids) + text
+            if self._call.asks[ask].sampling.prompt_logprobs is not None:
+                if not is_other:
+                    self._told[ask] = Told(answer.prompt_ids, answer.prompt_logprobs)
+                choice.told = self._told[ask]
         self._begun.add(index)
         return text
 

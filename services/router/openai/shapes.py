@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.router.openai.fields import finite
+from services.router.openai.told import Told
 from services.router.values import FinishReason, Logprobs, TokenLogprob, Usage
 
 Json = dict[str, Any]
@@ -33,23 +34,35 @@ class Offsets:
 
 @dataclass(slots=True)
 class Choice:
-    """One answer as far as it has come."""
+    """One answer as far as it has come, or a piece of it; `told`: its prompt, if something is to be said of that."""
 
     text: str = ""
+    told: Told | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a caller wants to be told: `logprobs` alternatives of new tokens and, with `echo`, of the prompt's;
+    `prompt_logprobs` alternatives of the prompt's by themselves. None: nothing."""
+
+    logprobs: int | None = None
+    echo: bool = False
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
-    """What completions and chats have in common. `spell` is the model's, `with_logprobs` the caller's wish."""
+    """What completions and chats have in common. `spell` and `pieces` are the model's."""
 
     request_id: str
     model: str
     fingerprint: str
     spell: Spell
-    with_logprobs: bool
+    pieces: Callable[[Sequence[int]], Sequence[bytes]]  # of a prompt: the bytes that each token adds to its text
+    wishes: Wishes
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _envelope(self, kind: str, prefix: str, choices: list[Json]) -> Json:
@@ -61,6 +74,19 @@ class Shape:
             "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
+
+    def _prompt(self, told: Told | None) -> Json:
+        """The member that tells the prompt; empty if it was not asked for."""
+        num_top = self.wishes.prompt_logprobs
+        return {} if told is None or num_top is None else {"prompt_logprobs": told.by_id(num_top, self._name)}
+
+    def _name(self, token_id: int) -> str:
+        """The token's text; of one that is no text by itself, its bytes as OpenAI writes them."""
+        spelled = self.spell(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 class ChatShape(Shape):
@@ -79,17 +105,17 @@ class ChatShape(Shape):
             }
             for index, choice in enumerate(choices)
         ]
-        return self._envelope("chat.completion", "chatcmpl", shown) | {"usage": usage(choices, num_asks)}
+        answer = self._envelope("chat.completion", "chatcmpl", shown) | {"usage": usage(choices, num_asks)}
+        return answer | self._prompt(choices[0].told)
 
     def opening(self, index: int) -> Json | None:
         """The piece that begins a choice."""
         return self._piece(index, {"role": "assistant", "content": ""}, (), None)
 
-    def piece(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
-    ) -> Json:
+    def piece(self, index: int, part: Choice, offsets: Offsets) -> Json:
         """New text and tokens of a choice; `offsets`: of this choice."""
-        return self._piece(index, {"content": text} if text or finish is None else {}, logprobs, finish)
+        delta = {"content": part.text} if part.text or part.finish is None else {}
+        return self._piece(index, delta, part.logprobs, part.finish)
 
     def closing(self, choices: Sequence[Choice], num_asks: int) -> Json:
         """The piece that tells the usage."""
@@ -105,7 +131,7 @@ class ChatShape(Shape):
         return self._envelope("chat.completion.chunk", "chatcmpl", [choice])
 
     def _logprobs(self, logprobs: Sequence[Logprobs]) -> Json | None:
-        if not self.with_logprobs:
+        if self.wishes.logprobs is None:
             return None
         content = [
             self._token(each.chosen) | {"top_logprobs": [self._token(other) for other in each.top]} for each in logprobs
@@ -128,53 +154,61 @@ class CompletionShape(Shape):
 
     def whole(self, choices: Sequence[Choice], num_asks: int) -> Json:
         """The answer in one piece."""
-        shown = [
-            self._choice(index, choice.text, choice.logprobs, Offsets(), choice.finish)
-            for index, choice in enumerate(choices)
-        ]
+        shown = [self._choice(index, choice, Offsets()) for index, choice in enumerate(choices)]
         return self._envelope("text_completion", "cmpl", shown) | {"usage": usage(choices, num_asks)}
 
     def opening(self, index: int) -> Json | None:
         """A completion begins with its text."""
         return None
 
-    def piece(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
-    ) -> Json:
+    def piece(self, index: int, part: Choice, offsets: Offsets) -> Json:
         """New text and tokens of a choice; `offsets`: of this choice."""
-        return self._envelope("text_completion", "cmpl", [self._choice(index, text, logprobs, offsets, finish)])
+        return self._envelope("text_completion", "cmpl", [self._choice(index, part, offsets)])
 
     def closing(self, choices: Sequence[Choice], num_asks: int) -> Json:
         """The piece that tells the usage."""
         return self._envelope("text_completion", "cmpl", []) | {"usage": usage(choices, num_asks)}
 
-    def _choice(
-        self, index: int, text: str, logprobs: Sequence[Logprobs], offsets: Offsets, finish: FinishReason | None
-    ) -> Json:
+    def _choice(self, index: int, part: Choice, offsets: Offsets) -> Json:
+        wishes = self.wishes
         return {
             "index": index,
-            "text": text,
-            "logprobs": self._logprobs(logprobs, offsets) if self.with_logprobs else None,
-            "finish_reason": finish_reason(finish),
-        }
+            "text": part.text,
+            "logprobs": None if wishes.logprobs is None else self._logprobs(part, offsets, wishes.logprobs),
+            "finish_reason": finish_reason(part.finish),
+        } | self._prompt(part.told)
 
-    def _logprobs(self, logprobs: Sequence[Logprobs], offsets: Offsets) -> Json:
+    def _logprobs(self, part: Choice, offsets: Offsets, num_top: int) -> Json:
+        """Of new tokens, and before them of those of an echoed prompt."""
+        shown = self._echoed(part.told, offsets, num_top) if part.told is not None and self.wishes.echo else _nothing()
+        for each in part.logprobs:
+            token_id = each.chosen.token_id
+            shown["tokens"].append(self._name(token_id))
+            shown["token_logprobs"].append(finite(each.chosen.logprob))
+            shown["top_logprobs"].append(self._tops((other.token_id, other.logprob) for other in each.top))
+            shown["text_offset"].append(offsets.next(self.spell(token_id)))
+        return shown
+
+    def _echoed(self, told: Told, offsets: Offsets, num_top: int) -> Json:
+        """Nothing is said of the first token but that it is there."""
+        rated = told.rated(num_top)
         return {
-            "tokens": [self._name(each.chosen.token_id) for each in logprobs],
-            "token_logprobs": [finite(each.chosen.logprob) for each in logprobs],
-            "top_logprobs": [
-                {self._name(other.token_id): finite(other.logprob) for other in each.top} for each in logprobs
-            ],
-            "text_offset": [offsets.next(self.spell(each.chosen.token_id)) for each in logprobs],
+            "tokens": [self._name(token_id) for token_id in told.token_ids],
+            "token_logprobs": [None, *(logprob for logprob, _ in rated)],
+            "top_logprobs": [None, *(self._tops(tops) for _, tops in rated)],
+            "text_offset": [offsets.next(piece) for piece in self.pieces(told.token_ids)],
         }
 
-    def _name(self, token_id: int) -> str:
-        """The token's text; of one that is no text by itself, its bytes as OpenAI writes them."""
-        spelled = self.spell(token_id)
-        try:
-            return spelled.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+    def _tops(self, tops: Iterable[tuple[int, float]]) -> Json:
+        """By name, the best first; of tokens that are spelled alike the best one."""
+        named: Json = {}
+        for token_id, logprob in tops:
+            named.setdefault(self._name(token_id), finite(logprob))
+        return named
+
+
+def _nothing() -> Json:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def usage(choices: Sequence[Choice], num_asks: int) -> Json:

@@ -172,7 +172,7 @@ class PolicyRun:
                 if not isinstance(chunk, Chunk):
                     raise PolicyFailed(f"policy {program.spec} yielded a {type(chunk).__name__}, not a chunk")
                 self._yielded, self._yielded_at = True, self._loop.time()
-                self._recovery.handed_on(chunk.token_ids)
+                self._recovery.handed_on(chunk)
                 self._mailbox.put(chunk)
                 if chunk.finish is not None:
                     self._finished = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from services.router.text.detokenizer import Detokenizer
 from services.router.text.stops import StopMatcher
-from services.router.values import Chunk, Logprobs
+from services.router.values import Chunk, FinishReason, Logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class TextOutput:
         """Whether a stop string has been completed. What follows it is not part of the answer."""
         return self._matcher is not None and self._matcher.stopped
 
+    def reason(self, finish: FinishReason | None) -> FinishReason | None:
+        """Why the answer ends, when its sequence did for that reason or a stop string was completed."""
+        return FinishReason.STOP if self.stopped else finish
+
     def feed(self, chunk: Chunk) -> Piece:
         """Takes the chunk's tokens, or those up to a stop string."""
         if self._matcher is None:
@@ -50,3 +54,22 @@ class TextOutput:
         if self._matcher is None:
             return rest
         return self._matcher.feed(rest) + self._matcher.finish()
+
+
+class NoOutput:
+    """The answer of a request that wants nothing but its prompt told: empty, whatever the sequence says."""
+
+    num_tokens = 0
+    stopped = False
+
+    def reason(self, finish: FinishReason | None) -> FinishReason | None:
+        """Its end is the limit of no token, not what a token happens to be."""
+        return FinishReason.LENGTH if finish is FinishReason.STOP else finish
+
+    def feed(self, chunk: Chunk) -> Piece:
+        """Nothing."""
+        return Piece()
+
+    def finish(self) -> str:
+        """Nothing."""
+        return ""

@@ -88,6 +88,17 @@ class Tokenizer:
         special = self._special.get(token_id)
         return self._bytes[token_id] if special is None else special
 
+    def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each token of a whole sequence adds to what decode gives."""
+        pieces, num_to_strip = [], self._num_stripped_spaces
+        for token_id in token_ids:
+            piece = self._bytes[token_id]
+            while num_to_strip and piece.startswith(b" "):
+                piece, num_to_strip = piece[1:], num_to_strip - 1
+            num_to_strip = 0 if piece else num_to_strip
+            pieces.append(piece)
+        return pieces
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""
         decoder = self.detokenizer()

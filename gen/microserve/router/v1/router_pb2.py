@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from microserve.types.v1 import sampling_pb2 as microserve_dot_types_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!microserve/router/v1/router.proto\x12\x14microserve.router.v1\x1a\"microserve/types/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.microserve.router.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd0\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.microserve.router.v1.TokenIdsH\x00\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.microserve.types.v1.SamplingParams\x12\x12\n\nseed_given\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0c \x01(\x08\x42\x08\n\x06prompt\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\"-\n\nPromptEcho\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xd8\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.microserve.types.v1.Logprobs\x12\x38\n\rfinish_reason\x18\x04 \x01(\x0e\x32!.microserve.types.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.microserve.router.v1.Usage\x12&\n\x04legs\x18\x06 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\x30\n\x06prompt\x18\n \x01(\x0b\x32 .microserve.router.v1.PromptEcho\"I\n\x0f\x43ompleteRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32%.microserve.router.v1.GenerateRequest\"\x8b\x01\n\x10\x43ompleteResponse\x12\x38\n\x08response\x18\x01 \x01(\x0b\x32&.microserve.router.v1.GenerateResponse\x12=\n\rother_choices\x18\x02 \x03(\x0b\x32&.microserve.router.v1.GenerateResponse\"m\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_count\x18\x04 \x01(\r\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.microserve.router.v1.ModelInfo2\xe4\x03\n\rRouterService\x12[\n\x08Generate\x12%.microserve.router.v1.GenerateRequest\x1a&.microserve.router.v1.GenerateResponse0\x01\x12Y\n\x08\x43omplete\x12%.microserve.router.v1.CompleteRequest\x1a&.microserve.router.v1.CompleteResponse\x12Y\n\x08Tokenize\x12%.microserve.router.v1.TokenizeRequest\x1a&.microserve.router.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.microserve.router.v1.DetokenizeRequest\x1a(.microserve.router.v1.DetokenizeResponse\x12_\n\nListModels\x12\'.microserve.router.v1.ListModelsRequest\x1a(.microserve.router.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!microserve/router/v1/router.proto\x12\x14microserve.router.v1\x1a\"microserve/types/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.microserve.router.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe5\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.microserve.router.v1.TokenIdsH\x00\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.microserve.types.v1.SamplingParams\x12\x12\n\nseed_given\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0c \x01(\x08\x12\x13\n\x0bprompt_only\x18\r \x01(\x08\x42\x08\n\x06prompt\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\"-\n\nPromptEcho\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x96\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.microserve.types.v1.Logprobs\x12\x38\n\rfinish_reason\x18\x04 \x01(\x0e\x32!.microserve.types.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.microserve.router.v1.Usage\x12&\n\x04legs\x18\x06 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\x30\n\x06prompt\x18\n \x01(\x0b\x32 .microserve.router.v1.PromptEcho\x12<\n\x0fprompt_logprobs\x18\x0b \x01(\x0b\x32#.microserve.types.v1.PromptLogprobs\"I\n\x0f\x43ompleteRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32%.microserve.router.v1.GenerateRequest\"\x8b\x01\n\x10\x43ompleteResponse\x12\x38\n\x08response\x18\x01 \x01(\x0b\x32&.microserve.router.v1.GenerateResponse\x12=\n\rother_choices\x18\x02 \x03(\x0b\x32&.microserve.router.v1.GenerateResponse\"m\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_count\x18\x04 \x01(\r\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.microserve.router.v1.ModelInfo2\xe4\x03\n\rRouterService\x12[\n\x08Generate\x12%.microserve.router.v1.GenerateRequest\x1a&.microserve.router.v1.GenerateResponse0\x01\x12Y\n\x08\x43omplete\x12%.microserve.router.v1.CompleteRequest\x1a&.microserve.router.v1.CompleteResponse\x12Y\n\x08Tokenize\x12%.microserve.router.v1.TokenizeRequest\x1a&.microserve.router.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.microserve.router.v1.DetokenizeRequest\x1a(.microserve.router.v1.DetokenizeResponse\x12_\n\nListModels\x12\'.microserve.router.v1.ListModelsRequest\x1a(.microserve.router.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,31 +39,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=210
   _globals['_TOKENIDS']._serialized_end=233
   _globals['_GENERATEREQUEST']._serialized_start=236
-  _globals['_GENERATEREQUEST']._serialized_end=572
-  _globals['_USAGE']._serialized_start=574
-  _globals['_USAGE']._serialized_end=665
-  _globals['_PROMPTECHO']._serialized_start=667
-  _globals['_PROMPTECHO']._serialized_end=712
-  _globals['_GENERATERESPONSE']._serialized_start=715
-  _globals['_GENERATERESPONSE']._serialized_end=1059
-  _globals['_COMPLETEREQUEST']._serialized_start=1061
-  _globals['_COMPLETEREQUEST']._serialized_end=1134
-  _globals['_COMPLETERESPONSE']._serialized_start=1137
-  _globals['_COMPLETERESPONSE']._serialized_end=1276
-  _globals['_TOKENIZEREQUEST']._serialized_start=1278
-  _globals['_TOKENIZEREQUEST']._serialized_end=1387
-  _globals['_TOKENIZERESPONSE']._serialized_start=1389
-  _globals['_TOKENIZERESPONSE']._serialized_end=1426
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1428
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1481
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1483
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1517
-  _globals['_LISTMODELSREQUEST']._serialized_start=1519
-  _globals['_LISTMODELSREQUEST']._serialized_end=1538
-  _globals['_MODELINFO']._serialized_start=1540
-  _globals['_MODELINFO']._serialized_end=1631
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1633
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1702
-  _globals['_ROUTERSERVICE']._serialized_start=1705
-  _globals['_ROUTERSERVICE']._serialized_end=2189
+  _globals['_GENERATEREQUEST']._serialized_end=593
+  _globals['_USAGE']._serialized_start=595
+  _globals['_USAGE']._serialized_end=686
+  _globals['_PROMPTECHO']._serialized_start=688
+  _globals['_PROMPTECHO']._serialized_end=733
+  _globals['_GENERATERESPONSE']._serialized_start=736
+  _globals['_GENERATERESPONSE']._serialized_end=1142
+  _globals['_COMPLETEREQUEST']._serialized_start=1144
+  _globals['_COMPLETEREQUEST']._serialized_end=1217
+  _globals['_COMPLETERESPONSE']._serialized_start=1220
+  _globals['_COMPLETERESPONSE']._serialized_end=1359
+  _globals['_TOKENIZEREQUEST']._serialized_start=1361
+  _globals['_TOKENIZEREQUEST']._serialized_end=1470
+  _globals['_TOKENIZERESPONSE']._serialized_start=1472
+  _globals['_TOKENIZERESPONSE']._serialized_end=1509
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1511
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1564
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1566
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1600
+  _globals['_LISTMODELSREQUEST']._serialized_start=1602
+  _globals['_LISTMODELSREQUEST']._serialized_end=1621
+  _globals['_MODELINFO']._serialized_start=1623
+  _globals['_MODELINFO']._serialized_end=1714
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1716
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1785
+  _globals['_ROUTERSERVICE']._serialized_start=1788
+  _globals['_ROUTERSERVICE']._serialized_end=2272
 # @@protoc_insertion_point(module_scope)

@@ -111,6 +111,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
+    PROMPT_ONLY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text; special tokens in it are treated as text."""
     seed_given: _builtins.bool
@@ -129,6 +130,8 @@ class GenerateRequest(_message.Message):
     """
     echo: _builtins.bool
     """Whether to tell the prompt as it was computed."""
+    prompt_only: _builtins.bool
+    """Whether the answer ends before its first token (FINISH_REASON_LENGTH): with sampling.prompt_logprobs, for scoring."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """A conversation."""
@@ -160,10 +163,11 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         n: _builtins.int = ...,
         echo: _builtins.bool = ...,
+        prompt_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "echo", b"echo", "include_stop", b"include_stop", "model", b"model", "n", b"n", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "seed_given", b"seed_given", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "echo", b"echo", "include_stop", b"include_stop", "model", b"model", "n", b"n", "prompt", b"prompt", "prompt_only", b"prompt_only", "request_id", b"request_id", "sampling", b"sampling", "seed_given", b"seed_given", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -247,6 +251,7 @@ class GenerateResponse(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """New text, always whole characters. May be empty while a character or a stop string is incomplete."""
     finish_reason: _sampling_pb2.FinishReason.ValueType
@@ -277,6 +282,12 @@ class GenerateResponse(_message.Message):
     def prompt(self) -> Global___PromptEcho:
         """Set in the first message of choice 0, if asked for."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _sampling_pb2.PromptLogprobs:
+        """Of choice 0, if sampling.prompt_logprobs asks for it: all tokens of the prompt but the first, before or with the
+        first token; in several messages if one would be too large. Complete puts all of it into one.
+        """
+
     def __init__(
         self,
         *,
@@ -290,10 +301,11 @@ class GenerateResponse(_message.Message):
         policy: _builtins.str = ...,
         choice: _builtins.int = ...,
         prompt: Global___PromptEcho | None = ...,
+        prompt_logprobs: _sampling_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "legs", b"legs", "logprobs", b"logprobs", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "legs", b"legs", "logprobs", b"logprobs", "policy", b"policy", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
