@@ -14,6 +14,7 @@ from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
 from services.rpc.channel import make_channel
+from services.rpc.heap import settle_heap
 from services.rpc.server import Server, ServerConfig
 
 SERVICE = "microserve.router.v1.RouterService"
@@ -69,6 +70,7 @@ async def serve(options: argparse.Namespace) -> None:
     router_pb2_grpc.add_RouterServiceServicer_to_server(relay, server.grpc)
     await server.start()
     await server.set_serving(SERVICE, True)
+    settle_heap()
     server.announce()
     await server.run()
     for task in relay.tasks:

@@ -17,6 +17,7 @@ from microserve.engine.v1 import engine_pb2 as pb
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceServicer, add_EngineServiceServicer_to_server
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
+from services.rpc.heap import settle_heap
 from services.rpc.server import Server, ServerConfig
 from tests.router.vocabularies import byte_level, files
 
@@ -204,6 +205,7 @@ async def serve(options: argparse.Namespace) -> None:
     await server.start()
     await server.set_serving(SERVICE, True)
     steps = asyncio.create_task(stub.run())
+    settle_heap()
     server.announce()
     await server.run()
     steps.cancel()
