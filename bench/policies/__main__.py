@@ -30,9 +30,9 @@ from services.rpc.channel import make_channel
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs/examples"
 POLICIES = "data_parallel,disaggregated,context_aware,balanced:0.5,migrate_then_run,adaptive"
 GOOD = 5.0  # times what a request alone takes
-# A run during which other processes had more than this of the processors is done again, whatever came of it; the one of
-# all tries that they disturbed least counts.
-MOST_OTHERS = 0.05
+# A run before or after which the machine was slower than this is done again, whatever came of it; of all tries the one
+# at the best time counts.
+MOST_SLOWDOWN = 1.2
 MOST_TRIES = 3
 
 
@@ -62,8 +62,9 @@ def main(
         engines = [fleet.start_engine(f"engine-{i}", path, kvtransfer, threads=threads, dtype=dtype) for i in range(2)]
         files = ["--policy-file", str(EXAMPLES / "migrate_then_run.py")]
         router = fleet.start_router(engines, "data_parallel", extra=files)
-        machine = Machine([process.pid for process in fleet.processes])
-        sweep = Sweep(policies.split(","), requests, runs, machine, save=lambda: _write(runs, dtype, raw, out))
+        sweep = Sweep(
+            policies.split(","), requests, runs, Machine(core_count()), save=lambda: _write(runs, dtype, raw, out)
+        )
         asyncio.run(sweep.run(router.address, chosen, shares, repeats))
     found = summary(runs)
     print(json.dumps({key: found[key] for key in ("adaptive_speedup_geomean", "adaptive_worst_cell_upper", "cells")}))
@@ -104,14 +105,14 @@ class Sweep:
         order = random.Random(f"{mix.name} {load} {repeat}").sample(self._policies, len(self._policies))
         for policy in track(order, f"{mix.name} {load:g} x capacity, repeat {repeat}"):
             tries = list[Run]()
-            while len(tries) < MOST_TRIES and all(run.others > MOST_OTHERS for run in tries):
+            while len(tries) < MOST_TRIES and all(run.slowdown > MOST_SLOWDOWN for run in tries):
                 # A salt of its own: no run finds in a cache what another one computed.
                 salt = f"{policy} {load} {repeat} {len(tries)}"
-                self._machine.others()
+                before = await self._machine.calm(MOST_SLOWDOWN)
                 samples, elapsed_s = await send(channel, policy, requests, salt)
-                others = self._machine.others()
-                tries.append(Run(policy, mix.name, load, rate, repeat, elapsed_s, samples, ttft_s, tpot_s, others))
-            self._runs.append(min(tries, key=lambda run: run.others))
+                slowdown = max(before, self._machine.slowdown())
+                tries.append(Run(policy, mix.name, load, rate, repeat, elapsed_s, samples, ttft_s, tpot_s, slowdown))
+            self._runs.append(min(tries, key=lambda run: run.slowdown))
 
 
 def _read(path: Path, dtype: str) -> list[Run]:

@@ -1,33 +1,49 @@
-"""What else the machine does while something is measured. Linux only."""
+"""How fast the machine is at a moment: it may be shared with others whom it does not show."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
-from pathlib import Path
+import asyncio
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
+
+import numpy as np
+
+PROBE_BYTES = 1 << 24
+LOOKS = 20
+LOOK_EVERY_S = 0.5
 
 
 class Machine:
-    """Processor time of all, and of the processes that belong to the measurement."""
+    """A fixed job, computing and copying, on every core at once, again and again."""
 
-    def __init__(self, processes: Collection[int]) -> None:
-        """`processes`: ids, beside this process; each with all of its threads."""
-        self._processes = {os.getpid(), *processes}
-        self._seen = self._read()
+    def __init__(self, num_cores: int) -> None:
+        self._pool = ThreadPoolExecutor(num_cores)
+        self._buffers = [(np.ones(PROBE_BYTES, np.uint8), np.zeros(PROBE_BYTES, np.uint8)) for _ in range(num_cores)]
+        self._least_s = inf
 
-    def others(self) -> float:
-        """Share of all processors that everybody else had since the last call, other guests of the host included."""
-        before, self._seen = self._seen, self._read()
-        total, idle, ours = (now - then for now, then in zip(self._seen, before, strict=True))
-        return max(0.0, (total - idle - ours) / max(1, total))
+    def slowdown(self) -> float:
+        """Time that the job takes now over the least that it ever took."""
+        begin = time.perf_counter()
+        list(self._pool.map(_job, self._buffers))
+        seconds = time.perf_counter() - begin
+        self._least_s = min(self._least_s, seconds)
+        return seconds / self._least_s
 
-    def _read(self) -> tuple[int, int, int]:
-        """Clock ticks since the start: all, those without work, and ours."""
-        ticks = [int(each) for each in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
-        return sum(ticks), ticks[3] + ticks[4], sum(map(_ticks, self._processes))
+    async def calm(self, limit: float) -> float:
+        """Waits until the slowdown is within the limit, for LOOKS looks at most; returns it."""
+        slowdown = self.slowdown()
+        for _ in range(LOOKS):
+            if slowdown <= limit:
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+            slowdown = self.slowdown()
+        return slowdown
 
 
-def _ticks(process: int) -> int:
-    # The name, in parentheses, may hold anything; user and system time are the 14th and 15th field in all.
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+def _job(buffers: tuple[np.ndarray, np.ndarray]) -> None:
+    source, target = buffers
+    hashlib.sha256(source).digest()
+    for _ in range(4):
+        np.copyto(target, source)

@@ -28,7 +28,7 @@ class Run:
     samples: tuple[Sample | None, ...]  # None: refused or failed
     ttft_limit_s: float  # what counts as good
     tpot_limit_s: float
-    others: float = 0.0  # share of the machine's processors that other processes had meanwhile
+    slowdown: float = 1.0  # of the machine, before or after it, whichever was more
 
     @property
     def cell(self) -> tuple[str, float]:
@@ -54,7 +54,7 @@ class Row:
     jct_mean: float
     jct_p99: float
     goodput: float
-    others: float
+    slowdown: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,6 @@ def _row(run: Run, slowest: Worst) -> Row:
         requests=len(samples),
         refused=run.samples.count(None),
         goodput=len(good) / run.elapsed_s,
-        others=run.others,
+        slowdown=run.slowdown,
         **figures,
     )

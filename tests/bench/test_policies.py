@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -85,17 +83,15 @@ def test_the_interval_is_wide_where_repeats_disagree() -> None:
     assert wide.upper - wide.lower > 3 * (narrow.upper - narrow.lower)
 
 
-def test_processor_time_of_others_is_told_from_ours() -> None:
-    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy:
-        try:
-            ours, machine = Machine([busy.pid]), Machine([])
-            begin = time.process_time()
-            while time.process_time() < begin + 0.15:
-                pass
-            share = machine.others() - ours.others()
-        finally:
-            busy.kill()
-    assert 0.05 / os.cpu_count() < share <= 1.0
+async def test_a_machine_that_is_slow_is_told_and_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, work = Machine(1), iter([0.05, 0.2, 0.2, 0.05])
+    monkeypatch.setattr("bench.policies.machine._job", lambda _: time.sleep(next(work, 0.2)))
+    monkeypatch.setattr("bench.policies.machine.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("bench.policies.machine.LOOKS", 2)
+    assert machine.slowdown() == 1.0
+    assert machine.slowdown() > 2
+    assert await machine.calm(1.5) < 1.5
+    assert await machine.calm(1.5) > 2
 
 
 def test_without_adaptive_nothing_is_claimed() -> None:
