@@ -21,6 +21,8 @@ from services.protocol.errors import ReservationGone, ServiceError, UnknownReser
 from services.protocol.ranges import TokenRange
 from services.protocol.reservation import UNATTACHED, Reservation, ReservationState
 
+_ID_BYTES, _SECRET_BYTES = 8, 16
+
 
 class Reservations:
     """Owns all bookings. Verbs return their answers and raise their refusals."""
@@ -47,11 +49,12 @@ class Reservations:
         if found is None:
             return None
         custody, num_matched = found
+        entropy = secrets.token_bytes(_ID_BYTES + _SECRET_BYTES)  # at once: the call gives the interpreter lock away
         rules = Reservation(TokenRange(num_matched, len(chain.tokens)), self._context.clock(), self._lease_s(lease_s))
         booking = Booking(
-            reservation_id=secrets.token_hex(8),
+            reservation_id=entropy[:_ID_BYTES].hex(),
             key=key,
-            secret=secrets.token_bytes(16),
+            secret=entropy[_ID_BYTES:],
             chain=chain,
             num_matched=num_matched,
             rules=rules,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
@@ -132,12 +134,18 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         table[: len(segment.page_ids)] = np.frombuffer(segment.page_ids, dtype=np.int32)
     slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
     wanted = np.array([segment.sample is not None for segment in segments])
+
+    def placed(values: NDArray[Any]) -> Tensor:
+        # Also a .to() that has nothing to do gives the interpreter lock away and has to get it back.
+        tensor = torch.from_numpy(values)
+        return tensor if device.type == "cpu" else tensor.to(device)
+
     return ForwardBatch(
-        token_ids=torch.from_numpy(token_ids).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
+        token_ids=placed(token_ids),
+        positions=placed(positions),
+        slots=placed(slots),
         query_starts=torch.from_numpy(starts.astype(np.int32)),
         context_lengths=torch.from_numpy((begins + lengths).astype(np.int32)),
-        block_tables=torch.from_numpy(tables).to(device),
-        logits_rows=torch.from_numpy(starts[1:][wanted] - 1).to(device),
+        block_tables=placed(tables),
+        logits_rows=placed(starts[1:][wanted] - 1),
     )
