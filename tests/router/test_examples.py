@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/policies.md").read_text()
 BLOCKS = re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
+PLANNERS = sorted((ROOT / "docs/examples/planners").glob("*.py"))  # test_planner.py runs them
 LONGEST_PROGRAM = 15
 
 
@@ -27,7 +28,7 @@ def test_every_block_shows_a_file_and_every_example_is_shown() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
     for name, shown in BLOCKS:
         assert (ROOT / name).read_text().endswith(shown), name
-    assert {name for name, _ in BLOCKS} >= {f"docs/examples/{path.name}" for path in EXAMPLES}
+    assert {name for name, _ in BLOCKS} >= {str(path.relative_to(ROOT)) for path in (*EXAMPLES, *PLANNERS)}
 
 
 @pytest.mark.parametrize("path", [*EXAMPLES, *BUILT_IN.glob("[!_]*.py")], ids=lambda path: path.stem)

@@ -21,13 +21,6 @@ class Params:
             raise ValueError("full is in (0, 1], replicas at least 1, horizon_s positive, slack and gain not negative")
 
 
-async def planner(fleet: PlannerFleet, params: Params) -> None:
-    async for view in fleet.views():
-        homes = find_homes(view, params)
-        fleet.set_homes(view, homes)
-        await fleet.carry_out(find_moves(view, homes, params))
-
-
 Homes = dict[Topic, list[Site]]
 
 
@@ -74,7 +67,7 @@ def find_moves(view: View, homes: Homes, params: Params) -> list[Move]:
                 continue
             saved_s = params.horizon_s * topic.rate / len(at_home) * view.costs.prefill_s(site, end - there, there)
             cost_s = view.costs.send_s(source, site, end - there)
-            if saved_s > params.gain * cost_s and promised[site] + site.longest_pages <= site.usable_pages:
+            if saved_s >= params.gain * cost_s and promised[site] + site.longest_pages <= site.usable_pages:
                 why = f"saves {saved_s:.2f} s of computing in {params.horizon_s:g} s, takes {cost_s:.2f} s"
                 moves.append(Move(topic, source, site, end, why))
     return moves
@@ -83,3 +76,10 @@ def find_moves(view: View, homes: Homes, params: Params) -> list[Move]:
 def _holder(topic: Topic, view: View) -> Site:
     """Who can send most of the context."""
     return max(view.sites, key=lambda site: (site.can_transfer, site.cached[topic.name]))
+
+
+async def planner(fleet: PlannerFleet, params: Params) -> None:
+    async for view in fleet.views():
+        homes = find_homes(view, params)
+        fleet.set_homes(view, homes)
+        await fleet.carry_out(find_moves(view, homes, params))
