@@ -19,7 +19,7 @@ from rich.table import Table
 from bench.engine.load import SCENARIOS, Rates, Scenario, measure, outside_model_share
 from bench.engine.perplexity import perplexity
 from bench.engine.servers import LlamaCpp, Microserve, Server, Vllm, find, start_engine
-from bench.engine.start import start_to_first_token_s
+from bench.engine.start import start_figures
 from services.cli.fleet import Fleet, core_count
 from services.cli.models import fetch
 from services.cli.output import say
@@ -50,7 +50,7 @@ def main(
     scenarios = [each for each in SCENARIOS if each.key in _chosen("--loads", loads, [each.key for each in SCENARIOS])]
     gguf = fetch(DEFAULT_MODEL)
     folder = model_folder(gguf)
-    figures: dict[str, float] = {"start_to_first_token_s": start_to_first_token_s()} if start else {}
+    figures: dict[str, float] = start_figures() if start else {}
     with ExitStack() as resources:
         fleet = resources.enter_context(Fleet())
         ours = {name: start_engine(fleet, folder, name, threads, resources) for name in OURS if name in wanted}

@@ -30,6 +30,12 @@ def _draws(logits: Tensor, count: int, **params: float) -> list[int]:
     return [token.token_id for token in sample(logits.expand(count, -1), rows)]
 
 
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = torch.zeros(2, 1000)
+    logits[0, [700, 30, 31]], logits[1, 999] = 2.0, 1.0
+    assert [token.token_id for token in sample(logits, [_row(SamplingParams())] * 2)] == [30, 999]
+
+
 def test_greedy_takes_the_largest() -> None:
     logits = _logits(5)
     tokens = sample(logits, [_row(SamplingParams(seed=seed)) for seed in range(5)])
