@@ -92,22 +92,27 @@ def _plan(sequences: int, begin: int, count: int) -> StepPlan:
 
 
 def _profile(runner: TorchRunner, plan: StepPlan) -> dict[str, float]:
-    """Median seconds of a step by part. Jobs run one by one, which costs some microseconds each."""
-    steps = []
+    """Median seconds of a step by part.
+
+    Kernels are timed in steps whose jobs are run one by one, in turns with steps as they are. What the jobs leave of
+    the latter is around them, a little too short: timing a job takes a part of a microsecond, too.
+    """
+    wholes, steps = [], []
     for _ in range(REPEATS):
+        began = time.perf_counter()
+        runner.run(plan, None)
+        wholes.append(time.perf_counter() - began)
         with _timed_kernels() as parts:
-            began = time.perf_counter()
             runner.run(plan, None)
-            whole = time.perf_counter() - began
-        parts[AROUND] = whole - sum(parts.values())
         steps.append(parts)
-    names = [*dict.fromkeys(PARTS.values()), AROUND]
-    return {name: statistics.median(parts[name] for parts in steps[REPEATS // 3 :]) for name in names}
+    warm = slice(REPEATS // 3, None)
+    result = {name: statistics.median(parts[name] for parts in steps[warm]) for name in dict.fromkeys(PARTS.values())}
+    return {**result, AROUND: max(0.0, statistics.median(wholes[warm]) - sum(result.values()))}
 
 
 @contextmanager
 def _timed_kernels() -> Iterator[dict[str, float]]:
-    seconds: dict[str, float] = dict.fromkeys([*PARTS.values(), AROUND], 0.0)
+    seconds: dict[str, float] = dict.fromkeys(PARTS.values(), 0.0)
     run_all = Team.run_all
 
     def timed(team: Team, program: NDArray[np.int64]) -> None:
