@@ -11,14 +11,19 @@ SOAK_SECONDS ?= 120
 # Appended to every pytest command.
 PYTEST_ARGS ?=
 
+# A Python that has torch for the GPU and the packages of the extra `engine`; none: the one in VENV.
+GPU_PYTHON ?=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+GPU_STAMP := $(if $(GPU_PYTHON),,$(DEV_STAMP))
+GPU_RUN := $(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR):$(CURDIR)/gen:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-router constraints clean
+.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-gpu bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +42,12 @@ test-faults: $(DEV_STAMP) ## tests that kill and stop real processes
 soak: $(DEV_STAMP) ## many streams with random cancellations for SOAK_SECONDS
 	SOAK_SECONDS=$(SOAK_SECONDS) $(PYTEST) -m soak
 
-test-gpu: $(DEV_STAMP) ## tests that need a GPU
-	$(PYTEST) -m gpu
+# Where the GPU's torch is already in some Python, GPU_PYTHON=python3 uses that one, and makes and installs nothing.
+test-gpu: $(GPU_STAMP) ## tests that need a GPU
+	$(GPU_RUN) -m pytest $(PYTEST_ARGS) -m gpu tests/engine tests/kvtransfer
+
+bench-gpu: $(GPU_STAMP) ## one GPU with the shapes of Llama-3.1-8B beside what it could do: build/bench/gpu.json
+	$(GPU_RUN) -m bench.gpu $(ARGS)
 
 lint: $(DEV_STAMP) ## style of Python and of the contracts
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ class ForwardBatch:
     context_lengths: Tensor  # (num_sequences,) int32, tokens visible to the last row of the sequence, on the CPU
     block_tables: Tensor  # (num_sequences, max_pages) int32 page ids; entries past the context are ignored
     logits_rows: Tensor  # (num_rows,) int64, packed rows whose logits are wanted, may be empty
+    contexts: Tensor | None = None  # context_lengths on the device, where they are there already
 
     @property
     def num_tokens(self) -> int:

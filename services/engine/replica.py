@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from services.engine.attention.backend import AttentionBackend
 from services.engine.attention.factory import make_attention
 from services.engine.config import EngineConfig
 from services.engine.core.config import CoreConfig
@@ -18,6 +19,8 @@ from services.engine.core.plan import Runner
 from services.engine.core.runner import TorchRunner
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits
+from services.engine.gpu.graphs import decode_graphs
+from services.engine.gpu.runner import QueuedRunner
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
 from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device
@@ -108,9 +111,8 @@ class Replica:
             attention = make_attention(self.config.attention, kv, self.model.model.config, self.config.num_threads)
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
-        runner: Runner = TorchRunner(TimedModel(self.model.model), attention, kv, self.model.config.eos_token_ids)
+        runner = self._runner(attention, kv)
         if self.ranks is not None:
-            runner = ParallelRunner(runner, self.ranks)
             self.ranks.watch(front.on_fatal)
         guides = GuideCompiler(
             self.model.tokenizer.tokenizer_json,
@@ -126,6 +128,15 @@ class Replica:
         """Ends the other ranks; the loop must have ended. Blocks for seconds at most."""
         if self.ranks is not None:
             self.ranks.close()
+
+    def _runner(self, attention: AttentionBackend, kv: torch.Tensor) -> Runner:
+        model, eos_token_ids = TimedModel(self.model.model), self.model.config.eos_token_ids
+        if self.ranks is not None:
+            return ParallelRunner(TorchRunner(model, attention, kv, eos_token_ids), self.ranks)
+        if self.device.type == "cpu":
+            return TorchRunner(model, attention, kv, eos_token_ids)
+        graphs = decode_graphs(model, kv, self.config.max_batch_size, self.limits.max_context)
+        return QueuedRunner(model, attention, kv, eos_token_ids, graphs)
 
     @property
     def _pool_shape(self) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """Decoding attention over pages of any size on a GPU, in Triton: each context in pieces, then the pieces together.
 
 The arithmetic is that of Flash-Decoding (Dao et al., 2023): every piece keeps its largest score, the sum of its
-weights and its weighted values, and pieces are added up after scaling each to the largest score of all. A piece has
-SPLIT tokens wherever a sequence stands in a batch, so no sequence changes another one's result.
+weights and its weighted values, and pieces are added up after scaling each to the largest score of all. How a
+context is cut follows from its own length alone, so no sequence changes another one's result, and the grid does not
+depend on lengths, so that a captured graph computes any.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ def attend_piece(
     scale, softcap, window,
     query_row, query_head, pool_page, pool_side, pool_head, pool_slot, table_row, num_splits,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, HAS_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """One program: the query heads of one kv head of sequence n over tokens [SPLIT * piece, SPLIT * (piece + 1)).
+    """One program: the query heads of one kv head of sequence n over one of num_splits pieces of what they see.
 
+    Pieces are equal multiples of BLOCK, LEAST tokens at least; the last ones may be empty.
     values (n, heads, num_splits, HEAD_DIM) and stats (n, heads, num_splits, 2), float32, are written; the two stats
     are the largest score, in powers of two, and the sum of weights. A piece without a token gets -inf and 0.
     """
@@ -28,7 +30,10 @@ def attend_piece(
     context = tl.load(contexts + n)
     sequence = tl.load(rows + 2 * n + 1)
     first_seen = tl.maximum(context - window, 0)
-    begin, end = piece * SPLIT, tl.minimum(piece * SPLIT + SPLIT, context)
+    origin = first_seen // BLOCK * BLOCK
+    length = tl.maximum(tl.cdiv(tl.cdiv(context - origin, num_splits), BLOCK) * BLOCK, LEAST)
+    begin = origin + piece * length
+    end = tl.minimum(begin + length, context)
     group, dims = tl.arange(0, GROUP_ROWS), tl.arange(0, DIMS)
     in_group, in_head = group < GROUP, dims < HEAD_DIM
     head = kv_head * GROUP + group
@@ -38,7 +43,7 @@ def attend_piece(
     largest = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_ROWS,), tl.float32)
     mixed = tl.zeros((GROUP_ROWS, DIMS), tl.float32)
-    for start in range(tl.maximum(begin, first_seen // BLOCK * BLOCK), end, BLOCK):
+    for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         seen = (token >= first_seen) & (token < end)
         page = tl.load(table + sequence * table_row + token // PAGE_SIZE, mask=seen, other=0).to(tl.int64)

@@ -12,8 +12,10 @@ from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.batch import ForwardBatch
 
-SPLIT = 512  # tokens of a context that one program reads
+SPLITS = 16  # pieces of a context; with 8 kv heads one sequence then occupies a GPU of 132 processors
+LEAST = 128  # tokens in a piece
 BLOCK = 64  # of them at a time
+UNBOUNDED = 2**30  # a window longer than any context
 LEAST_DOT = 16  # rows and columns that tl.dot wants at least
 
 
@@ -34,40 +36,50 @@ class TritonPagedAttention(GatherSdpaAttention):
         super().__init__(kv)
         self._kernels: Any = triton_kernels
         self._next_power: Any = triton.next_power_of_2
+        self._each: dict[int, Tensor] = {}  # rows of batches of single rows; captured graphs read them too
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
         mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if batch.num_tokens == batch.num_sequences:
+            contexts = batch.context_lengths.to(self.kv.device) if batch.contexts is None else batch.contexts
+            self._decode(mixed, layer, query, batch, contexts, self._rows_of_each(batch.num_tokens), form)
+            return mixed
         counts = batch.query_starts.diff()
         single = (counts == 1).nonzero().flatten()
         if len(single):
-            self._decode(mixed, layer, query, batch, single, form)
+            contexts = batch.context_lengths[single].to(self.kv.device)
+            rows = torch.stack((batch.query_starts[single], single.int()), dim=1).to(self.kv.device)
+            self._decode(mixed, layer, query, batch, contexts, rows, form)
         if len(single) < batch.num_sequences:
             self.attend_into(mixed, layer, query, batch, (counts != 1).nonzero().flatten().tolist(), form)
         return mixed
 
+    def _rows_of_each(self, count: int) -> Tensor:
+        if count not in self._each:
+            numbers = torch.arange(count, dtype=torch.int32, device=self.kv.device)
+            self._each[count] = torch.stack((numbers, numbers), dim=1)
+        return self._each[count]
+
     def _decode(
-        self, mixed: Tensor, layer: int, query: Tensor, batch: ForwardBatch, single: Tensor, form: AttentionForm
-    ) -> None:
-        """Fills the rows of the sequences in `single`, (n,) int64 on the CPU."""
-        pool, device, num_heads = self.kv[layer], self.kv.device, query.shape[1]
-        contexts = batch.context_lengths[single]
-        longest = int(contexts.max())
-        num_splits = -(-longest // SPLIT)
-        rows = torch.stack((batch.query_starts[single], single.int()), dim=1).to(device)
-        values = torch.empty(len(single), num_heads, num_splits, self.head_dim, device=device)
-        stats = torch.empty(len(single), num_heads, num_splits, 2, device=device)
+        self, mixed: Tensor, layer: int, query: Tensor, batch: ForwardBatch, contexts: Tensor, rows: Tensor,
+        form: AttentionForm,
+    ) -> None:  # fmt: skip
+        """Fills packed row rows[n, 0], of sequence rows[n, 1], which has contexts[n] tokens; both on the device."""
+        pool, device, num_heads, count = self.kv[layer], self.kv.device, query.shape[1], len(rows)
+        values = torch.empty(count, num_heads, SPLITS, self.head_dim, device=device)
+        stats = torch.empty(count, num_heads, SPLITS, 2, device=device)
         group = num_heads // pool.shape[2]
         dims = max(LEAST_DOT, self._next_power(self.head_dim))
         tables = batch.block_tables.contiguous()
-        self._kernels.attend_piece[(len(single), pool.shape[2], num_splits)](
-            query, pool, tables, contexts.to(device), rows, values, stats,
-            form.scale_for(self.head_dim), form.softcap or 1.0, form.window or longest,
-            query.stride(0), query.stride(1), *pool.stride()[:4], tables.stride(0), num_splits,
+        self._kernels.attend_piece[(count, pool.shape[2], SPLITS)](
+            query, pool, tables, contexts, rows, values, stats,
+            form.scale_for(self.head_dim), form.softcap or 1.0, form.window or UNBOUNDED,
+            query.stride(0), query.stride(1), *pool.stride()[:4], tables.stride(0), SPLITS,
             GROUP=group, GROUP_ROWS=max(LEAST_DOT, self._next_power(group)), HEAD_DIM=self.head_dim, DIMS=dims,
-            PAGE_SIZE=self.page_size, SPLIT=SPLIT, BLOCK=BLOCK, HAS_CAP=form.softcap is not None,
+            PAGE_SIZE=self.page_size, LEAST=LEAST, BLOCK=BLOCK, HAS_CAP=form.softcap is not None,
         )  # fmt: skip
-        self._kernels.add_pieces[(len(single), num_heads)](
-            values, stats, rows, mixed, mixed.stride(0), mixed.stride(1), num_splits,
-            HEAD_DIM=self.head_dim, DIMS=dims, SPLITS=self._next_power(num_splits),
+        self._kernels.add_pieces[(count, num_heads)](
+            values, stats, rows, mixed, mixed.stride(0), mixed.stride(1), SPLITS,
+            HEAD_DIM=self.head_dim, DIMS=dims, SPLITS=self._next_power(SPLITS),
         )  # fmt: skip

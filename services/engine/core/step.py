@@ -52,7 +52,8 @@ class Stepper:
         slots = self._sends.planned(plan)
         is_sound = not plan.segments or self._launch(plan, slots)
         self._context.pool.release(plan.pinned)
-        num_lagging = self._context.runner.lag if plan.segments else 0
+        # What is being sent may be in place before its step is settled, and then would not be published.
+        num_lagging = self._context.runner.lag if plan.segments and not slots else 0
         while len(self._under_way) > num_lagging:
             is_sound &= self._settle_oldest()
         return is_sound

@@ -14,6 +14,7 @@ from services.engine.attention.factory import make_attention
 from services.engine.core.config import CoreConfig
 from services.engine.core.plan import Segment
 from services.engine.core.runner import TorchRunner, make_batch
+from services.engine.gpu.runner import QueuedRunner
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
@@ -42,16 +43,18 @@ def pool_of(config: CoreConfig) -> torch.Tensor:
     return torch.zeros(shape)
 
 
-def maker(model: LoadedModel, pools: list[torch.Tensor]) -> Callable[[CoreConfig], TorchRunner]:
+def maker(
+    model: LoadedModel, pools: list[torch.Tensor], kind: type[TorchRunner] = TorchRunner
+) -> Callable[[CoreConfig], TorchRunner]:
     def make(config: CoreConfig) -> TorchRunner:
         pools.append(pool_of(config))
-        return TorchRunner(model.model, make_attention("gather_sdpa", pools[-1], model.config), pools[-1])
+        return kind(model.model, make_attention("gather_sdpa", pools[-1], model.config), pools[-1])
 
     return make
 
 
-def alone(model: LoadedModel, **options: Any) -> Node:
-    return Node(Clock(), None, "E", make_runner=maker(model, []), **{**OPTIONS, **options})
+def alone(model: LoadedModel, kind: type[TorchRunner] = TorchRunner, **options: Any) -> Node:
+    return Node(Clock(), None, "E", make_runner=maker(model, [], kind), **{**OPTIONS, **options})
 
 
 def prompt_of(length: int, start: int = 0) -> tuple[int, ...]:
@@ -62,8 +65,11 @@ def limited(count: int, temperature: float = 0.0) -> SamplingParams:
     return SamplingParams(max_tokens=count, temperature=temperature, seed=5, repetition_penalty=1.1)
 
 
+@pytest.mark.parametrize("kind", [TorchRunner, QueuedRunner])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_batched_chunked_preempted_and_cached_equal_one_by_one(model: LoadedModel, temperature: float) -> None:
+def test_batched_chunked_preempted_and_cached_equal_one_by_one(
+    model: LoadedModel, temperature: float, kind: type[TorchRunner]
+) -> None:
     params = limited(24, temperature)
     prompts = [prompt_of(length, start=length) for length in (1, 8, 20, 33, 60)]
     expected = []
@@ -72,7 +78,7 @@ def test_batched_chunked_preempted_and_cached_equal_one_by_one(model: LoadedMode
         stream = engine.generate(prompt, params)
         engine.run()
         expected.append(stream.tokens)
-    engine = alone(model, num_pages=20, max_step_tokens=24)
+    engine = alone(model, kind, num_pages=20, max_step_tokens=24)
     streams = [engine.generate(prompt, params) for prompt in prompts]
     engine.run()
     assert [s.tokens for s in streams] == expected
@@ -84,10 +90,13 @@ def test_batched_chunked_preempted_and_cached_equal_one_by_one(model: LoadedMode
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("kind", [TorchRunner, QueuedRunner])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_disaggregated_equals_single_in_tokens_and_bytes(model: LoadedModel, share: float) -> None:
+def test_disaggregated_equals_single_in_tokens_and_bytes(
+    model: LoadedModel, share: float, kind: type[TorchRunner]
+) -> None:
     pools: list[torch.Tensor] = []
-    world = World(make_runner=maker(model, pools), **OPTIONS)
+    world = World(make_runner=maker(model, pools, kind), **OPTIONS)
     for node, pool in zip(world.nodes, pools, strict=True):
         node.service.memory = ByteRows(pool)  # type: ignore[assignment]
     for length in (1, 9, 40, 100):
