@@ -20,6 +20,8 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 GPU_STAMP := $(if $(GPU_PYTHON),,$(DEV_STAMP))
+# The project's settings of pytest name plugins that such a Python need not have.
+GPU_PYTEST := $(if $(GPU_PYTHON),-c /dev/null --rootdir=$(CURDIR) --import-mode=importlib -p no:cacheprovider)
 GPU_RUN := $(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR):$(CURDIR)/gen:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
@@ -44,7 +46,7 @@ soak: $(DEV_STAMP) ## many streams with random cancellations for SOAK_SECONDS
 
 # Where the GPU's torch is already in some Python, GPU_PYTHON=python3 uses that one, and makes and installs nothing.
 test-gpu: $(GPU_STAMP) ## tests that need a GPU
-	$(GPU_RUN) -m pytest $(PYTEST_ARGS) -m gpu tests/engine tests/kvtransfer
+	$(GPU_RUN) -m pytest $(PYTEST_ARGS) $(GPU_PYTEST) -m gpu $$(grep -rl --include='test_*.py' 'mark[.]gpu' tests)
 
 bench-gpu: $(GPU_STAMP) ## one GPU with the shapes of Llama-3.1-8B beside what it could do: build/bench/gpu.json
 	$(GPU_RUN) -m bench.gpu $(ARGS)
