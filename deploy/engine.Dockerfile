@@ -13,11 +13,13 @@ RUN if [ -n "$TORCH_INDEX" ]; then \
     fi && \
     pip install --no-cache-dir -c constraints.txt ".[engine]"
 
-# Models are fetched into the cache once: mount a volume here.
+# Models are fetched into the cache once: mount a volume here. A new one of Docker's begins with what the image has there.
 ENV XDG_CACHE_HOME=/cache
 RUN mkdir /cache && chown nobody /cache
-VOLUME /cache
 USER nobody
 WORKDIR /tmp
+# As every installation does. From /tmp, so that it is the installed package, which kept machine code belongs to.
+RUN python -m services.engine.kernels
+VOLUME /cache
 EXPOSE 50051 9101
 ENTRYPOINT ["microserve-engine"]

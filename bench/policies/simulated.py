@@ -16,8 +16,8 @@ from bench.policies.results import Run, summary
 from bench.policies.traffic import MIXES, Mix, arrivals
 from services.router.simulate.fleet import Arrival, SimulatedRouter, simulated_router
 from services.router.simulate.hardware import HARDWARE, FleetHardware
-from services.router.simulate.loop import run
 from services.router.traces import Trace
+from services.rpc.virtual_loop import run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs/examples"
 POLICIES = "data_parallel,disaggregated,context_aware,balanced:0.5,migrate_then_run,adaptive"

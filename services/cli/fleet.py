@@ -40,8 +40,8 @@ def core_count() -> int:
 class Fleet:
     """Starts services and stops them. Each start_ returns at once; `address` of the result waits for READY.
 
-    `extra` of a start_ is appended to the command line. Logs lie in `folder`, which close() removes unless it was
-    given.
+    `extra` of a start_ ends the command line, and wins over what else stands there. Logs lie in `folder`, which close()
+    removes unless it was given.
     """
 
     def __init__(
@@ -162,8 +162,9 @@ class Fleet:
 
     def _start(self, service: str, name: str, options: Sequence[str], threads: int = 1) -> ServiceProcess:
         # -P: a file in the working directory that is named like a module must not be taken for it.
-        command = [*self._within, sys.executable, "-P", "-m", f"{self._package}.{service}", *options]
-        command += ["--lifeline-fd", str(self._lifeline), "--grace-s", str(self._grace_s)]
+        command = [*self._within, sys.executable, "-P", "-m", f"{self._package}.{service}"]
+        # Of an option given twice the later one counts, and that is the caller's.
+        command += ["--lifeline-fd", str(self._lifeline), "--grace-s", str(self._grace_s), *options]
         return self._launch(service, name, command, threads)
 
     def _launch(self, service: str, name: str, command: Sequence[str], threads: int) -> ServiceProcess:

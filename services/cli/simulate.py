@@ -19,8 +19,8 @@ from services.cli.policy import is_file
 from services.router.errors import RouterError
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import HARDWARE, FleetHardware
-from services.router.simulate.loop import run
 from services.router.traces import Trace
+from services.rpc.virtual_loop import run
 
 _SPREAD = 0.3  # lengths vary by up to this share around their mean
 

@@ -124,10 +124,6 @@ class PageLedger:
         """Whether the page is part of the prefix cache and must not be written."""
         return self._published[page]
 
-    def is_free(self, page: int) -> bool:
-        """Whether the page has no owner at all."""
-        return self._is_free[page]
-
     def is_quarantined(self, page: int) -> bool:
         """Whether the page waits for its last writer to be fenced."""
         return page in self._quarantined

@@ -16,6 +16,8 @@ import pytest
 from services.cli.client import wait_serving
 from services.cli.errors import ServiceFailed
 from services.cli.fleet import Fleet
+from services.kvtransfer.config import KvTransferConfig
+from services.rpc.config import read_config
 from tests.cli.conftest import Run, start_up
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,14 @@ def wait_dead(pids: list[int], timeout_s: float = 20.0) -> None:
         ended = poller.poll(timeout_s * 1000)
         os.close(descriptor)
         assert ended, f"process {pid} still runs"
+
+
+def test_what_is_added_to_a_command_line_wins() -> None:
+    with Fleet(package=FAKES, grace_s=3.0) as fleet:
+        plain, changed = fleet.start_kvtransfer(), fleet.start_kvtransfer("other", extra=["--grace-s", "1.5"])
+        for process, expected in ((plain, 3.0), (changed, 1.5)):
+            options = process.command[process.command.index(f"{FAKES}.kvtransfer") + 1 :]
+            assert read_config(KvTransferConfig, options, "kvtransfer", {}).grace_s == expected
 
 
 def test_fleet_starts_connects_and_stops_everything() -> None:

@@ -106,3 +106,13 @@ def test_compose_gives_options_that_services_have() -> None:
             config = config_of(name.partition("-")[0], service["command"])
             grace = int(service.get("stop_grace_period", "10s").removesuffix("s"))
             assert grace > config.grace_s, f"{name} is killed before it has drained"
+
+
+def test_the_image_of_an_engine_compiles_its_kernels_where_the_engine_looks_for_them() -> None:
+    """In the cache that it serves with, as the user that serves, from the installed package, and before the volume."""
+    lines = (DEPLOY / "engine.Dockerfile").read_text().splitlines()
+    order = ["ENV XDG_CACHE_HOME=/cache", "USER nobody", "WORKDIR /tmp", "RUN python -m services.engine.kernels"]
+    places = [lines.index(line) for line in [*order, "VOLUME /cache"]]
+    assert places == sorted(places)
+    makefile = (DEPLOY.parent / "Makefile").read_text()
+    assert "python -m services.engine.kernels" in makefile

@@ -12,7 +12,7 @@ import pytest
 from services.kvtransfer.errors import PushStalled
 from services.kvtransfer.push import AllReady, Push, PushState
 from services.kvtransfer.transports.base import Capabilities, PutProgress, Reach
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 STALL_S = 30.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import HARDWARE, FleetHardware
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 NUM_REQUESTS = 80
 RATE = 4.0  # requests/s, about 0.7 of what two such engines are able to do

@@ -15,7 +15,7 @@ from services.router.admission.admission import Admission
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 from services.router.errors import Overloaded, RequestTimeout, RouterError
 from services.router.request import ModelKey
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 KEY = ModelKey("m", b"d", b"t")
 TICKET = Ticket(KEY, 100, 100)

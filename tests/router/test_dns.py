@@ -9,7 +9,7 @@ import pytest
 
 from services.router.errors import FleetFull
 from services.router.fleet.dns import follow_dns, resolve
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 
 class Published:

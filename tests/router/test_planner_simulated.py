@@ -12,7 +12,7 @@ import pytest
 from services.router.planning.host import PlannerStatus
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import EngineHardware, FleetHardware
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 CONTEXT, QUESTION, OUTPUT = 1024, 64, 8  # tokens
 PHASE_S, NUM_PHASES, NUM_TOPICS, RATE = 60.0, 2, 6, 1.5

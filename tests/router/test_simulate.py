@@ -12,8 +12,8 @@ import pytest
 from services.router.errors import UnknownPolicy
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import EngineHardware, FleetHardware
-from services.router.simulate.loop import run
 from services.router.traces import Trace
+from services.rpc.virtual_loop import run
 
 # A step takes a second, a prompt's token 0.01 more, a sequence that decodes 0.1 more; moving a token takes 1 ms.
 ENGINE = EngineHardware(1.0, 0.01, 0.1, 0.0, 0.0, page_size=16, max_step_tokens=64)

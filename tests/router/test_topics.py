@@ -12,7 +12,7 @@ from services.router.fleet.homes import Homes
 from services.router.planning.topics import MAX_TOPICS, Topic, TopicLimits, find_topics
 from services.router.planning.traffic import MAX_SAMPLES, MAX_TOKENS, WINDOW_S, Sample, Traffic
 from services.router.request import ModelKey, PolicyRequest
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 MODEL = ModelKey("m", b"weights", b"tokens")
 LIMITS = TopicLimits(tokens=256, requests=3)

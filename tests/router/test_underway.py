@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from services.router.fleet.underway import Answer, Underway
-from services.router.simulate.loop import run
+from services.rpc.virtual_loop import run
 
 
 def test_a_prompt_is_computed_from_when_the_one_before_it_was_done() -> None:

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from services.router.simulate.loop import run
 from services.router.wait_limit import WaitLimit
+from services.rpc.virtual_loop import run
 
 
 def test_a_wait_that_takes_too_long_is_cut_off_when_its_time_is_over() -> None:

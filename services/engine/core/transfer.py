@@ -63,8 +63,3 @@ class TransferLink:
     def return_slot(self, slot: int) -> None:
         """The push that read the counter has ended. Only for slots of the present incarnation."""
         self._free_slots.append(slot)
-
-    @property
-    def num_free_slots(self) -> int:
-        """Ready counters that no push reads."""
-        return len(self._free_slots)

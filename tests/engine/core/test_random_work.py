@@ -175,7 +175,7 @@ class RandomWork(RuleBasedStateMachine):
                 assert answer.values[0].reason not in ("STEP_FAILED", "GRANT_CONFLICT")
         for node in self.world.nodes:
             assert node.core.next_timer() is None
-            assert node.core._context.link.num_free_slots == 2
+            assert len(node.core._context.link._free_slots) == 2
         self.world.assert_idle()
 
 
