@@ -15,6 +15,8 @@ exact, those over blocks in order, so the bits of a row's result are its own wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -26,23 +28,39 @@ from services.engine.kernels.writer import FLOAT, FLOATS, INT8, INT32, INTS, LAN
 GROUP = 32  # of k that share a scale
 SCALE_BYTES = 12  # of each group of a row: its scale, -128 times the sum of its bytes (int32), and scale times that sum
 _HALVES = 2 * LANES  # bytes of 16 scales
-BYTE_BLOCK = GROUP * LANES + _HALVES
-NIBBLE_BLOCK = GROUP * LANES // 2 + 2 * _HALVES
 _AHEAD = 2048  # bytes between what is computed with and what is fetched from memory
 _LINE = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a block of a panel consists of: numbers, 16 scales, and 16 minimums if it has them."""
+
+    number_bytes: int
+    has_minimums: bool
+
+    @property
+    def block_bytes(self) -> int:
+        """All of a block."""
+        return self.number_bytes + (2 if self.has_minimums else 1) * _HALVES
+
+
+_BYTES = _Form(GROUP * LANES, has_minimums=False)
+_NIBBLES = _Form(GROUP * LANES // 2, has_minimums=True)
+BYTE_BLOCK, NIBBLE_BLOCK = _BYTES.block_bytes, _NIBBLES.block_bytes
+
+
 def byte_tile(rows: int, panels: int) -> Any:
     """An intrinsic: out (rows, 16 * panels) = rows of bytes times a tile of bytes; see _tile."""
-    return _tile(rows, panels, BYTE_BLOCK, has_minimums=False)
+    return _tile(rows, panels, _BYTES)
 
 
 def nibble_tile(rows: int, panels: int) -> Any:
     """An intrinsic: out (rows, 16 * panels) = rows of bytes times a tile of nibbles; see _tile."""
-    return _tile(rows, panels, NIBBLE_BLOCK, has_minimums=True)
+    return _tile(rows, panels, _NIBBLES)
 
 
-def _tile(rows: int, panels: int, block_bytes: int, *, has_minimums: bool) -> Any:
+def _tile(rows: int, panels: int, form: _Form) -> Any:
     """(left, left_row_stride, scales, scales_row_stride, right, num_groups, factor, out, out_row_stride).
 
     Addresses and bytes; the factor is the bits of a float32. Of each row and group `scales` has SCALE_BYTES.
@@ -55,50 +73,17 @@ def _tile(rows: int, panels: int, block_bytes: int, *, has_minimums: bool) -> An
             write = Writer(builder)
 
             def group(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-                at_left = builder.add(left, builder.mul(index, int64(GROUP)))
-                at_right = builder.add(right, builder.mul(index, int64(panels * block_bytes)))
-                at_scales = builder.add(scales, builder.mul(index, int64(SCALE_BYTES)))
-                for line in range(0, panels * block_bytes, _LINE):
-                    write.prefetch(builder.add(at_right, int64(line + _AHEAD)))
-                rows_at = [write.address(at_scales, row, scales_row) for row in range(rows)]
-                if has_minimums:
-                    sums = [ir.Constant(INTS, None)] * (rows * panels)
-                else:
-                    offsets = [write.load(builder.add(address, int64(4)), INT32) for address in rows_at]
-                    sums = [write.spread(offset, INTS) for offset in offsets for _ in range(panels)]
-                for first in range(0, GROUP // 2 if has_minimums else GROUP, 4):
-                    at = builder.add(at_right, int64(LANES * first))
-                    loaded = [write.load(write.address(at, panel, block_bytes), INTS) for panel in range(panels)]
-                    parts = [(first, loaded)]
-                    if has_minimums:
-                        parts = list(zip((first, first + GROUP // 2), write.nibbles(loaded), strict=True))
-                    for k, columns in parts:
-                        for row in range(rows):
-                            address = builder.add(write.address(at_left, row, left_row), int64(k))
-                            signed = write.spread(write.load(address, INT32), INTS)
-                            for panel in range(panels):
-                                n = row * panels + panel
-                                sums[n] = write.add_byte_products(sums[n], columns[panel], signed)
-                at = builder.add(at_right, int64(GROUP * LANES // (2 if has_minimums else 1)))
-                of_columns = [write.halves(write.address(at, panel, block_bytes)) for panel in range(panels)]
-                of_rows = [write.spread(write.load(address, FLOAT), FLOATS) for address in rows_at]
-                totals = [
-                    write.multiply_add(
-                        builder.sitofp(sums[n], FLOATS),
-                        builder.fmul(of_rows[n // panels], of_columns[n % panels]),
-                        total,
-                    )
-                    for n, total in enumerate(totals)
+                at = [
+                    builder.add(base, builder.mul(index, int64(step)))
+                    for base, step in ((left, GROUP), (scales, SCALE_BYTES), (right, panels * form.block_bytes))
                 ]
-                if not has_minimums:
-                    return totals
-                at = builder.add(at, int64(_HALVES))
-                minimums = [write.halves(write.address(at, panel, block_bytes)) for panel in range(panels)]
-                weights = [write.spread(write.load(builder.add(each, int64(8)), FLOAT), FLOATS) for each in rows_at]
-                return [
-                    write.multiply_add(weights[n // panels], minimums[n % panels], total)
-                    for n, total in enumerate(totals)
-                ]
+                numbers = [write.address(at[0], row, left_row) for row in range(rows)]
+                of_rows = [write.address(at[1], row, scales_row) for row in range(rows)]
+                blocks = [write.address(at[2], panel, form.block_bytes) for panel in range(panels)]
+                for line in range(0, panels * form.block_bytes, _LINE):
+                    write.prefetch(builder.add(at[2], int64(line + _AHEAD)))
+                sums = _sums(write, form, numbers, of_rows, blocks)
+                return _scaled(write, form, sums, totals, of_rows, blocks)
 
             totals = write.loop(num_groups, [ir.Constant(FLOATS, None)] * (rows * panels), group)
             spread = write.spread(builder.bitcast(builder.trunc(factor, INT32), FLOAT), FLOATS)
@@ -110,6 +95,58 @@ def _tile(rows: int, panels: int, block_bytes: int, *, has_minimums: bool) -> An
         return types.void(*[types.int64] * 9), build
 
     return tile
+
+
+def _columns(write: Writer, form: _Form, blocks: Sequence[ir.Value]) -> Iterator[tuple[int, list[ir.Value]]]:
+    """For each four of k the first of them, and a vector of each block's panel."""
+    for first in range(0, form.number_bytes // LANES, 4):
+        loaded = [write.load(write.builder.add(block, int64(LANES * first)), INTS) for block in blocks]
+        if form.has_minimums:
+            low, high = write.nibbles(loaded)
+            yield first, low
+            yield first + GROUP // 2, high
+        else:
+            yield first, loaded
+
+
+def _sums(
+    write: Writer, form: _Form, numbers: Sequence[ir.Value], of_rows: Sequence[ir.Value], blocks: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Sums of the products of numbers within a group, row by row and panel by panel, int32 and exact."""
+    builder = write.builder
+    starts = [ir.Constant(INTS, None)] * len(numbers)
+    if not form.has_minimums:  # bytes are stored plus 128
+        starts = [write.spread(write.load(builder.add(each, int64(4)), INT32), INTS) for each in of_rows]
+    sums = [start for start in starts for _ in blocks]
+    for k, columns in _columns(write, form, blocks):
+        for row, address in enumerate(numbers):
+            signed = write.spread(write.load(builder.add(address, int64(k)), INT32), INTS)
+            for n, column in enumerate(columns, row * len(blocks)):
+                sums[n] = write.add_byte_products(sums[n], column, signed)
+    return sums
+
+
+def _scaled(
+    write: Writer,
+    form: _Form,
+    sums: Sequence[ir.Value],
+    totals: Sequence[ir.Value],
+    of_rows: Sequence[ir.Value],
+    blocks: Sequence[ir.Value],
+) -> list[ir.Value]:
+    """The totals plus a group's sums in float32."""
+    builder, panels = write.builder, len(blocks)
+    columns = [write.halves(builder.add(block, int64(form.number_bytes))) for block in blocks]
+    rows = [write.spread(write.load(address, FLOAT), FLOATS) for address in of_rows]
+    scaled = [
+        write.multiply_add(builder.sitofp(sums[n], FLOATS), builder.fmul(rows[n // panels], columns[n % panels]), total)
+        for n, total in enumerate(totals)
+    ]
+    if not form.has_minimums:
+        return scaled
+    minimums = [write.halves(builder.add(block, int64(form.number_bytes + _HALVES))) for block in blocks]
+    weights = [write.spread(write.load(builder.add(address, int64(8)), FLOAT), FLOATS) for address in of_rows]
+    return [write.multiply_add(weights[n // panels], minimums[n % panels], total) for n, total in enumerate(scaled)]
 
 
 @intrinsic

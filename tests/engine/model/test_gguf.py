@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.engine.model.checkpoint import PACKED_FILE
+from services.engine.model.checkpoint import PACKED_FILE, open_checkpoint
+from services.engine.model.config import load_config
+from services.engine.model.decoder import LayerWeights
+from services.engine.model.decoder_weights import read_decoder_weights
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.gguf.packing import is_packable, packed
@@ -24,6 +27,7 @@ from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.rope import frequencies, plain_frequencies
 from services.engine.model.rope_config import RopeConfig
+from services.engine.model.shard import Shard
 from tests.engine.model.gguf_files import write_gguf
 from tests.engine.model.random_models import VARIANTS, WINDOW, save_random
 from tests.engine.model.running import PagedRunner, random_tokens, relative_error
@@ -119,6 +123,29 @@ def test_digest_names_the_form_of_weights(
     digests = [_load(path, form).digest for form in WeightForm]
     assert len(set(digests)) == num_digests
     assert digests[0] not in digests[1:]
+
+
+@torch.inference_mode()
+def test_ranks_share_packed_weights(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = converted_folder(write_gguf(tiny_folder, tmp_path / "model.gguf", "Q4_1"))
+    config, cpu = load_config(folder), torch.device("cpu")
+    maker = linear_maker(cpu, torch.float32, 1, WeightForm.PACKED)
+
+    def read(shard: Shard) -> LayerWeights:
+        with open_checkpoint(folder) as checkpoint:
+            layer = read_decoder_weights(checkpoint, config, torch.float32, cpu, maker, shard).layers[0]
+            assert checkpoint.has_read_packed
+            return layer
+
+    whole, first, second = read(Shard()), read(Shard(0, 2)), read(Shard(1, 2))
+    rows = torch.randn(5, config.intermediate_size, generator=torch.Generator().manual_seed(0))
+    half = config.intermediate_size // 2
+    parts = first.down(rows[:, :half]) + second.down(rows[:, half:])
+    torch.testing.assert_close(parts, whole.down(rows), rtol=1e-5, atol=1e-5)
+    hidden = rows[:, : config.hidden_size].contiguous()
+    gates = [layer.gate_up(hidden).chunk(2, dim=-1) for layer in (first, second)]
+    expected = whole.gate_up(hidden)
+    assert torch.equal(torch.cat([*(gate for gate, _ in gates), *(up for _, up in gates)], dim=-1), expected)
 
 
 def test_packed_parts_of_another_shape_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
