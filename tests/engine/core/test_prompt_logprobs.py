@@ -10,7 +10,7 @@ from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from tests.engine.core.answers import Clock
 from tests.engine.core.fake_runner import expected_scores
-from tests.engine.core.world import Node, World, prompt_of, ref_of
+from tests.engine.core.world import Node, World, at_once, prompt_of, ref_of
 
 
 def node(**options: Any) -> Node:
@@ -134,6 +134,7 @@ def test_what_was_sent_and_not_used_is_cached() -> None:
     world.assert_idle()
 
 
+@at_once
 def test_one_that_asks_while_its_prompt_is_computed_waits_for_nobody() -> None:
     engine, prompt = node(max_step_tokens=64), prompt_of(24)
     streams = [engine.generate(prompt, rating()), engine.generate(prompt, rating())]
@@ -154,7 +155,8 @@ def test_a_first_position_beyond_the_prompt_is_refused() -> None:
 def test_a_cancelled_one_leaves_nothing() -> None:
     engine = node(max_step_tokens=4)
     stream = engine.generate(prompt_of(20), rating(), name="mine")
-    engine.step()
+    while not stream.prompt_logprobs:
+        engine.step()
     assert 0 < len(stream.prompt_logprobs) < 19
     engine.cancel("mine")
     engine.run()
