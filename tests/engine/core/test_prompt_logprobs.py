@@ -152,6 +152,7 @@ def test_a_first_position_beyond_the_prompt_is_refused() -> None:
     assert [each.failure.reason for each in (stream, whole)] == ["INVALID_RANGE"] * 2
 
 
+@at_once
 def test_a_cancelled_one_leaves_nothing() -> None:
     engine = node(max_step_tokens=4)
     stream = engine.generate(prompt_of(20), rating(), name="mine")
