@@ -54,7 +54,7 @@ class EngineConfig(ServerConfig):
     max_context: int | None = field(
         default=None,
         metadata={
-            "help": "most tokens of a prompt and its output; none: as the model, and half of a pool without --pages"
+            "help": "most tokens of a prompt and its output; none: as the model, and half of a pool that peers write to"
         },
     )
     max_batch_size: int = field(default=64, metadata={"help": "sequences computed in one step"})

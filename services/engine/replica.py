@@ -62,7 +62,7 @@ class Replica:
     def limits(self) -> Limits:
         """What the model and the pool bound."""
         config, room = self.config, self.num_pages * self.layout.page_size
-        if config.kvtransfer is not None and config.pages is None and config.max_context is None:
+        if config.kvtransfer is not None and config.max_context is None:
             room //= 2  # so that a longest prompt can be reserved while another one's pages stay free (rule 6)
         most = min(self.model.config.max_context, room)
         return Limits(self.model.config.vocab_size, min(most, config.max_context or most))
