@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
 
+from services.cli.access import router_channel
 from services.cli.errors import CliError
 from services.cli.values import Answer, Engine, Explanation, Planner, Policy, Question, Split
 from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_planner, to_policy, to_split
@@ -22,8 +22,6 @@ from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
 
 POLICY_KEY = "x-microserve-policy"
-# The router's own option, so that one variable serves `microserve up` and the commands beside it.
-KEY_VARIABLE = "MICROSERVE_ROUTER_API_KEY"
 # For questions about the fleet, which no engine computes on.
 _ADMIN_TIMEOUT_S = 10.0
 
@@ -55,6 +53,14 @@ class RouterClient:
         """The fleet, by address."""
         reply = await self._admin.ListEngines(admin_pb2.ListEnginesRequest(), timeout=_ADMIN_TIMEOUT_S)
         return [to_engine(engine) for engine in reply.engines]
+
+    async def add_engine(self, address: str) -> None:
+        """Takes an engine into the fleet."""
+        await self._admin.AddEngine(admin_pb2.AddEngineRequest(address=address), timeout=_ADMIN_TIMEOUT_S)
+
+    async def remove_engine(self, address: str) -> None:
+        """Takes an engine out of the fleet; what runs there goes on elsewhere or to its end."""
+        await self._admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=address), timeout=_ADMIN_TIMEOUT_S)
 
     async def drain_engine(self, address: str, *, resume: bool, migrate: bool) -> None:
         """An engine takes no new work, or takes it again; with `migrate` what runs there goes on elsewhere."""
@@ -120,7 +126,7 @@ class RouterClient:
 @asynccontextmanager
 async def router_client(address: str) -> AsyncIterator[RouterClient]:
     """A client for the time of the block, inside which every failed call becomes a CliError."""
-    async with make_channel(address, interceptors=(_KeyForReplies(), _KeyForStreams())) as channel:
+    async with router_channel(address) as channel:
         try:
             with remote_errors():
                 yield RouterClient(address, channel)
@@ -141,27 +147,6 @@ async def wait_serving(address: str, timeout_s: float) -> None:
             raise CliError(f"{address} is not healthy: {error.details()}") from None
         finally:
             watch.cancel()
-
-
-class _KeyForReplies(grpc.aio.UnaryUnaryClientInterceptor):
-    """Shows the router's key with every call that has one reply."""
-
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_key(client_call_details), request)
-
-
-class _KeyForStreams(grpc.aio.UnaryStreamClientInterceptor):
-    """Shows it with every call that has a stream of replies."""
-
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_key(client_call_details), request)
-
-
-def _with_key(details: Any) -> Any:
-    key = os.environ.get(KEY_VARIABLE, "").partition(",")[0].strip()
-    if not key:
-        return details
-    return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), ("authorization", f"Bearer {key}")))
 
 
 def _explain(address: str, error: RemoteError) -> CliError:

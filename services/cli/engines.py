@@ -52,6 +52,33 @@ def resume(name: Which, address: Address = DEFAULT_ADDRESS) -> None:
     asyncio.run(_drain(address, name, resume=True, migrate=False))
 
 
+@app.command("add")
+def add(
+    engine: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Its gRPC address.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Takes an engine into the fleet. It gets work as soon as it is healthy."""
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            await router.add_engine(engine)
+        print(f"{engine} is in the fleet")
+
+    asyncio.run(run())
+
+
+@app.command("remove")
+def remove(name: Which, address: Address = DEFAULT_ADDRESS) -> None:
+    """Takes an engine out of the fleet. What it has begun it ends; `drain --migrate` first moves that elsewhere."""
+
+    async def run() -> None:
+        async with router_client(address) as router:
+            await router.remove_engine(_find(name, await router.list_engines()))
+        print(f"{name} is out of the fleet")
+
+    asyncio.run(run())
+
+
 async def _drain(address: str, name: str, *, resume: bool, migrate: bool) -> None:
     async with router_client(address) as router:
         engine = _find(name, await router.list_engines())

@@ -20,7 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Serves large language models through sub-request calls composed by router programs.",
+    help="Serves large language models through sub-request calls composed by router programs. The router's keys and"
+    " certificates are taken from MICROSERVE_ROUTER_API_KEY, MICROSERVE_ROUTER_ADMIN_KEY and MICROSERVE_CLI_TLS_CA.",
 )
 app.command("ask")(commands.ask)
 app.command("explain")(commands.explain)

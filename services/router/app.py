@@ -96,7 +96,7 @@ class Router:
             max_request_s=config.request_timeout,
         )
         keys = Keys(config.api_key)
-        guard = KeyInterceptor(keys, (ROUTER_SERVICE, ADMIN_SERVICE))
+        guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: Keys(config.admin_key or config.api_key)})
         self.server = Server(config, "router", interceptors=(guard,))
         front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)

@@ -107,6 +107,10 @@ class RouterConfig(ServerConfig):
     api_key: tuple[str, ...] = field(
         default=(), metadata={"help": "key that clients must send; may be repeated; none: all may call", "secret": True}
     )
+    admin_key: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "key that AdminService wants instead of --api-key; may be repeated", "secret": True},
+    )
     admin_listen: str | None = field(
         default=None, metadata={"help": "host:port of its own for AdminService, beside --listen"}
     )
@@ -159,8 +163,9 @@ class RouterConfig(ServerConfig):
             raise ValueError("--engine-tls-cert and --engine-tls-key go together")
         if self.engine_tls_cert is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-cert needs --engine-tls-ca")
-        if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_key):
-            raise ValueError("an --api-key must be printable ASCII with no space around it")
+        for key in (*self.api_key, *self.admin_key):
+            if not (key and key.isascii() and key.isprintable() and key.strip() == key):
+                raise ValueError("an --api-key or --admin-key must be printable ASCII with no space around it")
         if self.engine_tls_name is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-name needs --engine-tls-ca")
         self._check_upload()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -30,11 +30,11 @@ class Keys:
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls of the named services without a key. Others, health and reflection among them, pass."""
+    """Refuses calls of the named services without one of their keys. Others, health and reflection among them, pass."""
 
-    def __init__(self, keys: Keys, services: Collection[str]) -> None:
-        self._keys = keys
-        self._services = frozenset(services)
+    def __init__(self, keys: Mapping[str, Keys]) -> None:
+        """`keys`: by service."""
+        self._keys = dict(keys)
 
     async def intercept_service(
         self,
@@ -42,11 +42,12 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.split("/")[1] not in self._services:
+        keys = self._keys.get(handler_call_details.method.split("/")[1])
+        if handler is None or keys is None:
             return handler
         given = [value for name, value in handler_call_details.invocation_metadata or () if name == HEADER]
         try:
-            self._keys.check(b"".join(each if isinstance(each, bytes) else each.encode() for each in given))
+            keys.check(b"".join(each if isinstance(each, bytes) else each.encode() for each in given))
         except WrongKey as error:
             return _refusing(handler, error)
         return handler

@@ -31,6 +31,8 @@ PREFIX = "MICROSERVE_"
 _SCOPES = ("ENGINE_", "KVTRANSFER_", "ROUTER_")
 # Kubernetes puts these into every container beside a Service that is named microserve-something.
 _KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP)(_.*)?)$")
+# The command's own.
+_COMMAND = "CLI_"
 # Variables that are read elsewhere and mean the same to every service.
 _SHARED = ("MICROSERVE_CACHE", "MICROSERVE_TESTING")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -166,7 +168,7 @@ def _from_environment(options: list[_Option], environ: Mapping[str, str], scope:
             if name in environ:
                 values[option.field.name] = option.parse_variable(environ[name], name)
                 break
-    foreign = tuple(PREFIX + other for other in _SCOPES if other != scope)
+    foreign = tuple(PREFIX + other for other in (*_SCOPES, _COMMAND) if other != scope)
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known and not name.startswith(foreign):
             if _KUBERNETES.search(name):

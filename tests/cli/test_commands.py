@@ -51,6 +51,14 @@ def test_engines_are_drained_by_name_or_address(microserve: Run, router_address:
     assert "behind `drain`" in err
 
 
+def test_engines_come_and_go(microserve: Run, router_address: str) -> None:
+    at = ("--address", router_address)
+    assert microserve("engines", "add", "10.0.0.7:1", *at) == (0, "10.0.0.7:1 is in the fleet\n", "")
+    assert "10.0.0.7:1" in microserve("engines", *at)[1]
+    assert microserve("engines", "remove", "10.0.0.7:1", *at) == (0, "10.0.0.7:1 is out of the fleet\n", "")
+    assert "10.0.0.7:1" not in microserve("engines", *at)[1]
+
+
 def test_engines(microserve: Run, router_address: str) -> None:
     code, out, _ = microserve("engines", "--address", router_address)
     assert code == 0

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.router.v1 import admin_pb2, router_pb2
 
-from services.cli.client import KEY_VARIABLE, router_client
+from services.cli.access import (
+    ADMIN_KEY_VARIABLE,
+    CA_VARIABLE,
+    CERTIFICATE_VARIABLE,
+    KEY_VARIABLE,
+    PRIVATE_KEY_VARIABLE,
+)
+from services.cli.client import router_client
 from services.cli.errors import CliError
 from services.cli.values import Question
 from services.rpc.status import remote_errors
@@ -50,3 +60,47 @@ async def test_the_commands_show_the_key_of_the_environment(monkeypatch: pytest.
             assert len(await router.list_engines()) == 1
             pieces = [piece async for piece in router.generate(Question("hi"), timeout_s=10)]
             assert "".join(piece for piece in pieces if isinstance(piece, str)) == "hello"
+
+
+async def test_an_admin_key_closes_the_admin_service_to_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, operator = ((("authorization", f"Bearer {key}"),) for key in ("client", "operator"))
+    async with running(1, fake_model=script("hello"), api_key=("client",), admin_key=("operator",)) as suite:
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+            await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=client)
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+            await suite.stub.ListModels(router_pb2.ListModelsRequest(), metadata=operator)
+        assert (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=operator)).engines
+        monkeypatch.setenv(KEY_VARIABLE, "client")
+        monkeypatch.setenv(ADMIN_KEY_VARIABLE, "operator")
+        async with router_client(suite.router.addresses.grpc) as router:
+            assert len(await router.list_engines()) == 1
+            assert [piece async for piece in router.generate(Question("hi"), timeout_s=10)]
+
+
+async def test_the_commands_talk_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("operator@example.org")
+    files = {name: tmp_path / name for name in ("ca", "server", "server_key", "client", "client_key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    for name, certificate in (("server", server), ("client", client)):
+        certificate.private_key_pem.write_to_path(files[f"{name}_key"])
+        certificate.cert_chain_pems[0].write_to_path(files[name])
+    tls = {"tls_cert": files["server"], "tls_key": files["server_key"], "tls_client_ca": files["ca"]}
+    async with running(1, **tls) as suite:
+        address = suite.router.addresses.grpc
+
+        async def list_engines() -> int:
+            async with router_client(address) as router:
+                return len(await router.list_engines())
+
+        with pytest.raises(CliError, match="no router answers"):
+            await list_engines()
+        monkeypatch.setenv(CA_VARIABLE, str(files["ca"]))
+        monkeypatch.setenv(CERTIFICATE_VARIABLE, str(files["client"]))
+        with pytest.raises(CliError, match="go together"):
+            await list_engines()
+        monkeypatch.setenv(PRIVATE_KEY_VARIABLE, str(files["client_key"]))
+        assert await list_engines() == 1
+        monkeypatch.setenv(CA_VARIABLE, str(tmp_path / "nowhere.pem"))
+        with pytest.raises(CliError, match=r"cannot read .*nowhere\.pem"):
+            await list_engines()

@@ -132,6 +132,7 @@ def test_bad_environment(environ: dict[str, str], message: str) -> None:
 def test_variables_of_others_are_let_be() -> None:
     assert read(
         MICROSERVE_ROUTER_ANYTHING="1",
+        MICROSERVE_CLI_TLS_CA="ca.pem",
         MICROSERVE_ENGINE_SERVICE_HOST="10.0.0.1",
         MICROSERVE_ENGINE_PORT_50051_TCP_ADDR="10.0.0.1",
         HOME="/",

@@ -99,6 +99,14 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         engines[0].load.pages.total = 512
         return admin_pb2.ListEnginesResponse(engines=engines)
 
+    async def AddEngine(self, request: Any, context: Any) -> admin_pb2.AddEngineResponse:
+        self.engines = (*self.engines, request.address)
+        return admin_pb2.AddEngineResponse()
+
+    async def RemoveEngine(self, request: Any, context: Any) -> admin_pb2.RemoveEngineResponse:
+        self.engines = tuple(address for address in self.engines if address != request.address)
+        return admin_pb2.RemoveEngineResponse()
+
     async def DrainEngine(self, request: Any, context: Any) -> admin_pb2.DrainEngineResponse:
         if request.address == "10.0.0.9:1":
             raise UnknownPolicy(f"{request.resume} {request.migrate}")

@@ -1,0 +1,69 @@
+"""How the commands reach a router: keys to show and certificates to trust, from the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from services.cli.errors import CliError
+from services.rpc.channel import ClientTls, make_channel
+
+# The router's own options, so that one variable serves `microserve up` and the commands beside it.
+KEY_VARIABLE = "MICROSERVE_ROUTER_API_KEY"
+ADMIN_KEY_VARIABLE = "MICROSERVE_ROUTER_ADMIN_KEY"
+# PEM files. With the first the commands talk TLS; the others are for routers that want a certificate.
+CA_VARIABLE = "MICROSERVE_CLI_TLS_CA"
+CERTIFICATE_VARIABLE = "MICROSERVE_CLI_TLS_CERT"
+PRIVATE_KEY_VARIABLE = "MICROSERVE_CLI_TLS_KEY"
+_ADMIN_METHODS = "/microserve.router.v1.AdminService/"
+
+
+def router_channel(address: str) -> grpc.aio.Channel:
+    """A channel to the router; the caller closes it. CliError if a certificate cannot be read."""
+    try:
+        return make_channel(address, _tls(), interceptors=(_KeyForReplies(), _KeyForStreams()))
+    except OSError as error:
+        raise CliError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _tls() -> ClientTls | None:
+    ca, certificate, key = (
+        Path(value) if value else None
+        for value in map(os.environ.get, (CA_VARIABLE, CERTIFICATE_VARIABLE, PRIVATE_KEY_VARIABLE))
+    )
+    if (certificate is None) != (key is None):
+        raise CliError(f"{CERTIFICATE_VARIABLE} and {PRIVATE_KEY_VARIABLE} go together")
+    if ca is None:
+        if certificate is not None:
+            raise CliError(f"{CERTIFICATE_VARIABLE} needs {CA_VARIABLE}")
+        return None
+    return ClientTls(ca, certificate, key)
+
+
+class _KeyForReplies(grpc.aio.UnaryUnaryClientInterceptor):
+    """Shows the router's key with every call that has one reply."""
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_key(client_call_details), request)
+
+
+class _KeyForStreams(grpc.aio.UnaryStreamClientInterceptor):
+    """Shows it with every call that has a stream of replies."""
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_key(client_call_details), request)
+
+
+def _with_key(details: Any) -> Any:
+    method = details.method if isinstance(details.method, str) else details.method.decode()
+    key = (_first(ADMIN_KEY_VARIABLE) if method.startswith(_ADMIN_METHODS) else "") or _first(KEY_VARIABLE)
+    if not key:
+        return details
+    return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), ("authorization", f"Bearer {key}")))
+
+
+def _first(variable: str) -> str:
+    return os.environ.get(variable, "").partition(",")[0].strip()
