@@ -60,7 +60,7 @@ class Problem:
         for rows, chosen in (((1, 1), LAST_ROWS), (CHUNK, slice(None))):
             batch, query = self._batch(rows, range(2), self.kv.device), self._query[chosen].to(self.kv.device)
             for form, expected in zip(FORMS, self._expected, strict=True):
-                with _uninitialized_is_nan():
+                with uninitialized_is_nan():
                     actual = backend.attend(0, query, batch, form)
                 difference = float((actual.cpu().float() - expected[chosen].float()).abs().max())
                 if not difference <= TOLERANCES[self.kv.dtype]:  # NaN is not
@@ -104,7 +104,7 @@ class Problem:
 
 
 @contextmanager
-def _uninitialized_is_nan() -> Iterator[None]:
+def uninitialized_is_nan() -> Iterator[None]:
     """Has torch fill what it allocates: that comes with its deterministic mode.
 
     use_deterministic_algorithms would do the same, but loads the compiler first, which takes longer than all else here.

@@ -78,8 +78,9 @@ class TritonPagedAttention(GatherSdpaAttention):
             query.stride(0), query.stride(1), *pool.stride()[:4], tables.stride(0), SPLITS,
             GROUP=group, GROUP_ROWS=max(LEAST_DOT, self._next_power(group)), HEAD_DIM=self.head_dim, DIMS=dims,
             PAGE_SIZE=self.page_size, LEAST=LEAST, BLOCK=BLOCK, HAS_CAP=form.softcap is not None,
+            enable_fp_fusion=True,  # Triton 3.9 warns where it is not said, and 3.10 takes another default
         )  # fmt: skip
         self._kernels.add_pieces[(count, num_heads)](
             values, stats, rows, mixed, mixed.stride(0), mixed.stride(1), SPLITS,
-            HEAD_DIM=self.head_dim, DIMS=dims, SPLITS=self._next_power(SPLITS),
+            HEAD_DIM=self.head_dim, DIMS=dims, SPLITS=self._next_power(SPLITS), enable_fp_fusion=True,
         )  # fmt: skip

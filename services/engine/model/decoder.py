@@ -13,7 +13,8 @@ from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
 from services.engine.model.config import ModelConfig
 from services.engine.model.linear.linear import Linear
-from services.engine.model.ops import Ops, Step, TorchOps
+from services.engine.model.ops import Ops, Step
+from services.engine.model.ops_choice import make_ops
 from services.engine.model.rope import RotaryTable
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Decoder:
         """`team`: whose layers the linear ones are, see LinearMaker; then steps are recorded for it where that goes."""
         self.config = config
         self._weights = weights
-        self._ops: Ops = TorchOps(config)
+        self._ops = make_ops(config, self.device, self.dtype)
         self._recorder = None if team is None else _recorder(config, team)
         ropes = {layer.rope for layer in config.layers}
         self._rotary = {rope: RotaryTable(rope, config.head_dim, config.max_context, self.device) for rope in ropes}

@@ -1,0 +1,164 @@
+"""Which operations a decoder gets: fused ones that are right, and plain torch whatever is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.attention.problem import WrongResult
+from services.engine.model.config import ModelConfig
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.model.ops import Ops, Step, TorchOps
+from services.engine.model.ops_choice import check_ops, choose_ops, fused_ops, make_ops
+from services.engine.model.rope import RotaryTable
+from tests.engine.model.ops_shapes import SHAPES, Shape, config_of
+from tests.models import make_tiny_llama
+
+CPU = torch.device("cpu")
+on_a_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+class ForgetsARow(TorchOps):
+    def norm(self, rows: Tensor, weight: Tensor) -> Tensor:
+        result = torch.empty_like(rows)
+        result[:-1] = super().norm(rows, weight)[:-1]
+        return result
+
+
+class KeepsTheOldSum(TorchOps):
+    def add_norm(self, hidden: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        return super().add_norm(hidden.clone(), added, weight)
+
+
+class WritesElsewhere(TorchOps):
+    def rotate_and_store(
+        self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable
+    ) -> Tensor:
+        query = super().rotate_and_store(step, layer, projected, query_key_norm, table)
+        heads = projected.new_zeros(1, self._config.num_kv_heads, self._config.head_dim)
+        step.attention.write(layer, heads, heads, torch.tensor([20]))
+        return query
+
+
+class TurnsTheOtherWay(TorchOps):
+    def rotate_and_store(
+        self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable
+    ) -> Tensor:
+        table.sine.neg_()
+        query = super().rotate_and_store(step, layer, projected, query_key_norm, table)
+        table.sine.neg_()
+        return query
+
+
+class MixesGateAndUp(TorchOps):
+    def activate(self, gate_up: Tensor) -> Tensor:
+        return super().activate(gate_up.roll(gate_up.shape[1] // 2, 1))
+
+
+class AnswersInFloat32(TorchOps):
+    def activate(self, gate_up: Tensor) -> Tensor:
+        return super().activate(gate_up).float()
+
+
+WRONG = {
+    ForgetsARow: "norm: 48 of 240",
+    KeepsTheOldSum: "sum: ",
+    WritesElsewhere: "pages: ",
+    TurnsTheOtherWay: "queries: ",
+    MixesGateAndUp: "activation: ",
+    AnswersInFloat32: "activation: ",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_found_and_passed_over(
+    tiny: LoadedModel, caplog: pytest.LogCaptureFixture, kind: type[TorchOps]
+) -> None:
+    config = config_of(tiny, SHAPES[0])
+    with pytest.raises(WrongResult, match=WRONG[kind]):
+        check_ops(kind(config), config, CPU, torch.bfloat16)
+    assert type(choose_ops(config, CPU, torch.bfloat16, kind)) is TorchOps
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert WRONG[kind] in record.fields["why"]
+
+
+def test_what_is_right_is_taken(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    class Fused(TorchOps):
+        pass
+
+    caplog.set_level(logging.INFO)
+    assert isinstance(tiny.config, ModelConfig)
+    assert type(choose_ops(tiny.config, CPU, torch.float32, Fused)) is Fused
+    (record,) = caplog.records
+    assert record.getMessage() == "operations chosen"
+    assert record.fields["ops"] == "Fused"
+
+
+def test_what_fails_is_passed_over(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(config: ModelConfig) -> Ops:
+        raise RuntimeError("no compiler")
+
+    assert isinstance(tiny.config, ModelConfig)
+    assert type(choose_ops(tiny.config, CPU, torch.float32, fail)) is TorchOps
+    assert caplog.records[0].fields["why"] == "RuntimeError: no compiler"
+
+
+def test_without_triton(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert isinstance(tiny.config, ModelConfig)
+    monkeypatch.setitem(sys.modules, "services.engine.model.triton_ops", None)
+    assert type(choose_ops(tiny.config, CPU, torch.float32, fused_ops)) is TorchOps
+    (record,) = caplog.records
+    assert (record.levelno, record.fields["why"]) == (logging.INFO, "triton is not installed")
+
+
+def test_on_a_cpu_nothing_is_tried(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert isinstance(tiny.config, ModelConfig)
+    assert type(make_ops(tiny.config, CPU, torch.float32)) is TorchOps
+    assert not caplog.records
+
+
+class TestOnAGpu:
+    pytestmark = on_a_gpu
+
+    @pytest.fixture(autouse=True)
+    def triton(self) -> None:
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (4096, 14336, 32, 8, 128, False, "silu")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_the_self_test_of_a_start(self, tiny: LoadedModel, shape: Shape, dtype: torch.dtype) -> None:
+        config = config_of(tiny, shape)
+        check_ops(fused_ops(config), config, torch.device("cuda"), dtype)
+
+    def test_a_decoder_gets_them(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        load_model(make_tiny_llama(tmp_path), device="cuda", dtype=torch.bfloat16)
+        chosen = [record.fields["ops"] for record in caplog.records if record.getMessage() == "operations chosen"]
+        assert chosen == ["TritonOps"]
+
+    def test_they_are_captured(self, tiny: LoadedModel) -> None:
+        """A replay over other values computes those."""
+        config = config_of(tiny, SHAPES[3])
+        fused, device = fused_ops(config), torch.device("cuda")
+        weight, hidden, gate_up = (torch.randn(*size, device=device) for size in ((1024,), (4, 1024), (4, 6144)))
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            fused.norm(hidden, weight), fused.activate(gate_up)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = fused.norm(hidden, weight), fused.activate(gate_up)
+        hidden.normal_(), gate_up.normal_()
+        graph.replay()
+        plain = TorchOps(config)
+        torch.testing.assert_close(results, (plain.norm(hidden, weight), plain.activate(gate_up)))
