@@ -187,6 +187,24 @@ def _weigh(scores: Any, best: Any, totals: Any, shrink: Any) -> None:
 
 
 @compiled
+def _scale_lanes(sums: Any, factors: Any) -> None:
+    """sums (96, head_dim) times factors (96,), of which most are 1."""
+    for lane in range(BLOCK_LANES):
+        factor = factors[lane]
+        if factor != np.float32(1):
+            for element in range(sums.shape[1]):
+                sums[lane, element] *= factor
+
+
+@compiled
+def _copy(source: int, target: int, count: int) -> None:
+    """So many float32, by address."""
+    values, copies = floats(source, (count,)), floats(target, (count,))
+    for index in range(count):
+        copies[index] = values[index]
+
+
+@compiled
 def _add_mixed_lanes(sums: int, scores: int, values: int, count: int, head_dim: int) -> None:
     """sums (96, head_dim) += weights (count, 96), transposed, times values (count, head_dim), all by address."""
     width, row = head_dim * 4, BLOCK_LANES * 4
@@ -246,20 +264,20 @@ def _attend_block(job: Any, chunk: int) -> None:
         if stop > context or start < last - window:
             _hide(scores[: stop - start], start, firsts, limits)
         _weigh(scores[: stop - start], best, totals, shrink)
-        for lane in range(BLOCK_LANES):
-            sums[lane] *= shrink[lane]
+        _scale_lanes(sums, shrink)
         token = start
         while token < stop:
             count = min(page_size - token % page_size, stop - token)
             value = pool + np.int64(table[token // page_size]) * page_bytes + value_offset
             value += (kv_head * page_size + token % page_size) * width
-            together[token - start : token - start + count] = floats(value, (count, head_dim))
+            _copy(value, together.ctypes.data + (token - start) * width, count * head_dim)
             token += count
         _add_mixed_lanes(sums.ctypes.data, scores.ctypes.data, together.ctypes.data, stop - start, head_dim)
         start = stop
     target = floats(mixed + row * num_heads * width, (num_rows, num_heads, head_dim))
     for lane in range(num_rows * group):
-        target[lane // group, kv_head * group + lane % group] = sums[lane] / totals[lane]
+        for element in range(head_dim):
+            target[lane // group, kv_head * group + lane % group, element] = sums[lane, element] / totals[lane]
 
 
 def _write(job: Any, chunk: int) -> None:
