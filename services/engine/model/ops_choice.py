@@ -18,6 +18,7 @@ from services.engine.model.rope import RotaryTable
 
 NUM_ROWS, PAGE_SIZE, NUM_PAGES = 5, 16, 3
 POSITIONS, SLOTS = (0, 1, 7, 30, 31), (17, 16, 47, 3, 40)  # of the rows; slots lie in all pages
+APART = 16  # elements between rows: a kernel compiled for strides of 16 is then the one that serves
 # Of the largest value. Plain torch rounds between its operations, the fused ones at their end.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -75,7 +76,7 @@ def check_ops(ops: Ops, config: ModelConfig, device: torch.device, dtype: torch.
     random = torch.Generator().manual_seed(0)
 
     def rows(size: int) -> Tensor:
-        return (torch.randn(NUM_ROWS, size + 8, generator=random) * 3).to(device, dtype)[:, :size]
+        return (torch.randn(NUM_ROWS, size + APART, generator=random) * 3).to(device, dtype)[:, :size]
 
     def weight(*size: int) -> Tensor:
         return (1 + torch.randn(size, generator=random)).to(device)

@@ -36,7 +36,8 @@ def add_norm(
     tl.store(normed + row * normed_row + element, result.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Positions and slots begin anywhere in a step's one copy: no kernel more for each place.
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rotate_and_store(
     projected, query, pool, norm, cosine, sine, positions, slots,
     epsilon, page_size,
