@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bench.gpu.clock import finish
+from bench.gpu.gaps import MarkedGraphs, MarkedRunner, Marks
 from bench.gpu.shapes import Shapes
 from services.engine.attention.factory import make_attention
 from services.engine.core import api
 from services.engine.core.config import CoreConfig
 from services.engine.core.core import EngineCore
-from services.engine.core.plan import Runner
 from services.engine.gpu.graphs import decode_graphs
-from services.engine.gpu.runner import QueuedRunner
 from services.engine.model.decoder import Decoder
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
@@ -47,6 +47,7 @@ class Decoding:
     """A load of equal sequences that all decode together."""
 
     step_s: list[float]  # of the steps in which every sequence got a token
+    gap_s: Sequence[float]  # between steps, on the device; none on a CPU
     context: float  # tokens of a sequence in the middle of these steps
 
 
@@ -57,10 +58,13 @@ class Engine:
         config, device = shapes.config, model.device
         self.kv = make_pool(shapes, num_tokens, device)
         self.attention = make_attention(None, self.kv, config)
-        graphs = None
+        self._marks, graphs = Marks(), None
         if device.type == "cuda":
-            graphs = decode_graphs(model, self.kv, max_batch_size, config.max_context)
-        self.runner: Runner = QueuedRunner(model, self.attention, self.kv, (), graphs)
+            graphs = decode_graphs(model, self.kv, max_batch_size, config.max_context, MarkedGraphs)
+        if isinstance(graphs, MarkedGraphs):
+            graphs.marks = self._marks
+        self.runner = MarkedRunner(model, self.attention, self.kv, (), graphs)
+        self.runner.marks = self._marks
         layout = PageLayout(
             config.num_layers, config.num_kv_heads, config.head_dim, shapes.page_size, Dtype[dtype_name(shapes).upper()]
         )
@@ -81,6 +85,7 @@ class Engine:
             sampling = SamplingParams(max_tokens=num_steps + 40, ignore_eos=True)
             key = api.RequestKey("bench", str(number))
             commands.append(api.StartGenerate(key, prompt, 0, 0, sampling, None, "", None, call_id=number))
+        self._marks.clear()
         seconds: list[float] = []
         until = time.monotonic() + MAX_SECONDS
         is_busy = self.core.step(commands)
@@ -95,7 +100,8 @@ class Engine:
             pass
         if self.listener.errors or not seconds:
             raise RuntimeError(f"the engine answered {self.listener.errors[:1] or 'nothing in time'}")
-        return Decoding(seconds, context + num_steps / 2)
+        finish(self.kv.device)
+        return Decoding(seconds, self._marks.gaps_s(), context + num_steps / 2)
 
 
 def make_pool(shapes: Shapes, num_tokens: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from bench.gpu.clock import median_s
-from bench.gpu.engine import Engine, make_pool
+from bench.gpu.engine import Decoding, Engine, make_pool
 from bench.gpu.shapes import Shapes, random_model
 from services.engine.attention.factory import make_attention
 from services.engine.batch import ForwardBatch
@@ -46,12 +46,14 @@ class Bench:
     def one_stream(self) -> Figures:
         """A decoding step of one short sequence, beside reading the weights once."""
         engine = Engine(self.model, self.shapes, 4096, 1)
-        step_s = statistics.median(engine.decode(1, 32, NUM_STEPS).step_s)
+        decoding = engine.decode(1, 32, NUM_STEPS)
+        step_s = statistics.median(decoding.step_s)
         bound_s = self.shapes.weight_bytes / self.bytes_per_s
         return {
             "one_stream_step_ms": step_s * 1e3,
             "one_stream_weights_ms": bound_s * 1e3,
             "one_stream_step_over_weights": step_s / bound_s,
+            **_gap("one_stream", decoding),
         }
 
     def decode_attention(self) -> Figures:
@@ -125,6 +127,7 @@ class Bench:
             f"{name}_bound_ms": bound_s * 1e3,
             f"{name}_share": bound_s / step_s,
             f"{name}_tokens_per_s": num_sequences / step_s,
+            **_gap(name, decoding),
         }
 
     @property
@@ -139,6 +142,11 @@ class Bench:
             "batch": self.batch,
             "large batch": self.large_batch,
         }
+
+
+def _gap(name: str, decoding: Decoding) -> Figures:
+    """Where there are gaps: on a GPU whose steps are graphs."""
+    return {f"{name}_gap_p50_us": statistics.median(decoding.gap_s) * 1e6} if decoding.gap_s else {}
 
 
 def decoding_batch(shapes: Shapes, device: torch.device) -> ForwardBatch:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from bench.gpu.__main__ import TARGETS, main, run
-from bench.gpu.parts import Bench, Figures
-from bench.gpu.shapes import full, tiny
+from bench.gpu.engine import make_pool
+from bench.gpu.gaps import MarkedGraphs, Marks
+from bench.gpu.parts import Bench, Figures, decoding_batch
+from bench.gpu.shapes import full, random_model, tiny
+from services.engine.attention.gather_sdpa import GatherSdpaAttention
+
+
+@dataclass(frozen=True)
+class FakeEvent:
+    at_ms: float
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return later.at_ms - self.at_ms
 
 
 class Broken(Bench):
@@ -52,3 +64,29 @@ def test_the_shapes_are_those_of_llama_8b() -> None:
     shapes = full()
     assert shapes.kv_bytes_per_token == 131_072
     assert shapes.weight_bytes / 1e9 == pytest.approx(15.01, abs=0.005)
+
+
+def test_gaps_are_from_an_end_to_the_begin_right_behind_it() -> None:
+    """A prompt has an end alone; steps without a graph in between make no gap."""
+    marks = Marks()
+    for is_end, at_ms in ((True, 1.0), (False, 1.25), (True, 6.0), (True, 9.0), (False, 9.5), (True, 12.0)):
+        marks.add(FakeEvent(at_ms), is_end=is_end)
+    assert marks.gaps_s() == [0.25e-3, 0.5e-3]
+    marks.clear()
+    assert marks.gaps_s() == []
+
+
+def test_a_graph_begins_behind_the_copies_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, device = tiny(), torch.device("cpu")
+    graphs = MarkedGraphs(random_model(shapes, device), GatherSdpaAttention(make_pool(shapes, 96, device)), (2,), 3)
+    graphs.marks = Marks()
+    graphs.marks.add(FakeEvent(1.0), is_end=True)
+    batch = decoding_batch(shapes, device)
+
+    def now(device: torch.device) -> FakeEvent:
+        assert torch.equal(graphs.static_batch(2).slots, batch.slots)
+        return FakeEvent(3.0)
+
+    monkeypatch.setattr("bench.gpu.gaps._now", now)
+    graphs.fill(batch)
+    assert graphs.marks.gaps_s() == [2e-3]

@@ -149,14 +149,16 @@ class DecodeGraphs:
         return self.model.logits(self.model.forward(batch, self.attention))
 
 
-def decode_graphs(model: Model, kv: Tensor, most_rows: int, max_context: int) -> DecodeGraphs | None:
+def decode_graphs(
+    model: Model, kv: Tensor, most_rows: int, max_context: int, kind: type[DecodeGraphs] = DecodeGraphs
+) -> DecodeGraphs | None:
     """Graphs for batches up to `most_rows`, captured; None, and a line in the log, where there can be none."""
     try:
         attention = triton_paged(kv, model.config.num_heads)
     except Exception as error:  # whatever a compiler says, the engine serves without graphs
         _log.warning("decoding is not captured", extra={"fields": {"why": f"{type(error).__name__}: {error}"}})
         return None
-    graphs = DecodeGraphs(model, attention, sizes_to(most_rows), -(-max_context // kv.shape[4]))
+    graphs = kind(model, attention, sizes_to(most_rows), -(-max_context // kv.shape[4]))
     graphs.capture()
     return graphs
 
