@@ -84,7 +84,8 @@ def test_metadata_is_computed_once_a_batch() -> None:
 
 
 @pytest.mark.parametrize("name", GPU_BACKENDS)
-def test_without_a_gpu_each_says_why_it_cannot_be_used(name: str) -> None:
+def test_without_a_gpu_each_says_why_it_cannot_be_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kv = torch.zeros(1, 2, 2, 2, 256, 64, dtype=torch.bfloat16)
     with pytest.raises(BackendUnavailable, match=r"not installed|on a GPU"):
         BACKENDS[name](kv, 1)

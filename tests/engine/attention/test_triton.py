@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,22 +20,7 @@ from tests.engine.attention.gpu_backends import SHAPES, check_mixed, check_probl
 from tests.engine.attention.test_conformance import FORMS
 from tests.models import make_tiny_llama
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    """Kernels of a module that is imported under this variable are interpreted from then on."""
-    if torch.cuda.is_available():
-        pytest.skip("no GPU is wanted here: kernels that were compiled cannot be interpreted")
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    pytest.importorskip("triton", reason="triton is not installed")
-    yield
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted")]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,24 +19,13 @@ from tests.engine.model.random_models import VARIANTS, save_random
 from tests.engine.model.running import RELATIVE_ERROR, PagedRunner, PagedSequence, random_tokens, relative_error
 
 # numpy, which interprets kernels, tells of an infinite exponential; the sigmoid over it is 0, as it should be.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    """Kernels of a module that is imported under this variable are interpreted from then on."""
-    if torch.cuda.is_available():
-        pytest.skip("no GPU is wanted here: kernels that were compiled cannot be interpreted")
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    pytest.importorskip("triton", reason="triton is not installed")
-    yield
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
 
 
 @pytest.mark.parametrize("shape", SHAPES)
