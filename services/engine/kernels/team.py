@@ -21,14 +21,17 @@ from services.engine.kernels.machine_code import compiled
 from services.engine.kernels.memory import atomic_add, atomic_load, atomic_store, atomic_swap_if, call_kernel
 
 # Words of the board, each on a cache line of its own.
-_LINE, _NUM_LINES = 64, 4
-_CLAIM, _DONE, _KERNEL, _JOB = (_LINE * line for line in range(_NUM_LINES))
+_LINE, _NUM_LINES = 64, 6
+_CLAIM, _DONE, _KERNEL, _JOB, _ASLEEP, _BELL = (_LINE * line for line in range(_NUM_LINES))
 _LEFT = 0xFFFFFFFF
 # Looks for a job before a helper sleeps, some 0.3 ms: longer than what lies between two jobs of a step.
 _PATIENCE = 20_000
 _LOOKS_A_YIELD = 16
 
 _let_others_run = types.ExternalFunction("sched_yield", types.int32())
+_make_bell: Any = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+_await_bell: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
+_ring_bell: Any = types.ExternalFunction("sem_post", types.int32(types.int64))
 
 
 @compiled
@@ -45,6 +48,16 @@ def _take(board: int) -> bool:
 
 
 @compiled
+def _rouse(board: int) -> None:
+    """Wakes the helpers that sleep. One that is about to sleep is woken with the next job."""
+    asleep = atomic_load(board + _ASLEEP)
+    while asleep > 0:
+        if atomic_swap_if(board + _ASLEEP, asleep, asleep - 1):
+            _ring_bell(board + _BELL)
+        asleep = atomic_load(board + _ASLEEP)
+
+
+@compiled
 def _compute(board: int, kernel: int, job: int, num_chunks: int) -> None:
     """Posts a job and takes part in it until all of it is done."""
     atomic_store(board + _KERNEL, kernel)
@@ -52,6 +65,7 @@ def _compute(board: int, kernel: int, job: int, num_chunks: int) -> None:
     atomic_store(board + _DONE, 0)
     ticket = (atomic_load(board + _CLAIM) >> 32) + 1
     atomic_store(board + _CLAIM, (ticket << 32) | num_chunks)
+    _rouse(board)
     while _take(board):
         pass
     while atomic_load(board + _DONE) < num_chunks:
@@ -88,27 +102,19 @@ def _help(board: int, patience: int) -> None:
                 _let_others_run()
 
 
-class _Helper:
-    """A thread that takes part in its team's jobs, and sleeps when there has been none for a while."""
+@compiled
+def _serve(board: int, patience: int) -> None:
+    """What a helper does for ever, unless it has no patience. It never needs the GIL: others may hold it for long."""
+    while patience > 0:
+        _help(board, patience)
+        atomic_add(board + _ASLEEP, 1)
+        _await_bell(board + _BELL)
 
-    def __init__(self, board: int, name: str) -> None:
-        self._board = board
-        self._is_asleep = False
-        self._wake = threading.Lock()
-        self._wake.acquire()
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
 
-    def rouse(self) -> None:
-        """Wakes it if it sleeps. Called by one thread at a time."""
-        if self._is_asleep:
-            self._is_asleep = False
-            self._wake.release()
-
-    def _serve(self) -> None:
-        while True:
-            self._is_asleep = True
-            self._wake.acquire()
-            _help(self._board, _PATIENCE)
+@compiled
+def _begin(board: int) -> None:
+    """Makes an empty board ready."""
+    _make_bell(board + _BELL, 0, 0)
 
 
 class Team:
@@ -120,8 +126,10 @@ class Team:
         words = np.zeros((_NUM_LINES + 1) * 8, dtype=np.int64)
         self._memory = words  # the board is the part of it that begins a cache line
         self._board = words.ctypes.data + -words.ctypes.data % _LINE
-        _help(self._board, 0)  # compiled or loaded now: in a helper that would fight for the GIL with the first steps
-        self._helpers = [_Helper(self._board, f"team-{number}") for number in range(1, num_threads)]
+        _begin(self._board)
+        _serve(self._board, 0)  # compiled or loaded now: in a helper that would fight for the GIL with the first steps
+        for number in range(1, num_threads):
+            threading.Thread(target=self._help, name=f"team-{number}", daemon=True).start()
 
     def run(self, kernel: int, job: NDArray[np.int64], num_chunks: int) -> None:
         """Computes all chunks of a job; what its addresses name must stay until then, as it does in the caller."""
@@ -129,15 +137,16 @@ class Team:
 
     def run_all(self, program: NDArray[np.int64]) -> None:
         """Computes jobs one after the other, (num_jobs, 3): kernel, address of the job, chunks. See Jobs."""
-        if not self._helpers or not self._lock.acquire(blocking=False):
+        if self.num_threads == 1 or not self._lock.acquire(blocking=False):
             _compute_all(0, program)
             return
         try:
-            for helper in self._helpers:
-                helper.rouse()
             _compute_all(self._board, program)
         finally:
             self._lock.release()
+
+    def _help(self) -> None:
+        _serve(self._board, _PATIENCE)  # this frame keeps the board
 
 
 _teams: dict[int, Team] = {}
