@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 PAGE, CONTEXT, PATIENCE_S = 8, 320, 30.0
 HALF_A_MOVE = Path(__file__).with_name("half_a_move.py")
+FIRST_BY_NAME = Path(__file__).with_name("first_by_name.py")
 OPTIONS = ["--planner-interval", "0.1", "--planner-file", str(HALF_A_MOVE)]
 
 
@@ -38,7 +39,7 @@ async def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         model,
         num_engines=3,
         num_kvtransfers=request.param,
-        policy="data_parallel",
+        policy=FIRST_BY_NAME,
         page_size=PAGE,
         engine_options=["--lease-default", "2"],
         router_options=OPTIONS,
@@ -66,7 +67,7 @@ async def seen(suite: Suite, condition: Callable[[admin.GetPlannerResponse], obj
 
 
 async def make_hot(suite: Suite, context: list[int], salt: str) -> None:
-    """Asks for it as often as makes a topic; with nobody else there the first engine gets all of these."""
+    """Asks the first engine for it as often as makes a topic."""
     for number in range(3):
         answer = await ask(suite, [*context, *tokens(9, seed=number)], "", max_tokens=2, salt=salt)
         assert generation(answer).engine == suite.engines[0].name
