@@ -38,9 +38,7 @@ MOST_TRIES = 3
 
 def main(
     model: str = DEFAULT_MODEL,
-    dtype: Annotated[str, typer.Option(help="Weights of the engines: int8, as microserve up has them, or float32.")] = (
-        "int8"
-    ),
+    dtype: Annotated[str, typer.Option(help="Weights of the engines: int8 or float32.")] = ("int8"),
     policies: Annotated[str, typer.Option(help="Comma separated.")] = POLICIES,
     mixes: Annotated[str, typer.Option(help=f"Of {', '.join(MIXES)}.")] = "long_short,chat",
     loads: Annotated[str, typer.Option(help="Offered loads as shares of the measured capacity.")] = "0.4,0.7,1.0",

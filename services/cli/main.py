@@ -46,8 +46,11 @@ def up_command(
         str, typer.Option(metavar="TEXT", help="Question to begin with; empty: none.")
     ] = "What is the capital of France?",
     dtype: Annotated[
-        str, typer.Option(help="auto, packed, int8, float32 or bfloat16; auto: packed on the CPU.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="auto, packed, int8, float32 or bfloat16; auto: packed on the CPU.  [default: float32 there]"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one event a line.")] = False,
 ) -> None:
@@ -61,7 +64,8 @@ def up_command(
             grpc_port=grpc_port,
             http_port=http_port,
             question=ask,
-            dtype=dtype,
+            # Exact: of a small model's first words rounded weights may give others.
+            dtype=dtype or ("float32" if device == "cpu" else "auto"),
             device=device,
             json=json,
         )

@@ -1,9 +1,9 @@
 """Products of small tiles of whole numbers in blocks, with a scale for each block.
 
-Rows are rounded to signed bytes, each GROUP of them with a scale, which it may share. Weights are blocks of GROUP of
-k: bytes or nibbles, a scale and for nibbles a minimum for each column, so that a weight is scale * number + minimum.
-A block of a panel, 16 columns side by side, is one piece of memory, and the blocks of a tile follow each other as
-they are used: for each block of k, its panels.
+Rows are rounded to signed bytes, GROUP of them with a scale of their own. Weights are blocks of GROUP of k: bytes or
+nibbles, a scale and for nibbles a minimum for each column, so that a weight is scale * number + minimum. A block of a
+panel, 16 columns side by side, is one piece of memory, and the blocks of a tile follow each other as they are used:
+for each block of k, its panels.
 
 bytes (BYTE_BLOCK of memory): 8 vectors of four k of each column, each number plus 128; 16 scales.
 nibbles (NIBBLE_BLOCK): 4 vectors, their low halves the first sixteen k, the high halves the last; 16 scales; 16
@@ -149,44 +149,34 @@ def _scaled(
     return [write.multiply_add(weights[n // panels], minimums[n % panels], total) for n, total in enumerate(scaled)]
 
 
-def quantise_groups(count: int) -> Any:
-    """An intrinsic: `count` groups of float32 to signed bytes with one scale; see below."""
+@intrinsic
+def quantise_group(typing_context: Any, values: Any, quantised: Any, scale: Any) -> Any:
+    """GROUP float32 at `values` to signed bytes at `quantised`, by address; SCALE_BYTES at `scale`.
 
-    @intrinsic
-    def quantise(typing_context: Any, values: Any, quantised: Any, scales: Any) -> Any:
-        """GROUP float32 for each group at `values` to signed bytes at `quantised`, by address; SCALE_BYTES for each
-        at `scales`.
+    The largest magnitude becomes 127; the others are rounded to the nearest, halves to even.
+    """
 
-        The largest magnitude of all becomes 127; the others are rounded to the nearest, halves to even.
-        """
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        values, quantised, scale = arguments
+        write = Writer(builder)
+        vectors = [write.load(builder.add(values, int64(4 * lane)), FLOATS) for lane in range(0, GROUP, LANES)]
+        first, second = (write.call(f"llvm.fabs.v{LANES}f32", FLOATS, vector) for vector in vectors)
+        magnitudes = write.call(f"llvm.maxnum.v{LANES}f32", FLOATS, first, second)
+        largest = write.reduce("fmax", magnitudes, FLOAT)
+        limit, zero = ir.Constant(FLOAT, 127.0), ir.Constant(FLOAT, 0.0)
+        is_zero = builder.fcmp_ordered("==", largest, zero)
+        factor = write.spread(builder.select(is_zero, zero, builder.fdiv(limit, largest)), FLOATS)
+        total = ir.Constant(INTS, None)
+        for number, vector in enumerate(vectors):
+            rounded = write.call(f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(vector, factor))
+            whole = builder.fptosi(rounded, INTS)
+            total = builder.add(total, whole)
+            narrow = builder.trunc(whole, ir.VectorType(INT8, LANES))
+            write.store(narrow, builder.add(quantised, int64(LANES * number)))
+        count, step = write.reduce("add", total, INT32), builder.fdiv(largest, limit)
+        write.store(step, scale)
+        write.store(builder.mul(count, ir.Constant(INT32, -128)), builder.add(scale, int64(4)))
+        write.store(builder.fmul(step, builder.sitofp(count, FLOAT)), builder.add(scale, int64(8)))
+        return context.get_dummy_value()
 
-        def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-            values, quantised, scales = arguments
-            write = Writer(builder)
-            lanes = range(0, count * GROUP, LANES)
-            vectors = [write.load(builder.add(values, int64(4 * lane)), FLOATS) for lane in lanes]
-            magnitudes = [write.call(f"llvm.fabs.v{LANES}f32", FLOATS, vector) for vector in vectors]
-            most = magnitudes[0]
-            for each in magnitudes[1:]:
-                most = write.call(f"llvm.maxnum.v{LANES}f32", FLOATS, most, each)
-            largest = write.reduce("fmax", most, FLOAT)
-            limit, zero = ir.Constant(FLOAT, 127.0), ir.Constant(FLOAT, 0.0)
-            is_zero = builder.fcmp_ordered("==", largest, zero)
-            factor = write.spread(builder.select(is_zero, zero, builder.fdiv(limit, largest)), FLOATS)
-            step = builder.fdiv(largest, limit)
-            for group in range(count):
-                total = ir.Constant(INTS, None)
-                for lane in range(group * GROUP, (group + 1) * GROUP, LANES):
-                    scaled = builder.fmul(vectors[lane // LANES], factor)
-                    whole = builder.fptosi(write.call(f"llvm.rint.v{LANES}f32", FLOATS, scaled), INTS)
-                    total = builder.add(total, whole)
-                    write.store(builder.trunc(whole, ir.VectorType(INT8, LANES)), builder.add(quantised, int64(lane)))
-                number, at = write.reduce("add", total, INT32), builder.add(scales, int64(group * SCALE_BYTES))
-                write.store(step, at)
-                write.store(builder.mul(number, ir.Constant(INT32, -128)), builder.add(at, int64(4)))
-                write.store(builder.fmul(step, builder.sitofp(number, FLOAT)), builder.add(at, int64(8)))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), build
-
-    return quantise
+    return types.void(types.int64, types.int64, types.int64), build

@@ -70,13 +70,9 @@ def _rows(depth: int, count: int = ROWS) -> Tensor:
 
 
 def plain_block_linear(blocks: Blocks, rows: Tensor) -> Tensor:
-    """The twin of BlockLinear in float64: rows rounded to bytes, 64 with a scale, times the values of the blocks."""
+    """The twin of BlockLinear in float64: rows rounded to bytes, 32 with a scale, times the values of the blocks."""
     grouped = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], -1, BLOCK)
     scales = grouped.abs().amax(-1, keepdim=True) / 127
-    whole = rows.shape[1] // BLOCK // 2 * 2  # what is left over has a scale for each block
-    scales[:, :whole] = (
-        scales[:, :whole].unflatten(1, (-1, 2)).amax(2, keepdim=True).expand(-1, -1, 2, -1).flatten(1, 2)
-    )
     rounded = (grouped / scales.clamp_min(1e-30)).round().double() * scales.double()
     return rounded.flatten(1)[:, : rows.shape[1]] @ blocks.values().double().T
 

@@ -17,7 +17,7 @@ from services.engine.kernels.block_tiles import (
     SCALE_BYTES,
     byte_tile,
     nibble_tile,
-    quantise_groups,
+    quantise_group,
 )
 from services.engine.kernels.machine_code import kernel, part_of_kernel
 from services.engine.kernels.memory import floats
@@ -26,7 +26,6 @@ from services.engine.kernels.writer import HAS_WIDE_VECTORS, LANES
 # What fits the registers, 32 of 16 numbers or 16 of 8: two for each element of a tile.
 TILE_PANELS = 3 if HAS_WIDE_VECTORS else 1
 _ROWS = 4 if HAS_WIDE_VECTORS else 2
-SHARING = 2  # groups of a row of activations that share a scale
 
 
 def _columns(make_tile: Callable[[int, int], Any], panels: int) -> Any:
@@ -83,28 +82,19 @@ def _multiply_nibbles(job: Any, chunk: int) -> None:
     _nibbles(job, chunk)
 
 
-_one_group, _shared = quantise_groups(1), quantise_groups(SHARING)
-
-
 def _quantise_rows(job: Any, chunk: int) -> None:
-    """Rows of float32 to bytes: SHARING groups of a row by their largest magnitude, those left over each by its
-    own. The last is filled up with zeros."""
+    """Rows of float32 to bytes: each GROUP of a row by its own largest magnitude. The last is filled up with zeros."""
     num_rows, depth, rows_a_chunk = job[3], job[4], job[5]
     num_groups, whole = (depth + GROUP - 1) // GROUP, depth // GROUP
     rest = np.zeros(GROUP, dtype=np.float32)
     for row in range(chunk * rows_a_chunk, min((chunk + 1) * rows_a_chunk, num_rows)):
         values, quantised = job[0] + row * depth * 4, job[1] + row * num_groups * GROUP
         scales = job[2] + row * num_groups * SCALE_BYTES
-        group = 0
-        while group + SHARING <= whole:
-            _shared(values + group * GROUP * 4, quantised + group * GROUP, scales + group * SCALE_BYTES)
-            group += SHARING
-        while group < whole:
-            _one_group(values + group * GROUP * 4, quantised + group * GROUP, scales + group * SCALE_BYTES)
-            group += 1
+        for group in range(whole):
+            quantise_group(values + group * GROUP * 4, quantised + group * GROUP, scales + group * SCALE_BYTES)
         if num_groups > whole:
             rest[: depth - whole * GROUP] = floats(values + whole * GROUP * 4, (depth - whole * GROUP,))
-            _one_group(rest.ctypes.data, quantised + whole * GROUP, scales + whole * SCALE_BYTES)
+            quantise_group(rest.ctypes.data, quantised + whole * GROUP, scales + whole * SCALE_BYTES)
 
 
 multiply_bytes = kernel(_multiply_bytes)
