@@ -35,6 +35,8 @@ NUM_PROMPTS = 20
 MAX_TOKENS = 12
 # Tokens of the longest prompt, by model. The real model is SmolLM2-135M, as `make run` serves it.
 LONGEST = {"tiny": 300, "smollm2-135m": 100}
+# Tokens of an answer that takes long enough to meet others.
+LONG_ANSWER = {"tiny": 200, "smollm2-135m": 24}
 POLICIES = ["data_parallel", "disaggregated", "context_aware", "balanced:0.1", "balanced:0.5", "balanced:0.9"]
 
 
@@ -163,22 +165,27 @@ async def test_batched_equals_one_by_one(suite: Suite, prompts: list[list[int]],
         await assert_same_generation(want, got.token_ids, forced)
 
 
-async def test_preempted_equals_undisturbed(model: Path, prompts: list[list[int]], expected: list[Generated]) -> None:
-    # Room for eight prompts, a token each and two pages more: they begin together and cannot all go on.
-    chosen = [i for i, prompt in enumerate(prompts) if len(prompt) > 14][:8]
-    page_count = sum(len(prompts[i]) // 4 + 1 for i in chosen) + 2
-    async with start_suite(model, num_engines=1, policy=None, page_count=page_count, page_size=4) as small:
+async def test_preempted_equals_undisturbed(
+    suite: Suite, model: Path, model_name: str, prompts: list[list[int]]
+) -> None:
+    # Several have room to begin and no two have room to end together; answers are so long that some are under way
+    # together however far apart the calls arrive.
+    chosen, length = [prompt for prompt in prompts if 14 < len(prompt) < 40][:5], LONG_ANSWER[model_name]
+    longest = max(map(len, chosen)) + length
+    alone = [await generate(suite, suite.engines[0], each, max_tokens=length, salt="undisturbed") for each in chosen]
+    pool = {"page_size": 4, "page_count": longest // 4 + 3, "engine_options": ("--max-context", str(longest))}
+    async with start_suite(model, num_engines=1, policy=None, **pool) as small:
         one = small.engines[0]
         got = await asyncio.gather(
-            *(generate(small, one, prompts[i], max_tokens=MAX_TOKENS, salt=f"p {i}") for i in chosen)
+            *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
         )
         assert sum(result.timing.preemption_count for result in got) > 0
-        for i, result in zip(chosen, got, strict=True):
+        for prompt, want, result in zip(chosen, alone, got, strict=True):
 
-            async def forced(tokens: list[int], prompt: list[int] = prompts[i]) -> Generated:
+            async def forced(tokens: list[int], prompt: list[int] = prompt) -> Generated:
                 return await generate(small, one, prompt, forced=tokens)
 
-            await assert_same_generation(expected[i], result.token_ids, forced)
+            await assert_same_generation(want, result.token_ids, forced)
         await wait_for_load(one, idle)
 
 

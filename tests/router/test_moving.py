@@ -23,8 +23,8 @@ class NotNow(FakeError):
     reason = "WRONG_SECRET"
 
 
-async def begun(suite: Running, **options: Any) -> tuple[Any, FakeEngine]:
-    """A call that has had three tokens and gets no more where it runs, and the engine where that is."""
+async def begun(suite: Running, **options: Any) -> tuple[Any, list[int], FakeEngine]:
+    """A call that gets no more than three tokens where it runs, these three, and the engine where that is."""
     faults = [Fault(after_tokens=3, times=1) for _ in suite.engines]
     for engine, fault in zip(suite.engines, faults, strict=True):
         engine.faults["StartGenerate"] = fault
@@ -36,13 +36,18 @@ async def begun(suite: Running, **options: Any) -> tuple[Any, FakeEngine]:
     for engine in suite.engines:
         engine.faults.clear()
     [engine] = [each for each in suite.engines if each.sequences]
-    return call, engine
+    tokens: list[int] = []
+    async with asyncio.timeout(5):
+        while len(tokens) < 3:
+            tokens.extend((await call.read()).token_ids)
+    return call, tokens, engine
 
 
 async def rest(call: Any) -> tuple[list[int], Any]:
+    """The tokens that are still to come, and the last message."""
     tokens: list[int] = []
     last = None
-    async for piece in call:
+    while (piece := await call.read()) is not grpc.aio.EOF:
         tokens.extend(piece.token_ids)
         last = piece
     return tokens, last
@@ -55,9 +60,10 @@ async def drain(suite: Running, engine: FakeEngine, *, migrate: bool = True) -> 
 
 async def test_a_sequence_goes_on_elsewhere_with_its_kv() -> None:
     async with running() as suite:
-        call, source = await begun(suite)
+        call, before, source = await begun(suite)
         await drain(suite, source)
-        tokens, last = await rest(call)
+        after, last = await rest(call)
+        tokens = before + after
         assert tokens == model().generate(PROMPT, LENGTH)
         assert last.usage.output_token_count == LENGTH
         [target] = [each for each in suite.engines if each is not source]
@@ -65,7 +71,7 @@ async def test_a_sequence_goes_on_elsewhere_with_its_kv() -> None:
         assert (send.range.begin, send.range.end) == (0, (len(PROMPT) + 2) // 4 * 4)
         assert target.called("Release")[0].publish
         [start] = target.called("Session")
-        assert list(start.prompt_token_ids) == [*PROMPT, *tokens[:3]]
+        assert list(start.prompt_token_ids) == [*PROMPT, *before]
         assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
 
 
@@ -74,9 +80,9 @@ async def test_sampling_with_a_seed_goes_on_identically(policy: str) -> None:
     async with running() as suite:
         options: dict[str, Any] = {"seed": 7, "temperature": 1.0}
         want = list((await suite.generate(max_tokens=LENGTH, ignore_eos=True, **options)).token_ids)
-        call, source = await begun(suite, policy=policy, **options)
+        call, before, source = await begun(suite, policy=policy, **options)
         await drain(suite, source)
-        assert (await rest(call))[0] == want
+        assert before + (await rest(call))[0] == want
 
 
 async def test_many_sequences_move_at_once() -> None:
@@ -97,10 +103,10 @@ async def test_many_sequences_move_at_once() -> None:
 
 async def test_what_cannot_be_moved_is_computed_anew() -> None:
     async with running() as suite:
-        call, source = await begun(suite)
+        call, before, source = await begun(suite)
         source.faults["RemoteSend"] = Fault(NotNow("no sending today"))
         await drain(suite, source)
-        assert (await rest(call))[0] == model().generate(PROMPT, LENGTH)
+        assert before + (await rest(call))[0] == model().generate(PROMPT, LENGTH)
 
 
 @pytest.mark.parametrize(("num_engines", "migrate"), [(1, True), (2, False)])
