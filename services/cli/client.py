@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -20,6 +21,8 @@ from services.cli.wire import request_message, to_answer, to_engine, to_explanat
 from services.protocol.errors import Code
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
+
+Reply = TypeVar("Reply")
 
 POLICY_KEY = "x-microserve-policy"
 # For questions about the fleet, which no engine computes on.
@@ -156,3 +159,13 @@ def _explain(address: str, error: RemoteError) -> CliError:
     sentence = re.sub(r"\s+", " ", error.message)
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"
     return CliError(f"{sentence} ({name})")
+
+
+def call_router(address: str, call: Callable[[RouterClient], Awaitable[Reply]]) -> Reply:
+    """What `call` gives, made with a client of the router at `address` (host:port). CliError."""
+
+    async def run() -> Reply:
+        async with router_client(address) as router:
+            return await call(router)
+
+    return asyncio.run(run())

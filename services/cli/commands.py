@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from typing import Annotated
 
 import typer
 
 from services.cli import output
-from services.cli.client import RouterClient, router_client
+from services.cli.client import RouterClient, call_router
+from services.cli.errors import CliError
 from services.cli.models import fetch
 from services.cli.values import Answer, Question
 
@@ -36,11 +36,7 @@ def ask(
     """Asks the router and streams the answer."""
     question = Question(text, policy, max_tokens, temperature, seed, raw)
 
-    async def run() -> Answer:
-        async with router_client(address) as router:
-            return await stream_answer(router, question, quiet=json, timeout_s=timeout)
-
-    answer = asyncio.run(run())
+    answer = call_router(address, lambda router: stream_answer(router, question, quiet=json, timeout_s=timeout))
     if json:
         output.print_json(answer)
     elif trace:
@@ -54,12 +50,8 @@ def explain(
 ) -> None:
     """Shows why a recent request ran where it did, and what came of it."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            explanation = await router.explain(request)
-        output.print_json(explanation) if json else output.print_explanation(explanation)
-
-    asyncio.run(run())
+    explanation = call_router(address, lambda router: router.explain(request))
+    output.print_json(explanation) if json else output.print_explanation(explanation)
 
 
 @model_app.command("fetch")
@@ -70,6 +62,16 @@ def fetch_command(name: Annotated[str, typer.Argument(metavar="NAME|DIR|FILE.ggu
         output.print_json({"model": name, "path": str(folder)})
     else:
         print(folder)
+
+
+def is_for_subcommand(context: typer.Context, address: str, json: bool) -> bool:
+    """Whether a group of commands that shows something by itself was called for one of its commands. CliError for
+    options before that one, which would have no effect."""
+    if context.invoked_subcommand is None:
+        return False
+    if json or address != DEFAULT_ADDRESS:
+        raise CliError(f"options go behind `{context.invoked_subcommand}`")
+    return True
 
 
 async def stream_answer(router: RouterClient, question: Question, *, quiet: bool, timeout_s: float = 300.0) -> Answer:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from services.cli import output
-from services.cli.client import router_client
-from services.cli.commands import DEFAULT_ADDRESS, Address, Json
+from services.cli.client import RouterClient, call_router
+from services.cli.commands import DEFAULT_ADDRESS, Address, Json, is_for_subcommand
 from services.cli.errors import CliError
-from services.cli.values import Engine
 
 app = typer.Typer(help="Engines of the router.")
 Which = Annotated[str, typer.Argument(metavar="NAME", help="An engine's name or address.")]
@@ -21,17 +18,10 @@ Which = Annotated[str, typer.Argument(metavar="NAME", help="An engine's name or 
 @app.callback(invoke_without_command=True)
 def engines(context: typer.Context, address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
     """Shows the fleet as the router sees it."""
-    if context.invoked_subcommand is not None:
-        if json or address != DEFAULT_ADDRESS:
-            raise CliError(f"options go behind `{context.invoked_subcommand}`")
+    if is_for_subcommand(context, address, json):
         return
-
-    async def run() -> None:
-        async with router_client(address) as router:
-            fleet = await router.list_engines()
-        output.print_json(fleet) if json else output.print_engines(fleet)
-
-    asyncio.run(run())
+    fleet = call_router(address, lambda router: router.list_engines())
+    output.print_json(fleet) if json else output.print_engines(fleet)
 
 
 @app.command("drain")
@@ -43,13 +33,13 @@ def drain(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Begins nothing new on an engine."""
-    asyncio.run(_drain(address, name, resume=False, migrate=migrate))
+    _drain(address, name, resume=False, migrate=migrate)
 
 
 @app.command("resume")
 def resume(name: Which, address: Address = DEFAULT_ADDRESS) -> None:
     """Gives an engine work again."""
-    asyncio.run(_drain(address, name, resume=True, migrate=False))
+    _drain(address, name, resume=True, migrate=False)
 
 
 @app.command("add")
@@ -59,36 +49,32 @@ def add(
 ) -> None:
     """Takes an engine into the fleet. It gets work as soon as it is healthy."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            await router.add_engine(engine)
-        print(f"{engine} is in the fleet")
-
-    asyncio.run(run())
+    call_router(address, lambda router: router.add_engine(engine))
+    print(f"{engine} is in the fleet")
 
 
 @app.command("remove")
 def remove(name: Which, address: Address = DEFAULT_ADDRESS) -> None:
     """Takes an engine out of the fleet. What it has begun it ends; `drain --migrate` first moves that elsewhere."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            await router.remove_engine(_find(name, await router.list_engines()))
-        print(f"{name} is out of the fleet")
+    async def call(router: RouterClient) -> None:
+        await router.remove_engine(await _find(router, name))
 
-    asyncio.run(run())
+    call_router(address, call)
+    print(f"{name} is out of the fleet")
 
 
-async def _drain(address: str, name: str, *, resume: bool, migrate: bool) -> None:
-    async with router_client(address) as router:
-        engine = _find(name, await router.list_engines())
-        await router.drain_engine(engine, resume=resume, migrate=migrate)
+def _drain(address: str, name: str, *, resume: bool, migrate: bool) -> None:
+    async def call(router: RouterClient) -> None:
+        await router.drain_engine(await _find(router, name), resume=resume, migrate=migrate)
+
+    call_router(address, call)
     print(f"{name} {'takes work again' if resume else 'takes no new work'}")
 
 
-def _find(name: str, fleet: Sequence[Engine]) -> str:
+async def _find(router: RouterClient, name: str) -> str:
     """The address of the engine of that name or address."""
-    found = [engine.address for engine in fleet if name in (engine.name, engine.address)]
+    found = [engine.address for engine in await router.list_engines() if name in (engine.name, engine.address)]
     if len(found) > 1:
         raise CliError(f"{len(found)} engines are named {name}: give an address, one of {', '.join(found)}")
     if not found:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 import typer
 
 from services.cli import output
-from services.cli.client import router_client
-from services.cli.commands import DEFAULT_ADDRESS, Address, Json
-from services.cli.errors import CliError
+from services.cli.client import call_router
+from services.cli.commands import DEFAULT_ADDRESS, Address, Json, is_for_subcommand
 from services.cli.policy import read_program
 
 app = typer.Typer(help="The program that moves hot contexts between engines before requests come for them.")
@@ -19,17 +17,10 @@ app = typer.Typer(help="The program that moves hot contexts between engines befo
 @app.callback(invoke_without_command=True)
 def planner(context: typer.Context, address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
     """Shows the planner, the topics of the traffic, and what was moved and why."""
-    if context.invoked_subcommand is not None:
-        if json or address != DEFAULT_ADDRESS:
-            raise CliError(f"options go behind `{context.invoked_subcommand}`")
+    if is_for_subcommand(context, address, json):
         return
-
-    async def run() -> None:
-        async with router_client(address) as router:
-            state = await router.get_planner()
-        output.print_json(state) if json else output.print_planner(state)
-
-    asyncio.run(run())
+    state = call_router(address, lambda router: router.get_planner())
+    output.print_json(state) if json else output.print_planner(state)
 
 
 @app.command("start")
@@ -39,21 +30,13 @@ def start(
     """Runs a planner in place of the present one. A FILE is uploaded, where the router allows it."""
     name, source = read_program(planner)
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            await router.start_planner(name, source)
-        print(f"{name} runs")
-
-    asyncio.run(run())
+    call_router(address, lambda router: router.start_planner(name, source))
+    print(f"{name} runs")
 
 
 @app.command("stop")
 def stop(address: Address = DEFAULT_ADDRESS) -> None:
     """Ends the planner; moves under way are broken off."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            await router.stop_planner()
-        print("no planner runs")
-
-    asyncio.run(run())
+    call_router(address, lambda router: router.stop_planner())
+    print("no planner runs")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from services.cli import output
-from services.cli.client import router_client
+from services.cli.client import call_router
 from services.cli.commands import DEFAULT_ADDRESS, Address, Json
 from services.cli.errors import CliError
 
@@ -20,12 +19,8 @@ app = typer.Typer(no_args_is_help=True, help="Router programs: what is at hand, 
 def list_command(address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
     """Lists the programs at hand."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            policies = await router.list_policies()
-        output.print_json(policies) if json else output.print_policies(policies)
-
-    asyncio.run(run())
+    policies = call_router(address, lambda router: router.list_policies())
+    output.print_json(policies) if json else output.print_policies(policies)
 
 
 @app.command("show")
@@ -36,15 +31,11 @@ def show_command(
 ) -> None:
     """Prints a program's source."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            policy, source = await router.get_policy(name)
-        if json:
-            output.print_json({"policy": policy.name, "file": policy.file, "source": source})
-        else:
-            print(source, end="")
-
-    asyncio.run(run())
+    policy, source = call_router(address, lambda router: router.get_policy(name))
+    if json:
+        output.print_json({"policy": policy.name, "file": policy.file, "source": source})
+    else:
+        print(source, end="")
 
 
 @app.command("set")
@@ -56,24 +47,16 @@ def set_command(
     """Changes the program for requests that begin from now on. A FILE is uploaded, where the router allows it."""
     name, source = read_program(policy)
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            chosen = await router.set_policy(name, source)
-        output.print_json(chosen) if json else print(f"{chosen.name}: {chosen.summary}")
-
-    asyncio.run(run())
+    chosen = call_router(address, lambda router: router.set_policy(name, source))
+    output.print_json(chosen) if json else print(f"{chosen.name}: {chosen.summary}")
 
 
 @app.command("rollback")
 def rollback_command(address: Address = DEFAULT_ADDRESS, json: Json = False) -> None:
     """Restores the last program that has answered a request before the current one."""
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            restored = await router.roll_back_policy()
-        output.print_json(restored) if json else print(f"{restored.name}: {restored.summary}")
-
-    asyncio.run(run())
+    restored = call_router(address, lambda router: router.roll_back_policy())
+    output.print_json(restored) if json else print(f"{restored.name}: {restored.summary}")
 
 
 @app.command("split")
@@ -88,12 +71,9 @@ def split_command(
     if end and wanted:
         raise CliError("--end takes no shares")
 
-    async def run() -> None:
-        async with router_client(address) as router:
-            split = await (router.split_policies(wanted) if wanted or end else router.get_split())
-        output.print_json(split) if json else output.print_split(split)
-
-    asyncio.run(run())
+    change = bool(wanted) or end
+    split = call_router(address, lambda router: router.split_policies(wanted) if change else router.get_split())
+    output.print_json(split) if json else output.print_split(split)
 
 
 def _share(text: str) -> tuple[str, float]:

