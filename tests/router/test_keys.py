@@ -1,4 +1,4 @@
-"""Keys over gRPC: which calls need one, and what is said without. test_openai.py has those over HTTP."""
+"""Keys over gRPC: which calls need one, and what is said without. test_openai_refusals.py has those over HTTP."""
 
 from __future__ import annotations
 

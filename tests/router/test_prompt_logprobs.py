@@ -12,7 +12,7 @@ from microserve.types.v1 import sampling_pb2
 from services.router import servicer
 from tests.fakes import TOLD_AT_ONCE, FakeLoss, Fault
 from tests.router.harness import PROMPT, model, request, running, script, verbs
-from tests.router.test_openai import serving
+from tests.router.openai_client import serving
 from tests.router.test_policies import POLICIES
 from tests.router.vocabularies import SPECIAL, byte_level, files, sentencepiece
 

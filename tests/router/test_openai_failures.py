@@ -1,0 +1,126 @@
+"""The OpenAI-compatible door: failures on the way, clients that leave, and the end of the router."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+
+import openai
+import pytest
+from tokenizers import Tokenizer
+
+from services.router.errors import InvalidRequest
+from services.router.metrics import REQUESTS_IN_FLIGHT
+from services.router.openai.shapes import CompletionShape
+from tests.fakes import FakeModel, Fault
+from tests.router.openai_client import serving
+from tests.router.vocabularies import byte_level, files
+
+
+async def test_a_failure_on_the_way_is_the_last_event() -> None:
+    async with serving() as (suite, client):
+        suite.first.faults["StartGenerate"] = Fault(InvalidRequest("told to fail"), after_tokens=3)
+        stream = await client.completions.create(model="fake", prompt="x", max_tokens=8, stream=True)
+        with pytest.raises(openai.APIError, match="told to"):
+            async for _ in stream:
+                pass
+
+
+async def test_a_bug_shows_nothing_of_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as (suite, client):
+        monkeypatch.setattr(suite.router.registry, "models", lambda: 1 / 0)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.models.list()
+        assert "division" not in str(caught.value)
+        [record] = [record for record in caplog.records if record.message == "call failed"]
+        assert record.fields["failure"] in str(caught.value)  # type: ignore[attr-defined]
+
+
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as (_, client):
+        monkeypatch.setattr(CompletionShape, "closing", lambda *_: 1 / 0)
+        stream = await client.completions.create(
+            model="fake", prompt="x", stream=True, stream_options={"include_usage": True}
+        )
+        with pytest.raises(openai.APIConnectionError):
+            async for _ in stream:
+                pass
+        assert [record.message for record in caplog.records if record.exc_info] == ["call failed"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_work(stream: bool) -> None:
+    async with serving() as (suite, client):
+        suite.first.gate.clear()
+        asking = asyncio.create_task(client.completions.create(model="fake", prompt="x", n=3, stream=stream))
+        await suite.first.until(lambda: suite.first.sequences)
+        asking.cancel()
+        await suite.idle()
+        assert suite.first.called("Cancel")
+
+
+async def test_a_reader_that_leaves_in_the_middle_ends_its_work() -> None:
+    async with serving() as (suite, client):
+        stream = await client.completions.create(model="fake", prompt="x", max_tokens=3000, n=2, stream=True)
+        await anext(aiter(stream))
+        await stream.close()
+        await suite.idle()
+        assert len(suite.first.called("Cancel")) == 2
+
+
+@pytest.mark.slow
+async def test_a_reader_that_takes_nothing_stalls_nobody_and_is_cut_off() -> None:
+    wordy = Tokenizer.from_str(byte_level().to_str())
+    wordy.add_tokens(["x" * 2000])  # so that the connection is soon full
+    endless = FakeModel(files(wordy), script=(wordy.token_to_id("x" * 2000),) * 90_000, max_context=100_000)
+    async with serving(fake_model=endless, max_buffered_tokens=5000, client_timeout=0.5) as (suite, client):
+        body = b'{"model": "fake", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        host, port = suite.http.split(":")
+        with socket.create_connection((host, int(port))) as reader:
+            reader.sendall(head.encode() + body)
+            await suite.first.until(lambda: suite.first.sequences)
+            for _ in range(3):
+                await client.completions.create(model="fake", prompt="x", max_tokens=1)
+            await suite.idle()
+            async with asyncio.timeout(10):
+                while REQUESTS_IN_FLIGHT._value.get():
+                    await client.models.list()
+            assert b"[DONE]" not in await asyncio.to_thread(rest, reader)
+
+
+def rest(reader: socket.socket) -> bytes:
+    """Everything until the connection ends."""
+    received = b""
+    with suppress(ConnectionError):
+        while data := reader.recv(1 << 20):
+            received += data
+    return received
+
+
+async def test_a_request_under_way_outlives_the_drain() -> None:
+    async with serving() as (suite, client):
+        suite.first.gate.clear()
+        asking = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        await suite.first.until(lambda: suite.first.sequences)
+        draining = asyncio.create_task(suite.router._drain())
+        await asyncio.sleep(0)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.completions.create(model="fake", prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "draining")
+        assert not draining.done()
+        suite.first.gate.set()
+        assert (await asking).choices
+        await draining
+
+
+async def test_a_failing_choice_ends_all() -> None:
+    async with serving(2) as (suite, client):
+        for engine in suite.engines:
+            engine.faults["StartGenerate"] = Fault(InvalidRequest("told to fail"), after_tokens=3)
+        with pytest.raises(openai.APIStatusError):
+            await client.completions.create(model="fake", prompt="x", n=3)
+        await suite.idle()

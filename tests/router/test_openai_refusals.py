@@ -1,0 +1,186 @@
+"""The OpenAI-compatible door: what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.router.openai_client import USER, serving
+from tests.router.test_http import fetch, get
+
+
+async def test_keys() -> None:
+    async with serving(api_key=("first", "second"), key="second") as (suite, client):
+        await client.models.list()
+        for wrong in ("x", "secon", "secondd", "second first"):
+            with pytest.raises(openai.AuthenticationError) as caught:
+                await client.with_options(api_key=wrong).models.list()
+            assert caught.value.code == "invalid_api_key"
+        for head in ("", "Authorization: second\r\n", "Authorization: Basic second\r\n", "Authorization: \xff\r\n"):
+            status, _ = await fetch(suite.http, f"GET /v1/models HTTP/1.1\r\n{head}Connection: close\r\n\r\n")
+            assert status == 401
+        assert (await get(suite.http, "/health"))[0] == 200
+        assert suite.first.called("Session") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "code"),
+    [
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"temperature": "hot"}, "temperature", "invalid_value"),
+        ({"temperature": True}, "temperature", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 129}, "n", "invalid_value"),
+        ({"n": 10**400}, "n", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
+        ({"seed": 2**64}, "seed", "invalid_value"),
+        ({"stop": [1]}, "stop", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"messages": "hello"}, "messages", "invalid_value"),
+        ({"messages": [1]}, "messages[0]", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "unsup"),
+        ({"messages": [{"role": "user", "content": "x", "what": 1}]}, "messages[0].what", "unknown_parameter"),
+        ({"messages": []}, None, "empty_prompt"),
+        ({"stop": "x" * 257}, None, "invalid_request"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsup"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "unknown_parameter"),
+        ({"modalities": ["audio"]}, "modalities", "unsup"),
+        ({"tempreature": 1}, "tempreature", "unknown_parameter"),
+        ({"model": "nope"}, None, "model_not_found"),
+    ],
+)
+async def test_what_a_chat_is_refused_for(options: dict[str, Any], param: str | None, code: str) -> None:
+    async with serving() as (suite, client):
+        body = {"model": "fake", "messages": USER} | options
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.post("/chat/completions", body=body, cast_to=object)
+        assert caught.value.status_code == (404 if code == "model_not_found" else 400)
+        assert caught.value.body is not None
+        assert caught.value.param == param
+        assert str(caught.value.code).startswith(code)
+        assert caught.value.type in ("invalid_request_error", "not_found_error")
+        assert suite.first.called("Session") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"prompt": None}, "invalid_value"),
+        ({"prompt": ""}, "empty_prompt"),
+        ({"prompt": []}, "invalid_value"),
+        ({"prompt": [[]]}, "empty_prompt"),
+        ({"prompt": [1, "x"]}, "invalid_value"),
+        ({"prompt": [-1]}, "invalid_value"),
+        ({"prompt": [5] * 4096}, "context_length_exceeded"),
+        ({"prompt": ["x"] * 129}, "invalid_value"),
+        ({"prompt": ["x"] * 2, "n": 100}, "invalid_value"),
+        ({"suffix": "x"}, "unsupported_parameter"),
+        ({"best_of": 5}, "unsupported_parameter"),
+    ],
+)
+async def test_what_a_completion_is_refused_for(options: dict[str, Any], code: str) -> None:
+    async with serving() as (suite, client):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.post("/completions", body={"model": "fake", "prompt": "x"} | options, cast_to=object)
+        assert caught.value.code == code
+        assert suite.first.called("Session") == []
+
+
+_SCHEMA = rb'"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": %s}}}'
+
+
+@pytest.mark.parametrize(
+    ("member", "param"),
+    [
+        (rb'"prompt": "\ud800"', "prompt"),
+        (rb'"prompt": "x", "\ud800": 1', r"\ud800"),
+        (rb'"prompt": "x", "stream": true, "stream_options": {"\ud800": 1}', r"stream_options.\ud800"),
+        (rb'"prompt": "x", ' + _SCHEMA % rb'"\ud800"', "response_format.json_schema.schema"),
+        (rb'"prompt": "x", ' + _SCHEMA % rb"1e999", "response_format.json_schema.schema"),
+    ],
+)
+async def test_what_only_json_can_spell_is_refused(member: bytes, param: str) -> None:
+    async with serving() as (_, client):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.post("/completions", content=b'{"model": "fake", %s}' % member, cast_to=object)
+        assert caught.value.param == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"temperature": NaN}', b"[" * 100_000, b"\xff\xfe", b"1" * 5000])
+async def test_bodies_that_are_no_request(body: bytes) -> None:
+    async with serving() as (_, client):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.post("/completions", content=body, cast_to=object)
+        assert caught.value.code == "invalid_json"
+
+
+async def test_a_body_that_is_too_large() -> None:
+    async with serving(max_message_bytes=10_000) as (_, client):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.completions.create(model="fake", prompt="x" * 10_000)
+        assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(11):
+                yield b"x" * 1000
+
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.post("/completions", content=pieces(), cast_to=object)
+        assert caught.value.status_code == 413
+        await client.completions.create(model="fake", prompt="x")
+
+
+async def test_bodies_under_way_are_as_many_as_requests_may_be() -> None:
+    async with serving(max_requests=1) as (suite, client):
+        host, port = suite.http.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
+
+        async def ask() -> None:
+            async with asyncio.timeout(5):
+                while True:  # until the other one has come
+                    await client.completions.create(model="fake", prompt="x")
+
+        with pytest.raises(openai.RateLimitError) as caught:
+            await ask()
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert (await get(suite.http, "/health"))[0] == 200
+        writer.close()
+
+
+async def test_overload_says_when_to_come_back() -> None:
+    async with serving(max_requests=1) as (suite, client):
+        suite.first.gate.clear()
+        first = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        await suite.first.until(lambda: suite.first.sequences)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.completions.create(model="fake", prompt="x")
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        suite.first.gate.set()
+        assert (await first).choices
+
+
+async def test_no_engine_is_service_unavailable() -> None:
+    async with serving() as (suite, client):
+        await suite.first.stop()
+        await suite.until(lambda: not suite.router.serving)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.completions.create(model="fake", prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "no_engine")
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        suite.engines.clear()
