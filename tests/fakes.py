@@ -29,7 +29,7 @@ __all__ = ["FakeBug", "FakeEngine", "FakeError", "FakeLoss", "FakeModel", "Fault
 SERVICE = "microserve.engine.v1.EngineService"
 BYTES_PER_TOKEN = 64
 TOLD_AT_ONCE = 10  # tokens of a prompt
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 class FakeError(ServiceError):

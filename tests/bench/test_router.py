@@ -35,7 +35,7 @@ async def arms(step_s: float = 0.0, batch: int = 4, tokens: int = 1) -> AsyncIte
     await router.start()
     router.registry.on_change(lambda: joined.set() if router.registry.models() else None)
     if not router.registry.models():
-        await asyncio.wait_for(joined.wait(), 10)
+        await asyncio.wait_for(joined.wait(), 60)
     async with make_channel(router.addresses.grpc) as to_router, make_channel(address) as to_stub:
         yield through(to_router), direct(to_stub)
     await router.close()

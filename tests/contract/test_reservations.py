@@ -192,12 +192,12 @@ async def test_two_senders_fill_one_reservation(suite: Suite) -> None:
     prepared = await prep_recv(suite, at, prompt, 100)
     sent = await send_range(suite, two, prompt, prepared.address, 41, 100)
     assert sent.timing.transferred_token_count == 59
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while ranges((info := await info_of(at, prepared.address)).committed) != [(41, 100)]:
             pass
     assert info.state in (pb.RESERVATION_STATE_RESERVED, pb.RESERVATION_STATE_FILLING)
     await send_range(suite, one, prompt, prepared.address, 0, 41)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (info := await info_of(at, prepared.address)).state != pb.RESERVATION_STATE_FILLED:
             pass
     assert ranges(info.committed) == [(0, 100)]

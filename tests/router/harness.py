@@ -21,11 +21,11 @@ from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.cached_blocks import KvEvent
 from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, from_rpc_error
-from tests.fakes import FakeEngine, FakeModel
+from tests.fakes import PATIENCE_S, FakeEngine, FakeModel
 from tests.router.vocabularies import byte_level, files
 
 FAST = BackoffConfig(first_s=0.01, longest_s=0.05)
-PATIENCE_S = 5.0
+QUEUE_S = 60.0  # requests wait for their turn however slow the machine is
 PROMPT = tuple(range(10, 61))  # 51 tokens: not whole pages
 
 
@@ -115,7 +115,10 @@ async def running(
             await engine.start()
             stack.push_async_callback(engine.stop)
         config = RouterConfig(
-            listen="127.0.0.1:0", engine=tuple(engine.address for engine in engines), policy=policy, **options
+            listen="127.0.0.1:0",
+            engine=tuple(engine.address for engine in engines),
+            policy=policy,
+            **({"queue_timeout": QUEUE_S} | options),
         )
         router = Router(config, backoff=FAST)
         stack.push_async_callback(router.close)
@@ -151,6 +154,25 @@ def request(prompt: Sequence[int] = PROMPT, **options: Any) -> router_pb2.Genera
     return message
 
 
+async def first_tokens(call: Any, number: int) -> list[int]:
+    """Reads a call of Generate until so many tokens have come."""
+    tokens: list[int] = []
+    async with asyncio.timeout(PATIENCE_S):
+        while len(tokens) < number:
+            tokens.extend((await call.read()).token_ids)
+    return tokens
+
+
+async def other_tokens(call: Any) -> tuple[list[int], Any]:
+    """The tokens that are still to come, and the last message."""
+    tokens: list[int] = []
+    last = None
+    while (piece := await call.read()) is not grpc.aio.EOF:
+        tokens.extend(piece.token_ids)
+        last = piece
+    return tokens, last
+
+
 def policy_metadata(policy: str) -> tuple[tuple[str, str], ...]:
     return (("x-microserve-policy", policy),) if policy else ()
 
@@ -158,7 +180,7 @@ def policy_metadata(policy: str) -> tuple[tuple[str, str], ...]:
 async def complete(stub: Any, message: router_pb2.GenerateRequest, policy: str = "") -> router_pb2.GenerateResponse:
     """Complete, with errors as RemoteError."""
     try:
-        call = stub.Complete(router_pb2.CompleteRequest(request=message), metadata=policy_metadata(policy), timeout=10)
+        call = stub.Complete(router_pb2.CompleteRequest(request=message), metadata=policy_metadata(policy), timeout=60)
         return (await call).response
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from None

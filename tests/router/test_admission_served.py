@@ -15,7 +15,7 @@ from services.router.admission.admission import Turn
 from services.router.admission.ticket import Capacity, Ticket
 from services.router.metrics import REFUSALS
 from services.rpc.status import from_rpc_error
-from tests.fakes import FakeEngine
+from tests.fakes import PATIENCE_S, FakeEngine
 from tests.router.harness import PROMPT, Running, failing, model, request, running
 
 
@@ -28,9 +28,9 @@ def small_engines(names: str) -> list[FakeEngine]:
 async def waiting(suite: Running, number: int) -> None:
     """Until so many requests wait for their turn."""
     admission = suite.router.admission
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while admission.num_waiting != number:
-            await asyncio.wait_for(suite.admin.ListEngines(admin_pb2.ListEnginesRequest()), 5)
+            await asyncio.wait_for(suite.admin.ListEngines(admin_pb2.ListEnginesRequest()), 60)
 
 
 async def test_what_the_engines_cannot_take_waits_in_the_router() -> None:
@@ -92,19 +92,21 @@ async def test_an_engine_that_joins_gives_room() -> None:
         await new.stop()
 
 
-async def test_sequences_of_another_router_count() -> None:
+async def test_sequences_of_another_router_count(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(engines=small_engines("a"), queue_timeout=0.2) as suite:
         suite.first.sequences.add("somebody else's")
         member = suite.router.registry.members[suite.first.address]
         reported = asyncio.Event()
         suite.router.registry.on_load(reported.set, lambda: True)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while member.others.sequences != 1:  # one report alone may only lag behind
                 suite.first._notify()
                 await reported.wait()
                 reported.clear()
         with failing("RESOURCE_EXHAUSTED", "OVERLOADED"):
             await suite.generate()
+        admission = suite.router.admission
+        monkeypatch.setattr(admission, "_limits", replace(admission._limits, queue_s=PATIENCE_S))
         asked = asyncio.create_task(suite.generate())
         await waiting(suite, 1)
         suite.first.sequences.clear()
@@ -142,7 +144,7 @@ async def said(suite: Running, metadata: dict[str, str]) -> router_pb2.GenerateR
     call = suite.stub.Complete(
         router_pb2.CompleteRequest(request=request()),
         metadata=[(f"x-microserve-{key}", value) for key, value in metadata.items()],
-        timeout=10,
+        timeout=60,
     )
     try:
         return (await call).response

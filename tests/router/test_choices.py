@@ -22,7 +22,7 @@ from tests.router.vocabularies import byte_level
 
 async def complete(suite: Running, **options: object) -> list[router_pb2.GenerateResponse]:
     """All choices."""
-    reply = await suite.stub.Complete(router_pb2.CompleteRequest(request=request(**options)), timeout=10)
+    reply = await suite.stub.Complete(router_pb2.CompleteRequest(request=request(**options)), timeout=60)
     return [reply.response, *reply.other_choices]
 
 

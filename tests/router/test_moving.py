@@ -10,8 +10,8 @@ import pytest
 from microserve.router.v1 import admin_pb2
 
 from services.protocol.errors import Code
-from tests.fakes import FakeEngine, FakeError, Fault
-from tests.router.harness import PROMPT, Running, model, running
+from tests.fakes import PATIENCE_S, FakeEngine, FakeError, Fault
+from tests.router.harness import PROMPT, Running, first_tokens, model, other_tokens, running
 
 LENGTH = 40
 
@@ -30,27 +30,13 @@ async def begun(suite: Running, **options: Any) -> tuple[Any, list[int], FakeEng
         engine.faults["StartGenerate"] = fault
     call = suite.stream(max_tokens=LENGTH, ignore_eos=True, **options)
     tasks = [asyncio.create_task(fault.reached.wait()) for fault in faults]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
     for task in tasks:
         task.cancel()
     for engine in suite.engines:
         engine.faults.clear()
     [engine] = [each for each in suite.engines if each.sequences]
-    tokens: list[int] = []
-    async with asyncio.timeout(5):
-        while len(tokens) < 3:
-            tokens.extend((await call.read()).token_ids)
-    return call, tokens, engine
-
-
-async def rest(call: Any) -> tuple[list[int], Any]:
-    """The tokens that are still to come, and the last message."""
-    tokens: list[int] = []
-    last = None
-    while (piece := await call.read()) is not grpc.aio.EOF:
-        tokens.extend(piece.token_ids)
-        last = piece
-    return tokens, last
+    return call, await first_tokens(call, 3), engine
 
 
 async def drain(suite: Running, engine: FakeEngine, *, migrate: bool = True) -> None:
@@ -62,7 +48,7 @@ async def test_a_sequence_goes_on_elsewhere_with_its_kv() -> None:
     async with running() as suite:
         call, before, source = await begun(suite)
         await drain(suite, source)
-        after, last = await rest(call)
+        after, last = await other_tokens(call)
         tokens = before + after
         assert tokens == model().generate(PROMPT, LENGTH)
         assert last.usage.output_token_count == LENGTH
@@ -82,7 +68,7 @@ async def test_sampling_with_a_seed_goes_on_identically(policy: str) -> None:
         want = list((await suite.generate(max_tokens=LENGTH, ignore_eos=True, **options)).token_ids)
         call, before, source = await begun(suite, policy=policy, **options)
         await drain(suite, source)
-        assert before + (await rest(call))[0] == want
+        assert before + (await other_tokens(call))[0] == want
 
 
 async def test_many_sequences_move_at_once() -> None:
@@ -91,7 +77,7 @@ async def test_many_sequences_move_at_once() -> None:
             engine.gate.clear()
         prompts = [tuple(range(5 + number, 50)) for number in range(8)]
         calls = [suite.stream(prompt, max_tokens=LENGTH, ignore_eos=True) for prompt in prompts]
-        answers = asyncio.gather(*(rest(call) for call in calls))
+        answers = asyncio.gather(*(other_tokens(call) for call in calls))
         await suite.first.until(lambda: len(suite.first.sequences) == 4)
         await drain(suite, suite.first)
         for engine in suite.engines:
@@ -106,7 +92,7 @@ async def test_what_cannot_be_moved_is_computed_anew() -> None:
         call, before, source = await begun(suite)
         source.faults["RemoteSend"] = Fault(NotNow("no sending today"))
         await drain(suite, source)
-        assert before + (await rest(call))[0] == model().generate(PROMPT, LENGTH)
+        assert before + (await other_tokens(call))[0] == model().generate(PROMPT, LENGTH)
 
 
 @pytest.mark.parametrize(("num_engines", "migrate"), [(1, True), (2, False)])
@@ -117,7 +103,7 @@ async def test_it_stays_where_no_other_engine_is_or_nobody_wants_it_moved(num_en
         await suite.first.until(lambda: suite.first.sequences)
         await drain(suite, suite.first, migrate=migrate)
         suite.first.gate.set()
-        assert (await rest(call))[0] == model().generate(PROMPT, LENGTH)
+        assert (await other_tokens(call))[0] == model().generate(PROMPT, LENGTH)
         assert [len(each.called("Session")) for each in suite.engines] == [1, 0][:num_engines]
 
 

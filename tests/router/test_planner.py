@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent, indent
 
@@ -18,8 +19,11 @@ from prometheus_client import REGISTRY
 from services.protocol.errors import ServiceError
 from services.router.app import Router
 from services.router.config import RouterConfig
+from services.router.fleet.scope import RequestScope
 from services.router.planning.host import PlannerLimits
+from services.router.planning.mover import Mover
 from services.router.planning.topics import TopicLimits
+from services.router.planning.view import Move
 from services.router.programs.watchdog import WatchdogLimits
 from services.router.request import PolicyRequest
 from services.rpc.channel import make_channel
@@ -263,21 +267,22 @@ def test_a_wrong_planner_is_refused_at_the_start(planner_name: str) -> None:
 
 # --- bad ones ---------------------------------------------------------------------------------------------------------
 
+LATE = "it did not ask for the next view within 0.2 s"
 RESERVE = "fleet.engine(view.sites[0]).prep_recv(view.topics[0].context, end=256)"
 BAD = {
     "raises": ("raise RuntimeError('so it is')", "it raised RuntimeError: so it is"),
     "exits": ("import sys\nsys.exit(3)", "it raised SystemExit: 3"),
     "ends": ("return", "it ended by itself"),
     "cancels_itself": ("asyncio.current_task().cancel()\nawait asyncio.Event().wait()", "it cancelled itself"),
-    "stands_still": ("await asyncio.Event().wait()", "it did not ask for the next view within 0.2 s"),
+    "stands_still": ("await asyncio.Event().wait()", LATE),
     "stands_still_holding_kv": (
         f"async with {RESERVE}:\n    await asyncio.Event().wait()",
-        "it did not ask for the next view within 0.2 s",
+        LATE,
     ),
     "ignores_its_end": (
         "while not stop.is_set():\n    try:\n        await stop.wait()\n"
         "    except asyncio.CancelledError:\n        pass",
-        "it did not ask for the next view within 0.2 s",
+        LATE,
     ),
     "leaks": (
         f"kept.append({RESERVE})\nawait kept[-1].__aenter__()",
@@ -288,6 +293,7 @@ BAD = {
 HEADER = "import asyncio\nkept, stop = [], asyncio.Event()\n\nasync def planner(fleet):\n"
 LOOP = "    async for view in fleet.views():\n        if not view.topics:\n            continue\n"
 QUICK = PlannerLimits(interval_s=0.01, look_s=0.2, after_cancel_s=0.05, topics=TopicLimits(requests=1))
+PATIENT = replace(QUICK, look_s=PATIENCE_S)
 
 
 def write(folder: Path, name: str, body: str) -> str:
@@ -300,8 +306,8 @@ def write(folder: Path, name: str, body: str) -> str:
 async def test_a_bad_planner_is_cut_and_the_router_goes_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RouterConfig, "planner_limits", QUICK)
     body, problem = BAD[name]
+    monkeypatch.setattr(RouterConfig, "planner_limits", QUICK if problem == LATE else PATIENT)
     async with running(planner=write(tmp_path, name, body)) as suite:
         await suite.generate(question(1))
         reply = await seen(suite, lambda reply: reply.problem)
@@ -309,12 +315,13 @@ async def test_a_bad_planner_is_cut_and_the_router_goes_on(
         assert REGISTRY.get_sample_value("microserve_router_planner_failures_total", {"planner": name}) == 1
         await suite.idle()
         await suite.generate(question(2))
+        monkeypatch.setattr(suite.router.planners, "_limits", PATIENT)
         await start(suite, "by_topic")
         await seen(suite, lambda reply: reply.planner == "by_topic" and reply.look_count)
         suite.router.planners.library.get(name).function.__globals__["stop"].set()
         left = {task for task in asyncio.all_tasks() if task.get_name() == f"planner {name}"}
         if left:
-            await asyncio.wait(left, timeout=5)
+            await asyncio.wait(left, timeout=60)
         assert (await planner(suite)).problem == "", "what was left behind ends without a trace"
 
 
@@ -350,7 +357,14 @@ async def test_stopped_in_the_middle_of_a_move_it_leaves_nothing(verb: str) -> N
 
 async def test_moves_that_take_too_long_are_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the planner is shown the next view."""
-    monkeypatch.setattr(RouterConfig, "planner_limits", PlannerLimits(interval_s=0.01, look_s=0.4))
+    monkeypatch.setattr(RouterConfig, "planner_limits", PlannerLimits(interval_s=0.01, look_s=60.0))
+    carry_out, limits_s = Mover.carry_out, []
+
+    async def in_a_hurry(mover: Mover, moves: Iterable[Move], scope: RequestScope, limit_s: float) -> None:
+        limits_s.append(limit_s)
+        await carry_out(mover, moves, scope, 0.1)
+
+    monkeypatch.setattr(Mover, "carry_out", in_a_hurry)
     fleet = engines()
     fleet[0].faults["RemoteSend"] = Fault()
     async with running(engines=fleet, planner="by_topic:replicas=2") as suite:
@@ -359,6 +373,7 @@ async def test_moves_that_take_too_long_are_broken_off(monkeypatch: pytest.Monke
         assert reply.moves[0].code == "CANCELLED"
         looks = reply.look_count
         assert (await seen(suite, lambda reply: reply.look_count > looks)).problem == ""
+        assert limits_s[0] == 30.0, "half of what the look may take"
 
 
 async def test_an_engine_that_has_gone_is_no_target(tmp_path: Path) -> None:

@@ -22,7 +22,18 @@ from services.router.errors import EngineLost, NoEngine, PolicyFailed, RequestTi
 from services.router.fleet.recovery import Remedy, remedy
 from services.router.metrics import FALLBACKS, RETRIES
 from tests.fakes import FakeBug, FakeEngine, FakeError, FakeLoss, FakeModel, Fault
-from tests.router.harness import PROMPT, Running, failing, model, request, running, script, verbs
+from tests.router.harness import (
+    PROMPT,
+    Running,
+    failing,
+    first_tokens,
+    model,
+    other_tokens,
+    request,
+    running,
+    script,
+    verbs,
+)
 from tests.router.test_faults import PLACES
 
 LOSS = "the connection broke"
@@ -198,16 +209,16 @@ async def test_the_number_of_retries_begins_again_with_every_token() -> None:
 async def test_a_stream_waits_for_its_only_engine_to_come_back() -> None:
     async with running(1) as suite:
         old = suite.first
-        fault = old.faults["StartGenerate"] = Fault(after_tokens=3)
-        asked = asyncio.create_task(suite.generate())
-        await fault.reached.wait()
+        old.faults["StartGenerate"] = Fault(after_tokens=3)
+        call = suite.stream()
+        before = await first_tokens(call, 3)
         await old.stop()
         await suite.until(lambda: not suite.router.serving)
         with failing("UNAVAILABLE", "NO_ENGINE"):
             await suite.generate()  # a request without tokens is refused at once
         new = FakeEngine(model(), "a")
         await new.start(old.address)
-        assert list((await asked).token_ids) == model().generate(PROMPT, 8)
+        assert before + (await other_tokens(call))[0] == model().generate(PROMPT, 8)
         suite.engines[:] = [new]
         await suite.idle()
         await new.stop()

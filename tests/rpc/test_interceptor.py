@@ -108,7 +108,7 @@ async def test_unknown_exception_leaks_no_text(serve: Serve, kind: Any, caplog: 
 
 async def test_inner_cancellation_does_not_leave_the_client_waiting(serve: Serve) -> None:
     running = await serve(Raising(asyncio.CancelledError()))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         error = await failure(unary(running.stub))
     assert error.code is Code.INTERNAL
 
@@ -149,7 +149,7 @@ async def test_cancel_reaches_the_handler_and_deadline_is_readable(serve: Serve)
     assert left is not None
     assert 0 < left < 62  # the wire rounds up
     call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await servicer.cancelled.wait()
     unbounded = running.stub.PrepRecv(engine_pb2.PrepRecvRequest())
     assert await servicer.left.get() is None

@@ -16,7 +16,7 @@ def test_serves_counters_until_closed() -> None:
     Counter("pages_moved", "Pages.", registry=registry).inc(3)
     server = MetricsServer(0, registry=registry)
     assert server.address.startswith("127.0.0.1:")
-    with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=60) as reply:
         assert b"pages_moved_total 3.0" in reply.read()
     with pytest.raises(PortInUse):
         MetricsServer(int(server.address.split(":")[1]))

@@ -52,7 +52,7 @@ def fail(error: BaseException) -> None:
 
 
 async def answer(said: asyncio.Queue[Command]) -> Command:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await said.get()
 
 
