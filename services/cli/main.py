@@ -42,6 +42,14 @@ def up_command(
     model: Annotated[str, typer.Option(metavar="NAME|DIR|FILE.gguf|HF-ID", help="What to serve.")] = DEFAULT_MODEL,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router's gRPC; 0: a free one.")] = 50050,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router's HTTP; 0: a free one.")] = 8080,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Port that takes programs from this machine's users: `microserve policy set FILE`.  [default: none]",
+        ),
+    ] = None,
     ask: Annotated[
         str, typer.Option(metavar="TEXT", help="Question to begin with; empty: none.")
     ] = "What is the capital of France?",
@@ -63,6 +71,7 @@ def up_command(
             model=model,
             grpc_port=grpc_port,
             http_port=http_port,
+            admin_port=admin_port,
             question=ask,
             # Exact: of a small model's first words rounded weights may give others.
             dtype=dtype or ("float32" if device == "cpu" else "auto"),

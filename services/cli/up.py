@@ -39,6 +39,7 @@ class UpOptions:
     model: str
     grpc_port: int
     http_port: int
+    admin_port: int | None  # takes uploaded programs; None: they are taken nowhere
     question: str
     dtype: str
     device: str
@@ -60,7 +61,8 @@ def up(options: UpOptions) -> None:
 def _check(options: UpOptions) -> None:
     """Finds what is wrong before anything is downloaded or started."""
     require_engine()
-    for port in (options.grpc_port, options.http_port, *options.engine_ports):
+    admin_ports = () if options.admin_port is None else (options.admin_port,)
+    for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -69,12 +71,18 @@ def _check(options: UpOptions) -> None:
             except (OSError, OverflowError) as error:
                 why = error.strerror if isinstance(error, OSError) else "ports end at 65535"
                 raise CliError(f"port {port} cannot be had: {why}") from None
-    if options.http_port != 0 and options.http_port in (options.grpc_port, *options.engine_ports):
+    if options.http_port != 0 and options.http_port in (options.grpc_port, *admin_ports, *options.engine_ports):
         raise CliError("--http-port must differ from the gRPC ports of router and engines")
+    if options.admin_port in (options.grpc_port, *options.engine_ports):
+        raise CliError("--admin-port must differ from the other ports")
     if is_file(options.policy) and not Path(options.policy).is_file():
         raise CliError(f"there is no policy file {options.policy}")
     if options.dtype not in _DTYPES:
         raise CliError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
+
+
+def _uploads(address: str) -> tuple[str, ...]:
+    return "--allow-policy-upload", "--admin-listen", address
 
 
 async def launch(options: UpOptions, model: Path, fleet: Fleet) -> None:
@@ -156,6 +164,7 @@ class _Launcher:
                 options.policy,
                 listen=f"{HOST}:{options.grpc_port}",
                 http_listen=f"{HOST}:{options.http_port}",
+                extra=() if options.admin_port is None else _uploads(f"{HOST}:{options.admin_port}"),
             )
         )
         await asyncio.wrap_future(router.ready)
@@ -180,6 +189,10 @@ class _Launcher:
             output.print_json({"event": "ready", "endpoints": [asdict(each) for each in endpoints]})
         else:
             output.print_endpoints(endpoints)
+            self._say(f"logs, until this ends: {self._fleet.folder}/SERVICE.log")
+            if self._options.admin_port is not None:
+                address = f"{HOST}:{self._options.admin_port}"
+                self._say(f"programs: microserve policy set FILE.py --address {address}")
 
     def _watch(self, process: ServiceProcess) -> ServiceProcess:
         """Hears of its death from now on."""

@@ -194,9 +194,9 @@ def test_no_router_is_one_line_and_code_2(microserve: Run) -> None:
 def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for option in ("--grpc-port", "--http-port"):
-            other = "--http-port" if option == "--grpc-port" else "--grpc-port"
-            code, out, err = microserve("up", option, str(port), other, "0")
+        for option in ("--grpc-port", "--http-port", "--admin-port"):
+            others = [f"{other}=0" for other in ("--grpc-port", "--http-port") if other != option]
+            code, out, err = microserve("up", option, str(port), *others)
             line = f"microserve: port {port} cannot be had: Address already in use\n"
             assert (code, out, err) == (2, "", line)
 

@@ -82,6 +82,32 @@ def test_question_is_answered_over_two_engines_and_a_signal_leaves_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_program_is_swapped_in_at_the_admin_port(tmp_path: Path) -> None:
+    # Fixed, as a person gives it, and below the ports that the kernel hands out.
+    port = 29_000 + os.getpid() % 1000
+    options = (f"--admin-port={port}", "--engines=1", "--ask", "Hello")
+    program = ROOT / "docs/examples/long_to_big.py"
+    with launched(tmp_path, *options) as launcher:
+        [router] = [endpoint["grpc"] for endpoint in launcher.endpoints if endpoint["name"] == "router"]
+        refused = command("policy", "set", str(program), "--address", router)
+        assert refused.returncode != 0
+        assert "--admin-port" in refused.stderr
+        assert command("policy", "set", str(program), "--address", f"127.0.0.1:{port}").returncode == 0
+        answer = command("ask", "Hello", "--max-tokens=1", "--json", "--address", router)
+        assert json.loads(answer.stdout)["policy"] == "long_to_big"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`microserve` with these arguments, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 @pytest.mark.faults
 def test_killed_launcher_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
     with launched(tmp_path, "--ask", "Hello") as launcher:

@@ -104,6 +104,25 @@ async def test_bad_programs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         await let_go(suite, name)
 
 
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("    fleet.engines[7]\n    yield", "raised IndexError at line 6"),
+        ("    engine = fleet.engines[0]\n    engine.prep_recv()\n    yield", "raised TypeError at line 7"),
+        (
+            "    async with asyncio.TaskGroup() as group:\n        group.create_task(fail())\n    yield\n\n"
+            "async def fail():\n    return 1 / 0",
+            "raised ExceptionGroup at line 11",
+        ),
+    ],
+)
+async def test_the_author_is_told_the_line(body: str, what: str, tmp_path: Path) -> None:
+    async with running(policy=str(write(tmp_path, "mine", body))) as suite:
+        with failing(*FAILED) as caught:
+            await suite.generate()
+        assert caught.value.message == f"policy mine {what}"
+
+
 async def test_a_program_that_ignores_its_cancellation_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     async def _upload(self, spec: str, source: str, library: Library) -> None:
         """Takes in a program that somebody wrote. UploadDisabled, BadPolicy."""
         if not self._take_uploads:
-            raise UploadDisabled("this router takes no code: start it with --allow-policy-upload --admin-listen")
+            raise UploadDisabled(
+                "no code is taken here, but at --admin-listen of a router with --allow-policy-upload"
+                " (`microserve up --admin-port PORT` starts one)"
+            )
         name, _, params = spec.partition(":")
         program = await load_upload(name, source, library.kind)
         program.bind(params)

@@ -9,6 +9,7 @@ import linecache
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,15 @@ def program_name(module: Mapping[str, Any]) -> str | None:
     if not isinstance(name, str) or not name.startswith(_MODULE_PREFIX):
         return None
     return name.removeprefix(_MODULE_PREFIX).partition("_")[2]
+
+
+def failed_line(raised: BaseException) -> int | None:
+    """The innermost line of a program that the exception came through, of a group its first one; None if it came
+    through none."""
+    while isinstance(raised, BaseExceptionGroup):
+        raised = raised.exceptions[0]
+    lines = [line for frame, line in traceback.walk_tb(raised.__traceback__) if program_name(frame.f_globals)]
+    return lines[-1] if lines else None
 
 
 def _run(name: str, source: str, kind: Kind, file: str) -> ModuleType:

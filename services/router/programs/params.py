@@ -48,4 +48,4 @@ def _convert(name: str, kind: type, text: str) -> Any:
     try:
         return _BOOLEANS[text.lower()] if kind is bool else _TYPES[kind](text)
     except (KeyError, ValueError):
-        raise ValueError(f"{name}={text!r} is not a {kind.__name__}") from None
+        raise ValueError(f"{name}={text!r} is no {kind.__name__}") from None

@@ -17,6 +17,7 @@ from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
+from services.router.programs.loader import failed_line
 from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
 from services.router.programs.watchdog import ProgramInterrupted
@@ -198,17 +199,22 @@ class PolicyRun:
     def _explain(self, raised: BaseException) -> ServiceError:
         """What the client is told; the log has the rest."""
         if _interrupted(raised):
-            return PolicyFailed(f"policy {self.served_by.spec} blocked the router and was interrupted")
+            return PolicyFailed(f"policy {self.served_by.spec} blocked the router{_at(raised)} and was interrupted")
         known = _service_error(raised)
         if known is not None:
             return known
         if not isinstance(raised, asyncio.CancelledError) or not self._cancelled():
             fields = {"policy": self.served_by.spec, "request": self._request.request_id}
             log.error("policy failed", exc_info=raised, extra={"fields": fields})
-        return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}")
+        return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
 
     def _cancelled(self) -> bool:
         return self._task.cancelling() > 0
+
+
+def _at(raised: BaseException) -> str:
+    line = failed_line(raised)
+    return "" if line is None else f" at line {line}"
 
 
 def _interrupted(raised: BaseException) -> bool:
