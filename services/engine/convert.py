@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
-from services.engine.core.api import Timing, TokenLogprobs
+from services.engine.core.api import TokenLogprobs
 from services.engine.errors import BadRequest, BadSampling
 from services.engine.sampling.guide import Guide, GuideKind
 from services.engine.sampling.params import SamplingParams
@@ -16,20 +16,14 @@ from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.layout import Dtype, PageLayout, PageOrder
 from services.protocol.ranges import RangeSet, TokenRange
+from services.rpc.timing_messages import seconds_of
 
 MAX_DURATION_S = 24 * 3600.0
 
 
-def to_duration(seconds: float) -> Duration:
-    """Seconds as a message; what is below zero becomes zero."""
-    duration = Duration()
-    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
-    return duration
-
-
 def from_duration(message: Duration, field: str, *, clip: bool = False) -> float:
     """Seconds. BadRequest, naming `field`, unless it is between zero and a day; with `clip` a day stands for more."""
-    seconds = message.seconds + message.nanos / 1e9
+    seconds = seconds_of(message)
     if clip:
         seconds = min(seconds, MAX_DURATION_S)
     if not 0 <= seconds <= MAX_DURATION_S:
@@ -101,22 +95,6 @@ def _from_guide(message: sampling_pb2.Guide) -> Guide:
         raise BadSampling("guide says nothing.")
     texts = tuple(message.choice.texts) if field == "choice" else (getattr(message, field),)
     return Guide(GuideKind(field), texts)
-
-
-def to_timing(timing: Timing) -> sampling_pb2.Timing:
-    """An account as a message."""
-    return sampling_pb2.Timing(
-        matched_token_count=timing.matched_tokens,
-        transferred_token_count=timing.transferred_tokens,
-        computed_token_count=timing.computed_tokens,
-        generated_token_count=timing.generated_tokens,
-        transferred_bytes=timing.transferred_bytes,
-        queue=to_duration(timing.queue_s),
-        prefill=to_duration(timing.prefill_s),
-        transfer=to_duration(timing.transfer_s),
-        total=to_duration(timing.total_s),
-        preemption_count=timing.preemptions,
-    )
 
 
 def to_logprobs(logprobs: TokenLogprobs) -> sampling_pb2.Logprobs:

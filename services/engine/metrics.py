@@ -14,9 +14,10 @@ from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
-from services.engine.core.api import Load, SequenceOutput, Timing
+from services.engine.core.api import Load, SequenceOutput
 from services.engine.core.plan import Computed, Launched, PageCopy, Runner, StepPlan
 from services.engine.model.model import Model
+from services.protocol.timing import Timing
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 

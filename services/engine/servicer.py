@@ -12,7 +12,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2 as pb
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceServicer
 
-from services.engine.convert import from_duration, to_duration, to_timing
+from services.engine.convert import from_duration
 from services.engine.core import api
 from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
@@ -27,6 +27,7 @@ from services.protocol.errors import ServiceError
 from services.protocol.layout import PageLayout
 from services.rpc.deadline import time_left
 from services.rpc.kv_messages import layout_message
+from services.rpc.timing_messages import duration_message, timing_message
 
 CONTRACT_VERSION = "1.0"
 MAX_TOKENIZER_PIECE_BYTES = 1 << 20
@@ -91,7 +92,7 @@ class EngineServicer(EngineServiceServicer):
         ask = requests.to_remote_send(request, key, self._limits, self._deadline(context))
         timing = await self._front.calls.ask_for(key, ask)
         count_verb(timing)
-        return pb.RemoteSendResponse(timing=to_timing(timing))
+        return pb.RemoteSendResponse(timing=timing_message(timing))
 
     async def StartGenerate(
         self, request: pb.StartGenerateRequest, context: Context
@@ -126,7 +127,7 @@ class EngineServicer(EngineServiceServicer):
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         lease_s = await self._front.calls.ask(requests.to_renew(request))
-        return pb.RenewResponse(lease=to_duration(lease_s))
+        return pb.RenewResponse(lease=duration_message(lease_s))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         await self._front.calls.ask(requests.to_abort(request))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from google.protobuf.duration_pb2 import Duration
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
@@ -86,10 +85,3 @@ def to_address(message: kv_pb2.KvAddress) -> KvAddress:
         message.model_digest,
         message.prompt_digest,
     )
-
-
-def to_duration(seconds: float) -> Duration:
-    """To the nanosecond."""
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

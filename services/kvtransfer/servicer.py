@@ -12,16 +12,7 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.books import Stats
-from services.kvtransfer.convert import (
-    identifier,
-    to_address,
-    to_claim,
-    to_duration,
-    to_layout,
-    to_part,
-    to_range,
-    token,
-)
+from services.kvtransfer.convert import identifier, to_address, to_claim, to_layout, to_part, to_range, token
 from services.kvtransfer.errors import InvalidPool, PushCancelled
 from services.kvtransfer.pool import PoolShape
 from services.kvtransfer.push import PushProgress
@@ -31,6 +22,7 @@ from services.kvtransfer.transports.base import PEER_VERSION
 from services.kvtransfer.watch import GrantBatch
 from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import GrantKey, GrantSpec, PoolPages
+from services.rpc.timing_messages import duration_message
 
 # A string: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -127,7 +119,7 @@ def _progress(progress: PushProgress) -> pb.PushResponse:
         layers_done=progress.layers_done,
         bytes=progress.num_bytes,
         transport=progress.transport,
-        exposed=to_duration(progress.exposed_s) if progress.state.last else None,
+        exposed=duration_message(progress.exposed_s) if progress.state.last else None,
     )
 
 
@@ -163,7 +155,7 @@ def _stats(stats: Stats) -> pb.GetStatsResponse:
             push_count=counters.pushes,
             bytes=counters.num_bytes,
             failure_count=counters.failures,
-            busy=to_duration(counters.busy_s),
+            busy=duration_message(counters.busy_s),
         )
     for link in stats.links:
         speeds = [

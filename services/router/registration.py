@@ -11,7 +11,7 @@ from microserve.router.v1 import registration_pb2, registration_pb2_grpc
 from services.router.errors import NotAuthenticated, RegistrationDisabled
 from services.router.fleet.membership import checked_address
 from services.router.fleet.registration import Registrations
-from services.router.wire import duration
+from services.rpc.timing_messages import duration_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _SCHEME = "Bearer "
@@ -30,7 +30,7 @@ class RegistrationServicer(registration_pb2_grpc.RegistrationServiceServicer):
     ) -> registration_pb2.RegisterResponse:
         self._check(context)
         self._registrations.register(checked_address(request.address))
-        return registration_pb2.RegisterResponse(lease=duration(self._registrations.lease_s))
+        return registration_pb2.RegisterResponse(lease=duration_message(self._registrations.lease_s))
 
     async def Deregister(
         self, request: registration_pb2.DeregisterRequest, context: Context

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Literal
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.prompt_logprobs import PromptLogprobs, joined
 
 
@@ -71,22 +72,6 @@ class Logprobs:
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """An engine's own account of a verb: where each token's KV came from and where the time went."""
-
-    matched_tokens: int = 0
-    transferred_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    transferred_bytes: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    transfer_s: float = 0.0
-    total_s: float = 0.0
-    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

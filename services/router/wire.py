@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from array import array
 
-from google.protobuf.duration_pb2 import Duration
 from microserve.engine.v1 import engine_pb2
-from microserve.types.v1 import kv_pb2, sampling_pb2
+from microserve.types.v1 import sampling_pb2
 
-from services.protocol.ranges import TokenRange
 from services.router.prompt_logprobs import PromptLogprobs
-from services.router.values import (
-    Chunk,
-    FinishReason,
-    Guide,
-    Leg,
-    Logprobs,
-    Sampling,
-    Timing,
-    TokenLogprob,
-    Verb,
-)
+from services.router.values import Chunk, FinishReason, Guide, Leg, Logprobs, Sampling, TokenLogprob, Verb
+from services.rpc.kv_messages import range_message
+from services.rpc.timing_messages import duration_message, timing_message, timing_of
 
 _FINISH_FROM_WIRE = {
     sampling_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -33,18 +23,6 @@ _VERB_TO_WIRE = {
     Verb.REMOTE_SEND: sampling_pb2.VERB_REMOTE_SEND,
     Verb.START_GENERATE: sampling_pb2.VERB_START_GENERATE,
 }
-
-
-def duration(seconds: float) -> Duration:
-    """Seconds as a protobuf duration; negative becomes zero."""
-    message = Duration()
-    message.FromNanoseconds(max(0, round(seconds * 1e9)))
-    return message
-
-
-def seconds(message: Duration) -> float:
-    """The inverse of `duration`."""
-    return message.seconds + message.nanos / 1e9
 
 
 def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampling:
@@ -112,16 +90,12 @@ def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
     )
 
 
-def range_to_wire(tokens: TokenRange) -> kv_pb2.TokenRange:
-    return kv_pb2.TokenRange(begin=tokens.begin, end=tokens.end)
-
-
 def chunk_from_wire(message: engine_pb2.StartGenerateResponse) -> Chunk:
     return Chunk(
         token_ids=tuple(message.token_ids),
         logprobs=tuple(map(_logprobs_from_wire, message.logprobs)) if message.logprobs else (),
         finish=_FINISH_FROM_WIRE.get(message.finish_reason) if message.finish_reason else None,
-        timing=timing_from_wire(message.timing) if message.HasField("timing") else None,
+        timing=timing_of(message.timing) if message.HasField("timing") else None,
         prompt_logprobs=_prompt_from_wire(message.prompt_logprobs) if message.HasField("prompt_logprobs") else None,
     )
 
@@ -159,36 +133,6 @@ def logprobs_to_wire(logprobs: Logprobs) -> sampling_pb2.Logprobs:
     return sampling_pb2.Logprobs(chosen=chosen, top=top)
 
 
-def timing_from_wire(message: sampling_pb2.Timing) -> Timing:
-    return Timing(
-        matched_tokens=message.matched_token_count,
-        transferred_tokens=message.transferred_token_count,
-        computed_tokens=message.computed_token_count,
-        generated_tokens=message.generated_token_count,
-        transferred_bytes=message.transferred_bytes,
-        queue_s=seconds(message.queue),
-        prefill_s=seconds(message.prefill),
-        transfer_s=seconds(message.transfer),
-        total_s=seconds(message.total),
-        num_preemptions=message.preemption_count,
-    )
-
-
-def timing_to_wire(timing: Timing) -> sampling_pb2.Timing:
-    return sampling_pb2.Timing(
-        matched_token_count=timing.matched_tokens,
-        transferred_token_count=timing.transferred_tokens,
-        computed_token_count=timing.computed_tokens,
-        generated_token_count=timing.generated_tokens,
-        transferred_bytes=timing.transferred_bytes,
-        queue=duration(timing.queue_s),
-        prefill=duration(timing.prefill_s),
-        transfer=duration(timing.transfer_s),
-        total=duration(timing.total_s),
-        preemption_count=timing.num_preemptions,
-    )
-
-
 def finish_to_wire(finish: FinishReason) -> sampling_pb2.FinishReason.ValueType:
     return _FINISH_TO_WIRE[finish]
 
@@ -197,8 +141,8 @@ def leg_to_wire(leg: Leg) -> sampling_pb2.Leg:
     return sampling_pb2.Leg(
         verb=_VERB_TO_WIRE[leg.verb],
         engine=leg.engine,
-        range=range_to_wire(leg.range),
-        timing=timing_to_wire(leg.timing) if leg.timing is not None else None,
-        elapsed=duration(leg.elapsed_s),
-        first_token=duration(leg.first_token_s) if leg.first_token_s is not None else None,
+        range=range_message(leg.range),
+        timing=timing_message(leg.timing) if leg.timing is not None else None,
+        elapsed=duration_message(leg.elapsed_s),
+        first_token=duration_message(leg.first_token_s) if leg.first_token_s is not None else None,
     )

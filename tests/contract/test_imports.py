@@ -27,6 +27,7 @@ MAY_IMPORT = {
 WIRE = [
     "rpc/status.py",
     "rpc/kv_messages.py",
+    "rpc/timing_messages.py",
     "*/__main__.py",
     "*/servicer.py",
     "*/convert.py",

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.cost.book import FIRST_GUESS_OUTPUT, CostBook
 from services.router.cost.decision import MAX_ALTERNATIVES, Decision
 from services.router.cost.least_squares import LeastSquares
@@ -19,7 +20,7 @@ from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load, WorkDone
 from services.router.fleet.underway import Answer
 from services.router.request import ModelKey, PolicyRequest
-from services.router.values import Sampling, Timing
+from services.router.values import Sampling
 
 MODEL = ModelKey("m", b"weights", b"tokens")
 PAGE = 16

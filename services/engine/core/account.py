@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.engine.core.api import Timing
+from services.protocol.timing import Timing
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from services.protocol.address import KvAddress
 from services.protocol.errors import ServiceError
 from services.protocol.pages import PageCounts as PageCounts
 from services.protocol.ranges import RangeSet, TokenRange
+from services.protocol.timing import Timing
 
 T = TypeVar("T")
 Reply: TypeAlias = Callable[[T | ServiceError], None]
@@ -57,22 +58,6 @@ class ReservationRef:
 
     reservation_id: str
     secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """A verb's account on this engine; seconds, tokens, bytes. See types.v1.Timing."""
-
-    matched_tokens: int = 0
-    transferred_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    transferred_bytes: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    transfer_s: float = 0.0
-    total_s: float = 0.0
-    preemptions: int = 0
 
 
 # --- verbs ----------------------------------------------------------------------------------------------------

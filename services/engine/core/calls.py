@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.engine.core.api import RequestKey, Timing
+from services.engine.core.api import RequestKey
 from services.protocol.errors import ServiceError
 from services.protocol.requests import RequestLedger
+from services.protocol.timing import Timing
 
 
 class Call(Protocol):

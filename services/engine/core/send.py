@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from services.engine.core.account import Account
-from services.engine.core.api import RemoteSend, Reply, Timing
+from services.engine.core.api import RemoteSend, Reply
 from services.engine.core.sequence import Sequence
 from services.engine.core.timers import Timer
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 
 if TYPE_CHECKING:
     from services.engine.core.sends import Sends

@@ -21,6 +21,7 @@ from services.engine.core.send import Send
 from services.engine.core.sequence import Phase, Sequence
 from services.engine.errors import DeadlineExceeded, NoPages, RequestCancelled, TransferServiceGone
 from services.protocol.errors import ServiceError
+from services.protocol.timing import Timing
 
 
 class Sends:
@@ -217,7 +218,7 @@ class Sends:
             if not pushes.is_committed and pushes.end > send.range.begin and not self._context.link.is_lost:
                 self._give_up_attempt(send)
             context.pool.release(send.sequence.take_pages())
-            context.calls.finish(send.command.key, send.result if isinstance(send.result, api.Timing) else None)
+            context.calls.finish(send.command.key, send.result if isinstance(send.result, Timing) else None)
             del self._live[send.sequence.number]
 
     def _give_up_attempt(self, send: Send) -> None:
@@ -246,7 +247,7 @@ class Sends:
         for push_id in send.pushes.live:
             self._context.link.port.cancel_push(push_id)
 
-    def _answer(self, send: Send, result: api.Timing | ServiceError) -> None:
+    def _answer(self, send: Send, result: Timing | ServiceError) -> None:
         send.result = result
         replies, send.replies = send.replies, []
         for reply in replies:

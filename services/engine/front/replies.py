@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from microserve.engine.v1 import engine_pb2
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
-from services.engine.convert import to_duration, to_logprobs, to_prompt_logprobs, to_timing
+from services.engine.convert import to_logprobs, to_prompt_logprobs
 from services.engine.core.api import CacheEvent, Load, ReservationInfo, Reserved, SequenceOutput
 from services.rpc.kv_messages import address_message, range_message
 from services.rpc.status import to_error_message
+from services.rpc.timing_messages import duration_message, timing_message
 
 MAX_LISTED_RESERVATIONS = 10_000
 # A block hash takes 20 bytes on the wire, so a message stays well under gRPC's limit.
@@ -22,8 +23,8 @@ def to_reserved(reserved: Reserved) -> engine_pb2.PrepRecvResponse:
     return engine_pb2.PrepRecvResponse(
         address=address_message(reserved.address),
         matched_token_count=reserved.matched_tokens,
-        lease=to_duration(reserved.lease_s),
-        timing=to_timing(reserved.timing),
+        lease=duration_message(reserved.lease_s),
+        timing=timing_message(reserved.timing),
     )
 
 
@@ -37,7 +38,7 @@ def to_generated(output: SequenceOutput) -> engine_pb2.StartGenerateResponse:
     if output.finish_reason is not None:
         response.finish_reason = sampling_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason}")
     if output.timing is not None:
-        response.timing.CopyFrom(to_timing(output.timing))
+        response.timing.CopyFrom(timing_message(output.timing))
     return response
 
 
@@ -66,7 +67,7 @@ def to_load(load: Load) -> engine_pb2.WatchLoadResponse:
         step_count=load.steps,
         draining=load.draining,
         work=engine_pb2.WorkDone(
-            busy=to_duration(load.work.busy_s),
+            busy=duration_message(load.work.busy_s),
             prompt_token_count=load.work.prompt_tokens,
             prompt_context_token_count=load.work.prompt_context,
             row_count=load.work.rows,
@@ -116,7 +117,7 @@ def _to_reservation_info(info: ReservationInfo) -> engine_pb2.ReservationInfo:
         state=engine_pb2.ReservationState.Value(f"RESERVATION_STATE_{info.state}"),
         window=range_message(info.window),
         committed=[range_message(part) for part in info.committed],
-        lease_remaining=to_duration(info.lease_remaining_s),
+        lease_remaining=duration_message(info.lease_remaining_s),
         page_ids=info.page_ids,
     )
 

@@ -26,6 +26,7 @@ from services.engine.front.limits import (
     check_salt,
 )
 from services.protocol.errors import InvalidRange
+from services.protocol.timing import Timing
 
 T = TypeVar("T")
 Ask: TypeAlias = Callable[[Reply[T]], api.Command]
@@ -51,7 +52,7 @@ def to_prep_recv(request: engine_pb2.PrepRecvRequest, key: RequestKey, limits: L
 
 def to_remote_send(
     request: engine_pb2.RemoteSendRequest, key: RequestKey, limits: Limits, deadline: float | None
-) -> Ask[api.Timing]:
+) -> Ask[Timing]:
     """A RemoteSend; `deadline` is on the engine's clock."""
     prompt = tuple(request.prompt_token_ids)
     limits.check_prompt(prompt)

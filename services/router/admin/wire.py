@@ -15,7 +15,8 @@ from services.router.programs.program import Program
 from services.router.programs.results import Distribution
 from services.router.programs.split import Arm, Split
 from services.router.traces import Trace
-from services.router.wire import duration, leg_to_wire
+from services.router.wire import leg_to_wire
+from services.rpc.timing_messages import duration_message
 
 
 def split_to_wire(split: Split | None) -> admin_pb2.Split | None:
@@ -28,8 +29,8 @@ def explanation_to_wire(trace: Trace) -> admin_pb2.ExplainRequestResponse:
     message = admin_pb2.ExplainRequestResponse(
         policy=trace.policy,
         code=trace.code,
-        ttft=None if trace.first_token_s is None else duration(trace.first_token_s),
-        jct=duration(trace.duration_s),
+        ttft=None if trace.first_token_s is None else duration_message(trace.first_token_s),
+        jct=duration_message(trace.duration_s),
         output_token_count=trace.output_tokens,
         legs=map(leg_to_wire, trace.legs),
     )
@@ -45,7 +46,7 @@ def planner_to_wire(status: PlannerStatus, programs: Sequence[Program]) -> admin
     return admin_pb2.GetPlannerResponse(
         planner=status.spec,
         problem=status.problem,
-        age=duration(status.age_s),
+        age=duration_message(status.age_s),
         look_count=status.num_looks,
         topics=[_topic(topic, view) for view in status.views for topic in view.topics],
         moves=[_move(record, status.now_s) for record in status.moves],
@@ -76,7 +77,7 @@ def _topic(topic: Topic, view: View) -> admin_pb2.PlannerTopic:
 
 def _move(record: MoveRecord, now_s: float) -> admin_pb2.PlannerMove:
     return admin_pb2.PlannerMove(
-        age=duration(now_s - record.at_s),
+        age=duration_message(now_s - record.at_s),
         topic=record.topic,
         source_engine=record.source,
         target_engine=record.target,
@@ -85,7 +86,7 @@ def _move(record: MoveRecord, now_s: float) -> admin_pb2.PlannerMove:
         code=record.code,
         moved_token_count=record.moved_tokens,
         moved_bytes=record.moved_bytes,
-        elapsed=duration(record.elapsed_s),
+        elapsed=duration_message(record.elapsed_s),
     )
 
 
@@ -95,15 +96,15 @@ def _option(option: Option) -> admin_pb2.PlacementOption:
         decode_engine=option.decode,
         prefill_engine=option.prefill,
         split=option.split,
-        hold=duration(option.hold_s),
-        wait=duration(option.wait_s),
-        compute=duration(option.compute_s),
-        transfer=duration(option.transfer_s),
-        decode=duration(option.decode_s),
-        delay=duration(option.delay_s),
-        ttft=duration(option.ttft_s),
-        jct=duration(option.jct_s),
-        cost=duration(option.cost_s),
+        hold=duration_message(option.hold_s),
+        wait=duration_message(option.wait_s),
+        compute=duration_message(option.compute_s),
+        transfer=duration_message(option.transfer_s),
+        decode=duration_message(option.decode_s),
+        delay=duration_message(option.delay_s),
+        ttft=duration_message(option.ttft_s),
+        jct=duration_message(option.jct_s),
+        cost=duration_message(option.cost_s),
     )
 
 
@@ -121,5 +122,8 @@ def _arm(arm: Arm) -> admin_pb2.SplitArm:
 
 def _distribution(times: Distribution) -> admin_pb2.TimeDistribution:
     return admin_pb2.TimeDistribution(
-        count=times.count, mean=duration(times.mean_s), p50=duration(times.p50_s), p99=duration(times.p99_s)
+        count=times.count,
+        mean=duration_message(times.mean_s),
+        p50=duration_message(times.p50_s),
+        p99=duration_message(times.p99_s),
     )

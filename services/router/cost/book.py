@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed, SendWork, StepsWork
 from services.router.fleet.info import EngineSnapshot, WorkDone
 from services.router.request import PolicyRequest
-from services.router.values import Timing
 
 MAX_ENGINES = 8192
 MAX_LINKS = 65536

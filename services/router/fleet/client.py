@@ -12,15 +12,17 @@ from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 from microserve.types.v1 import kv_pb2
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.errors import IncompatibleEngine
 from services.router.fleet.cached_blocks import KvEvent
 from services.router.fleet.info import EngineInfo, Load, WorkDone
 from services.router.fleet.port import ReservedKv
 from services.router.fleet.session import Sequence, Session
 from services.router.request import ModelKey, PolicyRequest
-from services.router.values import Timing
-from services.router.wire import duration, range_to_wire, sampling_to_wire, seconds, timing_from_wire
+from services.router.wire import sampling_to_wire
+from services.rpc.kv_messages import range_message
 from services.rpc.status import remote_errors
+from services.rpc.timing_messages import duration_message, seconds_of, timing_of
 
 SERVICE_NAME = "microserve.engine.v1.EngineService"
 CONTRACT_MAJOR = "1"
@@ -56,7 +58,7 @@ class EngineClient:
             prompt_token_ids=request.prompt,
             end=end,
             cache_salt=request.cache_salt,
-            max_wait=duration(max_wait_s) if max_wait_s > 0 else None,
+            max_wait=duration_message(max_wait_s) if max_wait_s > 0 else None,
         )
         with remote_errors():
             reply = await self._stub.PrepRecv(message, timeout=request.time_left_s())
@@ -65,8 +67,8 @@ class EngineClient:
             secret=reply.address.secret,
             address=reply.address.SerializeToString(),
             window=TokenRange(reply.matched_token_count, end),
-            lease_s=seconds(reply.lease),
-            timing=timing_from_wire(reply.timing),
+            lease_s=seconds_of(reply.lease),
+            timing=timing_of(reply.timing),
         )
 
     async def remote_send(
@@ -77,14 +79,14 @@ class EngineClient:
             owner_id=self._owner_id,
             request_id=call_id,
             prompt_token_ids=request.prompt,
-            range=range_to_wire(tokens),
+            range=range_message(tokens),
             address=kv_pb2.KvAddress.FromString(kv.address),
             attempt=attempt,
             cache_salt=request.cache_salt,
         )
         with remote_errors():
             reply = await self._stub.RemoteSend(message, timeout=request.time_left_s())
-        return timing_from_wire(reply.timing)
+        return timing_of(reply.timing)
 
     def start_generate(self, call_id: str, request: PolicyRequest, begin: int, kv: ReservedKv | None) -> Sequence:
         """Begins a sequence over the session."""
@@ -97,7 +99,7 @@ class EngineClient:
             sampling=sampling_to_wire(request.sampling),
             reservation=_reference(kv) if kv is not None else None,
             cache_salt=request.cache_salt,
-            timeout=duration(request.time_left_s()),
+            timeout=duration_message(request.time_left_s()),
             prompt_logprobs_begin=request.num_told if request.sampling.prompt_logprobs is not None else 0,
         )
         return self._session.start(message)
@@ -112,7 +114,7 @@ class EngineClient:
         """Extends a lease by the engine's default; returns its length from now in seconds."""
         with remote_errors():
             reply = await self._stub.Renew(engine_pb2.RenewRequest(reservation=_reference(kv)), timeout=timeout_s)
-        return seconds(reply.lease)
+        return seconds_of(reply.lease)
 
     async def abort(self, call_id: str, *, timeout_s: float) -> None:
         """Ends whatever the call of that id left on the engine."""
@@ -161,7 +163,7 @@ class EngineClient:
                     usable_pages=report.pages.free + report.pages.cached,
                     draining=report.draining,
                     work=WorkDone(
-                        busy_s=seconds(report.work.busy),
+                        busy_s=seconds_of(report.work.busy),
                         steps=report.step_count,
                         prompt_tokens=report.work.prompt_token_count,
                         prompt_context=report.work.prompt_context_token_count,

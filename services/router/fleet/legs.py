@@ -7,10 +7,11 @@ from typing import Self
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.clock import now
 from services.router.cost.decision import Decision
 from services.router.metrics import VERB_SECONDS, of
-from services.router.values import Leg, Timing, Verb
+from services.router.values import Leg, Verb
 
 
 class OpenLeg:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.fleet.cached_blocks import KvEvent
 from services.router.fleet.info import EngineInfo, Load
 from services.router.fleet.session import Sequence
 from services.router.request import PolicyRequest
-from services.router.values import Timing
 
 
 @dataclass(frozen=True, slots=True)

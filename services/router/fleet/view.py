@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.clock import now
 from services.router.cost.book import CostBook
 from services.router.cost.decision import Decision
@@ -23,7 +24,7 @@ from services.router.fleet.roster import Roster
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.underway import Answer
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, FinishReason, Timing, Verb
+from services.router.values import Chunk, FinishReason, Verb
 
 SHORTEST_HOLD_S = 5e-3
 # After these an engine has certainly not made a reservation.

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from services.protocol.errors import ServiceError
+from services.protocol.timing import Timing
 from services.router.clock import now
 from services.router.cost.book import CostBook
 from services.router.fleet.registry import Registry
@@ -17,7 +18,6 @@ from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Engine
 from services.router.metrics import PLANNER_MOVED, PLANNER_MOVES
 from services.router.planning.view import Move, Site
-from services.router.values import Timing
 
 log = logging.getLogger(__name__)
 

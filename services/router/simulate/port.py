@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.clock import now
 from services.router.fleet.cached_blocks import KvEvent
 from services.router.fleet.info import EngineInfo, Load
@@ -18,7 +19,7 @@ from services.router.simulate.engine import SimulatedEngine
 from services.router.simulate.hardware import EngineHardware, FleetHardware
 from services.router.simulate.link import Link
 from services.router.simulate.work import Booking, Work
-from services.router.values import Chunk, FinishReason, Timing
+from services.router.values import Chunk, FinishReason
 
 MODEL = ModelKey("simulated", b"simulated", b"simulated")
 _MAX_BUFFERED = 1 << 20  # tokens

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from services.router.fleet.mailbox import Mailbox
 from services.router.request import PolicyRequest
-from services.router.values import Timing
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from services.engine.core import api
 from services.protocol.errors import ServiceError
+from services.protocol.timing import Timing
 
 T = TypeVar("T")
 
@@ -59,14 +60,14 @@ class Stream:
         self.prompt_tops: list[list[tuple[int, float]]] = []
         self.finish_reason: str | None = None
         self.error: ServiceError | None = None
-        self.timing: api.Timing | None = None
+        self.timing: Timing | None = None
 
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
     @property
-    def account(self) -> api.Timing:
+    def account(self) -> Timing:
         """The account of a stream that has ended."""
         assert self.timing is not None
         return self.timing

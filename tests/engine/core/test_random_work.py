@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import ServiceError
+from services.protocol.timing import Timing
 from tests.engine.core.answers import Answer, Stream
 from tests.engine.core.fake_runner import expected_scores
 from tests.engine.core.world import LAG, VOCAB, Node, World, ref_of
@@ -26,7 +27,7 @@ class RandomWork(RuleBasedStateMachine):
         super().__init__()
         self.streams: list[tuple[Node, tuple[int, ...], SamplingParams, Stream]] = []
         self.preps: list[tuple[tuple[int, ...], str, Answer[api.Reserved]]] = []
-        self.sends: list[tuple[str, Answer[api.Timing]]] = []
+        self.sends: list[tuple[str, Answer[Timing]]] = []
         self.others: list[Answer[int] | Answer[float] | Answer[None]] = []
         self.names = 0
 

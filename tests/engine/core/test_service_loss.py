@@ -6,6 +6,7 @@ import pytest
 
 from services.engine.core import api
 from services.protocol.errors import Code, ServiceError
+from services.protocol.timing import Timing
 from tests.engine.core.test_transfer import generate, send
 from tests.engine.core.world import World, events, prompt_of
 
@@ -29,7 +30,7 @@ def test_the_death_of_a_transfer_service(side: str, num_events: int) -> None:
     node.service.crash()
     world.run()
     assert not sent.is_open
-    if sent.values and isinstance(sent.values[0], api.Timing):
+    if sent.values and isinstance(sent.values[0], Timing):
         assert stream.tokens == world.d.expected(prompt, 3)
     elif side == "d":
         assert stream.failure.code is Code.ABORTED

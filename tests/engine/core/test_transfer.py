@@ -10,6 +10,7 @@ import pytest
 
 from services.engine.core import api
 from services.engine.sampling.params import SamplingParams
+from services.protocol.timing import Timing
 from tests.engine.core.answers import Stream
 from tests.engine.core.fake_runner import kv_of
 from tests.engine.core.world import PAGE_SIZE, World, at_once, prompt_of, ref_of
@@ -17,7 +18,7 @@ from tests.engine.core.world import PAGE_SIZE, World, at_once, prompt_of, ref_of
 THREE = SamplingParams(max_tokens=3)
 
 
-def send(world: World, prompt: Sequence[int], reserved: api.Reserved, **options: Any) -> api.Timing:
+def send(world: World, prompt: Sequence[int], reserved: api.Reserved, **options: Any) -> Timing:
     window = reserved.address.window
     answer = world.p.remote_send(prompt, window.begin, window.end, reserved, **options)
     world.run()

@@ -20,6 +20,7 @@ from services.engine.core.plan import Runner
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
 from services.protocol.ranges import TokenRange
+from services.protocol.timing import Timing
 from tests.engine.core.answers import Answer, Clock, Stream
 from tests.engine.core.fake_runner import FakeRunner, expected_tokens
 from tests.engine.core.fake_transfer import FakeService, Network
@@ -102,8 +103,8 @@ class Node:
     def remote_send(
         self, prompt: Sequence[int], begin: int, end: int, reserved: api.Reserved, /, *, name: str | None = None,
         **options: Any,
-    ) -> Answer[api.Timing]:  # fmt: skip
-        answer: Answer[api.Timing] = Answer()
+    ) -> Answer[Timing]:  # fmt: skip
+        answer: Answer[Timing] = Answer()
         command = api.RemoteSend(
             self.key(name), tuple(prompt), TokenRange(begin, end), reserved.address, 1, "", None, answer
         )

@@ -17,6 +17,7 @@ from services.engine.core import api
 from services.engine.core.api import RequestKey, ReservationRef
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.ranges import RangeSet, TokenRange
+from services.protocol.timing import Timing
 from services.rpc.kv_messages import address_message
 from tests.e2e.errors import failing
 from tests.engine.front.harness import LAYOUT, OWNER, TOKENIZER_FILES, Served, load, serve
@@ -76,7 +77,7 @@ async def test_prep_recv(served: Served) -> None:
     command = await served.engine.next(api.PrepRecv)
     assert (command.key, command.prompt, command.end) == (KEY, PROMPT, 8)
     assert (command.lease_s, command.max_wait_s, command.cache_salt) == (2.0, 0.5, "")
-    command.reply(api.Reserved(ADDRESS, 4, 2.0, api.Timing(matched_tokens=4)))
+    command.reply(api.Reserved(ADDRESS, 4, 2.0, Timing(matched_tokens=4)))
     reply = await call
     assert from_address(reply.address) == ADDRESS
     assert (reply.matched_token_count, reply.lease.seconds, reply.timing.matched_token_count) == (4, 2, 4)
@@ -102,7 +103,7 @@ async def test_remote_send(served: Served) -> None:
     )
     assert command.deadline is not None
     assert 1020 < command.deadline < 1031  # a timeout is rounded up on the wire
-    command.reply(api.Timing(transferred_bytes=99))
+    command.reply(Timing(transferred_bytes=99))
     assert (await call).timing.transferred_bytes == 99
 
 

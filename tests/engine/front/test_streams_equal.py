@@ -9,10 +9,11 @@ import pytest
 from microserve.engine.v1 import engine_pb2 as pb
 from microserve.types.v1 import sampling_pb2
 
-from services.engine.core.api import Cancel, RequestKey, ReservationRef, StartGenerate, Timing, TokenLogprobs
+from services.engine.core.api import Cancel, RequestKey, ReservationRef, StartGenerate, TokenLogprobs
 from services.engine.errors import DeadlineExceeded, QueueFull
 from services.engine.sampling.params import SamplingParams
 from services.engine.sampling.prompt_logprobs import PromptLogprobs
+from services.protocol.timing import Timing
 from tests.engine.front.harness import OWNER, Served, output, serve, start_request
 from tests.engine.front.readers import CompleteReader, SessionReader, StartGenerateReader
 
