@@ -77,14 +77,18 @@ class Cell:
     speedup: float
     lower: float
     upper: float
+    # The same, but in each repeat against the policy that was best in the others: the best of several that are equal is
+    # the one that was lucky, and `speedup` holds that luck against adaptive. None of a single repeat.
+    held_out_speedup: float | None
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """What build/bench/policies.json holds."""
     cells = compare(runs)
     return {
-        "adaptive_speedup_geomean": exp(fmean(log(cell.speedup) for cell in cells)) if cells else None,
+        "adaptive_speedup_geomean": _geometric_mean([cell.speedup for cell in cells]),
         "adaptive_worst_cell_upper": min(cell.upper for cell in cells) if cells else None,
+        "adaptive_held_out_geomean": _geometric_mean([cell.held_out_speedup for cell in cells]),
         "cells": [asdict(cell) for cell in cells],
         "rows": [asdict(row) for row in rows(runs)],
     }
@@ -121,8 +125,23 @@ def compare(runs: Sequence[Run]) -> list[Cell]:
         if means:
             best = min(means, key=lambda policy: means[policy])
             lower, upper = interval(times[best], adaptive)
-            cells.append(Cell(*cell, best, means[best] / _mean(adaptive, adaptive), lower, upper))
+            speedup, held_out = (
+                means[best] / _mean(adaptive, adaptive),
+                _held_out({p: times[p] for p in means}, adaptive),
+            )
+            cells.append(Cell(*cell, best, speedup, lower, upper, held_out))
     return cells
+
+
+def _held_out(statics: dict[str, dict[int, list[float]]], adaptive: dict[int, list[float]]) -> float | None:
+    chosen = list[float]()
+    for repeat in adaptive:
+        others = {other: adaptive[other] for other in adaptive if other != repeat}
+        if not others:
+            return None
+        best = min(statics, key=lambda policy: _mean(statics[policy], others))
+        chosen.extend(statics[best][repeat])
+    return fmean(chosen) / _mean(adaptive, adaptive)
 
 
 def interval(static: dict[int, list[float]], adaptive: dict[int, list[float]]) -> tuple[float, float]:
@@ -138,6 +157,12 @@ def interval(static: dict[int, list[float]], adaptive: dict[int, list[float]]) -
         ratios.append(totals[0] / totals[1])
     ratios.sort()
     return ratios[int(0.025 * NUM_RESAMPLES)], ratios[int(0.975 * NUM_RESAMPLES)]
+
+
+def _geometric_mean(ratios: Sequence[float | None]) -> float | None:
+    """None unless all are known."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return exp(fmean(map(log, known))) if known and len(known) == len(ratios) else None
 
 
 def _mean(repeats: dict[int, list[float]], of: dict[int, list[float]]) -> float:

@@ -41,7 +41,7 @@ def main(
     found = summary(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1))
-    print(json.dumps({key: found[key] for key in ("adaptive_speedup_geomean", "adaptive_worst_cell_upper", "cells")}))
+    print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
 
 
 def sweep(

@@ -83,6 +83,18 @@ def test_the_interval_is_wide_where_repeats_disagree() -> None:
     assert wide.upper - wide.lower > 3 * (narrow.upper - narrow.lower)
 
 
+def test_held_out_the_best_static_policy_has_no_luck_of_its_own() -> None:
+    times = {"adaptive": (1.0, 1.0, 1.0), "data_parallel": (0.82, 1.2, 1.01), "balanced:0.5": (1.2, 0.8, 0.97)}
+    runs = [run(policy, jct_s, repeat) for policy, jcts in times.items() for repeat, jct_s in enumerate(jcts)]
+    [cell] = compare(runs)
+    assert cell.best_static == "balanced:0.5"
+    assert cell.speedup == pytest.approx((1.2 + 0.8 + 0.97) / 3)
+    # Chosen without the repeat that counts: balanced, data_parallel, balanced.
+    assert cell.held_out_speedup == pytest.approx((1.2 + 1.2 + 0.97) / 3)
+    assert summary(runs)["adaptive_held_out_geomean"] == pytest.approx(cell.held_out_speedup)
+    assert summary(runs[::3])["adaptive_held_out_geomean"] is None, "a single repeat"
+
+
 async def test_a_machine_that_is_slow_is_told_and_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, work = Machine(1), iter([0.05, 0.2, 0.2, 0.05])
     monkeypatch.setattr("bench.policies.machine._job", lambda _: time.sleep(next(work, 0.2)))
