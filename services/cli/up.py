@@ -140,7 +140,8 @@ class _Launcher:
     async def _start(self) -> ServiceProcess:
         """The router, once all are ready. Engines load their model at the same time."""
         options, fleet = self._options, self._fleet
-        kvtransfer = self._watch(fleet.start_kvtransfer())
+        # Pools take memory as they fill: allocating all of it first may take longer than everything else here.
+        kvtransfer = self._watch(fleet.start_kvtransfer(extra=["--no-prefault"]))
         await asyncio.wrap_future(kvtransfer.ready)
         threads = max(1, core_count() // options.engine_count)
         engines = [

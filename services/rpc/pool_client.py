@@ -33,6 +33,7 @@ from services.rpc.fd_passing import (
 
 # A ready counter has a cache line of its own.
 SLOT_BYTES = 64
+_BLOCK_BYTES = 512  # the unit of st_blocks
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -107,7 +108,6 @@ class AttachedPool:
         handover: Handover,
         message: Message,
         gpu: CudaDriver | None,
-        prefault: bool,
     ) -> None:
         """Raises PoolAttachError if the pool is in the memory of another GPU than `gpu`."""
         self.connection = connection
@@ -118,7 +118,9 @@ class AttachedPool:
         self.device: DeviceSegment | None = None
         self.memory = np.empty(0, np.uint8)
         if gpu is None:
-            self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=prefault)
+            # Faults taken now are spared later; but memory that the service has not allocated is not asked for here.
+            is_allocated = os.fstat(self._pool_descriptor).st_blocks * _BLOCK_BYTES >= handover.pool_bytes
+            self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=is_allocated)
         else:
             # A descriptor of its own: the pool's stays for the service's next incarnation.
             self.device = DeviceSegment.adopt(gpu, os.dup(self._pool_descriptor), handover.pool_bytes)
@@ -166,7 +168,7 @@ class AttachedPool:
 
 
 def attach_pool(
-    socket_path: str, ticket: bytes, gpu: CudaDriver | None = None, *, timeout_s: float = 10.0, prefault: bool = True
+    socket_path: str, ticket: bytes, gpu: CudaDriver | None = None, *, timeout_s: float = 10.0
 ) -> AttachedPool:
     """Fetches and maps the pool that AttachPool named, on `gpu` or in host memory. Blocks, at most `timeout_s` for the
     service's answer.
@@ -177,7 +179,7 @@ def attach_pool(
     try:
         if len(message.descriptors) != 3:
             raise PoolAttachError(f"expected 3 descriptors, got {len(message.descriptors)}")
-        return AttachedPool(connection, handover, message, gpu, prefault)
+        return AttachedPool(connection, handover, message, gpu)
     except (PoolAttachError, CudaFailed, OSError, ValueError) as error:
         message.close()
         connection.close()

@@ -18,7 +18,7 @@ from services.kvtransfer.handover import HandoverSocket
 from services.kvtransfer.liveness import EngineConnection
 from services.kvtransfer.memory import SharedSegment
 from services.rpc.fd_passing import FdPassingError, Message, receive_message, send_message, to_address
-from services.rpc.pool_client import Handover, PoolAttachError
+from services.rpc.pool_client import AttachedPool, Handover, PoolAttachError
 
 
 @pytest.fixture
@@ -136,6 +136,25 @@ def test_memory_goes_with_its_last_view() -> None:
 def _mapped() -> bool:
     with open("/proc/self/maps") as maps:
         return "microserve-test-view" in maps.read()
+
+
+@pytest.mark.parametrize("is_allocated", [True, False])
+async def test_an_engine_takes_no_memory_that_the_service_left_unallocated(
+    ends: tuple[socket.socket, socket.socket], is_allocated: bool
+) -> None:
+    segment, control = (
+        SharedSegment.create("microserve-test", 1 << 20, prefault=is_allocated),
+        ControlPage.create("c", 4),
+    )
+    descriptors = (segment.descriptor, control.descriptor, control.eventfd)
+    message = Message(b"", tuple(map(os.dup, descriptors)))
+    pool = AttachedPool(ends[0], Handover(1 << 20, 4), message, None)
+    assert os.fstat(segment.descriptor).st_blocks * 512 == (1 << 20 if is_allocated else 0)
+    pool.memory[-1] = 7
+    assert segment.array[-1] == 7
+    pool.close()
+    control.close()
+    segment.close()
 
 
 async def test_only_sealed_memory_is_adopted() -> None:
