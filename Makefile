@@ -21,7 +21,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 GPU_STAMP := $(if $(GPU_PYTHON),,$(DEV_STAMP))
 # The project's settings of pytest name plugins that such a Python need not have.
-GPU_PYTEST := $(if $(GPU_PYTHON),-c /dev/null --rootdir=$(CURDIR) --import-mode=importlib -p no:cacheprovider)
+GPU_PYTEST := $(if $(GPU_PYTHON),-c /dev/null --rootdir=$(CURDIR) --import-mode=importlib -p no:cacheprovider --continue-on-collection-errors)
 GPU_RUN := $(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR):$(CURDIR)/gen:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help

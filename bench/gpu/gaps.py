@@ -15,6 +15,7 @@ import torch
 
 from services.engine.batch import ForwardBatch
 from services.engine.gpu.graphs import DecodeGraphs
+from services.engine.gpu.marks import Mark
 from services.engine.gpu.runner import QueuedRunner
 
 
@@ -63,9 +64,9 @@ class MarkedRunner(QueuedRunner):
 
     marks: Marks
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def _mark(self) -> Mark:
         if self._kv.device.type != "cuda":
-            return None
+            return super()._mark()
         event = _now(self._kv.device)
         self.marks.add(event, is_end=True)
         return event

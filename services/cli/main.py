@@ -56,7 +56,8 @@ def up_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, packed, int8, float32 or bfloat16; auto: packed on the CPU.  [default: float32 there]"
+            help="auto, packed, int8, float32, bfloat16 or, on a GPU, fp8; auto: packed on the CPU.  "
+            "[default: float32 there]"
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",

@@ -25,7 +25,7 @@ from services.cli.values import Endpoint, Question
 HOST = "127.0.0.1"
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
-_DTYPES = ("auto", "packed", "int8", "float32", "bfloat16")
+_DTYPES = ("auto", "packed", "int8", "fp8", "float32", "bfloat16")
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
 
@@ -85,6 +85,12 @@ def _uploads(address: str) -> tuple[str, ...]:
     return "--allow-policy-upload", "--admin-listen", address
 
 
+def gpu_options(device: str) -> tuple[str, ...]:
+    """What the KV transfer service of engines on `device` is to be told of it."""
+    kind, _, number = device.partition(":")
+    return ("--cuda-device", number or "0") if kind == "cuda" else ()
+
+
 async def launch(options: UpOptions, model: Path, fleet: Fleet) -> None:
     """Starts everything in `fleet` and serves until a signal; the fleet is closed afterwards, whatever happens."""
     await _Launcher(options, model, fleet).run()
@@ -141,11 +147,12 @@ class _Launcher:
         """The router, once all are ready. Engines load their model at the same time."""
         options, fleet = self._options, self._fleet
         # Pools take memory as they fill: allocating all of it first may take longer than everything else here.
-        kvtransfer = self._watch(fleet.start_kvtransfer(extra=["--no-prefault"]))
+        kvtransfer = self._watch(fleet.start_kvtransfer(extra=["--no-prefault", *gpu_options(options.device)]))
         await asyncio.wrap_future(kvtransfer.ready)
         threads = max(1, core_count() // options.engine_count)
-        engines = [
-            self._watch(
+        engines = []
+        for number, port in enumerate(options.engine_ports):
+            engine = self._watch(
                 fleet.start_engine(
                     f"engine-{number}",
                     self._model,
@@ -156,8 +163,10 @@ class _Launcher:
                     listen=f"{HOST}:{port}",
                 )
             )
-            for number, port in enumerate(options.engine_ports)
-        ]
+            engines.append(engine)
+            if options.device != "cpu":
+                # Each takes half of the GPU's memory that it finds free: two at once would take all of it.
+                await asyncio.wrap_future(engine.ready)
         await asyncio.gather(*(asyncio.wrap_future(engine.ready) for engine in engines))
         router = self._watch(
             fleet.start_router(

@@ -15,7 +15,7 @@ from services.rpc.server import ServerConfig
 # Set by test runners, and by nobody else.
 TESTING_VARIABLE = "MICROSERVE_TESTING"
 MAX_NAME_CHARACTERS = 128
-_QUANTISED = ("int8", "packed")  # forms of weights; everything else is float32
+_QUANTISED = {"int8": WeightForm.BYTES, "fp8": WeightForm.FLOATS8, "packed": WeightForm.PACKED}
 _WILDCARDS = ("0.0.0.0", "::", "*")
 
 
@@ -39,9 +39,10 @@ class EngineConfig(ServerConfig):
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "number format; int8: weights in bytes, all else float32; packed: weights in the 4 or 8 bits that "
-            "a GGUF file has, int8 where it has none; auto: packed on cpu, bfloat16 elsewhere",
-            "choices": ("auto", "packed", "int8", "float32", "bfloat16", "float16"),
+            "help": "number format; int8: weights in bytes, all else float32, on a GPU bfloat16; fp8: on a GPU, "
+            "weights in 8-bit floats, all else bfloat16; packed: on cpu, weights in the 4 or 8 bits that a GGUF file "
+            "has, int8 where it has none; auto: packed on cpu, bfloat16 elsewhere",
+            "choices": ("auto", "packed", "int8", "fp8", "float32", "bfloat16", "float16"),
         },
     )
     attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
@@ -88,8 +89,10 @@ class EngineConfig(ServerConfig):
         if not 0 < self.lease_default <= self.lease_max:
             raise ValueError("--lease-default must be above 0 and at most --lease-max")
         self._check_register()
-        if self.dtype in _QUANTISED and self.device != "cpu":
-            raise ValueError(f"--dtype {self.dtype} needs --device cpu")
+        if self.dtype == "packed" and self.device != "cpu":
+            raise ValueError("--dtype packed needs --device cpu")
+        if self.dtype == "fp8" and self.device == "cpu":
+            raise ValueError("--dtype fp8 needs a GPU")
         if any("=" not in label for label in self.labels):
             raise ValueError("--labels must be key=value")
         if self.fault_points and os.environ.get(TESTING_VARIABLE) != "1":
@@ -111,18 +114,17 @@ class EngineConfig(ServerConfig):
 
     @property
     def dtype_name(self) -> str:
-        """The number format of activations and KV, and of weights too unless they are kept in bytes."""
-        if self.dtype == "auto":
+        """The number format of activations and KV, and of weights too unless they have a form of their own."""
+        if self.dtype == "auto" or self.dtype in _QUANTISED:
             return "float32" if self.device == "cpu" else "bfloat16"
-        return "float32" if self.dtype in _QUANTISED else self.dtype
+        return self.dtype
 
     @property
     def weight_form(self) -> WeightForm:
         """How linear layers keep their weights."""
-        if self.dtype == "int8":
-            return WeightForm.BYTES
-        is_packed = self.dtype == "packed" or (self.dtype == "auto" and self.device == "cpu")
-        return WeightForm.PACKED if is_packed else WeightForm.EXACT
+        if self.dtype == "auto" and self.device == "cpu":
+            return WeightForm.PACKED
+        return _QUANTISED.get(self.dtype, WeightForm.EXACT)
 
     @property
     def num_threads(self) -> int:

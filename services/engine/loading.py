@@ -6,6 +6,7 @@ import torch
 
 from services.engine.config import EngineConfig
 from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.shard import Shard
 from services.rpc.errors import StartError
@@ -13,8 +14,14 @@ from services.rpc.errors import StartError
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+# Compute capabilities from which on GPUs have what a form of weights is multiplied in.
+NEEDED = {WeightForm.BYTES: (8, 0), WeightForm.FLOATS8: (8, 9)}
+
+
 def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedModel:
-    """Reads the weights. Raises ModelError with a sentence."""
+    """Reads the weights. Raises ModelError with a sentence, or StartError for a GPU that cannot compute them."""
+    if device.type == "cuda":
+        check_capability(config, torch.cuda.get_device_capability(device))
     return load_model(
         config.model,
         device=device,
@@ -22,6 +29,16 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
         linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weight_form),
         shard=shard,
     )
+
+
+def check_capability(config: EngineConfig, capability: tuple[int, int]) -> None:
+    """Raises StartError if a GPU of that compute capability lacks what --dtype needs."""
+    needed = NEEDED.get(config.weight_form, (0, 0))
+    if capability < needed:
+        has, wants = (".".join(map(str, each)) for each in (capability, needed))
+        raise StartError(
+            f"--dtype {config.dtype} needs a GPU of compute capability {wants}, and {config.device} has {has}"
+        )
 
 
 def set_torch_threads(config: EngineConfig) -> None:
@@ -42,5 +59,11 @@ def torch_device(config: EngineConfig, rank: int = 0) -> torch.device:
         if (device.index or 0) + config.tp > torch.cuda.device_count():
             raise StartError(f"--tp {config.tp} from {config.device} on: there are {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", (device.index or 0) + rank)
-        torch.cuda.set_device(device)
+        use_device(device)
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Makes the GPU the one that this thread's kernels go to: every thread begins with the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -23,7 +23,7 @@ from services.engine.gpu.graphs import decode_graphs
 from services.engine.gpu.runner import QueuedRunner
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
-from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device
+from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device, use_device
 from services.engine.metrics import TimedModel, TimedRunner
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
@@ -107,6 +107,7 @@ class Replica:
 
     def make_loop(self, kv: torch.Tensor, front: Front, link: KvLink | None) -> EngineLoop:
         """The loop thread over a pool, not started. Raises StartError for an attention backend that does not fit."""
+        use_device(self.device)
         try:
             attention = make_attention(self.config.attention, kv, self.model.model.config, self.config.num_threads)
         except ValueError as error:
@@ -121,7 +122,7 @@ class Replica:
             lambda news: loop.submit(news),
         )
         core = EngineCore(self._core_config(), TimedRunner(runner), front, link, guides=guides, faults=self._faults())
-        loop = EngineLoop(core, front)
+        loop = EngineLoop(core, front, prepare=lambda: use_device(self.device))
         return loop
 
     def close(self) -> None:

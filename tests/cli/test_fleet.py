@@ -16,6 +16,7 @@ import pytest
 from services.cli.client import wait_serving
 from services.cli.errors import ServiceFailed
 from services.cli.fleet import Fleet
+from services.cli.up import gpu_options
 from services.kvtransfer.config import KvTransferConfig
 from services.rpc.config import read_config
 from tests.cli.conftest import Run, start_up
@@ -193,3 +194,11 @@ def test_up_says_why_it_could_not_start(tmp_path: Path, model: str, code: int, l
         assert launcher.returncode == code
         assert err.endswith(line)
         assert code == 1 or err == line
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cpu", ()), ("cuda", ("--cuda-device", "0")), ("cuda:1", ("--cuda-device", "1"))],
+)
+def test_the_transfer_service_is_told_of_the_engines_gpu(device: str, options: tuple[str, ...]) -> None:
+    assert gpu_options(device) == options

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,6 +12,16 @@ import torch
 # Triton looks at this once, when it is first imported, which transformers may do long before a kernel is wanted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without the setting. Kernels are made before: they would stay what they are made as."""
+    with suppress(ImportError):
+        importlib.import_module("services.engine.attention.triton_kernels")
+        importlib.import_module("services.engine.model.linear.rounded_kernels")
+        importlib.import_module("services.engine.model.triton_ops_kernels")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,12 @@ def _flash_attn(kv: Tensor, num_threads: int) -> AttentionBackend:
     return FlashAttnAttention(kv)
 
 
+def _flash_attn_3(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.flash_attn_3 import FlashAttn3Attention
+
+    return FlashAttn3Attention(kv)
+
+
 def _flashinfer(kv: Tensor, num_threads: int) -> AttentionBackend:
     from services.engine.attention.flashinfer import FlashInferAttention
 
@@ -48,6 +54,7 @@ BACKENDS: dict[str, Factory] = {
     "gather_sdpa": lambda kv, num_threads: GatherSdpaAttention(kv),
     "paged_numba": _paged_numba,
     "flash_attn": _flash_attn,
+    "flash_attn_3": _flash_attn_3,
     "flashinfer": _flashinfer,
     "torch_varlen": _torch_varlen,
     "triton_paged": _triton_paged,
@@ -75,5 +82,5 @@ def _candidates(kv: Tensor) -> tuple[str, ...]:
     if kv.device.type == "cpu" and kv.dtype == torch.float32:
         return "paged_numba", "gather_sdpa"
     if kv.device.type == "cuda":
-        return "flash_attn", "flashinfer", "torch_varlen", "triton_paged", "gather_sdpa"
+        return "flash_attn_3", "flash_attn", "flashinfer", "torch_varlen", "triton_paged", "gather_sdpa"
     return ("gather_sdpa",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool
+from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool, require_parameters
 from services.engine.batch import ForwardBatch
 
 WANTED = ("block_table", "softcap", "window_size", "softmax_scale", "causal")
@@ -53,7 +52,5 @@ def _find() -> Callable[..., Any]:
     except ImportError as error:
         raise BackendUnavailable(f"flash_attn is not installed ({error})") from None
     function: Callable[..., Any] = flash_attn_varlen_func
-    lacking = [name for name in WANTED if name not in inspect.signature(function).parameters]
-    if lacking:
-        raise BackendUnavailable(f"this flash_attn has no {', '.join(lacking)}")
+    require_parameters(function, WANTED, "this flash_attn")
     return function

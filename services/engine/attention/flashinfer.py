@@ -11,6 +11,7 @@ from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.paged_metadata import check_flash_pool
+from services.engine.attention.pages import to_device
 from services.engine.batch import ForwardBatch
 
 WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
@@ -78,5 +79,5 @@ def page_lists(batch: ForwardBatch, page_size: int) -> tuple[Tensor, Tensor, Ten
     sequences = torch.repeat_interleave(torch.arange(len(counts)), counts)
     places = torch.arange(int(starts[-1])) - starts[sequences]
     device = batch.block_tables.device
-    indices = batch.block_tables[sequences.to(device), places.to(device)].int()
+    indices = batch.block_tables[to_device(sequences, device), to_device(places, device)].int()
     return starts, indices, contexts - (counts - 1) * page_size

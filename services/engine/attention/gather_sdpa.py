@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.attention.form import PLAIN, AttentionForm
-from services.engine.attention.pages import PagedKv
+from services.engine.attention.pages import PagedKv, to_device
 from services.engine.batch import ForwardBatch
 
 # Rows of a chunk computed by one call. A call computes every row against the context of its last one, so small
@@ -97,28 +97,36 @@ class GatherSdpaAttention(PagedKv):
         self, batch: ForwardBatch, members: list[int], num_rows: int, queries_per_kv_head: int, form: AttentionForm
     ) -> _Group:
         device = self.kv.device
-        context = batch.context_lengths[members].to(device)[:, None]  # (num_sequences, 1)
-        limit = context - num_rows + 1 + torch.arange(num_rows, device=device)  # tokens before the end of a row's view
+        rows_per_call = ROWS_PER_CALL_CPU if device.type == "cpu" else ROWS_PER_CALL_GPU
+        # What follows from lengths is computed on the CPU, because asking a GPU for a number waits for it.
+        context = batch.context_lengths[members][:, None]  # (num_sequences, 1)
+        limit = context - num_rows + 1 + torch.arange(num_rows)  # tokens before the end of a row's view
         begin = limit * 0 if form.window is None else (limit - form.window).clamp(min=0)
         first_page = begin[:, :1] // self.page_size  # (num_sequences, 1)
         num_pages = int((-(-context // self.page_size) - first_page).max())
-        page = first_page + torch.arange(num_pages, device=device)  # (num_sequences, num_pages) of the sequence
+        page = first_page + torch.arange(num_pages)  # (num_sequences, num_pages) of the sequence
         in_use = page * self.page_size < context
-        table = batch.block_tables[members].to(device=device, dtype=torch.int64)
-        pages = table.gather(1, page.where(in_use, 0)).where(in_use, 0)
-        slot = torch.arange(num_pages * self.page_size, device=device)
         offset = first_page * self.page_size  # (num_sequences, 1), the token in the first gathered slot
         limit, begin = limit - offset, begin - offset  # from now on in gathered slots
+        edges = [
+            slice(int(begin[:, start].min()), int(limit[:, min(start + rows_per_call, num_rows) - 1].max()))
+            for start in range(0, num_rows, rows_per_call)
+        ]
+        rows = batch.query_starts[members][:, None] + torch.arange(num_rows)
+        numbers = torch.tensor(members)
+        page, in_use, limit, begin, end, rows, numbers = (
+            to_device(each, device) for each in (page, in_use, limit, begin, context - offset, rows, numbers)
+        )
+        table = batch.block_tables[numbers].to(torch.int64)
+        pages = table.gather(1, page.where(in_use, 0)).where(in_use, 0)
+        slot = torch.arange(num_pages * self.page_size, device=device)
         blocks = []
-        rows_per_call = ROWS_PER_CALL_CPU if device.type == "cpu" else ROWS_PER_CALL_GPU
-        for start in range(0, num_rows, rows_per_call):
+        for start, slots in zip(range(0, num_rows, rows_per_call), edges, strict=True):
             stop = min(start + rows_per_call, num_rows)
-            slots = slice(int(begin[:, start].min()), int(limit[:, stop - 1].max()))
             seen = slot[slots]
             visible = (seen < limit[:, start:stop, None]) & (seen >= begin[:, start:stop, None])
             blocks.append(_Block(start, stop, slots, visible[:, None].repeat(1, 1, queries_per_kv_head, 1)))
-        rows = batch.query_starts[members].to(device)[:, None] + torch.arange(num_rows, device=device)
-        return _Group(rows, pages, (slot >= context - offset)[:, None, :, None], tuple(blocks))
+        return _Group(rows, pages, (slot >= end)[:, None, :, None], tuple(blocks))
 
 
 def _attend_block(query: Tensor, gathered: Tensor, visible: Tensor, form: AttentionForm) -> Tensor:

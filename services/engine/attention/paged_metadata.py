@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from services.engine.attention.backend import BackendUnavailable
+from services.engine.attention.pages import to_device
 from services.engine.batch import ForwardBatch
 
 LARGEST_HEAD = 256
@@ -40,14 +44,21 @@ class MetadataOfBatch:
             starts = torch.cat((contexts.new_zeros(1), contexts.cumsum(0))).int()
             self._batch = batch
             self._metadata = Metadata(
-                query_starts=batch.query_starts.to(self._device),
-                contexts=contexts.to(self._device),
-                context_starts=starts.to(self._device),
+                query_starts=to_device(batch.query_starts, self._device),
+                contexts=to_device(contexts, self._device),
+                context_starts=to_device(starts, self._device),
                 tables=batch.block_tables.contiguous(),
                 most_rows=int(batch.query_starts.diff().max()),
                 longest=int(contexts.max()),
             )
         return self._metadata
+
+
+def require_parameters(function: Callable[..., Any], wanted: Sequence[str], what: str) -> None:
+    """Raises BackendUnavailable, naming them, for parameters that `function` lacks: `what` is another version then."""
+    lacking = [name for name in wanted if name not in inspect.signature(function).parameters]
+    if lacking:
+        raise BackendUnavailable(f"{what} has no {', '.join(lacking)}")
 
 
 def check_flash_pool(kv: Tensor, *, page_multiple: int) -> None:

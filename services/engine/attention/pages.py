@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of `values`, which are on the CPU, queued on a GPU without waiting for what that does already."""
+    if device.type != "cuda" or not values.numel():
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class PagedKv:

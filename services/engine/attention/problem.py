@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -108,10 +109,13 @@ def uninitialized_is_nan() -> Iterator[None]:
     """Has torch fill what it allocates: that comes with its deterministic mode.
 
     use_deterministic_algorithms would do the same, but loads the compiler first, which takes longer than all else here.
+    What is not deterministic on a GPU, matrix products among it, warns in that mode: nobody asked for that.
     """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.set_deterministic_debug_mode(before)

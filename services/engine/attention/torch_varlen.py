@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool
+from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool, require_parameters
 from services.engine.batch import ForwardBatch
 
 WANTED = ("block_table", "seqused_k", "num_splits", "window_size", "enable_gqa", "scale")
@@ -59,7 +58,5 @@ def _find() -> Callable[..., Any]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         raise BackendUnavailable(f"torch {torch.__version__} has no varlen_attn") from None
-    lacking = [name for name in WANTED if name not in inspect.signature(varlen_attn).parameters]
-    if lacking:
-        raise BackendUnavailable(f"varlen_attn of torch {torch.__version__} has no {', '.join(lacking)}")
+    require_parameters(varlen_attn, WANTED, f"varlen_attn of torch {torch.__version__}")
     return varlen_attn

@@ -26,9 +26,9 @@ def attend_piece(
     values (n, heads, num_splits, HEAD_DIM) and stats (n, heads, num_splits, 2), float32, are written; the two stats
     are the largest score, in powers of two, and the sum of weights. A piece without a token gets -inf and 0.
     """
-    n, kv_head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + n)
-    sequence = tl.load(rows + 2 * n + 1)
+    sequence = tl.load(rows + 2 * n + 1).to(tl.int64)
     first_seen = tl.maximum(context - window, 0)
     origin = first_seen // BLOCK * BLOCK
     length = tl.maximum(tl.cdiv(tl.cdiv(context - origin, num_splits), BLOCK) * BLOCK, LEAST)
@@ -38,7 +38,7 @@ def attend_piece(
     in_group, in_head = group < GROUP, dims < HEAD_DIM
     head = kv_head * GROUP + group
     inside = in_group[:, None] & in_head[None, :]
-    packed = tl.load(rows + 2 * n)
+    packed = tl.load(rows + 2 * n).to(tl.int64)
     q = tl.load(query + packed * query_row + head[:, None] * query_head + dims[None, :], mask=inside, other=0.0)
     largest = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_ROWS,), tl.float32)
@@ -75,7 +75,7 @@ def add_pieces(
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of sequence n, all pieces, into its row of `result`."""
-    n, head = tl.program_id(0), tl.program_id(1)
+    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = (n * tl.num_programs(1) + head) * num_splits
     piece, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
     exists, in_head = piece < num_splits, dims < HEAD_DIM
@@ -85,5 +85,5 @@ def add_pieces(
     inside = exists[:, None] & in_head[None, :]
     parts = tl.load(values + (slot + piece)[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
     mixed = tl.sum(parts * weight[:, None], 0) / tl.sum(total * weight, 0)
-    packed = tl.load(rows + 2 * n)
+    packed = tl.load(rows + 2 * n).to(tl.int64)
     tl.store(result + packed * result_row + head * result_head + dims, mixed.to(result.dtype.element_ty), mask=in_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.engine.attention.pages import to_device
 from services.engine.batch import ForwardBatch
 
 SPLITS = 16  # pieces of a context; with 8 kv heads one sequence then occupies a GPU of 132 processors
@@ -17,6 +19,15 @@ LEAST = 128  # tokens in a piece
 BLOCK = 64  # of them at a time
 UNBOUNDED = 2**30  # a window longer than any context
 LEAST_DOT = 16  # rows and columns that tl.dot wants at least
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The sequences of a batch that the kernel computes, and the others."""
+
+    rows: Tensor  # (count, 2) int32, on the device: the packed row, and the sequence that has it alone
+    contexts: Tensor  # (count,) int32, on the device: tokens of these sequences
+    others: tuple[int, ...]  # sequences of several rows
 
 
 class TritonPagedAttention(GatherSdpaAttention):
@@ -36,24 +47,36 @@ class TritonPagedAttention(GatherSdpaAttention):
         super().__init__(kv)
         self._kernels: Any = triton_kernels
         self._next_power: Any = triton.next_power_of_2
+        self._known: tuple[ForwardBatch, _Parts] | None = None
         self._each: dict[int, Tensor] = {}  # rows of batches of single rows; captured graphs read them too
 
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of query (num_tokens, num_heads, head_dim); the same shape."""
         mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
+        parts = self._parts(batch)
+        if len(parts.rows):
+            self._decode(mixed, layer, query, batch, parts, form)
+        if parts.others:
+            self.attend_into(mixed, layer, query, batch, parts.others, form)
+        return mixed
+
+    def _parts(self, batch: ForwardBatch) -> _Parts:
+        """Found once a batch: all layers ask for the same."""
+        known = self._known
+        if known is None or known[0] is not batch:
+            known = self._known = (batch, self._divide(batch))
+        return known[1]
+
+    def _divide(self, batch: ForwardBatch) -> _Parts:
+        device = self.kv.device
         if batch.num_tokens == batch.num_sequences:
-            contexts = batch.context_lengths.to(self.kv.device) if batch.contexts is None else batch.contexts
-            self._decode(mixed, layer, query, batch, contexts, self._rows_of_each(batch.num_tokens), form)
-            return mixed
+            contexts = to_device(batch.context_lengths, device) if batch.contexts is None else batch.contexts
+            return _Parts(self._rows_of_each(batch.num_tokens), contexts, ())
         counts = batch.query_starts.diff()
         single = (counts == 1).nonzero().flatten()
-        if len(single):
-            contexts = batch.context_lengths[single].to(self.kv.device)
-            rows = torch.stack((batch.query_starts[single], single.int()), dim=1).to(self.kv.device)
-            self._decode(mixed, layer, query, batch, contexts, rows, form)
-        if len(single) < batch.num_sequences:
-            self.attend_into(mixed, layer, query, batch, (counts != 1).nonzero().flatten().tolist(), form)
-        return mixed
+        rows = torch.stack((batch.query_starts[single], single.int()), dim=1)
+        others = tuple((counts != 1).nonzero().flatten().tolist())
+        return _Parts(to_device(rows, device), to_device(batch.context_lengths[single], device), others)
 
     def _rows_of_each(self, count: int) -> Tensor:
         if count not in self._each:
@@ -62,10 +85,10 @@ class TritonPagedAttention(GatherSdpaAttention):
         return self._each[count]
 
     def _decode(
-        self, mixed: Tensor, layer: int, query: Tensor, batch: ForwardBatch, contexts: Tensor, rows: Tensor,
-        form: AttentionForm,
-    ) -> None:  # fmt: skip
-        """Fills packed row rows[n, 0], of sequence rows[n, 1], which has contexts[n] tokens; both on the device."""
+        self, mixed: Tensor, layer: int, query: Tensor, batch: ForwardBatch, parts: _Parts, form: AttentionForm
+    ) -> None:
+        """Fills the rows of sequences that have one."""
+        rows, contexts = parts.rows, parts.contexts
         pool, device, num_heads, count = self.kv[layer], self.kv.device, query.shape[1], len(rows)
         values = torch.empty(count, num_heads, SPLITS, self.head_dim, device=device)
         stats = torch.empty(count, num_heads, SPLITS, 2, device=device)

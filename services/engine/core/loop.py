@@ -25,11 +25,18 @@ class EngineLoop:
     """
 
     def __init__(
-        self, core: EngineCore, listener: EngineListener, *, clock: Callable[[], float] = time.monotonic
+        self,
+        core: EngineCore,
+        listener: EngineListener,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
+        """`prepare` is called first on the thread: what tensors are computed with may want to know it."""
         self._core = core
         self._listener = listener
         self._clock = clock
+        self._prepare = prepare
         self._inbox = Inbox()
         self._taken: deque[Command] = deque()
         self._is_stopping = threading.Event()
@@ -55,6 +62,7 @@ class EngineLoop:
     def _run(self) -> None:
         failure: BaseException | None = None
         try:
+            self._prepare()
             self._loop()
         except BaseException as error:
             _log.exception("the engine loop cannot go on")

@@ -122,11 +122,15 @@ class Computed:
         return self
 
 
+class RunnerBroken(Exception):
+    """Nothing can be computed in this process any more."""
+
+
 class Launched(Protocol):
     """A step that was given to a runner."""
 
     def wait(self) -> Computed:
-        """Blocks until the step is computed. Raises what went wrong with it."""
+        """Blocks until the step is computed. Raises what went wrong with it, or RunnerBroken."""
 
 
 class Runner(Protocol):

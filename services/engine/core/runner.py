@@ -20,7 +20,10 @@ from services.engine.sampling.score import PromptScorer, rows_at_once
 
 
 class TorchRunner:
-    """Computes steps, one at a time, over one KV pool, (layers, pages, 2, kv_heads, page_size, head_dim)."""
+    """Computes steps, one at a time, over one KV pool, (layers, pages, 2, kv_heads, page_size, head_dim).
+
+    On a GPU, where writes are only queued when a layer is told of, it is for engines that send nothing.
+    """
 
     lag = 0
 
@@ -68,7 +71,7 @@ class TorchRunner:
         """
         self._copy(copies)
         batch = make_batch(segments, self._kv.shape[4], self._model.device)
-        hidden = self._model.forward(batch, self._attention, self._when_written(on_layer))  # (num_tokens, hidden)
+        hidden = self._model.forward(batch, self._attention, on_layer)  # (num_tokens, hidden)
         if any(segment.score for segment in segments):
             for rows in torch.split(scored_rows(segments), rows_at_once(self._model.config.vocab_size)):
                 rate(self._model.logits(hidden[rows.to(hidden.device)]))
@@ -89,17 +92,6 @@ class TorchRunner:
     def _copy(self, copies: Sequence[PageCopy]) -> None:
         for copy in copies:
             self._kv[:, copy.target] = self._kv[:, copy.source]
-
-    def _when_written(self, on_layer: Callable[[int], None] | None) -> Callable[[int], None] | None:
-        """On a GPU the model only queues its writes: there each layer is waited for, which is right if not fast."""
-        if on_layer is None or self._kv.device.type != "cuda":
-            return on_layer
-
-        def after_waiting(layer: int) -> None:
-            self._wait()
-            on_layer(layer)
-
-        return after_waiting
 
     def _wait(self) -> None:
         if self._kv.device.type == "cuda":

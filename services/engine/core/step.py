@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.engine.core.api import WorkDone
 from services.engine.core.context import Context
 from services.engine.core.dispatch import Desks
-from services.engine.core.plan import Computed, Launched, StepPlan
+from services.engine.core.plan import Computed, Launched, RunnerBroken, StepPlan
 from services.engine.core.work import after_step
 from services.engine.errors import StepFailed
 
@@ -45,7 +46,7 @@ class Stepper:
         """Launches what the plan says, and settles all steps but those that may lag behind.
 
         False if computing failed: then its sequences have been answered, nothing of the step was published, and the
-        others can go on.
+        others can go on. Raises RunnerBroken if nothing can.
         """
         for number in plan.preempted:
             self._generations.preempted(number)
@@ -61,12 +62,15 @@ class Stepper:
     def abandon(self) -> None:
         """Waits until nothing computes any more; what comes out is nobody's."""
         while self._under_way:
-            self._wait(self._under_way.popleft())
+            with suppress(RunnerBroken):
+                self._wait(self._under_way.popleft())
 
     def _launch(self, plan: StepPlan, slots: list[int]) -> bool:
         since = self._context.clock()
         try:
             launched = self._context.runner.launch(plan, self._layer_raiser(slots))
+        except RunnerBroken:
+            raise
         except Exception:
             self._fail(plan)
             return False
@@ -93,6 +97,8 @@ class Stepper:
         """What the runner gave; None if it failed."""
         try:
             return step.launched.wait()
+        except RunnerBroken:
+            raise
         except Exception:
             self._fail(step.plan)
             return None

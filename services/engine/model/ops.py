@@ -84,7 +84,8 @@ class TorchOps:
     def embed(self, step: Step, embedding: Tensor, scale: float) -> Tensor:
         """See Ops."""
         hidden = F.embedding(step.batch.token_ids, embedding)
-        return hidden if scale == 1 else hidden * torch.tensor(scale, dtype=hidden.dtype, device=hidden.device)
+        # Rounded as transformers does, but here: a tensor made of it on a GPU waits for all that is queued there.
+        return hidden if scale == 1 else hidden * float(torch.tensor(scale, dtype=hidden.dtype))
 
     def norm(self, rows: Tensor, weight: Tensor) -> Tensor:
         """See Ops."""

@@ -32,7 +32,8 @@ def test_default_is_the_fastest_that_fits(config: ModelConfig) -> None:
 def test_by_name(config: ModelConfig) -> None:
     assert isinstance(make_attention("oracle", _pool(config), config), OracleAttention)
     with pytest.raises(
-        ValueError, match="unknown attention backend 'fast'; there are flash_attn, flashinfer, gather_sdpa"
+        ValueError,
+        match="unknown attention backend 'fast'; there are flash_attn, flash_attn_3, flashinfer, gather_sdpa",
     ):
         make_attention("fast", _pool(config), config)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend, BackendUnavailable
 from services.engine.attention.factory import BACKENDS
 from services.engine.attention.flash_attn import FlashAttnAttention
+from services.engine.attention.flash_attn_3 import FlashAttn3Attention
 from services.engine.attention.flashinfer import FlashInferAttention, page_lists
 from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool
 from services.engine.attention.torch_varlen import TorchVarlenAttention
@@ -23,6 +24,7 @@ from tests.engine.attention.test_conformance import FORMS
 # Library, backend, page sizes.
 GPU_BACKENDS: dict[str, tuple[str, Callable[[Tensor], AttentionBackend], tuple[int, ...]]] = {
     "flash_attn": ("flash_attn", FlashAttnAttention, (256, 512)),
+    "flash_attn_3": ("flash_attn_interface", FlashAttn3Attention, (1, 16, 256)),
     "torch_varlen": ("torch", TorchVarlenAttention, (256, 512)),
     "flashinfer": ("flashinfer", FlashInferAttention, (1, 16, 256)),
     "triton_paged": ("triton", TritonPagedAttention, (1, 16, 256)),
@@ -83,9 +85,9 @@ def test_metadata_is_computed_once_a_batch() -> None:
     assert metadata.of(batch()) is not known
 
 
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("name", GPU_BACKENDS)
-def test_without_a_gpu_each_says_why_it_cannot_be_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_without_a_gpu_each_says_why_it_cannot_be_used(name: str) -> None:
     kv = torch.zeros(1, 2, 2, 2, 256, 64, dtype=torch.bfloat16)
     with pytest.raises(BackendUnavailable, match=r"not installed|on a GPU"):
         BACKENDS[name](kv, 1)

@@ -13,6 +13,7 @@ import pytest
 from services.engine.core import api
 from services.engine.core.core import EngineCore
 from services.engine.core.loop import EngineLoop
+from services.engine.core.plan import RunnerBroken
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code, ServiceError
 from tests.engine.core.fake_runner import FakeRunner, expected_tokens
@@ -125,3 +126,25 @@ def test_a_state_that_cannot_be_trusted_ends_the_loop(monkeypatch: pytest.Monkey
         loop.submit(start(3, 4))
         last = listener.last_outputs(3)
         assert all(output.error for output in last.values())
+
+
+def test_the_thread_is_prepared_before_its_first_step() -> None:
+    config, listener, seen = make_config(), Listener(), []
+    runner = FakeRunner(config.num_pages, config.page_size, config.vocab_size)
+    core = EngineCore(config, runner, listener)
+    loop = EngineLoop(core, listener, prepare=lambda: seen.append((threading.current_thread().name, len(runner.plans))))
+    loop.submit(start(1, 4))
+    loop.start()
+    assert listener.last_outputs(1)[1].finish_reason
+    assert loop.stop(WAIT_S)
+    assert seen == [("engine-loop", 0)]
+
+
+def test_a_runner_that_is_broken_ends_the_loop_and_answers_everything() -> None:
+    with running() as (loop, listener, runner):
+        runner.fail_next = RunnerBroken("the device is lost")
+        loop.submit(start(1, 4))
+        error = listener.last_outputs(1)[1].error
+        assert isinstance(listener.fatal.get(timeout=WAIT_S), RunnerBroken)
+    assert error is not None
+    assert error.code is Code.UNAVAILABLE

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from services.engine.config import EngineConfig
+from services.engine.loading import check_capability
 from services.engine.model.linear.form import WeightForm
 from services.rpc.config import ConfigError, read_config
+from services.rpc.errors import StartError
 
 PROG = "microserve-engine"
 
@@ -29,6 +31,18 @@ def test_the_format_follows_the_device() -> None:
     assert read("--device", "cuda:1").weight_form is WeightForm.EXACT
     assert read("--device", "cuda:1").dtype_name == "bfloat16"
     assert read("--device", "cuda", "--dtype", "float16").dtype_name == "float16"
+    for name, form in (("int8", WeightForm.BYTES), ("fp8", WeightForm.FLOATS8)):
+        config = read("--device", "cuda", "--dtype", name)
+        assert (config.dtype_name, config.weight_form) == ("bfloat16", form)
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("fp8", (8, 6)), ("int8", (7, 5))])
+def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tuple[int, int]) -> None:
+    config = read("--device", "cuda:1", "--dtype", dtype)
+    with pytest.raises(StartError, match=rf"--dtype {dtype} needs a GPU of compute capability .*cuda:1 has"):
+        check_capability(config, capability)
+    check_capability(config, (9, 0))
+    check_capability(read("--device", "cuda:1"), capability)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +57,8 @@ def test_the_format_follows_the_device() -> None:
         ("--lease-default", "20", "--lease-max", "10"),
         ("--labels", "zone"),
         ("--dtype", "int3"),
-        ("--device", "cuda", "--dtype", "int8"),
+        ("--device", "cuda", "--dtype", "packed"),
+        ("--device", "cpu", "--dtype", "fp8"),
         ("--max-context", "1"),
         ("--unheard-of", "1"),
     ],

@@ -7,6 +7,7 @@ compiled kernel: its name, the type of its rows, and the bytes of shared memory 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from typing import Any
 
@@ -21,6 +22,8 @@ from services.engine.attention import triton_kernels  # noqa: F401, before it wo
 from services.engine.attention.problem import FORMS, WrongResult
 from services.engine.attention.triton_paged import TritonPagedAttention
 from services.engine.model.config import parse_config
+from services.engine.model.linear.rounded import rounded
+from services.engine.model.linear.rounded_triton import MOST_ROWS, TritonRoundedLinear
 from services.engine.model.ops_choice import check_ops
 from services.engine.model.triton_ops import TritonOps
 
@@ -32,6 +35,8 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 1,
      "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "eos_token_id": 1},
 )  # fmt: skip
+# Of a layer that is cut into pieces, and of one that is not.
+WEIGHTS = ((4096, 1024), (28672, 1024))
 
 
 class NoGpu:
@@ -64,6 +69,11 @@ def main() -> None:
             query = torch.zeros(shapes.batch, config.num_heads, config.head_dim, dtype=dtype)
             for form in FORMS:
                 TritonPagedAttention(pool).attend(0, query, decoding_batch(shapes, CPU), form)
+    kinds = [torch.int8] if int(sys.argv[1]) < 89 else [torch.int8, torch.float8_e4m3fn]
+    for (outputs, inputs), kind in itertools.product(WEIGHTS, kinds):
+        layer = TritonRoundedLinear(rounded(torch.zeros(outputs, inputs), kind))
+        for num_rows in (1, MOST_ROWS):
+            layer(torch.zeros(num_rows, inputs, dtype=torch.bfloat16))
 
 
 def _compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Any:

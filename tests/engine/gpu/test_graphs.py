@@ -69,12 +69,12 @@ class TestOnAGpu:
         assert tokens[0] == tokens[1]
 
 
+@pytest.mark.usefixtures("not_interpreted")
 def test_without_triton_on_a_gpu_there_are_no_graphs_and_the_log_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("no GPU is wanted here")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     caplog.set_level(logging.WARNING)
     loaded = load_model(make_tiny_llama(tmp_path), device="cpu", dtype=torch.float32)
     kv = pool_of(make_config(**OPTIONS))

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.problem import WrongResult
+from services.engine.batch import ForwardBatch
 from services.engine.model.config import ModelConfig
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.ops import Ops, Step, TorchOps
@@ -162,3 +164,25 @@ class TestOnAGpu:
         graph.replay()
         plain = TorchOps(config)
         torch.testing.assert_close(results, (plain.norm(hidden, weight), plain.activate(gate_up)))
+
+
+def test_the_scale_of_an_embedding_is_rounded_to_its_type_and_not_sent(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sending a number to a GPU waits for it, and a graph cannot capture that."""
+    config, make_tensor = config_of(tiny, SHAPES[0]), torch.tensor
+    embedding = torch.randn(9, config.hidden_size).to(torch.bfloat16)
+    ignored = torch.zeros(0, dtype=torch.int64)
+    ids = make_tensor([3, 0, 8])
+    step = Step(
+        ForwardBatch(ids, ids, ids, ignored, ignored, ignored, ignored),
+        GatherSdpaAttention(torch.zeros(1, 1, 2, 1, 1, 1)),
+    )
+
+    def on_the_cpu(values: float, *, dtype: torch.dtype) -> Tensor:
+        return make_tensor(values, dtype=dtype)
+
+    monkeypatch.setattr(torch, "tensor", on_the_cpu)
+    scaled = TorchOps(config).embed(step, embedding, 72.33)
+    rows = embedding[step.batch.token_ids]
+    assert torch.equal(scaled, rows * make_tensor(72.33, dtype=torch.bfloat16))

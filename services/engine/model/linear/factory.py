@@ -9,9 +9,15 @@ from services.engine.model.linear.blocks import Blocks, blocks_of
 from services.engine.model.linear.form import WeightForm
 from services.engine.model.linear.linear import DENSE, Linear, LinearMaker
 
+_KINDS = {WeightForm.BYTES: (torch.int8, "int8"), WeightForm.FLOATS8: (torch.float8_e4m3fn, "fp8")}  # on GPUs
+
 
 def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, form: WeightForm) -> LinearMaker:
-    """The fastest layers for a device and dtype; only on the CPU and in float32 may weights have another form."""
+    """The fastest layers for a device and dtype; on the CPU only float32 leaves weights another form."""
+    if device.type == "cuda" and form in _KINDS:
+        from services.engine.model.linear.rounded_choice import rounded_maker
+
+        return rounded_maker(device, dtype, *_KINDS[form])
     if device.type != "cpu" or dtype != torch.float32:
         return DENSE
     # Here, because numba and its machine code take 0.5 s to load and engines on a GPU never need them.

@@ -10,4 +10,5 @@ class WeightForm(Enum):
 
     EXACT = "exact"  # in the dtype that the model computes in
     BYTES = "bytes"  # rounded to bytes
+    FLOATS8 = "floats8"  # rounded to floats of eight bits (e4m3)
     PACKED = "packed"  # in the blocks of four or eight bits that a GGUF file has; rounded to bytes where it has none
