@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 import pytest
@@ -19,8 +20,8 @@ from tests.contract.verbs import (
 )
 from tests.e2e.errors import failing, outcome
 from tests.e2e.suite import (
+    OWNER,
     Suite,
-    generate,
     idle,
     wait_for_load,
 )
@@ -105,16 +106,23 @@ async def test_watch_load_speaks_at_once_and_at_every_change(suite: Suite) -> No
     at = suite.engines[0]
     request = pb.WatchLoadRequest()
     request.min_interval.FromMilliseconds(10)
-    call = at.stub.WatchLoad(request, timeout=30)
+    call = at.stub.WatchLoad(request, timeout=120)
     first = await asyncio.wait_for(call.read(), 60)
     assert first.pages.total == 600
     assert not first.draining
-    await generate(suite, at, prompt_of(40, 1), max_tokens=200)
     seen = [first]
-    while not (idle(seen[-1]) and seen[-1].step_count >= first.step_count + 200):
-        seen.append(await call.read())
-        assert seen[-1] != seen[-2], "one message for each change"
-    assert any(report.running_sequence_count == 1 and report.context_token_count > 40 for report in seen)
+
+    async def until(condition: Callable[[pb.WatchLoadResponse], bool]) -> None:
+        while not condition(seen[-1]):
+            seen.append(await call.read())
+            assert seen[-1] != seen[-2], "one message for each change"
+
+    start = pb.StartGenerateRequest(owner_id=OWNER, request_id="watched", prompt_token_ids=prompt_of(40, 1))
+    start.sampling.max_tokens, start.sampling.ignore_eos = 1900, True
+    generating = asyncio.ensure_future(at.stub.Complete(pb.CompleteRequest(start=start), timeout=120))
+    await until(lambda report: report.running_sequence_count == 1 and report.context_token_count > 40)
+    await generating
+    await until(lambda report: idle(report) and report.step_count >= first.step_count + 1900)
     assert [report.step_count for report in seen] == sorted(report.step_count for report in seen)
     call.cancel()
     request.min_interval.FromMilliseconds(9)

@@ -26,7 +26,6 @@ from tests.e2e.suite import (
     Suite,
     generate,
     idle,
-    load,
     prep_recv,
     remote_send,
     wait_for_load,
@@ -93,7 +92,7 @@ async def test_release_frees_what_is_not_filled_and_keeps_the_rest_cached(suite:
     prompt, before = prompt_of(100, 5), (await wait_for_load(at, idle)).pages
     for filled in (False, True):
         prepared = await prep_recv(suite, at, prompt, 100)
-        assert (await load(at)).pages.held == before.held + 7
+        await wait_for_load(at, lambda report: report.pages.held == before.held + 7)
         if filled:
             await remote_send(suite, sender, prompt, prepared.address)
         assert await release(at, prepared.address) == 0, "the count was not asked for"

@@ -14,6 +14,7 @@ from microserve.types.v1 import sampling_pb2
 
 from tests.e2e.suite import OWNER, Engine, Suite, generate, idle, start_suite, wait_for_load
 from tests.engine.front.readers import CompleteReader, Outcome, SessionReader, StartGenerateReader
+from tests.faults.gates import StepGate
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -23,10 +24,16 @@ STOP, LENGTH = sampling_pb2.FINISH_REASON_STOP, sampling_pb2.FINISH_REASON_LENGT
 CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
 
 
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> StepGate:
+    """Of the first engine."""
+    return StepGate(tmp_path_factory.mktemp("gates") / "step")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+async def suite(tmp_path_factory: pytest.TempPathFactory, steps: StepGate) -> AsyncIterator[Suite]:
     model = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB, max_context=MAX_CONTEXT)
-    async with start_suite(model, policy=None, page_count=3000) as running:
+    async with start_suite(model, policy=None, page_count=3000, options_of={0: steps.options}) as running:
         yield running
 
 
@@ -262,19 +269,20 @@ async def test_forced_tokens_are_produced_with_the_models_own_logprobs(suite: Su
     assert outcome.logprobs[0].chosen.logprob < free.logprobs[0].chosen.logprob
 
 
-async def test_cancel_sequence_ends_one_of_a_session(suite: Suite) -> None:
+async def test_cancel_sequence_ends_one_of_a_session(suite: Suite, steps: StepGate) -> None:
     at = suite.engines[0]
     doomed = start(suite, prompt_of(20, seed=8), {"max_tokens": 3500})
     spared = start(suite, prompt_of(20, seed=9), {"max_tokens": 60})
     outcomes = {doomed.request_id: Outcome(), spared.request_id: Outcome()}
     call = at.stub.Session(timeout=120)
-    for request in (doomed, spared):
-        await call.write(pb.SessionRequest(start=request))
-    while not outcomes[doomed.request_id].token_ids:
-        add(outcomes, await call.read())
-    await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id="nobody")))
-    await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id=doomed.request_id)))
-    await call.done_writing()
+    with steps.closed() as gate:
+        for request in (doomed, spared):
+            await call.write(pb.SessionRequest(start=request))
+        while not outcomes[doomed.request_id].token_ids:
+            add(outcomes, await gate.until(call.read()))
+        await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id="nobody")))
+        await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id=doomed.request_id)))
+        await call.done_writing()
     while isinstance(frame := await call.read(), pb.SessionResponse):
         add(outcomes, frame)
     cancelled = outcomes[doomed.request_id]
@@ -285,17 +293,18 @@ async def test_cancel_sequence_ends_one_of_a_session(suite: Suite) -> None:
     await wait_for_load(at, idle)
 
 
-async def test_the_end_of_a_session_cancels_its_sequences(suite: Suite) -> None:
+async def test_the_end_of_a_session_cancels_its_sequences(suite: Suite, steps: StepGate) -> None:
     at = suite.engines[0]
     call = at.stub.Session()
-    for i in range(4):
-        await call.write(pb.SessionRequest(start=start(suite, prompt_of(20, seed=i), {"max_tokens": 3500})))
-    await wait_for_load(at, lambda report: report.running_sequence_count == 4)
-    before = await call.read()
-    assert before.outputs
-    call.cancel()
+    with steps.closed() as gate:
+        for i in range(4):
+            await call.write(pb.SessionRequest(start=start(suite, prompt_of(20, seed=i), {"max_tokens": 3500})))
+        begun = await gate.until(wait_for_load(at, lambda report: report.running_sequence_count == 4))
+        before = await gate.until(call.read())
+        assert before.outputs
+        call.cancel()
     report = await wait_for_load(at, idle)
-    assert report.step_count < 3000, "they did not just run to their end"
+    assert report.step_count - begun.step_count < 3000, "they did not just run to their end"
 
 
 async def test_a_session_that_nobody_reads_stalls_nobody(suite: Suite) -> None:

@@ -26,6 +26,7 @@ from tests.e2e.suite import (
     remote_send,
     wait_for_load,
 )
+from tests.faults.gates import StepGate
 
 pytestmark = pytest.mark.slow
 
@@ -53,15 +54,19 @@ async def test_prep_recv_waits_for_pages(suite: Suite) -> None:
         assert len(await reservations(at)) == 2
     assert not any(call.done() for call in calls)
     await release(at, held[0])
-    served = await asyncio.wait_for(asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED), 10)
+    served = await asyncio.wait_for(asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED), 60)
     (first,) = served[0]
     assert len(first.result().address.shards[0].page_ids) == 7
     await release(at, held[1])
-    answers = await asyncio.wait_for(asyncio.gather(*calls), 10)
+    answers = await asyncio.wait_for(asyncio.gather(*calls), 60)
     assert {info.reservation_id for info in await reservations(at)} == {a.address.reservation_id for a in answers}
     for answer in answers:
         await release(at, answer.address)
     await wait_for_load(at, idle)
+
+
+async def abort(at: Engine, request_id: str) -> None:
+    await at.stub.Abort(pb.AbortRequest(owner_id=OWNER, request_id=request_id), timeout=60)
 
 
 async def prep_recv_of(at: Engine, request: pb.PrepRecvRequest) -> pb.PrepRecvResponse:
@@ -99,7 +104,7 @@ async def test_prep_recv_is_refused_when_no_pages_come(suite: Suite) -> None:
 # --- abort ------------------------------------------------------------------------------------------------------
 
 
-async def test_abort_ends_reservations_and_generations(suite: Suite) -> None:
+async def test_abort_ends_reservations_and_generations(suite: Suite, steps: StepGate) -> None:
     at, prompt = suite.engines[1], prompt_of(50, 400)
     request = pb.PrepRecvRequest(owner_id=OWNER, request_id="aborted", prompt_token_ids=prompt, end=50)
     prepared = await at.stub.PrepRecv(request)
@@ -111,9 +116,12 @@ async def test_abort_ends_reservations_and_generations(suite: Suite) -> None:
         await remote_send(suite, suite.engines[0], prompt, prepared.address)
     start = pb.StartGenerateRequest(owner_id=OWNER, request_id="running", prompt_token_ids=prompt)
     start.sampling.max_tokens, start.sampling.ignore_eos = 1900, True
-    call = at.stub.StartGenerate(start, timeout=60)
-    assert (await call.read()).token_ids
-    await at.stub.Abort(pb.AbortRequest(owner_id=OWNER, request_id="running"))
+    with steps.closed() as gate:
+        call = at.stub.StartGenerate(start, timeout=60)
+        assert (await gate.until(call.read())).token_ids
+        aborting = asyncio.ensure_future(abort(at, "running"))
+        await at.stub.GetInfo(pb.GetInfoRequest())  # a round trip on the same connection: it has arrived
+    await aborting
     last = None
     while isinstance(message := await call.read(), pb.StartGenerateResponse):
         last = message

@@ -26,6 +26,7 @@ from tests.e2e.suite import (
     start_suite,
     wait_for_load,
 )
+from tests.faults.gates import StepGate
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -33,10 +34,16 @@ pytestmark = pytest.mark.slow
 PROMPT = mixed_prompts(10, 500, 120)[-1]
 
 
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> StepGate:
+    """Of the first engine."""
+    return StepGate(tmp_path_factory.mktemp("gates") / "step")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+async def suite(tmp_path_factory: pytest.TempPathFactory, steps: StepGate) -> AsyncIterator[Suite]:
     folder: Path = tmp_path_factory.mktemp("models")
-    async with start_suite(make_tiny_llama(folder / "one"), policy=None) as running:
+    async with start_suite(make_tiny_llama(folder / "one"), policy=None, options_of={0: steps.options}) as running:
         other = make_tiny_llama(folder / "two", seed=1)
         process = running.fleet.start_engine("other-model", other, running.kvtransfer)
         running.engines.append(Engine(process, EngineServiceStub(running.connect(process.address))))
@@ -47,7 +54,7 @@ async def test_prep_recv_again_is_the_same_reservation(suite: Suite) -> None:
     at = suite.engines[1]
     request = engine.PrepRecvRequest(owner_id=OWNER, request_id="again", prompt_token_ids=PROMPT, end=100)
     first = await at.stub.PrepRecv(request)
-    held = (await load(at)).pages.held
+    held = (await wait_for_load(at, lambda report: report.reservation_count == 1)).pages.held
     second = await at.stub.PrepRecv(request)
     assert second.address == first.address
     assert (await load(at)).pages.held == held
@@ -84,14 +91,15 @@ async def test_remote_send_again_joins_or_reports_the_commit(suite: Suite) -> No
     await wait_for_load(receiver, idle)
 
 
-async def test_a_second_start_of_a_live_sequence_is_refused(suite: Suite) -> None:
+async def test_a_second_start_of_a_live_sequence_is_refused(suite: Suite, steps: StepGate) -> None:
     at = suite.engines[0]
     request = engine.StartGenerateRequest(owner_id=OWNER, request_id="live", prompt_token_ids=PROMPT)
     request.sampling.max_tokens, request.sampling.ignore_eos = 400, True
-    first = at.stub.StartGenerate(request)
-    await first.read()
-    with failing(grpc.StatusCode.ALREADY_EXISTS):
-        await at.stub.StartGenerate(request).read()
+    with steps.closed() as gate:
+        first = at.stub.StartGenerate(request)
+        assert (await gate.until(first.read())).token_ids
+        with failing(grpc.StatusCode.ALREADY_EXISTS):
+            await at.stub.StartGenerate(request).read()
     first.cancel()
     await wait_for_load(at, idle)
 

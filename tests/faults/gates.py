@@ -1,16 +1,20 @@
-"""Gates at the layer boundaries of a send: a test closes one, sees an engine arrive, does something, and opens it."""
+"""Gates at the layer boundaries of a send and before steps: a test closes one, sees an engine arrive, does something,
+and opens it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Gate:
-    """Closed: the engine that comes here stands still between two layers."""
+    """Closed: the engine that comes here stands still."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -18,13 +22,27 @@ class Gate:
 
     async def reached(self) -> None:
         """Returns when an engine stands here."""
-        # Blocks until the engine opens its end: that is the event.
-        self._held = await asyncio.to_thread(os.open, self._path, os.O_WRONLY)
+        if self._held is None:
+            # Blocks until the engine opens its end: that is the event.
+            self._held = await asyncio.to_thread(os.open, self._path, os.O_WRONLY)
+
+    async def until(self, event: Awaitable[T]) -> T:
+        """Lets the engine pass one time after the other until that has happened, and an engine stands here again."""
+        waiting = asyncio.ensure_future(event)
+        await self.reached()
+        while not waiting.done():
+            _put_fifo(self._path)  # another one, which the engine has never opened
+            self._let_go()
+            await self.reached()
+        return await waiting
 
     def open(self) -> None:
         """Lets it go on, and everybody after it. Again is no error."""
         if self._path.is_fifo():
             _put_file(self._path)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._held is not None:
             os.close(self._held)
             self._held = None
@@ -47,14 +65,44 @@ class LayerGates:
     @contextmanager
     def closed(self, layer: int) -> Iterator[Gate]:
         """Inside, the gate behind `layer` is closed until it is opened."""
-        path = self._paths[layer]
-        path.unlink()
-        os.mkfifo(path)
-        gate = Gate(path)
-        try:
+        with _closed(self._paths[layer]) as gate:
             yield gate
-        finally:
-            gate.open()
+
+
+class StepGate:
+    """A gate before every step of one engine, open at first: closed, it keeps a sequence from ending too soon."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        _put_file(path)
+
+    @property
+    def options(self) -> tuple[str, str]:
+        """Command line of the engine."""
+        return "--fault-points", f"step.begin=hold:{self._path}"
+
+    @contextmanager
+    def closed(self) -> Iterator[Gate]:
+        """Inside, the gate is closed until it is opened."""
+        with _closed(self._path) as gate:
+            yield gate
+
+
+@contextmanager
+def _closed(path: Path) -> Iterator[Gate]:
+    _put_fifo(path)
+    gate = Gate(path)
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+def _put_fifo(path: Path) -> None:
+    """Who comes to it waits; in one step, too."""
+    new = path.with_suffix(".closed")
+    os.mkfifo(new)
+    new.replace(path)
 
 
 def _put_file(path: Path) -> None:

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 __all__ = ["start_service"]
 
-# The limit and as much again, for a busy machine.
-NOTICED_S = 2 * SILENCE_LIMIT_S
+# Much more than the limit, for a busy machine; who stands still goes on only after it.
+NOTICED_S = 12 * SILENCE_LIMIT_S
 
 
 @contextmanager
@@ -89,8 +89,8 @@ async def test_the_sending_service_stands_still(start_service: type[ServiceProce
         for push in pushes:
             await push.layers(1)
         with stopped(near):
-            # A revoke waits for no peer.
-            async with asyncio.timeout(1):
+            # A revoke waits for no peer, nor until its silence tells.
+            async with asyncio.timeout(0.8 * SILENCE_LIMIT_S):
                 await receiver.revoke("s")
             receiver.memory[:] = POISON
             sender.pool.raise_ready(0, 3)
