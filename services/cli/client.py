@@ -14,7 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
 
-from services.cli.access import router_channel
+from services.cli.access import ADMIN_KEY_VARIABLE, KEY_VARIABLE, router_channel
 from services.cli.errors import CliError
 from services.cli.values import Answer, Engine, Explanation, Planner, Policy, Question, Split
 from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_planner, to_policy, to_split
@@ -157,6 +157,8 @@ def _explain(address: str, error: RemoteError) -> CliError:
     if error.code is Code.UNAVAILABLE and error.reason == Code.UNAVAILABLE.name:
         return CliError(f"no router answers at {address}; start one with: microserve up")
     sentence = re.sub(r"\s+", " ", error.message)
+    if error.code is Code.UNAUTHENTICATED:
+        sentence += f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE}"
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"
     return CliError(f"{sentence} ({name})")
 

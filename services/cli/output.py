@@ -102,11 +102,12 @@ def print_engines(engines: Sequence[Engine]) -> None:
         ["running", "waiting", "reserved", "free", "cached", "pages"],
     )
     for engine in engines:
-        state = engine.problem or ("draining" if engine.draining else "healthy")
+        # Not "down": one that an operator drains, or that the breaker leaves alone, may well run.
+        state = "healthy" if engine.healthy else f"takes no work: {engine.problem}"
         table.add_row(
             engine.name or "?",
             engine.address,
-            state if engine.healthy else f"down: {state}",
+            state,
             engine.model,
             engine.device,
             *map(str, (engine.running, engine.waiting, engine.reservations)),

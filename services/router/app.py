@@ -96,7 +96,8 @@ class Router:
             max_request_s=config.request_timeout,
         )
         keys = Keys(config.api_key)
-        guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: Keys(config.admin_key or config.api_key)})
+        admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else keys
+        guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
         self.server = Server(config, "router", interceptors=(guard,))
         front = RouterServicer(service, client_timeout_s=config.client_timeout)
         router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
@@ -200,7 +201,10 @@ class Router:
         if serving != self._serving:
             self._serving = serving
             self.server.set_serving(ROUTER_SERVICE, serving)
-            log.info("serving" if serving else "no engine can serve")
+            if serving:
+                log.info("serving")
+            else:
+                log.warning("no engine can serve")
 
 
 def _admin_config(config: RouterConfig, listen: str) -> ServerConfig:

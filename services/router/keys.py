@@ -17,8 +17,10 @@ HEADER = "authorization"
 class Keys:
     """The keys of a router. Without any, all may call."""
 
-    def __init__(self, keys: Collection[str]) -> None:
+    def __init__(self, keys: Collection[str], what: str = "API key") -> None:
+        """`what` they are called when one is missing."""
         self._keys = tuple(key.encode() for key in keys)
+        self._what = what
 
     def check(self, authorization: bytes) -> None:
         """The header's value, empty if there was none. WrongKey."""
@@ -26,7 +28,7 @@ class Keys:
         # Against every key, so that the time taken does not tell which one matched.
         matches = [secrets.compare_digest(key.strip(), known) for known in self._keys]
         if self._keys and not (scheme.lower() == b"bearer" and any(matches)):
-            raise WrongKey("no valid API key: send authorization: Bearer KEY")
+            raise WrongKey(f"no valid {self._what}: send authorization: Bearer KEY")
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

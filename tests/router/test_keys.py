@@ -39,6 +39,13 @@ async def test_calls_without_a_key_are_refused(metadata: tuple[tuple[str, str], 
         assert suite.first.called("Session") == []
 
 
+async def test_a_client_hears_that_operators_have_keys_of_their_own() -> None:
+    async with running(1, api_key=("second",), admin_key=("boss",)) as suite:
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY") as caught, remote_errors():
+            await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=RIGHT)
+        assert "no valid admin key" in caught.value.message
+
+
 async def test_calls_with_a_key_pass_and_health_needs_none() -> None:
     async with running(1, api_key=("first", "second")) as suite:
         assert [piece async for piece in suite.stub.Generate(request(), metadata=RIGHT)]
@@ -52,7 +59,7 @@ async def test_the_commands_show_the_key_of_the_environment(monkeypatch: pytest.
     async with running(1, fake_model=script("hello"), api_key=("first", "second")) as suite:
         address = suite.router.addresses.grpc
         monkeypatch.delenv(KEY_VARIABLE, raising=False)
-        with pytest.raises(CliError, match="API key"):
+        with pytest.raises(CliError, match=f"API key.*{KEY_VARIABLE}"):
             async with router_client(address) as router:
                 await router.list_engines()
         monkeypatch.setenv(KEY_VARIABLE, "first,second")

@@ -112,8 +112,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["it gave no reason."])[-1].removeprefix("ERROR: ")
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
+    if errors and errors[-1] != "Exception:":  # what pip did not expect: a traceback follows, and ends with the reason
+        return errors[-1]
+    return (lines or ["it gave no reason."])[-1]
 
 
 def _sha256(path: Path) -> str:

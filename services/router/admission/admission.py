@@ -76,7 +76,8 @@ class Admission:
         """Counts a request for as long as the block runs, before anything is done for it. Overloaded."""
         if self._num_requests >= self._limits.max_requests:
             REFUSALS.labels("none", "max_requests").inc()
-            raise Overloaded(f"{self._limits.max_requests} requests are under way", retry_delay_s=_RETRY_S)
+            what = f"{self._limits.max_requests} requests wait or run, as many as this router takes"
+            raise Overloaded(what, retry_delay_s=_RETRY_S)
         self._num_requests += 1
         REQUESTS_IN_FLIGHT.inc()
         try:

@@ -115,7 +115,7 @@ class HttpApp:
         if self._draining:
             raise Refusal(503, "the server is about to stop", "draining")
         if self._num_calls > self._max_calls:
-            raise Refusal(429, f"{self._max_calls} requests are under way", "overloaded")
+            raise Refusal(429, f"{self._max_calls} requests wait or run, as many as this router takes", "overloaded")
 
     async def _health(self, request: Request) -> Response:
         serving = self._is_serving()

