@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -24,6 +27,7 @@ class ForwardBatch:
     block_tables: Tensor  # (num_sequences, max_pages) int32 page ids; entries past the context are ignored
     logits_rows: Tensor  # (num_rows,) int64, packed rows whose logits are wanted, may be empty
     contexts: Tensor | None = None  # context_lengths on the device, where they are there already
+    last: LastRows | None = None  # the rows that the last layer need compute; None: all
 
     @property
     def num_tokens(self) -> int:
@@ -32,3 +36,28 @@ class ForwardBatch:
     @property
     def num_sequences(self) -> int:
         return self.context_lengths.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """The rows of a batch whose hidden states are wanted. Of the others the last layer need write the KV only."""
+
+    rows: Tensor  # (num_rows,) int64, packed rows of the whole batch, may be empty
+    batch: ForwardBatch  # the same rows as a batch of their own
+
+
+def last_rows(batch: ForwardBatch, counts: NDArray[np.int64]) -> LastRows:
+    """Of each sequence its last rows, as many as `counts` (num_sequences,) says."""
+    ends, offsets = batch.query_starts.numpy()[1:], counts.cumsum()
+    rows = torch.from_numpy(np.arange(counts.sum()) + np.repeat(ends - offsets, counts)).to(batch.token_ids.device)
+    some = counts > 0
+    own = ForwardBatch(
+        token_ids=batch.token_ids[rows],
+        positions=batch.positions[rows],
+        slots=batch.slots[rows],
+        query_starts=torch.from_numpy(np.concatenate(([0], offsets[some])).astype(np.int32)),
+        context_lengths=batch.context_lengths[torch.from_numpy(some)],
+        block_tables=batch.block_tables[torch.from_numpy(some).to(batch.block_tables.device)],
+        logits_rows=batch.logits_rows[:0],
+    )
+    return LastRows(rows, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
-from services.engine.batch import ForwardBatch
+from services.engine.batch import ForwardBatch, last_rows
 from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
 from services.engine.sampling.sampler import SamplingRow, sample
@@ -132,7 +133,7 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         tensor = torch.from_numpy(values)
         return tensor if device.type == "cpu" else tensor.to(device)
 
-    return ForwardBatch(
+    batch = ForwardBatch(
         token_ids=placed(token_ids),
         positions=placed(positions),
         slots=placed(slots),
@@ -141,3 +142,7 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         block_tables=placed(tables),
         logits_rows=placed(starts[1:][wanted] - 1),
     )
+    if num_tokens == len(segments):
+        return batch
+    counts = np.array([s.num_tokens if s.score is not None else int(s.sample is not None) for s in segments])
+    return replace(batch, last=last_rows(batch, counts))

@@ -74,16 +74,23 @@ class Decoder:
         attention: AttentionBackend,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """The last layer's hidden states, (num_tokens, hidden), before the final norm.
+        """The last layer's hidden states, (num_tokens, hidden), before the final norm; of batch.last those rows only.
 
         on_layer(l) is called when the KV of layer l is written for every token of the batch and before that layer's
         attention computes, so a transfer of layer l overlaps all that follows. On a GPU "written" means queued on
         the current stream: record an event there.
         """
         step = Step(batch, attention, on_layer)
-        if self._recorder is not None and self._recorder.takes(step):
-            return self._recorder.compute_step(self._hidden_states, step)
-        return self._hidden_states(self._ops, step)
+        recorder = self._recorder if self._recorder is not None and self._recorder.takes(step) else None
+        if batch.last is None:
+            return self._all_rows(self._ops, step) if recorder is None else recorder.compute_step(self._all_rows, step)
+        compute = (lambda work, step: work(self._ops, step)) if recorder is None else recorder.compute_once
+        hidden, query = compute(self._up_to_last_layer, step)
+        if (rows := batch.last.rows).numel():
+            some, its_query = hidden[rows], query[rows]
+            only = Step(batch.last.batch, attention)
+            hidden[rows] = compute(lambda ops, step: self._finish(ops, step, some, its_query), only)
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -96,20 +103,34 @@ class Decoder:
         softcap = self.config.logits_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def _hidden_states(self, ops: Ops, step: Step) -> Tensor:
-        hidden = ops.embed(step, self._weights.embedding, self.config.embedding_scale)  # (num_tokens, hidden)
-        added = None
-        for index, (layer, facts) in enumerate(zip(self._weights.layers, self.config.layers, strict=True)):
-            projected = ops.linear(layer.query_key_value, ops.add_norm(hidden, added, layer.input_norm))
-            rotary = self._rotary[facts.rope]
-            query = ops.rotate_and_store(step, index, projected, layer.query_key_norm, rotary)
-            mixed = ops.attend(step, index, query, facts.attention)  # (num_tokens, num_heads * head_dim)
-            added = _optional_norm(ops, ops.linear(layer.output, mixed), layer.attention_norm)
-            gate_up = ops.linear(layer.gate_up, ops.add_norm(hidden, added, layer.mlp_norm))
-            added = _optional_norm(ops, ops.linear(layer.down, ops.activate(gate_up)), layer.down_norm)
-        if added is not None:
-            ops.add(hidden, added)
+    def _all_rows(self, ops: Ops, step: Step) -> Tensor:
+        return self._finish(ops, step, *self._up_to_last_layer(ops, step))
+
+    def _up_to_last_layer(self, ops: Ops, step: Step) -> tuple[Tensor, Tensor]:
+        """Hidden states before the last layer's attention, (num_tokens, hidden), and its queries; its KV is written."""
+        hidden = ops.embed(step, self._weights.embedding, self.config.embedding_scale)
+        query = self._attention_input(ops, step, 0, hidden, None)
+        for index in range(1, self.config.num_layers):
+            query = self._attention_input(ops, step, index, hidden, self._added(ops, step, index - 1, hidden, query))
+        return hidden, query
+
+    def _finish(self, ops: Ops, step: Step, hidden: Tensor, query: Tensor) -> Tensor:
+        ops.add(hidden, self._added(ops, step, self.config.num_layers - 1, hidden, query))
         return hidden
+
+    def _attention_input(self, ops: Ops, step: Step, index: int, hidden: Tensor, added: Tensor | None) -> Tensor:
+        """A layer's queries, (num_tokens, num_heads, head_dim), and its KV in place."""
+        layer, rotary = self._weights.layers[index], self._rotary[self.config.layers[index].rope]
+        projected = ops.linear(layer.query_key_value, ops.add_norm(hidden, added, layer.input_norm))
+        return ops.rotate_and_store(step, index, projected, layer.query_key_norm, rotary)
+
+    def _added(self, ops: Ops, step: Step, index: int, hidden: Tensor, query: Tensor) -> Tensor:
+        """The rest of a layer: what its MLP adds to the hidden states, to which its attention is added here."""
+        layer = self._weights.layers[index]
+        mixed = ops.attend(step, index, query, self.config.layers[index].attention)  # (num_tokens, heads * head_dim)
+        added = _optional_norm(ops, ops.linear(layer.output, mixed), layer.attention_norm)
+        gate_up = ops.linear(layer.gate_up, ops.add_norm(hidden, added, layer.mlp_norm))
+        return _optional_norm(ops, ops.linear(layer.down, ops.activate(gate_up)), layer.down_norm)
 
 
 def _recorder(config: ModelConfig, team: Team) -> Recorder:

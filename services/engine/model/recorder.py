@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -20,11 +21,13 @@ from services.engine.model.config import ModelConfig
 from services.engine.model.ops import Ops, Step
 from services.engine.model.team_ops import TeamOps
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True, slots=True)
-class _Recording:
+class _Recording(Generic[_Result]):
     jobs: Jobs
-    result: Tensor
+    result: _Result
 
 
 class Recorder:
@@ -35,30 +38,33 @@ class Recorder:
         self._team = team
         self._memory = Memory()
         self._attention: PagedNumbaAttention | None = None
-        self._decoding: dict[int, _Recording] = {}  # by number of tokens, over the pool of `attention`
+        self._decoding: dict[int, _Recording[Tensor]] = {}  # by number of tokens, over the pool of `attention`
 
     def takes(self, step: Step) -> bool:
         """Whether a step can be recorded: its attention must be jobs too."""
         return isinstance(step.attention, PagedNumbaAttention) and step.attention.fits
 
     def compute_step(self, compute: Callable[[Ops, Step], Tensor], step: Step) -> Tensor:
-        """What compute(ops, step) returns, with its values. `compute` must do nothing else than call operations."""
+        """What compute(ops, step) returns, with its values. `compute` must do nothing else than call operations, and
+        always the same."""
         attention, batch = step.attention, step.batch
         assert isinstance(attention, PagedNumbaAttention)
         if attention is not self._attention:
             self._attention, self._decoding = attention, {}
-        rows = attention.rows_of(batch, self._config.num_heads)
-        recording = self._decoding.get(batch.num_tokens) if rows.is_decoding else None
+        if not attention.rows_of(batch, self._config.num_heads).is_decoding:
+            return self.compute_once(compute, step)
+        recording = self._decoding.get(batch.num_tokens)
         if recording is None:
-            recording = self._record(compute, step)
-            if rows.is_decoding:
-                self._decoding[batch.num_tokens] = recording
-        facts = recording.jobs.facts
-        rows.put(facts)
-        facts[TOKEN_IDS], facts[POSITIONS] = address(batch.token_ids), address(batch.positions)
-        facts[SLOTS] = address(batch.slots)
-        recording.jobs.run(step.on_layer)
-        return recording.result.clone() if rows.is_decoding else recording.result
+            recording = self._decoding[batch.num_tokens] = self._record(compute, step)
+        self._run(recording.jobs, step)
+        return recording.result.clone()
+
+    def compute_once(self, compute: Callable[[Ops, Step], _Result], step: Step) -> _Result:
+        """The same of any operations, not to be used again. Of the result only what ops.embed gave outlives the next
+        computation."""
+        recording = self._record(compute, step)
+        self._run(recording.jobs, step)
+        return recording.result
 
     def compute(self, compute: Callable[[Ops], Tensor]) -> Tensor:
         """What compute(ops) returns, with its values, without a step."""
@@ -67,6 +73,15 @@ class Recorder:
         jobs.run()
         return result
 
-    def _record(self, compute: Callable[[Ops, Step], Tensor], step: Step) -> _Recording:
+    def _run(self, jobs: Jobs, step: Step) -> None:
+        attention, batch, facts = step.attention, step.batch, jobs.facts
+        assert isinstance(attention, PagedNumbaAttention)
+        rows = attention.rows_of(batch, self._config.num_heads)
+        rows.put(facts)
+        facts[TOKEN_IDS], facts[POSITIONS] = address(batch.token_ids), address(batch.positions)
+        facts[SLOTS] = address(batch.slots)
+        jobs.run(step.on_layer)
+
+    def _record(self, compute: Callable[[Ops, Step], _Result], step: Step) -> _Recording[_Result]:
         jobs = Jobs(self._team, self._memory)
         return _Recording(jobs, compute(TeamOps(self._config, jobs), step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from services.engine.attention.factory import make_attention
 from services.engine.core.config import CoreConfig
-from services.engine.core.plan import Segment
+from services.engine.core.plan import SampleSpec, ScoreSpec, Segment
 from services.engine.core.runner import TorchRunner, make_batch
 from services.engine.gpu.runner import QueuedRunner
 from services.engine.model.loader import LoadedModel, load_model
@@ -155,3 +156,14 @@ def test_a_batch_is_packed_as_the_model_wants_it() -> None:
     assert batch.context_lengths.tolist() == [9, 1]
     assert batch.block_tables.tolist() == [[7, 3, 5], [9, 0, 0]]
     assert batch.logits_rows.tolist() == []
+    assert batch.last is not None
+    assert batch.last.rows.tolist() == []
+    sample, score = SampleSpec(SamplingParams(), [1], 1), ScoreSpec(1, [5], 0)
+    segments = [
+        replace(segment, sample=sample, score=wanted) for segment, wanted in zip(segments, (None, score), strict=True)
+    ]
+    last = make_batch([*segments, replace(segments[0], score=score)], 4, torch.device("cpu")).last
+    assert last is not None
+    assert last.rows.tolist() == [2, 3, 4, 5, 6]
+    assert last.batch.query_starts.tolist() == [0, 1, 2, 5]
+    assert make_batch(segments[1:], 4, torch.device("cpu")).last is None

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from services.engine.batch import last_rows
 from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import team_of
 from services.engine.model.config import Activation, ModelConfig
@@ -60,6 +62,30 @@ def test_every_family_equals_plain_torch(tmp_path: Path, variant: str) -> None:
         actual, expected = (_steps(runner, work, counts) for runner, work in zip(runners, works, strict=True))
         for one, other in zip(actual, expected, strict=True):
             assert relative_error(one, other) < RELATIVE_ERROR, counts
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+@torch.inference_mode()
+def test_rows_that_nobody_wants_are_left_out_of_the_last_layer(folder: Path, is_recorded: bool) -> None:
+    """Of a prompt the last row, of one all, of decoding its row, of a piece none: as if all were computed; all KV."""
+    model = _load(folder) if is_recorded else load_model(folder, device=CPU, dtype=torch.float32).model
+    assert isinstance(model, Decoder)
+    counts, wanted = (70, 12, 1, 30), np.array([1, 12, 1, 0])
+    runners = [PagedRunner(model, "paged_numba" if is_recorded else "gather_sdpa") for _ in range(2)]
+    results = []
+    for runner in runners:
+        sequences = [PagedSequence(random_tokens(80, 512, seed)) for seed in range(4)]
+        runner.step([(sequences[2], 20)])
+        batch = runner.batch(list(zip(sequences, counts, strict=True)))
+        some = last_rows(batch, wanted)
+        assert some.rows.tolist() == [69, *range(70, 82), 82]
+        batch = dataclasses.replace(batch, last=some) if runner is runners[0] else batch
+        results.append(model.logits(model.forward(batch, runner.attention)[some.rows]))
+        nobody = dataclasses.replace(batch, last=last_rows(batch, 0 * wanted))
+        model.forward(nobody, runner.attention)
+    assert relative_error(*results) < RELATIVE_ERROR
+    ours, all_rows = (runner.kv.nan_to_num(5) for runner in runners)
+    assert torch.equal(ours, all_rows)
 
 
 def test_small_heads_are_left_to_torch(tmp_path: Path) -> None:
