@@ -11,6 +11,9 @@ from services.rpc.server import ServerConfig
 class KvTransferConfig(ServerConfig):
     """A fake transfer service."""
 
+    prefault: bool = True
+    cuda_device: int | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(ServerConfig):
