@@ -44,3 +44,21 @@ def test_cycles_made_later_are_still_collected() -> None:
     gone = weakref.ref(Node())
     gc.collect()
     assert gone() is None
+
+
+def test_cycles_made_later_are_freed_by_the_thousand() -> None:
+    freed: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            freed.append(info["collected"])
+
+    settle_heap()
+    gc.callbacks.append(note)
+    try:
+        for _ in range(20_000):
+            Node()
+    finally:
+        gc.callbacks.remove(note)
+    assert sum(freed) > 10_000
+    assert max(freed) < 3_000
