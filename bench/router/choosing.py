@@ -10,15 +10,19 @@ from statistics import median
 
 from bench.router.figures import Figure
 from bench.router.suite import Stubs
+from services.router.cost.book import CostBook
+from services.router.cost.placement import SHORTLIST, Planner
 from services.router.fleet import choose
 from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
 from services.router.fleet.roster import Roster
+from services.router.fleet.underway import Answer, Underway
 from services.router.request import ModelKey, PolicyRequest
 
 NUM_ENGINES, NUM_BLOCKS, PAGE_SIZE, NUM_TOKENS = 1_000, 1_000_000, 16, 8_192
+MAX_SEQUENCES = 8  # of this router on an engine
 SHARED_BLOCKS = 64  # of the prompt, that every engine has: a system prompt
 MODEL = ModelKey("stub", b"weights", b"vocabulary")
 
@@ -33,10 +37,16 @@ class Engine:
     breaker: Breaker
     in_flight: InFlight = field(default_factory=InFlight)
     load: Load = field(default_factory=Load)
+    underway: Underway = field(default_factory=Underway)
 
     def snapshot(self) -> EngineSnapshot:
         """What is known now."""
-        return EngineSnapshot(self.address, self.info, self.load, self.in_flight, self.blocks)
+        return EngineSnapshot(self.address, self.info, self.load, self.in_flight, self.blocks, self.underway)
+
+    def run(self, sequences: int) -> None:
+        """So many sequences are under way there from now on."""
+        self.in_flight = replace(self.in_flight, sequences=sequences)
+        self.underway.answers = {Answer(expected=64.0 + number) for number in range(sequences)}
 
 
 async def measure(_: Stubs, rounds: int) -> list[Figure]:
@@ -46,14 +56,18 @@ async def measure(_: Stubs, rounds: int) -> list[Figure]:
     index = BlockIndex()
     engines = [_engine(number, request, index, source) for number in range(NUM_ENGINES)]
     roster = Roster(engines, index)
+    costs, most_sequences = CostBook(), MAX_SEQUENCES
 
     def move() -> None:
         for engine in source.sample(engines, 4):
-            engine.in_flight = replace(engine.in_flight, sequences=source.randrange(8))
+            engine.run(source.randrange(most_sequences))
             roster.moved(engine)
 
     def plain() -> None:
         choose.pair_by_prefix(request, [engine.snapshot() for engine in engines])
+
+    def place() -> None:
+        Planner(costs, request, [each.snapshot() for each in roster.shortlist(request, SHORTLIST, ())]).placements()
 
     unknown = source.choices(range(50_000), k=NUM_TOKENS - SHARED_BLOCKS * PAGE_SIZE)
     shared = replace(request, prompt=(*request.prompt[: SHARED_BLOCKS * PAGE_SIZE], *unknown))
@@ -63,11 +77,13 @@ async def measure(_: Stubs, rounds: int) -> list[Figure]:
     prefix_us = _median_us(lambda: roster.pair_by_prefix(request, ()), move, 200 * rounds)
     load_us = _median_us(lambda: roster.least_loaded(()), move, 200 * rounds)
     plain_us = _median_us(plain, move, 2 * rounds)
+    place_us = _median_us(place, move, 200 * rounds)
     what = f"{NUM_ENGINES:,} engines with {NUM_BLOCKS:,} blocks, {NUM_TOKENS:,} tokens"
     return [
         Figure("choose_us", f"choosing a pair by cached prefix and load, {what}: median, us", prefix_us, 100.0),
         Figure("choose_shared_us", "the same where all have equally much of the prompt cached", shared_us, 100.0),
         Figure("choose_least_loaded_us", "choosing the least loaded of them", load_us),
+        Figure("place_us", "what adaptive does: the cheapest placement over them", place_us),
         Figure("choose_plain_us", "the pair, by looking at each of them", plain_us),
     ]
 

@@ -83,12 +83,19 @@ _Ranked: TypeAlias = tuple[tuple[bool, float], Placement]  # the least comes fir
 class _Site:
     """An engine for one request, and what does not depend on where else it could go."""
 
-    __slots__ = ("beside", "cached", "context", "engine", "left", "sequences", "speeds", "step_s", "wait_s")
+    __slots__ = ("cached", "decode_delay_s", "decode_s", "engine", "left", "sequences", "speeds", "step_s", "wait_s")
 
     def __init__(
-        self, engine: EngineSnapshot, speeds: EngineSpeeds, cached: int, output: float, others_output: float
+        self,
+        engine: EngineSnapshot,
+        speeds: EngineSpeeds,
+        cached: int,
+        length: int,
+        output: float,
+        others_output: float,
     ) -> None:
-        """`output`: tokens that the request generates; `others_output`: those of a sequence of another router."""
+        """`length`: tokens of the prompt; `output`: those that the request generates; `others_output`: those of a
+        sequence of another router."""
         self.engine = engine
         self.speeds = speeds
         self.cached = cached  # tokens of the prompt
@@ -97,9 +104,15 @@ class _Site:
         self.left = sorted(answer.left for answer in engine.underway.answers)  # tokens of each of ours
         self.sequences = len(self.left) + foreign
         # Tokens that they will generate beside those of the request.
-        self.beside = foreign * min(output, others_output) + sum(min(output, left) for left in self.left)
-        self.context = engine.load.context_tokens / max(1, engine.load.sequences)  # of each
-        self.step_s = speeds.step_s(DecodeWork(self.sequences, self.sequences * self.context))
+        beside = foreign * min(output, others_output) + sum(min(output, left) for left in self.left)
+        context = engine.load.context_tokens / max(1, engine.load.sequences)  # of each
+        self.step_s = speeds.step_s(DecodeWork(self.sequences, self.sequences * context))
+        empty_s = speeds.step_s(DecodeWork(0, 0))
+        own_s = speeds.step_s(DecodeWork(1, length + output / 2)) - empty_s
+        other_s = speeds.step_s(DecodeWork(1, context)) - empty_s
+        self.decode_s = max(0.0, output - 1) * (empty_s + own_s) + beside * other_s
+        # This sequence makes the steps of others longer while they are there.
+        self.decode_delay_s = beside * own_s
 
 
 def _wait_s(engine: EngineSnapshot, speeds: EngineSpeeds) -> float:
@@ -128,7 +141,7 @@ class Planner:
     def _site(self, engine: EngineSnapshot, request: PolicyRequest) -> _Site:
         cached = min(engine.cached_prefix(request), self._num_movable, self._length - 1)
         # Half done on average.
-        return _Site(engine, self._book.engine(engine), cached, self._output, self._book.mean_output / 2)
+        return _Site(engine, self._book.engine(engine), cached, self._length, self._output, self._book.mean_output / 2)
 
     def placements(self) -> list[Placement]:
         """All that are worth a look, the cheapest first. Those that find too few free pages come last."""
@@ -229,14 +242,9 @@ class Planner:
 
     def _decoding(self, site: _Site, ready: int) -> tuple[float, float, float]:
         """(computing prompt[ready:], generating, what that delays others there) in seconds."""
-        speeds, steps = site.speeds, max(0.0, self._output - 1)
-        added_s = speeds.prefill_s(PrefillWork(self._length - ready, ready))
-        empty_s = speeds.step_s(DecodeWork(0, 0))
-        own_s = speeds.step_s(DecodeWork(1, self._length + self._output / 2)) - empty_s
-        other_s = speeds.step_s(DecodeWork(1, site.context)) - empty_s
-        decode_s = steps * (empty_s + own_s) + site.beside * other_s
-        # This sequence makes the steps of others longer while they are there, and its prompt holds all of them up once.
-        return site.step_s + added_s, decode_s, site.sequences * added_s + site.beside * own_s
+        added_s = site.speeds.prefill_s(PrefillWork(self._length - ready, ready))
+        # Its prompt holds all of them up once.
+        return site.step_s + added_s, site.decode_s, site.sequences * added_s + site.decode_delay_s
 
     def _pattern(self, computed: int, split: int) -> Pattern:
         if not computed:
