@@ -30,7 +30,7 @@ RESULT = Path("build/bench/engine.json")
 
 
 DEFAULT = "packed"  # which ratios are of
-OURS = (DEFAULT, "int8", "float32")  # by --dtype
+OURS = (DEFAULT, "packed16", "int8", "float32")  # by --dtype
 PEERS = ("llamacpp", "vllm")
 
 
@@ -38,7 +38,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each load runs on each server.")] = 3,
     threads: Annotated[int, typer.Option(min=1)] = core_count(),
     perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge packed on; 0: skip.")] = 20_480,
-    servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = "packed,float32,llamacpp,vllm",
+    servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = "packed,packed16,float32,llamacpp,vllm",
     loads: Annotated[str, typer.Option(help="Which loads, by commas.")] = ",".join(each.key for each in SCENARIOS),
     start: Annotated[bool, typer.Option(help="Measure the start, too.")] = True,
 ) -> None:

@@ -21,7 +21,12 @@ from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import load_model
 
 TEXT = Path(__file__).parent.parent / "texts" / "alice.txt"
-FORMS = {"float32": WeightForm.EXACT, "int8": WeightForm.BYTES, "packed": WeightForm.PACKED}
+FORMS = {
+    "float32": WeightForm.EXACT,
+    "int8": WeightForm.BYTES,
+    "packed": WeightForm.PACKED,
+    "packed16": WeightForm.PACKED_16,
+}
 WINDOW, PAGE_SIZE = 512, 16
 
 

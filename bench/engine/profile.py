@@ -36,9 +36,9 @@ from services.engine.sampling.params import SamplingParams
 
 PAGE_SIZE, NUM_PAGES, REPEATS = 16, 1024, 15
 PARTS = {
-    block_kernels.multiply_nibbles: "linear layers",
-    block_kernels.multiply_bytes: "linear layers",
-    block_kernels.quantise_rows: "rounding rows to bytes",
+    block_kernels.MULTIPLY_NIBBLES[1]: "linear layers",
+    block_kernels.MULTIPLY_BYTES[1]: "linear layers",
+    block_kernels.QUANTISE_ROWS[1]: "rounding rows to bytes",
     paged_kernels.write: "attention",
     paged_kernels.attend_row: "attention",
     paged_kernels.attend_block: "attention",

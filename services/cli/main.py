@@ -56,8 +56,8 @@ def up_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, packed, int8, float32, bfloat16 or, on a GPU, fp8; auto: packed on the CPU.  "
-            "[default: float32 there]"
+            help="auto, packed, packed16, int8, float32, bfloat16 or, on a GPU, fp8; auto: packed on the CPU.  "
+            "[default: packed16 there]"
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -74,8 +74,8 @@ def up_command(
             http_port=http_port,
             admin_port=admin_port,
             question=ask,
-            # Exact: of a small model's first words rounded weights may give others.
-            dtype=dtype or ("float32" if device == "cpu" else "auto"),
+            # A small model's first words are a close thing, and activations of 8 bits may give others.
+            dtype=dtype or ("packed16" if device == "cpu" else "auto"),
             device=device,
             json=json,
         )

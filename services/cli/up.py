@@ -25,7 +25,7 @@ from services.cli.values import Endpoint, Question
 HOST = "127.0.0.1"
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
-_DTYPES = ("auto", "packed", "int8", "fp8", "float32", "bfloat16")
+_DTYPES = ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16")
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
 

@@ -15,7 +15,12 @@ from services.rpc.server import ServerConfig
 # Set by test runners, and by nobody else.
 TESTING_VARIABLE = "MICROSERVE_TESTING"
 MAX_NAME_CHARACTERS = 128
-_QUANTISED = {"int8": WeightForm.BYTES, "fp8": WeightForm.FLOATS8, "packed": WeightForm.PACKED}
+_QUANTISED = {
+    "int8": WeightForm.BYTES,
+    "fp8": WeightForm.FLOATS8,
+    "packed": WeightForm.PACKED,
+    "packed16": WeightForm.PACKED_16,
+}
 _WILDCARDS = ("0.0.0.0", "::", "*")
 
 
@@ -41,8 +46,9 @@ class EngineConfig(ServerConfig):
         metadata={
             "help": "number format; int8: weights in bytes, all else float32, on a GPU bfloat16; fp8: on a GPU, "
             "weights in 8-bit floats, all else bfloat16; packed: on cpu, weights in the 4 or 8 bits that a GGUF file "
-            "has, int8 where it has none; auto: packed on cpu, bfloat16 elsewhere",
-            "choices": ("auto", "packed", "int8", "fp8", "float32", "bfloat16", "float16"),
+            "has, int8 where it has none; packed16: the same with activations rounded to 16 bits, not 8; auto: packed "
+            "on cpu, bfloat16 elsewhere",
+            "choices": ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16", "float16"),
         },
     )
     attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
@@ -89,8 +95,8 @@ class EngineConfig(ServerConfig):
         if not 0 < self.lease_default <= self.lease_max:
             raise ValueError("--lease-default must be above 0 and at most --lease-max")
         self._check_register()
-        if self.dtype == "packed" and self.device != "cpu":
-            raise ValueError("--dtype packed needs --device cpu")
+        if self.dtype in ("packed", "packed16") and self.device != "cpu":
+            raise ValueError(f"--dtype {self.dtype} needs --device cpu")
         if self.dtype == "fp8" and self.device == "cpu":
             raise ValueError("--dtype fp8 needs a GPU")
         if any("=" not in label for label in self.labels):

@@ -14,3 +14,4 @@ def test_quantised_layers_stay_within_one_percent_of_float32() -> None:
     exact = perplexity(folder, "float32", 2, 5_120)
     assert 0.98 < perplexity(folder, "int8", 2, 5_120) / exact < 1.01
     assert 0.99 < perplexity(folder, "packed", 2, 5_120) / exact < 1.005  # the default: no weight is rounded again
+    assert 0.9995 < perplexity(folder, "packed16", 2, 5_120) / exact < 1.0005  # of activations next to nothing is lost

@@ -27,6 +27,10 @@ def test_the_format_follows_the_device() -> None:
     assert (read().dtype_name, read().weight_form) == ("float32", WeightForm.PACKED)
     assert (read("--dtype", "int8").dtype_name, read("--dtype", "int8").weight_form) == ("float32", WeightForm.BYTES)
     assert read("--dtype", "packed").weight_form is WeightForm.PACKED
+    assert (read("--dtype", "packed16").dtype_name, read("--dtype", "packed16").weight_form) == (
+        "float32",
+        WeightForm.PACKED_16,
+    )
     assert read("--dtype", "float32").weight_form is WeightForm.EXACT
     assert read("--device", "cuda:1").weight_form is WeightForm.EXACT
     assert read("--device", "cuda:1").dtype_name == "bfloat16"
@@ -58,6 +62,7 @@ def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tup
         ("--labels", "zone"),
         ("--dtype", "int3"),
         ("--device", "cuda", "--dtype", "packed"),
+        ("--device", "cuda", "--dtype", "packed16"),
         ("--device", "cpu", "--dtype", "fp8"),
         ("--max-context", "1"),
         ("--unheard-of", "1"),

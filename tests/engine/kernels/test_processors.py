@@ -36,9 +36,10 @@ def digest() -> str:
         )
         rows = torch.randn(7, depth, generator=random)
         for blocks in (nibbles, blocks_of(torch.randn(columns, depth, generator=random))):
-            layer = BlockLinear(blocks, None, team_of(1))
-            hashed.update(layer(rows).numpy().tobytes())
-            assert torch.equal(layer(rows[2:3]), layer(rows)[2:3])
+            for activation_bytes in (1, 2):
+                layer = BlockLinear(blocks, None, team_of(1), activation_bytes)
+                hashed.update(layer(rows).numpy().tobytes())
+                assert torch.equal(layer(rows[2:3]), layer(rows)[2:3])
     return hashed.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,7 @@ from services.engine.model.linear.tiled import SPLITS, BatchSize, Tiled, TiledLi
 # (in, out): whole tiles; a remainder of panels; odd everything; less than a block; a head
 SHAPES = [(64, 48), (576, 960), (100, 37), (7, 1), (128, 1000)]
 ROWS = 37
+LARGEST = {1: 127, 2: 127 * 256 + 127}  # number that a row is rounded to, by its bytes
 
 
 def _random(depth: int) -> torch.Generator:
@@ -41,6 +43,7 @@ def _nibbles(depth: int, columns: int) -> Blocks:
 
 BLOCKS = [_bytes, _nibbles]
 MakeBlocks = Callable[[int, int], Blocks]
+MakeLayer = Callable[[int, int, int], Linear]
 
 
 def _float32_layer(depth: int, columns: int, threads: int = 1) -> Linear:
@@ -49,16 +52,15 @@ def _float32_layer(depth: int, columns: int, threads: int = 1) -> Linear:
     return TiledLinear(weight, torch.randn(columns, generator=random), team_of(threads))
 
 
-def _bytes_layer(depth: int, columns: int, threads: int = 1) -> Linear:
-    return BlockLinear(_bytes(depth, columns), torch.randn(columns, generator=_random(1)), team_of(threads))
+def _block_layer(make: MakeBlocks, activation_bytes: int) -> MakeLayer:
+    def layer(depth: int, columns: int, threads: int = 1) -> Linear:
+        bias = torch.randn(columns, generator=_random(1)) if make is _bytes else None
+        return BlockLinear(make(depth, columns), bias, team_of(threads), activation_bytes)
+
+    return layer
 
 
-def _nibbles_layer(depth: int, columns: int, threads: int = 1) -> Linear:
-    return BlockLinear(_nibbles(depth, columns), None, team_of(threads))
-
-
-LAYERS = [_float32_layer, _bytes_layer, _nibbles_layer]
-MakeLayer = Callable[[int, int, int], Linear]
+LAYERS = [_float32_layer, *(_block_layer(make, activation_bytes) for make in BLOCKS for activation_bytes in (1, 2))]
 
 
 def _rows(depth: int, count: int = ROWS) -> Tensor:
@@ -69,10 +71,10 @@ def _rows(depth: int, count: int = ROWS) -> Tensor:
     return rows
 
 
-def plain_block_linear(blocks: Blocks, rows: Tensor) -> Tensor:
-    """The twin of BlockLinear in float64: rows rounded to bytes, 32 with a scale, times the values of the blocks."""
+def plain_block_linear(blocks: Blocks, rows: Tensor, activation_bytes: int) -> Tensor:
+    """The twin of BlockLinear in float64: rows rounded, 32 with a scale, times the values of the blocks."""
     grouped = F.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], -1, BLOCK)
-    scales = grouped.abs().amax(-1, keepdim=True) / 127
+    scales = grouped.abs().amax(-1, keepdim=True) / LARGEST[activation_bytes]
     rounded = (grouped / scales.clamp_min(1e-30)).round().double() * scales.double()
     return rounded.flatten(1)[:, : rows.shape[1]] @ blocks.values().double().T
 
@@ -87,17 +89,46 @@ def test_float32_equals_torch(depth: int, columns: int) -> None:
     assert actual.is_contiguous()
 
 
+@pytest.mark.parametrize("activation_bytes", LARGEST)
 @pytest.mark.parametrize("make", BLOCKS)
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
-def test_blocks_equal_their_plain_twin(make: MakeBlocks, depth: int, columns: int) -> None:
+def test_blocks_equal_their_plain_twin(make: MakeBlocks, depth: int, columns: int, activation_bytes: int) -> None:
     blocks, rows = make(depth, columns), _rows(depth)
     bias = torch.randn(columns, generator=_random(2))
-    expected = plain_block_linear(blocks, rows) + bias
-    actual = BlockLinear(blocks, bias, team_of(1))(rows).double()
-    # A value that lies between two bytes may be rounded to either: at most half a step of one group's scale.
+    expected = plain_block_linear(blocks, rows, activation_bytes) + bias
+    actual = BlockLinear(blocks, bias, team_of(1), activation_bytes)(rows).double()
+    # A value that lies between two numbers may be rounded to either, a step of one group's scale apart.
     error = (actual - expected).abs().amax(1) / expected.abs().amax(1)
-    assert error.max() < 2e-3
+    assert error.max() < (2e-3 if activation_bytes == 1 else 5e-5)
     assert error.median() < 1e-5
+
+
+@pytest.mark.parametrize("make", BLOCKS)
+@pytest.mark.parametrize(("depth", "columns"), SHAPES)
+def test_activations_of_two_bytes_lose_next_to_nothing(make: MakeBlocks, depth: int, columns: int) -> None:
+    blocks, rows = make(depth, columns), _rows(depth)
+    exact = rows.double() @ blocks.values().double().T
+    actual = BlockLinear(blocks, None, team_of(1), 2)(rows).double()
+    # Half a step of each group's scale, times its weights, is the most that rounding can do; then float32's own sums.
+    grouped = F.pad(rows, (0, -depth % BLOCK)).view(ROWS, -1, BLOCK).double()
+    half_steps = (grouped.abs().amax(-1, keepdim=True) / LARGEST[2] / 2).expand_as(grouped).flatten(1)[:, :depth]
+    magnitudes = blocks.values().abs().double().T
+    bound = half_steps @ magnitudes + 1e-5 * (rows.abs().double() @ magnitudes)
+    assert ((actual - exact).abs() <= bound).all()
+    error = (actual - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-30)
+    assert error.median() < 1e-4  # of one byte it is 2e-3 to 1e-2
+
+
+@pytest.mark.parametrize("activation_bytes", LARGEST)
+@pytest.mark.parametrize("make", BLOCKS)
+def test_sums_of_the_largest_numbers_are_exact(make: MakeBlocks, activation_bytes: int) -> None:
+    blocks = make(64, 48)
+    largest = 127 if blocks.minimums is None else 255  # 255 is two nibbles of 15
+    blocks = dataclasses.replace(blocks, numbers=torch.full_like(blocks.numbers, largest))
+    for sign in (1, -1):
+        rows = torch.full((3, 64), float(sign * LARGEST[activation_bytes]))
+        actual = BlockLinear(blocks, None, team_of(1), activation_bytes)(rows)
+        torch.testing.assert_close(actual.double(), rows.double() @ blocks.values().double().T, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
@@ -105,7 +136,7 @@ def test_bytes_are_close_to_float32(depth: int, columns: int) -> None:
     weight = torch.randn(columns, depth, generator=_random(depth))
     rows = torch.randn(ROWS, depth, generator=_random(depth + 1))
     exact = rows @ weight.T
-    error = (BlockLinear(blocks_of(weight), None, team_of(1))(rows) - exact).norm() / exact.norm()
+    error = (BlockLinear(blocks_of(weight), None, team_of(1), 1)(rows) - exact).norm() / exact.norm()
     assert error < 0.02
 
 
@@ -181,9 +212,11 @@ def test_kinds_by_device_and_dtype() -> None:
     weight, cpu = torch.ones(16, 64), torch.device("cpu")
     assert linear_maker(cpu, torch.bfloat16, 1, WeightForm.EXACT) is DENSE
     assert linear_maker(torch.device("cuda"), torch.float32, 1, WeightForm.EXACT) is DENSE
-    exact, rounded, packed = (linear_maker(cpu, torch.float32, 1, form) for form in WeightForm)
+    forms = (WeightForm.EXACT, WeightForm.BYTES, WeightForm.PACKED, WeightForm.PACKED_16)
+    exact, rounded, packed, packed16 = (linear_maker(cpu, torch.float32, 1, form) for form in forms)
     assert isinstance(exact.make(weight, None), TiledLinear)
     assert isinstance(rounded.make(weight, None), BlockLinear)
     assert rounded.make_packed is None is exact.make_packed
-    assert packed.make_packed is not None
-    assert exact.form != rounded.form == packed.form  # without blocks of a file they compute the same
+    assert packed.make_packed is not None is not packed16.make_packed
+    assert rounded.form == packed.form  # without blocks of a file they compute the same
+    assert len({exact.form, packed.form, packed16.form}) == 3

@@ -1,4 +1,4 @@
-"""Linear layers on the CPU whose weights are kept in blocks, of bytes or nibbles, and whose input is rounded to bytes.
+"""Linear layers on the CPU whose weights are kept in blocks, of bytes or nibbles, and whose input is rounded.
 
 A row's result is bitwise the same whatever rows are beside it, and however many threads compute. Rows have a scale for
 each 32 of their elements: with one scale a row, the few large activations of a row take the resolution from all others.
@@ -15,18 +15,19 @@ from services.engine.kernels.block_tiles import BYTE_BLOCK, GROUP, NIBBLE_BLOCK,
 from services.engine.kernels.jobs import Jobs, rows_a_chunk
 from services.engine.kernels.team import Team
 from services.engine.kernels.writer import LANES
-from services.engine.model.linear.block_kernels import TILE_PANELS, multiply_bytes, multiply_nibbles, quantise_rows
+from services.engine.model.linear.block_kernels import MULTIPLY_BYTES, MULTIPLY_NIBBLES, QUANTISE_ROWS, TILE_PANELS
 from services.engine.model.linear.blocks import Blocks
 from services.engine.model.linear.tiled import Tiled
 
 
 class BlockLinear(Tiled):
-    """A layer of `blocks`; in and out are float32."""
+    """A layer of `blocks`; in and out are float32. Elements of a row are rounded to `activation_bytes`, 1 or 2."""
 
-    def __init__(self, blocks: Blocks, bias: Tensor | None, team: Team) -> None:
+    def __init__(self, blocks: Blocks, bias: Tensor | None, team: Team, activation_bytes: int) -> None:
         super().__init__(blocks.depth, blocks.num_columns, bias, team)
+        self._activation_bytes = activation_bytes
         self._num_groups = blocks.num_groups
-        self._kernel = multiply_bytes if blocks.minimums is None else multiply_nibbles
+        self._kernel = (MULTIPLY_BYTES if blocks.minimums is None else MULTIPLY_NIBBLES)[activation_bytes]
         self._tiles = _in_tiles(blocks, self._num_panels)
         self._factor = int(np.float32(blocks.factor).view(np.int32))
 
@@ -38,10 +39,11 @@ class BlockLinear(Tiled):
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
         num_rows = rows.shape[0]
-        quantised = jobs.take(num_rows, self._num_groups * GROUP, dtype=torch.int8)
+        quantised = jobs.take(num_rows, self._num_groups * GROUP * self._activation_bytes, dtype=torch.int8)
         scales = jobs.take(num_rows, self._num_groups * SCALE_BYTES, dtype=torch.uint8)
         size = rows_a_chunk(num_rows, self.depth, self._team)
-        jobs.add(quantise_rows, -(-num_rows // size), rows, quantised, scales, num_rows, self.depth, size)
+        quantise = QUANTISE_ROWS[self._activation_bytes]
+        jobs.add(quantise, -(-num_rows // size), rows, quantised, scales, num_rows, self.depth, size)
         out = self._empty(jobs, num_rows)
         num_chunks, panels_a_chunk = self._chunks(num_rows)
         shape = (num_rows, self._num_groups, self._num_panels, panels_a_chunk, self._factor)

@@ -27,6 +27,7 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, for
     from services.engine.model.linear.trial import try_splits
 
     team = team_of(num_threads)
+    activation_bytes = 2 if form is WeightForm.PACKED_16 else 1
     made: list[Tiled] = []
 
     def kept(layer: Tiled) -> Linear:
@@ -37,7 +38,7 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, for
         return kept(TiledLinear(weight, bias, team))
 
     def packed(blocks: Blocks, bias: Tensor | None) -> Linear:
-        return kept(BlockLinear(blocks, bias, team))
+        return kept(BlockLinear(blocks, bias, team, activation_bytes))
 
     def rounded(weight: Tensor, bias: Tensor | None) -> Linear:
         return packed(blocks_of(weight), bias)
@@ -48,4 +49,6 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, for
 
     if form is WeightForm.EXACT:
         return LinearMaker(exact, team=team, settle=settle)
-    return LinearMaker(rounded, " int8", team, packed if form is WeightForm.PACKED else None, settle)
+    is_packed = form in (WeightForm.PACKED, WeightForm.PACKED_16)
+    name = " int8" if activation_bytes == 1 else " int8 by int16"
+    return LinearMaker(rounded, name, team, packed if is_packed else None, settle)

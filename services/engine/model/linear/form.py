@@ -12,3 +12,4 @@ class WeightForm(Enum):
     BYTES = "bytes"  # rounded to bytes
     FLOATS8 = "floats8"  # rounded to floats of eight bits (e4m3)
     PACKED = "packed"  # in the blocks of four or eight bits that a GGUF file has; rounded to bytes where it has none
+    PACKED_16 = "packed16"  # the same, and rows are rounded to two bytes where the forms above it take one
