@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,13 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
+from microserve.router.v1 import router_pb2 as router
+from microserve.router.v1.router_pb2_grpc import RouterServiceStub
+from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.cli.test_fleet import alive, wait_dead
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
+
+# What float32 says. Its first word is a close thing: one of a French answer is 0.08 behind, in logits.
+QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+POLICIES = ("data_parallel", "disaggregated", "balanced:0.1", "balanced:0.5", "context_aware", "adaptive")
 
 
 class Launcher:
@@ -64,9 +73,9 @@ def shared_memory() -> set[str]:
 
 
 def test_question_is_answered_over_two_engines_and_a_signal_leaves_nothing(tmp_path: Path) -> None:
-    with launched(tmp_path, "--ask", "What is the capital of France?") as launcher:
+    with launched(tmp_path, "--ask", QUESTION) as launcher:
         answer = launcher.answer
-        assert "Paris" in answer["text"]
+        assert answer["text"] == ANSWER
         assert answer["policy"] == "disaggregated"
         prepare, send, generate = answer["legs"]
         assert [leg["verb"] for leg in answer["legs"]] == ["prep_recv", "remote_send", "start_generate"]
@@ -106,6 +115,39 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+async def test_the_answer_is_that_of_float32_on_every_path(tmp_path: Path) -> None:
+    """Cold, on a prefix hit, beside others, and wherever its prompt was computed."""
+    with launched(tmp_path, "--ask", "Hello") as launcher:
+        (address,) = (endpoint["grpc"] for endpoint in launcher.endpoints if endpoint["name"] == "router")
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = RouterServiceStub(channel)
+
+            async def ask(text: str, policy: str, salt: str) -> str:
+                request = router.GenerateRequest(sampling=sampling.SamplingParams(max_tokens=24), cache_salt=salt)
+                request.chat.messages.add(role="user", content=text)
+                metadata = (("x-microserve-policy", policy),)
+                reply = await stub.Complete(
+                    router.CompleteRequest(request=request), timeout=120, metadata=metadata, wait_for_ready=True
+                )
+                return reply.response.text
+
+            for policy in (
+                "data_parallel",
+                "disaggregated",
+                "balanced:0.1",
+                "balanced:0.5",
+                "context_aware",
+                "adaptive",
+            ):
+                cold = await ask(QUESTION, policy, policy)
+                others = [ask(f"Tell me about the number {number}.", policy, policy) for number in range(5)]
+                shared = await asyncio.gather(
+                    ask(QUESTION, policy, policy), ask(QUESTION, policy, f"{policy} again"), *others
+                )
+                assert [cold, *shared[:2]] == [ANSWER] * 3, policy
+                assert all(shared[2:])
 
 
 @pytest.mark.faults
