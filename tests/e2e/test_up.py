@@ -133,14 +133,7 @@ async def test_the_answer_is_that_of_float32_on_every_path(tmp_path: Path) -> No
                 )
                 return reply.response.text
 
-            for policy in (
-                "data_parallel",
-                "disaggregated",
-                "balanced:0.1",
-                "balanced:0.5",
-                "context_aware",
-                "adaptive",
-            ):
+            for policy in POLICIES:
                 cold = await ask(QUESTION, policy, policy)
                 others = [ask(f"Tell me about the number {number}.", policy, policy) for number in range(5)]
                 shared = await asyncio.gather(

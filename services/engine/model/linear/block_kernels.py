@@ -29,7 +29,6 @@ TILE_PANELS = 3 if HAS_WIDE_VECTORS else 1
 _ROWS = {1: 4, 2: 2} if HAS_WIDE_VECTORS else {1: 2, 2: 1}  # by the bytes of their numbers
 _AHEAD = 2048  # bytes between what one pass computes with and what it fetches from memory
 
-
 MakeTile = Callable[[int, int, int], Any]  # of rows, panels and the bytes of a number
 
 
