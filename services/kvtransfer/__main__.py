@@ -32,7 +32,7 @@ async def serve(config: KvTransferConfig) -> None:
     service = KvTransfer(config, lambda: server.advertised, PeerClient(config.peer_tls).ask, REGISTRY)
     try:
         add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
-        add_KvPeerServiceServicer_to_server(KvPeerServicer(service.pull_sessions), server.grpc)
+        add_KvPeerServiceServicer_to_server(KvPeerServicer(service.pull_sessions, service.pull_probes), server.grpc)
         await server.start()
         for name in (SERVICE, PEER_SERVICE):
             await server.set_serving(name, True)

@@ -24,6 +24,7 @@ from services.kvtransfer.pushes import Pushes, PushOrder
 from services.kvtransfer.transports.base import Peer, Transport
 from services.kvtransfer.transports.cuda_ipc.gpu import open_gpu
 from services.kvtransfer.transports.cuda_ipc.transport import CudaIpcTransport
+from services.kvtransfer.transports.pull.probing import PullProbes
 from services.kvtransfer.transports.pull.pulling import Pulling
 from services.kvtransfer.transports.pull.session import PullSessions
 from services.kvtransfer.transports.shm import ShmTransport
@@ -89,6 +90,11 @@ class KvTransfer:
     def pull_sessions(self) -> PullSessions:
         """The receiving end of transports that pull."""
         return self._pulling.sessions
+
+    @property
+    def pull_probes(self) -> PullProbes:
+        """What answers the probes of services that would send over them."""
+        return self._pulling.probes
 
     async def create_pool(self, engine_name: str, shape: PoolShape, *, adopt: bool) -> Pool:
         """As PoolTable.create. Raises Draining too."""

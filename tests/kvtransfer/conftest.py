@@ -21,13 +21,14 @@ StartEngine = Callable[..., Awaitable[FakeEngine]]
 StartProcess = Callable[..., EngineProcess]
 
 HERE = Path(__file__).parent
-# Over tcp an unprobed NIXL would be chosen, so services with it are others.
-NIXL = ("--nixl-devices", "lo")
+# Services that have NIXL and nothing else to each other: the probe would choose between it and tcp.
+NIXL = ("--nixl-devices", "lo", "--data-listen", "none")
 # Fixtures of the senders' and the receivers' service, by transport.
 _NAMES = {
     "shm": ("service", "service"),
     "tcp": ("service", "far_service"),
     "nixl": ("nixl_service", "far_nixl_service"),
+    "nixl and tcp": ("both_service", "far_both_service"),
 }
 
 
@@ -60,8 +61,20 @@ def nixl_service() -> Iterator[ServiceProcess]:
 
 @pytest.fixture(scope="session")
 def far_nixl_service() -> Iterator[ServiceProcess]:
-    """The service process with NIXL of another node. Between services NIXL comes before tcp."""
+    """The service process with NIXL of another node."""
     yield from _run("--pool-keep-s", "60", *NIXL)
+
+
+@pytest.fixture(scope="session")
+def both_service() -> Iterator[ServiceProcess]:
+    """A service process with NIXL and tcp."""
+    yield from _run("--pool-keep-s", "60", *NIXL[:2])
+
+
+@pytest.fixture(scope="session")
+def far_both_service() -> Iterator[ServiceProcess]:
+    """The service process with NIXL and tcp of another node."""
+    yield from _run("--pool-keep-s", "60", *NIXL[:2])
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +83,10 @@ def far_service() -> Iterator[ServiceProcess]:
     yield from _run("--pool-keep-s", "60")
 
 
-@pytest.fixture(
-    params=["shm-direct", "shm-grpc", "tcp-direct", "tcp-grpc", pytest.param("nixl-grpc", marks=needs_nixl)]
-)
+WAYS = ("shm-direct", "shm-grpc", "tcp-direct", "tcp-grpc")
+
+
+@pytest.fixture(params=[*WAYS, pytest.param("nixl-grpc", marks=needs_nixl)])
 def way(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(transport, how the service is called): every transport, in this process and through real service processes."""
     transport, _, how = request.param.partition("-")

@@ -12,8 +12,9 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
 from services.protocol.errors import ServiceError
-from tests.kvtransfer.conftest import StartEngine
+from tests.kvtransfer.conftest import WAYS, StartEngine
 from tests.kvtransfer.engine import Shape
+from tests.kvtransfer.nixl.installed import needs_nixl
 from tests.kvtransfer.ranks import RankedEngine, Split, expected, shapes_of
 from tests.kvtransfer.streams import Watching
 
@@ -40,6 +41,13 @@ ORDERS = {
 PAGE_SIZES = [(4, 4), (2, 8), (8, 2), (3, 5)]
 
 StartRanks = Callable[..., Awaitable[RankedEngine]]
+
+
+@pytest.fixture(params=[*WAYS, pytest.param("nixl and tcp-grpc", marks=needs_nixl)])
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """NIXL moves between equal arrangements only: the rest is left to tcp, where there are both."""
+    transport, _, how = request.param.partition("-")
+    return transport, how
 
 
 @pytest.fixture

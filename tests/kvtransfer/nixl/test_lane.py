@@ -35,7 +35,7 @@ HERE, THERE = b"here", Peer("there:1", b"there", {"nixl": "1"})
 class Receiver:
     """A PullCaller: says what the test scripts, and notes what it hears."""
 
-    def __init__(self, *script: Answer | ServiceError) -> None:
+    def __init__(self, *script: Answer | ServiceError | float) -> None:
         self._script = script
         self.heard: list[Said] = []
         self.silent = False
@@ -45,6 +45,7 @@ class Receiver:
         for answer in self._script:
             if isinstance(answer, ServiceError):
                 raise answer
+            assert not isinstance(answer, float)
             yield answer
         async for word in said:
             self.heard.append(word)
@@ -58,6 +59,14 @@ class Receiver:
 
     async def end(self, endpoint: str, address: KvAddress, claim: Claim) -> bool:
         return endpoint == "there:1"
+
+    async def probe(self, endpoint: str, transport: str, offer: bytes) -> float:
+        assert (endpoint, transport, offer) == ("there:1", "nixl", b"offer")
+        (answer,) = self._script
+        assert isinstance(answer, ServiceError | float)
+        if isinstance(answer, ServiceError):
+            raise answer
+        return answer
 
 
 class Side:
@@ -194,3 +203,19 @@ async def test_who_is_within_reach() -> None:
     other = _pool(PageLayout(2, 1, 4, 8, Dtype.FLOAT32))
     assert isinstance(transport.refuses(other, ADDRESS, THERE), Unsupported)
     assert await transport.end_attempt(THERE, ADDRESS, Claim(PART, 1, "w"))
+
+
+async def test_a_probe_serves_memory_of_no_engine_and_tells_the_receivers_figure() -> None:
+    side = Side()
+    transport = PullTransport(side, Receiver(3e9), HERE, "1", _pool())
+    assert await transport.probe(THERE) == 3e9
+    assert side.serving == 0
+    for failure in (PeerLost("gone"), RemoteError(Code.UNIMPLEMENTED, "UNIMPLEMENTED", "an older service")):
+        with pytest.raises(TransportFailed):
+            await PullTransport(side, Receiver(failure), HERE, "1", _pool()).probe(THERE)
+    assert side.serving == 0
+
+
+async def test_what_is_not_probed() -> None:
+    assert await PullTransport(Side(), Receiver(), HERE, "1").probe(THERE) is None
+    assert await PullTransport(Side(), Receiver(), HERE, "2", _pool()).probe(THERE) is None

@@ -24,6 +24,8 @@ from tests.kvtransfer.streams import Watching
 
 pytestmark = [needs_nixl, pytest.mark.slow]
 
+# Else the probe chooses between the two.
+NIXL_ALONE = ("--nixl-devices", "lo", "--data-listen", "none")
 # 32 MiB a layer: long enough to be stopped in the middle.
 LARGE = Shape(layers=4, heads=8, head_dim=64, page_size=16, pages=512)
 
@@ -32,7 +34,7 @@ class Nodes:
     """Two nodes: a sender's service and a receiver's, each with an engine."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.near, self.far = (ServiceProcess("--nixl-devices", "lo") for _ in range(2))
+        self.near, self.far = (ServiceProcess(*NIXL_ALONE) for _ in range(2))
         stack.callback(self.far.kill)
         stack.callback(self.near.kill)
         self._stack = stack
@@ -118,7 +120,7 @@ async def test_a_killed_sender_leaves_the_range_to_another(nodes: Nodes) -> None
     await watch.close()
     before = receiver.memory.copy()
     # The service of the node comes back under another epoch, with an engine of the same name.
-    nodes.near = ServiceProcess("--nixl-devices", "lo", "--listen", nodes.near.address)
+    nodes.near = ServiceProcess(*NIXL_ALONE, "--listen", nodes.near.address)
     try:
         heir = await nodes.engine(nodes.near, "p", Shape(), seed=2)
         last = await heir.push(heir.order(address, 0, 8, [1, 2], attempt=2)).done()

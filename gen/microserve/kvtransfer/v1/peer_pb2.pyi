@@ -392,3 +392,55 @@ class EndPullResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EndPullResponse: _TypeAlias = EndPullResponse  # noqa: Y015
+
+@_typing.final
+class ProbePullRequest(_message.Message):
+    """ProbePullRequest offers memory to be fetched from. Its arrangement is part of the transport's version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """Transport, for instance nixl."""
+    offer: _builtins.bytes
+    """What that transport must know to reach the memory; its own format, as PullOpen.offer."""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        offer: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePullRequest: _TypeAlias = ProbePullRequest  # noqa: Y015
+
+@_typing.final
+class ProbePullResponse(_message.Message):
+    """ProbePullResponse says what was fetched after the connection stood."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    ELAPSED_US_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """Bytes in place."""
+    elapsed_us: _builtins.int
+    """Microseconds from the first of them asked for to the last one in place, at least 1."""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        elapsed_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "elapsed_us", b"elapsed_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePullResponse: _TypeAlias = ProbePullResponse  # noqa: Y015

@@ -49,6 +49,11 @@ class KvPeerServiceStub:
                 request_serializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullRequest.SerializeToString,
                 response_deserializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullResponse.FromString,
                 _registered_method=True)
+        self.ProbePull = channel.unary_unary(
+                '/microserve.kvtransfer.v1.KvPeerService/ProbePull',
+                request_serializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullRequest.SerializeToString,
+                response_deserializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullResponse.FromString,
+                _registered_method=True)
 
 
 class KvPeerServiceServicer:
@@ -83,6 +88,18 @@ class KvPeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbePull(self, request, context):
+        """ProbePull tells how fast the receiver fetches from the sender: some megabytes of no engine, from memory that the
+        sender offers into memory of the receiver's own, one probe at a time. It touches no pool and needs no secret.
+
+        FAILED_PRECONDITION (NO_TRANSPORT): the receiver does not offer that transport, or cannot probe it.
+        UNAVAILABLE: TRANSPORT_FAILED: the source cannot be reached, or not in time; PEER_LOST: the bytes could not be
+        fetched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvPeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +112,11 @@ def add_KvPeerServiceServicer_to_server(servicer, server):
                     servicer.EndPull,
                     request_deserializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullRequest.FromString,
                     response_serializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullResponse.SerializeToString,
+            ),
+            'ProbePull': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbePull,
+                    request_deserializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullRequest.FromString,
+                    response_serializer=microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -156,6 +178,33 @@ class KvPeerService:
             '/microserve.kvtransfer.v1.KvPeerService/EndPull',
             microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullRequest.SerializeToString,
             microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.EndPullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbePull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/microserve.kvtransfer.v1.KvPeerService/ProbePull',
+            microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullRequest.SerializeToString,
+            microserve_dot_kvtransfer_dot_v1_dot_peer__pb2.ProbePullResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,14 @@ class KvPeerServiceStub:
     """
     EndPull: _grpc.UnaryUnaryMultiCallable[_peer_pb2.EndPullRequest, _peer_pb2.EndPullResponse]
     """EndPull gives an attempt up, as KvTransferService.EndAttempt does at the sender's service."""
+    ProbePull: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ProbePullRequest, _peer_pb2.ProbePullResponse]
+    """ProbePull tells how fast the receiver fetches from the sender: some megabytes of no engine, from memory that the
+    sender offers into memory of the receiver's own, one probe at a time. It touches no pool and needs no secret.
+
+    FAILED_PRECONDITION (NO_TRANSPORT): the receiver does not offer that transport, or cannot probe it.
+    UNAVAILABLE: TRANSPORT_FAILED: the source cannot be reached, or not in time; PEER_LOST: the bytes could not be
+    fetched.
+    """
 
 @_typing.type_check_only
 class KvPeerServiceAsyncStub(KvPeerServiceStub):
@@ -79,6 +87,14 @@ class KvPeerServiceAsyncStub(KvPeerServiceStub):
     """
     EndPull: _aio.UnaryUnaryMultiCallable[_peer_pb2.EndPullRequest, _peer_pb2.EndPullResponse]  # type: ignore[assignment]
     """EndPull gives an attempt up, as KvTransferService.EndAttempt does at the sender's service."""
+    ProbePull: _aio.UnaryUnaryMultiCallable[_peer_pb2.ProbePullRequest, _peer_pb2.ProbePullResponse]  # type: ignore[assignment]
+    """ProbePull tells how fast the receiver fetches from the sender: some megabytes of no engine, from memory that the
+    sender offers into memory of the receiver's own, one probe at a time. It touches no pool and needs no secret.
+
+    FAILED_PRECONDITION (NO_TRANSPORT): the receiver does not offer that transport, or cannot probe it.
+    UNAVAILABLE: TRANSPORT_FAILED: the source cannot be reached, or not in time; PEER_LOST: the bytes could not be
+    fetched.
+    """
 
 class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """KvPeerService is the receiving end of transports that pull: the sender's service says what there is, the
@@ -114,5 +130,19 @@ class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.EndPullResponse, _abc.Awaitable[_peer_pb2.EndPullResponse]]:
         """EndPull gives an attempt up, as KvTransferService.EndAttempt does at the sender's service."""
+
+    @_abc_1.abstractmethod
+    def ProbePull(
+        self,
+        request: _peer_pb2.ProbePullRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.ProbePullResponse, _abc.Awaitable[_peer_pb2.ProbePullResponse]]:
+        """ProbePull tells how fast the receiver fetches from the sender: some megabytes of no engine, from memory that the
+        sender offers into memory of the receiver's own, one probe at a time. It touches no pool and needs no secret.
+
+        FAILED_PRECONDITION (NO_TRANSPORT): the receiver does not offer that transport, or cannot probe it.
+        UNAVAILABLE: TRANSPORT_FAILED: the source cannot be reached, or not in time; PEER_LOST: the bytes could not be
+        fetched.
+        """
 
 def add_KvPeerServiceServicer_to_server(servicer: KvPeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

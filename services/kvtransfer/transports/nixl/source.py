@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -69,6 +70,7 @@ class NixlSource:
         self._poller = poller
         self._make_agent = make_agent
         self._epoch = epoch
+        self._registering = asyncio.Lock()
         self._offers: weakref.WeakKeyDictionary[Pool, tuple[Agent, Offer]] = weakref.WeakKeyDictionary()
 
     def refuses(self, source: Pool) -> Unsupported | None:
@@ -78,7 +80,8 @@ class NixlSource:
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NixlServed, None]:
         """See SourceSide.serve."""
-        agent, offer = await self._registered(pool)
+        async with self._registering:  # a second agent of the name would be refused by who knows the first
+            agent, offer = await self._registered(pool)
         self._poller.watch(agent, 1)
         try:
             yield NixlServed(offer.encode())
@@ -101,7 +104,6 @@ class NixlSource:
             agent, offer = await self._poller.call(register)
         except (NixlMissing, NixlFailed) as error:
             raise TransportFailed(str(error)) from None
-        # Two first pushes at once: the second agent is as good.
         self._offers[pool] = agent, offer
         # The mapping must outlive the agent, so the finalizer holds it.
         weakref.finalize(pool, _forget, self._poller, agent, memory).atexit = False

@@ -14,6 +14,7 @@ from services.kvtransfer.convert import to_range
 from services.kvtransfer.errors import KvTransferError
 from services.kvtransfer.landing import Claim
 from services.kvtransfer.transports.pull.fetching import Fetch
+from services.kvtransfer.transports.pull.probing import PROBE_TIMEOUT_S
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
 from services.protocol.address import KvAddress
@@ -63,6 +64,14 @@ class PullClient:
         async with self._stub(endpoint) as stub:
             with _service_errors():
                 return (await stub.EndPull(request, timeout=END_TIMEOUT_S)).committed
+
+    async def probe(self, endpoint: str, transport: str, offer: bytes) -> float:
+        """See PullCaller.probe."""
+        request = pb.ProbePullRequest(transport=transport, offer=offer)
+        async with self._stub(endpoint) as stub:
+            with _service_errors():
+                reply = await stub.ProbePull(request, timeout=PROBE_TIMEOUT_S)
+        return reply.bytes / max(reply.elapsed_us, 1) * 1e6
 
     async def close(self) -> None:
         """Closes every channel."""

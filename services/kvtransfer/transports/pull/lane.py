@@ -37,17 +37,23 @@ class PullCaller(Protocol):
     async def end(self, endpoint: str, address: KvAddress, claim: Claim) -> bool:
         """EndPull."""
 
+    async def probe(self, endpoint: str, transport: str, offer: bytes) -> float:
+        """ProbePull: bytes a second."""
+
 
 class PullTransport:
     """A Transport whose receiving service fetches the bytes."""
 
-    def __init__(self, side: SourceSide, caller: PullCaller, epoch: bytes, offer: str) -> None:
-        """`offer`: what GetInfo tells of it."""
+    def __init__(
+        self, side: SourceSide, caller: PullCaller, epoch: bytes, offer: str, probe_memory: Pool | None = None
+    ) -> None:
+        """`offer`: what GetInfo tells of it. `probe_memory` is fetched from in probes; None: it cannot be probed."""
         self.capabilities = Capabilities(side.name, Reach.NETWORK)
         self._side = side
         self._caller = caller
         self._epoch = epoch
         self._offer = offer
+        self._probe_memory = probe_memory
 
     def offer(self) -> str | None:
         """See Transport.offer."""
@@ -64,8 +70,14 @@ class PullTransport:
         return self._side.refuses(source)
 
     async def probe(self, peer: Peer) -> float | None:
-        """See Transport.probe. Offered only where somebody asked for it, so it is not held against others."""
-        return None
+        """See Transport.probe. Between GPUs there is nothing to choose from, so what serves them has no probe."""
+        if self._probe_memory is None or peer.offers.get(self.capabilities.name) != self._offer:
+            return None
+        async with self._side.serve(self._probe_memory, peer.endpoint) as served:
+            try:
+                return await self._caller.probe(peer.endpoint, self.capabilities.name, served.offer)
+            except ServiceError as error:
+                raise TransportFailed(error.message) from None
 
     async def open(self, request: PutRequest, on_change: Callable[[], None]) -> PullLane | AlreadyCommitted:
         """See Transport.open."""

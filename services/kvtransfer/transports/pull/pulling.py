@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.landing import Landings
+from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Transport
 from services.kvtransfer.transports.cuda_ipc.gpu import Gpu
 from services.kvtransfer.transports.nccl import library as nccl
@@ -24,6 +25,7 @@ from services.kvtransfer.transports.nixl.source import NixlSource
 from services.kvtransfer.transports.pull.client import PullClient
 from services.kvtransfer.transports.pull.fetching import SinkSide, SourceSide
 from services.kvtransfer.transports.pull.lane import PullTransport
+from services.kvtransfer.transports.pull.probing import PullProbes, make_probe_memory
 from services.kvtransfer.transports.pull.session import PullSessions
 from services.rpc.errors import StartError
 
@@ -48,20 +50,22 @@ class Pulling:
         self._epoch = epoch
         self.transports: tuple[Transport, ...] = ()
         self._sinks: dict[str, SinkSide] = {}
+        self._probe_memory: Pool | None = None
         if config.nccl_library is not None and gpu is not None:
             self._add_nccl(config, config.nccl_library, gpu)
         if config.nixl_devices is not None:
             self._add_nixl(config, config.nixl_devices)
         patience_s = _PATIENCE_FACTOR * config.push_stall_timeout_s
         self.sessions = PullSessions(landings, self._sinks, self._copiers, config.max_copy_bytes, patience_s)
+        self.probes = PullProbes(self._sinks, self._probe_memory, self._copiers, config.max_copy_bytes)
 
     async def close(self) -> None:
         """Ends threads and channels."""
         await self._closing.aclose()
         self._copiers.shutdown()
 
-    def _add(self, source: SourceSide, sink: SinkSide, offer: str) -> None:
-        self.transports += (PullTransport(source, self._client, self._epoch, offer),)
+    def _add(self, source: SourceSide, sink: SinkSide, offer: str, probe_memory: Pool | None = None) -> None:
+        self.transports += (PullTransport(source, self._client, self._epoch, offer, probe_memory),)
         self._sinks[sink.name] = sink
 
     def _add_nixl(self, config: KvTransferConfig, devices: str) -> None:
@@ -76,7 +80,10 @@ class Pulling:
             return nixl.NixlAgent(module, name)
 
         sink = NixlSink(poller, make_agent, self._epoch, config.max_copy_bytes)
-        self._add(NixlSource(poller, make_agent, self._epoch), sink, _NIXL_OFFER)
+        self._probe_memory = make_probe_memory()
+        assert self._probe_memory.memory is not None
+        self._closing.callback(self._probe_memory.memory.close)
+        self._add(NixlSource(poller, make_agent, self._epoch), sink, _NIXL_OFFER, self._probe_memory)
 
     def _add_nccl(self, config: KvTransferConfig, setting: str, gpu: Gpu) -> None:
         try:

@@ -13,6 +13,7 @@ from microserve.kvtransfer.v1 import peer_pb2_grpc as pb_grpc
 from services.kvtransfer.convert import to_address, to_claim, to_layout, to_range
 from services.kvtransfer.errors import InvalidRequest
 from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool
+from services.kvtransfer.transports.pull.probing import PullProbes
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import (
     Answer,
@@ -33,8 +34,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class KvPeerServicer(pb_grpc.KvPeerServiceServicer):
     """Translates, and nothing else."""
 
-    def __init__(self, sessions: PullSessions) -> None:
+    def __init__(self, sessions: PullSessions, probes: PullProbes) -> None:
         self._sessions = sessions
+        self._probes = probes
 
     async def Pull(
         self, requests: AsyncIterator[pb.PullRequest], context: Context
@@ -49,6 +51,10 @@ class KvPeerServicer(pb_grpc.KvPeerServiceServicer):
     async def EndPull(self, request: pb.EndPullRequest, context: Context) -> pb.EndPullResponse:
         claim = to_claim(request.attempt_range, request.attempt, request.writer_id)
         return pb.EndPullResponse(committed=await self._sessions.end(to_address(request.target), claim))
+
+    async def ProbePull(self, request: pb.ProbePullRequest, context: Context) -> pb.ProbePullResponse:
+        num_bytes, elapsed_s = await self._probes.serve(request.transport, request.offer)
+        return pb.ProbePullResponse(bytes=num_bytes, elapsed_us=max(1, round(elapsed_s * 1e6)))
 
 
 def _opening(message: pb.PullOpen) -> PullOpen:
