@@ -12,7 +12,7 @@ from microserve.engine.v1 import engine_pb2_grpc
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
 OWNER = "kv-bench"
-_TIMEOUT_S = 120.0
+TIMEOUT_S = 120.0
 _numbers = itertools.count(1)
 
 
@@ -33,7 +33,7 @@ class Verbs:
         request = pb.PrepRecvRequest(
             owner_id=OWNER, request_id=request_id, prompt_token_ids=prompt, end=end, cache_salt=salt
         )
-        return request_id, await self.stub.PrepRecv(request, timeout=_TIMEOUT_S)
+        return request_id, await self.stub.PrepRecv(request, timeout=TIMEOUT_S)
 
     async def remote_send(self, prompt: Sequence[int], address: kv_pb2.KvAddress, salt: str) -> pb.RemoteSendResponse:
         """Everything that the address wants."""
@@ -45,7 +45,7 @@ class Verbs:
             address=address,
             cache_salt=salt,
         )
-        return await self.stub.RemoteSend(request, timeout=_TIMEOUT_S)
+        return await self.stub.RemoteSend(request, timeout=TIMEOUT_S)
 
     async def generate_one(self, prompt: Sequence[int], salt: str, address: kv_pb2.KvAddress | None = None) -> None:
         """One token, to the end of the stream."""
@@ -60,9 +60,9 @@ class Verbs:
         if address is not None:
             request.reservation.reservation_id = address.reservation_id
             request.reservation.secret = address.secret
-        async for _ in self.stub.StartGenerate(request, timeout=_TIMEOUT_S):
+        async for _ in self.stub.StartGenerate(request, timeout=TIMEOUT_S):
             pass
 
     async def abort(self, request_id: str) -> None:
         """Gives a reservation up."""
-        await self.stub.Abort(pb.AbortRequest(owner_id=OWNER, request_id=request_id), timeout=_TIMEOUT_S)
+        await self.stub.Abort(pb.AbortRequest(owner_id=OWNER, request_id=request_id), timeout=TIMEOUT_S)
