@@ -15,6 +15,8 @@ from bench.gpu.shapes import Shapes, random_model
 from services.engine.attention.factory import make_attention
 from services.engine.batch import ForwardBatch
 from services.engine.model.decoder import Decoder
+from services.engine.model.linear.form import NEEDED, WeightForm
+from services.engine.model.linear.rounded_choice import rounded_maker
 
 Figures = dict[str, float]
 NUM_STEPS = 40
@@ -55,6 +57,20 @@ class Bench:
             "one_stream_step_over_weights": step_s / bound_s,
             **_gap("one_stream", decoding),
         }
+
+    def rounded(self) -> Figures:
+        """The step of one stream with weights of eight bits, beside reading these once."""
+        figures: Figures = {}
+        for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+            if self.device.type == "cuda" and kind != torch.int8 and not has_floats_of_eight_bits(self.device):
+                continue
+            model = random_model(self.shapes, self.device, rounded_maker(self.device, self.shapes.dtype, kind, name))
+            decoding = Engine(model, self.shapes, 4096, 1).decode(1, 32, NUM_STEPS)
+            step_s = statistics.median(decoding.step_s)
+            bound_s = self.shapes.num_linear_weights / self.bytes_per_s
+            figures[f"{name}_one_stream_step_ms"] = step_s * 1e3
+            figures[f"{name}_one_stream_step_over_weights"] = step_s / bound_s
+        return figures
 
     def decode_attention(self) -> Figures:
         """Attention alone over the pages of a decoding batch, one layer after the other as in a step."""
@@ -141,7 +157,13 @@ class Bench:
             "KV copy": self.kv_copy,
             "batch": self.batch,
             "large batch": self.large_batch,
+            "rounded weights": self.rounded,
         }
+
+
+def has_floats_of_eight_bits(device: torch.device) -> bool:
+    """Whether a GPU multiplies with them."""
+    return torch.cuda.get_device_capability(device) >= NEEDED[WeightForm.FLOATS8]
 
 
 def _gap(name: str, decoding: Decoding) -> Figures:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from services.engine.model.config import ModelConfig, parse_config
 from services.engine.model.decoder import Decoder, DecoderWeights, LayerWeights
-from services.engine.model.linear.linear import DenseLinear
+from services.engine.model.linear.linear import DENSE, Linear, LinearMaker
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -74,12 +74,15 @@ def tiny() -> Shapes:
     return Shapes(parse_config(TINY, {}, _NO_FILE), torch.float32, 16, 2, 40, 4, 48, 64, 1 << 16)
 
 
-def random_model(shapes: Shapes, device: torch.device) -> Decoder:
+def random_model(shapes: Shapes, device: torch.device, maker: LinearMaker = DENSE) -> Decoder:
     """A decoder whose weights are normal, small enough that no layer overflows."""
     config = shapes.config
 
     def weight(rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=shapes.dtype, device=device).normal_(std=0.02)
+
+    def linear(rows: int, columns: int) -> Linear:
+        return maker.make(weight(rows, columns), None)
 
     def norm() -> Tensor:
         return torch.ones(config.hidden_size, dtype=torch.float32, device=device)
@@ -89,17 +92,17 @@ def random_model(shapes: Shapes, device: torch.device) -> Decoder:
         heads = queries + 2 * config.num_kv_heads * config.head_dim
         return LayerWeights(
             input_norm=norm(),
-            query_key_value=DenseLinear(weight(heads, hidden)),
+            query_key_value=linear(heads, hidden),
             query_key_norm=None,
-            output=DenseLinear(weight(hidden, queries)),
+            output=linear(hidden, queries),
             attention_norm=None,
             mlp_norm=norm(),
-            gate_up=DenseLinear(weight(2 * config.intermediate_size, hidden)),
-            down=DenseLinear(weight(hidden, config.intermediate_size)),
+            gate_up=linear(2 * config.intermediate_size, hidden),
+            down=linear(hidden, config.intermediate_size),
             down_norm=None,
         )
 
     layers = tuple(layer() for _ in range(config.num_layers))
     embedding = weight(config.vocab_size, config.hidden_size)
-    head = DenseLinear(weight(config.vocab_size, config.hidden_size))
+    head = linear(config.vocab_size, config.hidden_size)
     return Decoder(config, DecoderWeights(embedding, layers, norm(), head))

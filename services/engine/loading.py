@@ -6,16 +6,12 @@ import torch
 
 from services.engine.config import EngineConfig
 from services.engine.model.linear.factory import linear_maker
-from services.engine.model.linear.form import WeightForm
+from services.engine.model.linear.form import NEEDED
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.shard import Shard
 from services.rpc.errors import StartError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-# Compute capabilities from which on GPUs have what a form of weights is multiplied in.
-NEEDED = {WeightForm.BYTES: (8, 0), WeightForm.FLOATS8: (8, 9)}
 
 
 def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -90,3 +92,12 @@ def test_a_graph_begins_behind_the_copies_of_its_inputs(monkeypatch: pytest.Monk
     monkeypatch.setattr("bench.gpu.gaps._now", now)
     graphs.fill(batch)
     assert graphs.marks.gaps_s() == [2e-3]
+
+
+@pytest.mark.slow
+def test_it_needs_numpy_and_torch_alone() -> None:
+    """The Python that has torch for a GPU may have nothing of the suite's own packages."""
+    refused = ("grpc", "google", "tokenizers", "safetensors", "llvmlite", "numba", "transformers", "prometheus_client")
+    code = f"import sys; sys.modules.update(dict.fromkeys({refused})); import bench.gpu.__main__"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

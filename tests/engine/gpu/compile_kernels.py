@@ -23,7 +23,7 @@ from services.engine.attention.problem import FORMS, WrongResult
 from services.engine.attention.triton_paged import TritonPagedAttention
 from services.engine.model.config import parse_config
 from services.engine.model.linear.rounded import rounded
-from services.engine.model.linear.rounded_triton import MOST_ROWS, TritonRoundedLinear
+from services.engine.model.linear.rounded_triton import TILES, TritonRoundedLinear
 from services.engine.model.ops_choice import check_ops
 from services.engine.model.triton_ops import TritonOps
 
@@ -72,7 +72,7 @@ def main() -> None:
     kinds = [torch.int8] if int(sys.argv[1]) < 89 else [torch.int8, torch.float8_e4m3fn]
     for (outputs, inputs), kind in itertools.product(WEIGHTS, kinds):
         layer = TritonRoundedLinear(rounded(torch.zeros(outputs, inputs), kind))
-        for num_rows in (1, MOST_ROWS):
+        for num_rows in TILES:
             layer(torch.zeros(num_rows, inputs, dtype=torch.bfloat16))
 
 

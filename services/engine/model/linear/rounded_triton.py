@@ -11,12 +11,15 @@ from torch import Tensor
 from services.engine.model.linear import rounded_kernels as kernels
 from services.engine.model.linear.rounded import Rounded, RoundedLinear
 
-MOST_ROWS = 64  # that the kernel takes; for more, reading a weight twice costs little beside multiplying it
+MOST_ROWS = 128  # that the kernel takes; for more, reading a weight twice costs little beside multiplying it
 LEAST_ROWS = 16  # that tl.dot wants
-BLOCK_OUT, BLOCK_IN = 32, 128
-BLOCK_SUMS = 512
+BLOCK_IN, BLOCK_SUMS = 128, 512
+# Outputs of a program and stages of its loop, by its rows: each program reads all rows anew, so many rows want few
+# programs, and what is under way must fit into shared memory.
+TILES = {16: (32, 4), 32: (64, 4), 64: (64, 4), 128: (128, 3)}
+LEAST_OUT = 32
 PROGRAMS, MOST_SPLITS = 512, 8  # programs that keep the memory of a large GPU busy
-WARPS, STAGES = 4, 4
+WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,14 @@ class TritonRoundedLinear(RoundedLinear):
         sums = result
         if cut.splits > 1:
             sums = torch.empty(cut.splits, num_rows, num_out, dtype=torch.float32, device=rows.device)
-        kernels.multiply_few[(triton.cdiv(num_out, BLOCK_OUT), cut.splits)](
+        block_rows = max(triton.next_power_of_2(num_rows), LEAST_ROWS)
+        block_out, stages = TILES[block_rows]
+        kernels.multiply_few[(triton.cdiv(num_out, block_out), cut.splits)](
             rows, numbers, scales, bias, sums,
             num_rows, rows.stride(0),
             IN=depth, OUT=num_out, PIECE=cut.piece, SPLITS=cut.splits,
-            BLOCK_ROWS=max(triton.next_power_of_2(num_rows), LEAST_ROWS), BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN,
-            HAS_BIAS=self.bias is not None, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
+            BLOCK_ROWS=block_rows, BLOCK_OUT=block_out, BLOCK_IN=BLOCK_IN,
+            HAS_BIAS=self.bias is not None, num_warps=WARPS, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         if cut.splits > 1:
             kernels.add_sums[(num_rows, triton.cdiv(num_out, BLOCK_SUMS))](
@@ -65,6 +70,6 @@ class TritonRoundedLinear(RoundedLinear):
 
 def _cut(num_out: int, depth: int) -> _Cut:
     blocks = triton.cdiv(depth, BLOCK_IN)
-    splits = min(max(PROGRAMS // triton.cdiv(num_out, BLOCK_OUT), 1), MOST_SPLITS, blocks)
+    splits = min(max(PROGRAMS // triton.cdiv(num_out, LEAST_OUT), 1), MOST_SPLITS, blocks)
     piece = triton.cdiv(blocks, splits)
     return _Cut(triton.cdiv(blocks, piece), piece * BLOCK_IN)
