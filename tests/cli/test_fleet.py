@@ -60,7 +60,7 @@ def test_fleet_starts_connects_and_stops_everything() -> None:
         kvtransfer = fleet.start_kvtransfer()
         engine = fleet.start_engine("engine-0", "m", kvtransfer, threads=3, page_count=7)
         router = fleet.start_router([engine], "disaggregated")
-        asyncio.run(wait_serving(router.address, 20))
+        asyncio.run(wait_serving(router.address, 120))
         command = " ".join(engine.command)
         assert f"--kvtransfer {kvtransfer.address}" in command
         assert "--pages 7" in command
@@ -128,7 +128,7 @@ def test_up_answers_serves_and_stops_on_a_signal(tmp_path: Path, number: signal.
         assert answer["policy"] == "disaggregated"
         launcher.send_signal(number)
         assert read_event(launcher) == {"event": "stopping"}
-        out, err = launcher.communicate(timeout=30)
+        out, err = launcher.communicate(timeout=60)
         assert (launcher.returncode, out, err) == (0, "", "")
         assert not any(alive(endpoint["pid"]) for endpoint in ready["endpoints"])
 
@@ -158,7 +158,7 @@ def test_up_ends_when_a_child_dies(tmp_path: Path) -> None:
         pids = {endpoint["name"]: endpoint["pid"] for endpoint in read_event(launcher)["endpoints"]}
         read_event(launcher)
         os.kill(pids["engine-1"], signal.SIGKILL)
-        _, err = launcher.communicate(timeout=30)
+        _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1
         assert err.startswith("microserve: engine-1 ended by signal 9\n")
         assert not any(alive(pid) for pid in pids.values())
@@ -176,7 +176,7 @@ def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, micro
         assert microserve("ask", "Hi", *address)[0] == 0
         launcher.send_signal(signal.SIGTERM)
         assert read_event(launcher) == {"event": "stopping"}
-        launcher.communicate(timeout=30)
+        launcher.communicate(timeout=60)
         assert launcher.returncode == 0
 
 
@@ -190,7 +190,7 @@ def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, micro
 def test_up_says_why_it_could_not_start(tmp_path: Path, model: str, code: int, line: str) -> None:
     with start_up(tmp_path, model) as launcher:
         assert read_event(launcher) == {"event": "stopping"}
-        _, err = launcher.communicate(timeout=30)
+        _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == code
         assert err.endswith(line)
         assert code == 1 or err == line

@@ -135,7 +135,7 @@ async def start_suite(
             suite.router_process = fleet.start_router(processes, policy, extra=list(router_options))
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
-            await wait_serving(suite.router_process.address, 30)
+            await wait_serving(suite.router_process.address, 120)
         try:
             yield suite
         finally:
@@ -269,7 +269,7 @@ async def load(at: Engine) -> engine.WatchLoadResponse:
     raise AssertionError("no load report")
 
 
-async def wait_for_load(at: Engine, condition: object, timeout_s: float = 30.0) -> engine.WatchLoadResponse:
+async def wait_for_load(at: Engine, condition: object, timeout_s: float = 120.0) -> engine.WatchLoadResponse:
     """Follows the load until `condition(report)`; checks the page accounts of every report on the way."""
     request = engine.WatchLoadRequest()
     request.min_interval.FromMilliseconds(10)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = ROOT / "clients" / "load"
+ENOUGH = Path(__file__).with_name("enough.py")
 BIN = Path(sys.executable).parent
 USER: list[dict[str, str]] = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -108,8 +109,8 @@ async def test_a_client_that_leaves_frees_the_engines(suite: Suite) -> None:
 
 async def test_locust(suite: Suite) -> None:
     printed = await run(
-        *(BIN / "locust", "-f", LOAD / "locustfile.py", "--headless", "--host", url(suite), "--users", "4"),
-        *("--spawn-rate", "4", "--run-time", "3s", "--stop-timeout", "20s", "--json", "--loglevel", "ERROR"),
+        *(BIN / "locust", "-f", f"{LOAD / 'locustfile.py'},{ENOUGH}", "--headless", "--host", url(suite)),
+        *("--users", "4", "--spawn-rate", "4", "--stop-timeout", "60s", "--json", "--loglevel", "ERROR"),
     )
     kinds = {each["method"]: each for each in json.loads(printed[printed.index("[") :])}
     assert kinds["POST"]["num_requests"] == kinds["TTFT"]["num_requests"] > 4

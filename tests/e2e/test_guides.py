@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from microserve.engine.v1 import engine_pb2 as engine
 from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
 from tests.e2e.suite import ask, generate, idle, start_suite, wait_for_load
+from tests.faults.gates import StepGate
 
 pytestmark = pytest.mark.slow
 
@@ -84,16 +86,26 @@ async def test_every_way_of_serving(model: Path, tokenizer: Tokenizer, prompts: 
             await wait_for_load(each, idle)
 
 
-async def test_under_preemption(model: Path, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+async def test_under_preemption(model: Path, tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path) -> None:
     page_count = sum(len(prompt) // 16 + 1 for prompt in prompts) + 4
-    async with start_suite(model, num_engines=1, policy=None, page_count=page_count) as small:
+    steps = StepGate(tmp_path / "step")
+    async with start_suite(
+        model, num_engines=1, policy=None, page_count=page_count, engine_options=steps.options
+    ) as small:
         one = small.engines[0]
-        results = await asyncio.gather(
-            *(
-                generate(small, one, prompt, max_tokens=MAX_TOKENS, salt=str(n), guide=GUIDE, temperature=0.8, seed=n)
-                for n, prompt in enumerate(prompts, start=1)
+        with steps.closed() as gate:
+            asked = asyncio.gather(
+                *(
+                    generate(
+                        small, one, prompt, max_tokens=MAX_TOKENS, salt=str(n), guide=GUIDE, temperature=0.8, seed=n
+                    )
+                    for n, prompt in enumerate(prompts, start=1)
+                )
             )
-        )
+            await gate.reached()
+            for _ in range(20):  # round trips on the same connection: all have arrived, and begin together
+                await one.stub.GetInfo(engine.GetInfoRequest())
+        results = await asked
         assert sum(result.timing.preemption_count for result in results) > 0
         for result in results:
             assert result.finish_reason == sampling.FINISH_REASON_STOP

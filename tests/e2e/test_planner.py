@@ -21,7 +21,7 @@ from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
 
-PAGE, CONTEXT, PATIENCE_S = 8, 320, 30.0
+PAGE, CONTEXT, PATIENCE_S = 8, 320, 120.0
 HALF_A_MOVE = Path(__file__).with_name("half_a_move.py")
 FIRST_BY_NAME = Path(__file__).with_name("first_by_name.py")
 OPTIONS = ["--planner-interval", "0.1", "--planner-file", str(HALF_A_MOVE)]

@@ -27,7 +27,7 @@ async def test_engines_join_leave_and_die(tmp_path: Path) -> None:
     os.environ["MICROSERVE_TESTING"] = "1"
     model = make_tiny_llama(tmp_path)
     with Fleet() as fleet:
-        process = fleet.start_router([], "data_parallel", extra=[*TOKEN, "--register-lease", "1"])
+        process = fleet.start_router([], "data_parallel", extra=[*TOKEN, "--register-lease", "4"])
         joining = ["--register", process.address, *TOKEN, "--kv-memory-mib", "16"]
         engines = [fleet.start_engine(f"engine-{i}", model, None, extra=joining) for i in range(2)]
         async with make_channel(process.address) as channel:
@@ -40,7 +40,7 @@ async def test_engines_join_leave_and_die(tmp_path: Path) -> None:
             async def addresses() -> set[str]:
                 return {each.address for each in (await admins.ListEngines(admin.ListEnginesRequest())).engines}
 
-            await wait_serving(process.address, 60)
+            await wait_serving(process.address, 120)
             await until(names, {"engine-0", "engine-1"})
             request = router.GenerateRequest(
                 tokens=router.TokenIds(ids=range(3, 40)),

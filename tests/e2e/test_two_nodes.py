@@ -95,7 +95,7 @@ async def start_two(
             suite.router_process = near.start_router(engines, policy)
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
-            await wait_serving(suite.router_process.address, 30)
+            await wait_serving(suite.router_process.address, 120)
         try:
             yield TwoNodes(suite, transfers[1][1], network)
         finally:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def until(look: Callable[[], Awaitable[object]], expected: object, timeout_s: float = 30.0) -> None:
+async def until(look: Callable[[], Awaitable[object]], expected: object, timeout_s: float = 120.0) -> None:
     """Looks again and again until it is as expected. TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while True:

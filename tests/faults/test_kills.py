@@ -117,7 +117,7 @@ async def test_the_transfer_service_dies(tmp_path: Path) -> None:
             await wait_for_load(at, idle)
 
 
-async def until_it_works(call, timeout_s: float = 20.0):  # type: ignore[no-untyped-def]
+async def until_it_works(call, timeout_s: float = 60.0):  # type: ignore[no-untyped-def]
     """Repeats a call while it is answered UNAVAILABLE: the engine is reconnecting."""
     async with asyncio.timeout(timeout_s):
         while True:
@@ -132,7 +132,7 @@ async def until_it_works(call, timeout_s: float = 20.0):  # type: ignore[no-unty
 async def replace(suite: Suite, index: int, model: Path, options: Sequence[str] = ()) -> Engine:
     """A new engine under the name and address of one that was killed."""
     old = suite.engines[index]
-    old.process.wait(10)
+    old.process.wait(60)
     process = suite.fleet.start_engine(
         old.name, model, suite.kvtransfer_of(index), listen=old.process.address, extra=["--poison-pages", *options]
     )
@@ -143,7 +143,7 @@ async def replace(suite: Suite, index: int, model: Path, options: Sequence[str] 
 async def router_sees(suite: Suite, num_healthy: int) -> None:
     """Waits until the router has found as many engines healthy."""
     assert suite.admin is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             listed = await suite.admin.ListEngines(admin.ListEnginesRequest())
             if sum(status.healthy for status in listed.engines) == num_healthy:

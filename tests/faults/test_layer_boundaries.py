@@ -293,7 +293,7 @@ async def test_the_router_is_killed(tmp_path: Path, transport: str) -> None:
             suite.router_process = suite.fleet.start_router(engines, "disaggregated", name=f"router {salt}")
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
-            await wait_serving(suite.router_process.address, 30)
+            await wait_serving(suite.router_process.address, 120)
             await router_sees(suite, 3)
             assert (await ask(suite, PROMPT, "disaggregated", salt=f"again {salt}")).token_ids == s.expected
 

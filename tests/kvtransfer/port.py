@@ -22,7 +22,7 @@ from services.rpc.channel import make_channel
 from services.rpc.status import remote_errors
 
 # Every wait in these tests is for an event; this only bounds a test that fails.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Port(Protocol):

@@ -40,7 +40,7 @@ class Process:
 
     def end(self) -> tuple[int, str]:
         """Waits for the exit, once. Returns the exit code and what it wrote on stderr."""
-        self.child.communicate(timeout=20)
+        self.child.communicate(timeout=60)
         self._errors.seek(0)
         with self._errors:
             return self.child.returncode, self._errors.read()

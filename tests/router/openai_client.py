@@ -20,5 +20,5 @@ async def serving(
     """A router over fake engines, and a client of its HTTP door that tries nothing twice."""
     async with running(num_engines, http_listen="127.0.0.1:0", **options) as suite:
         base = f"http://{suite.http}/v1"
-        async with openai.AsyncOpenAI(base_url=base, api_key=key, max_retries=0, timeout=20) as client:
+        async with openai.AsyncOpenAI(base_url=base, api_key=key, max_retries=0, timeout=60) as client:
             yield suite, client

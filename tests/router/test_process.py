@@ -124,7 +124,7 @@ async def test_a_program_that_never_ends_does_not_hold_up_the_end(tmp_path: Path
                 process.send_signal(signal.SIGTERM)
                 with pytest.raises(grpc.aio.AioRpcError):
                     await call.read()
-            assert await asyncio.wait_for(process.wait(), 20) == 0
+            assert await asyncio.wait_for(process.wait(), 60) == 0
     finally:
         await engine.stop()
 

@@ -143,7 +143,7 @@ async def test_a_program_that_cannot_be_interrupted_ends_the_process(tmp_path: P
                 await serving(channel)
                 with failing("UNAVAILABLE", "UNAVAILABLE"):
                     await complete(router_pb2_grpc.RouterServiceStub(channel), request())
-            assert await asyncio.wait_for(process.wait(), 20) == os.EX_SOFTWARE
+            assert await asyncio.wait_for(process.wait(), 60) == os.EX_SOFTWARE
             assert process.stderr is not None
             assert b"policy=stubborn" in await process.stderr.read()
         await engine.idle()

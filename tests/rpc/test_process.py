@@ -42,7 +42,7 @@ class Tiny:
 
     def end(self) -> tuple[int, str]:
         """Exit code and everything on stderr, bounded."""
-        _, errors = self.process.communicate(timeout=20)
+        _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
 

@@ -19,7 +19,7 @@ from services.protocol.errors import Code, ServiceError
 from tests.engine.core.fake_runner import FakeRunner, expected_tokens
 from tests.engine.core.world import VOCAB, make_config, prompt_of
 
-WAIT_S = 10.0  # how long a test waits for what takes microseconds
+WAIT_S = 60.0  # how long a test waits for what takes microseconds
 
 
 class Listener:

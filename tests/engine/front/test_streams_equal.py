@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -189,8 +190,13 @@ async def test_a_client_that_cancels_leaves_nothing(served: Served, reader: Read
 
 
 async def test_a_call_whose_deadline_passes_leaves_nothing(served: Served, reader: Reader) -> None:
-    reading = reader(served.stub, start_request(), timeout=0.2)
-    command = await served.engine.next(StartGenerate)
+    for timeout_s in (0.2, 2.0, 20.0):  # until one is long enough for the call to arrive
+        reading = reader(served.stub, start_request(f"r{timeout_s}"), timeout=timeout_s)
+        arriving = asyncio.ensure_future(served.engine.next(StartGenerate))
+        if (await asyncio.wait({arriving}, timeout=timeout_s))[0]:
+            break
+        arriving.cancel()
+    command = await arriving
     assert await served.engine.next(Cancel) == Cancel(command.key)
     if reader is not SessionReader:
         assert (await reading.result()).error == (DEADLINE_EXCEEDED, "", None)

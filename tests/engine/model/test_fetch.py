@@ -172,7 +172,7 @@ fetch_model("smollm2-135m")
     while "30 of 93 MB" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode != 0
     assert _folders(cache) == []
     with pytest.raises(ProcessLookupError):
