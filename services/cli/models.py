@@ -11,7 +11,7 @@ from services.cli.errors import CliError
 def require_engine() -> None:
     """CliError where only the router's part is installed."""
     if find_spec("torch") is None:
-        raise CliError("engines are not installed here: pip install 'microserve[engine]'")
+        raise CliError("engines are not installed here: pip install '.[engine]' in the repository")
 
 
 def fetch(name: str, *, quiet: bool = False) -> Path:

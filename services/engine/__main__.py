@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from importlib.util import find_spec
 
 import grpc.aio
 from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
@@ -20,6 +21,7 @@ from services.engine.registration import Registrar
 from services.engine.servicer import EngineServicer, TransferView
 from services.rpc.channel import ClientTls, make_channel
 from services.rpc.config import describe, parse_config
+from services.rpc.errors import StartError
 from services.rpc.log import configure
 from services.rpc.main import run_main
 from services.rpc.server import Server
@@ -35,6 +37,8 @@ log = logging.getLogger("services.engine")
 
 async def serve(config: EngineConfig) -> None:
     """Serves until it is told to stop or the loop thread fails; then drains."""
+    if find_spec("torch") is None:
+        raise StartError("the extra `engine` is not installed: pip install '.[engine]' in the repository")
     # Imported here, because torch reads the thread variables when it is imported.
     from services.engine.replica import load_replica
 

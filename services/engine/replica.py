@@ -24,7 +24,6 @@ from services.engine.gpu.runner import QueuedRunner
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
 from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device, use_device
-from services.engine.metrics import TimedModel, TimedRunner
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
 from services.engine.model.shard import WHOLE, Shard
@@ -33,6 +32,7 @@ from services.engine.parallel.pool import pool_part
 from services.engine.parallel.ranks import Ranks
 from services.engine.parallel.runner import ParallelRunner
 from services.engine.servicer import EngineIdentity
+from services.engine.timed import TimedModel, TimedRunner
 from services.protocol.layout import Dtype, PageLayout
 from services.rpc.cuda_driver import CudaDriver, CudaMissing
 from services.rpc.cuda_memory import DeviceSegment

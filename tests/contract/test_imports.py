@@ -93,9 +93,9 @@ def test_only_the_wire_knows_messages() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("service", ["router", "kvtransfer"])
+@pytest.mark.parametrize("service", ["router", "kvtransfer", "engine"])
 def test_services_without_torch_load_none(service: str) -> None:
-    """Neither by themselves nor through a library."""
+    """Neither by themselves nor through a library; an engine's process not before it has set torch's threads."""
     code = f"import sys, services.{service}.__main__; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout == "False\n"

@@ -40,17 +40,19 @@ def run(command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProc
 def test_there_is_no_torch_and_the_programs_answer(environment: Path, tmp_path: Path) -> None:
     missing = run([environment / "python", "-c", "import torch"], tmp_path)
     assert "No module named 'torch'" in missing.stderr
-    for program in ("microserve-router", "microserve-kvtransfer", "microserve"):
+    for program in ("microserve-router", "microserve-kvtransfer", "microserve-engine", "microserve"):
         shown = run([environment / program, "--help"], tmp_path)
         assert (shown.returncode, shown.stderr) == (0, ""), program
         assert program in shown.stdout
 
 
-def test_up_says_what_to_install(environment: Path, tmp_path: Path) -> None:
-    refused = run([environment / "microserve", "up"], tmp_path)
+@pytest.mark.parametrize("command", ["microserve up", "microserve-engine --model smollm2-135m --kvtransfer none"])
+def test_what_needs_an_engine_says_what_to_install(command: str, environment: Path, tmp_path: Path) -> None:
+    program, *options = command.split()
+    refused = run([environment / program, *options], tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "pip install 'microserve[engine]'" in refused.stderr
+    assert "pip install '.[engine]'" in refused.stderr
 
 
 def test_router_starts(environment: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def check_installed() -> None:
     try:
         import kubernetes.aio  # noqa: F401
     except ImportError:
-        raise StartError("--engine-kubernetes needs the extra: pip install microserve[kubernetes]") from None
+        raise StartError("--engine-kubernetes needs the extra: pip install '.[kubernetes]' in the repository") from None
 
 
 @asynccontextmanager
