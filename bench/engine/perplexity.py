@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,8 @@ def perplexity(model: Path, dtype: str, threads: int, num_tokens: int) -> float:
     for begin in range(0, num_tokens, WINDOW):
         window = ids[begin : begin + WINDOW]
         batch = make_batch([Segment(0, 0, window, array("i", range(WINDOW // PAGE_SIZE)), None)], PAGE_SIZE, cpu)
-        logits = loaded.model.logits(loaded.model.forward(batch, attention)[:-1])
+        every_row = replace(batch, last=None)
+        logits = loaded.model.logits(loaded.model.forward(every_row, attention)[:-1])
         loss += float(F.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum"))
         count += len(window) - 1
     return math.exp(loss / count)
