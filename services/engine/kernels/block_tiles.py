@@ -29,7 +29,8 @@ from services.engine.kernels.writer import FLOAT, FLOATS, INT8, INT32, INTS, LAN
 GROUP = 32  # of k that share a scale
 SCALE_BYTES = 12  # of each group of a row: its scale, -128 times the sum of its numbers (int32), scale times that sum
 _HALVES = 2 * LANES  # bytes of 16 scales
-LINE = 64  # bytes that come from memory together
+_AHEAD = 2048  # bytes between what is computed with and what is fetched from memory
+_LINE = 64
 _BITS_OF_LOW = 8
 _LARGEST_NUMBER = {1: 127, 2: (127 << _BITS_OF_LOW) + 127}  # by the bytes of a number; neither of two overflows
 _SMALLEST_SCALED = 2.0**-100  # of a group's largest magnitude: a smaller one is zero, its inverse no float32
@@ -64,18 +65,15 @@ def nibble_tile(rows: int, panels: int, number_bytes: int) -> Any:
 
 
 def _tile(rows: int, panels: int, form: _Form, number_bytes: int) -> Any:
-    """(left, left_row_stride, scales, scales_row_stride, right, num_groups, factor, out, out_row_stride, ahead, lines).
+    """(left, left_row_stride, scales, scales_row_stride, right, num_groups, factor, out, out_row_stride).
 
-    Addresses and bytes; the factor is the bits of a float32. Of each row and group `scales` has SCALE_BYTES. For each
-    group so many lines, at least one, of what will be needed next are brought near, those at `ahead` first.
+    Addresses and bytes; the factor is the bits of a float32. Of each row and group `scales` has SCALE_BYTES.
     """
 
     @intrinsic
-    def tile(
-        typing_context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any
-    ) -> Any:
+    def tile(typing_context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
         def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-            left, left_row, scales, scales_row, right, num_groups, factor, out, out_row, ahead, lines = arguments
+            left, left_row, scales, scales_row, right, num_groups, factor, out, out_row = arguments
             write = Writer(builder)
 
             def group(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
@@ -90,7 +88,8 @@ def _tile(rows: int, panels: int, form: _Form, number_bytes: int) -> Any:
                 numbers = [write.address(at[0], row, left_row) for row in range(rows)]
                 of_rows = [write.address(at[1], row, scales_row) for row in range(rows)]
                 blocks = [write.address(at[2], panel, form.block_bytes) for panel in range(panels)]
-                _fetch(write, builder.add(ahead, builder.mul(index, builder.mul(lines, int64(LINE)))), lines)
+                for line in range(0, panels * form.block_bytes, _LINE):
+                    write.prefetch(builder.add(at[2], int64(line + _AHEAD)))
                 sums = _sums(write, form, number_bytes, numbers, of_rows, blocks)
                 return _scaled(write, form, sums, totals, of_rows, blocks)
 
@@ -101,17 +100,9 @@ def _tile(rows: int, panels: int, form: _Form, number_bytes: int) -> Any:
                 write.store(builder.fmul(total, spread), target)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), build
+        return types.void(*[types.int64] * 9), build
 
     return tile
-
-
-def _fetch(write: Writer, address: ir.Value, lines: ir.Value) -> None:
-    def fetch(line: ir.Value, nothing: list[ir.Value]) -> list[ir.Value]:
-        write.prefetch(write.builder.add(address, write.builder.mul(line, int64(LINE))))
-        return nothing
-
-    write.loop(lines, [], fetch)
 
 
 def _columns(write: Writer, form: _Form, blocks: Sequence[ir.Value]) -> Iterator[tuple[int, list[ir.Value]]]:

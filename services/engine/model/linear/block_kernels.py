@@ -13,7 +13,6 @@ import numpy as np
 from services.engine.kernels.block_tiles import (
     BYTE_BLOCK,
     GROUP,
-    LINE,
     NIBBLE_BLOCK,
     SCALE_BYTES,
     byte_tile,
@@ -27,18 +26,13 @@ from services.engine.kernels.writer import HAS_WIDE_VECTORS, LANES
 # What fits the registers, 32 of 16 numbers or 16 of 8: two for each element of a tile, three if rows have two bytes.
 TILE_PANELS = 3 if HAS_WIDE_VECTORS else 1
 _ROWS = {1: 4, 2: 2} if HAS_WIDE_VECTORS else {1: 2, 2: 1}  # by the bytes of their numbers
-_AHEAD = 2048  # bytes between what one pass computes with and what it fetches from memory
 
 MakeTile = Callable[[int, int, int], Any]  # of rows, panels and the bytes of a number
 
 
-def _columns(make_tile: MakeTile, panels: int, block_bytes: int, number_bytes: int) -> Any:
-    """All rows times a tile's columns; see the tile for the arguments.
-
-    The first pass over the columns would wait for memory and the others would not touch it, so each fetches a part of
-    the columns that come next, at `following`; a single pass fetches its own.
-    """
-    tile_rows, group_lines = _ROWS[number_bytes], -(-panels * block_bytes // LINE)
+def _columns(make_tile: MakeTile, panels: int, number_bytes: int) -> Any:
+    """All rows times a tile's columns; see the tile for the arguments."""
+    tile_rows = _ROWS[number_bytes]
     tile, one_row = make_tile(tile_rows, panels, number_bytes), make_tile(1, panels, number_bytes)
 
     @part_of_kernel
@@ -48,34 +42,27 @@ def _columns(make_tile: MakeTile, panels: int, block_bytes: int, number_bytes: i
         num_rows: int,
         count: int,
         right: int,
-        following: int,
         factor: int,
         out: int,
         out_row: int,
     ) -> None:
         width, scales_width = count * GROUP * number_bytes, count * SCALE_BYTES
-        num_passes = num_rows // tile_rows + num_rows % tile_rows
-        lines = (group_lines + num_passes - 1) // num_passes
-        ahead = right + _AHEAD if num_passes == 1 else following
         row = 0
         while row < num_rows:
             at, its_scales, to = rows + row * width, scales + row * scales_width, out + row * out_row
             if row + tile_rows <= num_rows:
-                tile(at, width, its_scales, scales_width, right, count, factor, to, out_row, ahead, lines)
+                tile(at, width, its_scales, scales_width, right, count, factor, to, out_row)
                 row += tile_rows
             else:
-                one_row(at, width, its_scales, scales_width, right, count, factor, to, out_row, ahead, lines)
+                one_row(at, width, its_scales, scales_width, right, count, factor, to, out_row)
                 row += 1
-            ahead += count * lines * LINE
-            if ahead >= following + count * panels * block_bytes:
-                ahead = right  # all is fetched; this is near already
 
     return multiply
 
 
 def _chunk(make_tile: MakeTile, block_bytes: int, number_bytes: int) -> Any:
-    tile = _columns(make_tile, TILE_PANELS, block_bytes, number_bytes)
-    single_panel = _columns(make_tile, 1, block_bytes, number_bytes)
+    tile = _columns(make_tile, TILE_PANELS, number_bytes)
+    single_panel = _columns(make_tile, 1, number_bytes)
 
     @part_of_kernel
     def multiply(job: Any, chunk: int) -> None:
@@ -85,13 +72,12 @@ def _chunk(make_tile: MakeTile, block_bytes: int, number_bytes: int) -> Any:
         panel, last = chunk * panels_a_chunk, min((chunk + 1) * panels_a_chunk, num_panels)
         while panel < last:
             at, to = right + panel * num_groups * block_bytes, out + panel * LANES * 4
-            width = TILE_PANELS if panel + TILE_PANELS <= last else 1
-            panel += width
-            following = at + width * num_groups * block_bytes if panel < last else at
-            if width == TILE_PANELS:
-                tile(rows, scales, num_rows, num_groups, at, following, factor, to, out_row)
+            if panel + TILE_PANELS <= last:
+                tile(rows, scales, num_rows, num_groups, at, factor, to, out_row)
+                panel += TILE_PANELS
             else:
-                single_panel(rows, scales, num_rows, num_groups, at, following, factor, to, out_row)
+                single_panel(rows, scales, num_rows, num_groups, at, factor, to, out_row)
+                panel += 1
 
     return multiply
 
