@@ -43,6 +43,7 @@ async def serve(config: EngineConfig) -> None:
     from services.engine.replica import load_replica
 
     server = Server(config, "engine")
+    server.watch_launcher()
     replica = await asyncio.to_thread(load_replica, config)
     failed = False
 

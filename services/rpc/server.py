@@ -61,6 +61,7 @@ class Server:
         self._health = HealthService()
         self._lifeline: Lifeline | None = None
         self._metrics: MetricsServer | None = None
+        self._announced = False
         self._stopping = asyncio.Event()
         self._grace_s = config.grace_s
 
@@ -68,6 +69,12 @@ class Server:
     def advertised(self) -> str:
         """host:port for other machines to call."""
         return advertised_address(self.config.advertise, self.bound)
+
+    def watch_launcher(self) -> None:
+        """Ends the process when its launcher is gone; StartError if the lifeline is no descriptor. start() does it, and
+        who has much to do before calls it first."""
+        if self.config.lifeline_fd is not None and self._lifeline is None:
+            self._lifeline = Lifeline(self.config.lifeline_fd, self._launcher_lost)
 
     async def start(self) -> str:
         """Binds, serves, and returns the bound host:port. Every service is NOT_SERVING until set_serving.
@@ -84,8 +91,7 @@ class Server:
         if config.tls_cert is not None and config.tls_key is not None:
             credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
         try:
-            if config.lifeline_fd is not None:
-                self._lifeline = Lifeline(config.lifeline_fd, self._launcher_lost)
+            self.watch_launcher()
             if config.metrics_port is not None:
                 self._metrics = MetricsServer(config.metrics_port, host=config.metrics_host)
                 self.metrics_address = self._metrics.address
@@ -111,6 +117,7 @@ class Server:
 
         `metrics`: host:port of /metrics where it is not this server's own.
         """
+        self._announced = True
         self._handle_signals()
         announce_ready(self.service_name, self.advertised, metrics or self.metrics_address)
 
@@ -176,6 +183,9 @@ class Server:
 
     def _launcher_lost(self) -> None:
         log.warning("the launcher is gone")
+        if not self._announced:
+            # Nothing is under way yet, and what loads in a thread could not be cancelled.
+            signal.raise_signal(signal.SIGTERM)
         if self._stopping.is_set():
             self._cut = asyncio.create_task(self.grpc.stop(0))
         self.request_stop(grace_s=0)
