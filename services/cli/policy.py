@@ -11,6 +11,7 @@ from services.cli import output
 from services.cli.client import call_router
 from services.cli.commands import DEFAULT_ADDRESS, Address, Json
 from services.cli.errors import CliError
+from services.cli.values import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Router programs: what is at hand, what new requests use.")
 
@@ -48,7 +49,7 @@ def set_command(
     name, source = read_program(policy)
 
     chosen = call_router(address, lambda router: router.set_policy(name, source))
-    output.print_json(chosen) if json else print(f"{chosen.name}: {chosen.summary}")
+    output.print_json(chosen) if json else print(_described(chosen))
 
 
 @app.command("rollback")
@@ -56,7 +57,7 @@ def rollback_command(address: Address = DEFAULT_ADDRESS, json: Json = False) -> 
     """Restores the last program that has answered a request before the current one."""
 
     restored = call_router(address, lambda router: router.roll_back_policy())
-    output.print_json(restored) if json else print(f"{restored.name}: {restored.summary}")
+    output.print_json(restored) if json else print(_described(restored))
 
 
 @app.command("split")
@@ -74,6 +75,10 @@ def split_command(
     change = bool(wanted) or end
     split = call_router(address, lambda router: router.split_policies(wanted) if change else router.get_split())
     output.print_json(split) if json else output.print_split(split)
+
+
+def _described(policy: Policy) -> str:
+    return f"{policy.name}: {policy.summary}" if policy.summary else policy.name
 
 
 def _share(text: str) -> tuple[str, float]:
