@@ -234,6 +234,7 @@ def _kv_bytes(config: EngineConfig, device: torch.device) -> int:
     if config.kv_memory_mib is not None:
         return config.kv_memory_mib * _MIB
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took and holds no more
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(_DEFAULT_MIB * _MIB, memory // 8)

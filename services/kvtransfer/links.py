@@ -178,6 +178,7 @@ class Links:
                 speed = await transport.probe(link.peer)
             except TransportFailed as error:
                 self.failed(link.peer, transport, error)
+                link.bytes_per_second[name] = 0.0  # after all that were measured, also when it is tried again
                 continue
             if speed is not None:
                 link.bytes_per_second[name] = speed

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from services.kvtransfer import links as links_module
 from services.kvtransfer.errors import NoTransport, PeerUnreachable, TransportFailed
 from services.kvtransfer.links import Links
 from services.kvtransfer.transports.base import Capabilities, Peer, Reach, Unsupported
@@ -93,6 +94,14 @@ async def test_a_transport_whose_probe_fails_is_tried_last() -> None:
     table = links(FakeTransport("dead", Reach.SAME_SERVICE, 0), FakeTransport("tcp", Reach.NETWORK, 1.0))
     assert await names(table) == ["tcp", "dead"]
     assert table.all()[0].fallbacks == 1
+
+
+async def test_a_transport_whose_probe_failed_stays_behind_those_that_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(links_module, "_AVOID_S", 0.0)  # what is avoided for a while is so no more
+    table = links(FakeTransport("dead", Reach.NETWORK, 0), FakeTransport("tcp", Reach.NETWORK, 1.0))
+    assert await names(table) == ["tcp", "dead"]
 
 
 async def test_no_transport_says_why_of_each() -> None:

@@ -89,6 +89,13 @@ def test_parameters_are_typed() -> None:
     assert spec.parse("") == Params()
     assert spec.parse("0.5,true") == Params(0.5, True)
     assert spec.parse("0.5, number=4 ,name=x") == Params(0.5, number=4, name="x")
-    for wrong in ("x", "0.5,maybe", "nope=1", "1,true,a,4,5", "ratio=1,ratio=2", "number=1.5"):
-        with pytest.raises(ValueError, match="is not"):
+    for wrong, named in {
+        "x": "ratio='x'",
+        "0.5,maybe": "deep='maybe'",
+        "nope=1": "'nope=1'",
+        "1,true,a,4,5": "'5'",
+        "ratio=1,ratio=2": "'ratio=2'",
+        "number=1.5": "number='1.5'",
+    }.items():
+        with pytest.raises(ValueError, match=named):
             spec.parse(wrong)

@@ -245,7 +245,7 @@ async def test_tokenizing_counts_as_a_request() -> None:
         suite.first.gate.clear()
         call = suite.stream()
         await suite.first.until(lambda: suite.first.sequences)
-        with pytest.raises(grpc.aio.AioRpcError, match="under way"):
+        with pytest.raises(grpc.aio.AioRpcError, match="as many as this router takes"):
             await suite.stub.Tokenize(router_pb2.TokenizeRequest(text=STORY))
         suite.first.gate.set()
         assert [piece async for piece in call]

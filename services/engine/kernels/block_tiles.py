@@ -33,7 +33,8 @@ _AHEAD = 2048  # bytes between what is computed with and what is fetched from me
 _LINE = 64
 _BITS_OF_LOW = 8
 _LARGEST_NUMBER = {1: 127, 2: (127 << _BITS_OF_LOW) + 127}  # by the bytes of a number; neither of two overflows
-_SMALLEST_SCALED = 2.0**-100  # of a group's largest magnitude: a smaller one is zero, its inverse no float32
+# The largest magnitude of a group that is not zero: those of far less have no factor in float32.
+_SMALLEST_SCALED = 2.0**-100
 
 
 @dataclass(frozen=True, slots=True)

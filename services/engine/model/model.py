@@ -62,7 +62,8 @@ class Model(Protocol):
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, on_layer: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Hidden states, (num_tokens, hidden); on_layer(l) once the KV of layer l is written, or queued on a GPU."""
+        """Hidden states, (num_tokens, hidden), right in the rows of batch.last (None: all); on_layer(l) once the KV of
+        layer l is written, or queued on a GPU."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, (rows, vocab) float32, of some rows of the hidden states."""

@@ -37,7 +37,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class CopyPages:
-    """Copies whole pages. Answered by Done."""
+    """Copies whole pages. Answered by Done, when all that was told before is done, too."""
 
     copies: tuple[PageCopy, ...]
 

@@ -120,7 +120,7 @@ class Transport(Protocol):
         """Why it cannot put pages of this pool there, or None if it can."""
 
     async def probe(self, peer: Peer) -> float | None:
-        """Bytes a second to the peer, measured within a fraction of a second; None: not worth measuring.
+        """Bytes a second to the peer, measured within two seconds; None: not worth measuring.
 
         Raises TransportFailed.
         """

@@ -30,7 +30,7 @@ class KvPeerServiceStub:
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     def __init__(self, channel):
@@ -61,7 +61,7 @@ class KvPeerServiceServicer:
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     def Pull(self, request_iterator, context):
@@ -131,7 +131,7 @@ class KvPeerService:
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     @staticmethod

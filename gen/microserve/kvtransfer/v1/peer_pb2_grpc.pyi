@@ -31,7 +31,7 @@ class KvPeerServiceStub:
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     @_typing.overload
@@ -68,7 +68,7 @@ class KvPeerServiceAsyncStub(KvPeerServiceStub):
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -101,7 +101,7 @@ class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
     receiver's service fetches it into buffers of its own and copies it into the pages that were granted, each
     copy checked against the grant. So a write that was fenced cannot land, whatever the network still carries.
 
-    Not for engines or routers. The secret of the grant is the right to call it.
+    Not for engines or routers. The secret of the grant is the right to call Pull and EndPull; ProbePull needs none.
     """
 
     @_abc_1.abstractmethod

@@ -1,6 +1,7 @@
 """Products of a few rows with weights of eight bits, on a GPU, in Triton: a weight is read once and never written.
 
-Sums are float32, and how they are cut follows from the weight's shape alone: a row's result is the same in any batch.
+Sums are float32; how inputs are cut into pieces follows from the weight's shape alone. The order within a piece, which
+follows from the number of rows, and torch's products of many rows may round otherwise.
 """
 
 from __future__ import annotations

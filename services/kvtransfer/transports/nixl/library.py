@@ -113,11 +113,17 @@ class NixlAgent:
 
     def register(self, span: Span) -> None:
         """See Agent."""
-        self._agent.register_memory([(span.address, span.num_bytes, 0, "")], "DRAM")
+        try:
+            self._agent.register_memory([(span.address, span.num_bytes, 0, "")], "DRAM")
+        except Exception as error:
+            raise NixlFailed(str(error)) from None
 
     def metadata(self) -> bytes:
         """See Agent."""
-        return bytes(self._agent.get_agent_metadata())
+        try:
+            return bytes(self._agent.get_agent_metadata())
+        except Exception as error:
+            raise NixlFailed(str(error)) from None
 
     def add_peer(self, metadata: bytes) -> str:
         """See Agent."""

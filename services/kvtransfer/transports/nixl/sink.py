@@ -42,14 +42,21 @@ class NixlSink:
 
     name = NAME
 
-    def __init__(self, poller: Poller, make_agent: Callable[[str], Agent], epoch: bytes, buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        poller: Poller,
+        make_agent: Callable[[str], Agent],
+        epoch: bytes,
+        buffer_bytes: int,
+        num_buffers: int = NUM_BUFFERS,
+    ) -> None:
         """`make_agent` makes one of that name; it raises NixlMissing."""
         self.buffer_bytes = buffer_bytes
         self._poller = poller
         self._make_agent = lambda: make_agent(epoch.hex())
         self._agent: Agent | None = None
         self._changing = asyncio.Lock()
-        self._buffers: Slots[Buffer] = Slots(lambda: np.empty(buffer_bytes, np.uint8), NUM_BUFFERS)
+        self._buffers: Slots[Buffer] = Slots(lambda: np.empty(buffer_bytes, np.uint8), num_buffers)
         self._registered: set[int] = set()
         # Names of peers by metadata, the one used longest ago first, and how many reads and pulls each has.
         self._peers: OrderedDict[bytes, str] = OrderedDict()
@@ -68,7 +75,8 @@ class NixlSink:
             raise TransportFailed("every buffer was lost to a peer that died: restart this service")
         try:
             offer = Offer.decode(source.offer)
-            agent, peer = await self._known(offer.metadata)
+            # One who leaves meanwhile must not leave a peer that the library knows and we do not.
+            agent, peer = await asyncio.shield(asyncio.ensure_future(self._known(offer.metadata)))
         except (ValueError, NixlMissing, NixlFailed) as error:
             raise TransportFailed(str(error)) from None
         self._users[peer] += 1

@@ -80,8 +80,8 @@ class NixlSource:
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NixlServed, None]:
         """See SourceSide.serve."""
-        async with self._registering:  # a second agent of the name would be refused by who knows the first
-            agent, offer = await self._registered(pool)
+        # One who leaves meanwhile must not leave an agent that nobody owns.
+        agent, offer = await asyncio.shield(asyncio.ensure_future(self._registered(pool)))
         self._poller.watch(agent, 1)
         try:
             yield NixlServed(offer.encode())
@@ -89,9 +89,10 @@ class NixlSource:
             self._poller.watch(agent, -1)
 
     async def _registered(self, pool: Pool) -> tuple[Agent, Offer]:
-        known = self._offers.get(pool)
-        if known is not None:
-            return known
+        async with self._registering:  # a second agent of the name would be refused by who knows the first
+            return self._offers.get(pool) or await self._register(pool)
+
+    async def _register(self, pool: Pool) -> tuple[Agent, Offer]:
         memory = pool.pages
         span = Span(memory.ctypes.data, memory.nbytes)
 

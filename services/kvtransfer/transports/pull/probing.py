@@ -23,7 +23,7 @@ _NUM_PAGES = 64
 _ALL = TokenRange(0, _NUM_PAGES * _LAYOUT.page_size)
 _SHAPE = PoolShape(_LAYOUT, _NUM_PAGES, ModelPart.all_of(1, 1))
 # The most that is fetched at once, where pieces are set to be small.
-_MAX_PIECES = 16
+PROBE_BUFFERS = 16
 PROBE_TIMEOUT_S = 2.0
 
 
@@ -71,7 +71,7 @@ class PullProbes:
         table = PageTable(tuple(range(_NUM_PAGES)), _LAYOUT.page_size)
         token_bytes = _LAYOUT.layer_page_bytes // _LAYOUT.page_size
         max_bytes = min(self._max_bytes, sink.buffer_bytes)
-        return plan_pieces(_ALL, table, table, token_bytes, max_bytes)[:_MAX_PIECES]
+        return plan_pieces(_ALL, table, table, token_bytes, max_bytes)[:PROBE_BUFFERS]
 
     async def _measure(self, memory: Pool, fetcher: Fetcher, pieces: tuple[Piece, ...]) -> tuple[int, float]:
         await self._move(memory, fetcher, pieces[0])  # what the connection costs is not its speed

@@ -25,7 +25,7 @@ from services.kvtransfer.transports.nixl.source import NixlSource
 from services.kvtransfer.transports.pull.client import PullClient
 from services.kvtransfer.transports.pull.fetching import SinkSide, SourceSide
 from services.kvtransfer.transports.pull.lane import PullTransport
-from services.kvtransfer.transports.pull.probing import PullProbes, make_probe_memory
+from services.kvtransfer.transports.pull.probing import PROBE_BUFFERS, PullProbes, make_probe_memory
 from services.kvtransfer.transports.pull.session import PullSessions
 from services.rpc.errors import StartError
 
@@ -36,6 +36,7 @@ _NIXL_OFFER = "1"
 _NCCL_OFFER = "1"
 # Between two looks at a communicator.
 _PAUSE_S = 0.0002
+_PROBE = b"probe"  # behind the epoch in the name of the agent that probes
 
 
 class Pulling:
@@ -50,6 +51,7 @@ class Pulling:
         self._epoch = epoch
         self.transports: tuple[Transport, ...] = ()
         self._sinks: dict[str, SinkSide] = {}
+        self._probed: dict[str, SinkSide] = {}
         self._probe_memory: Pool | None = None
         if config.nccl_library is not None and gpu is not None:
             self._add_nccl(config, config.nccl_library, gpu)
@@ -57,7 +59,7 @@ class Pulling:
             self._add_nixl(config, config.nixl_devices)
         patience_s = _PATIENCE_FACTOR * config.push_stall_timeout_s
         self.sessions = PullSessions(landings, self._sinks, self._copiers, config.max_copy_bytes, patience_s)
-        self.probes = PullProbes(self._sinks, self._probe_memory, self._copiers, config.max_copy_bytes)
+        self.probes = PullProbes(self._probed, self._probe_memory, self._copiers, config.max_copy_bytes)
 
     async def close(self) -> None:
         """Ends threads and channels."""
@@ -84,6 +86,9 @@ class Pulling:
         assert self._probe_memory.memory is not None
         self._closing.callback(self._probe_memory.memory.close)
         self._add(NixlSource(poller, make_agent, self._epoch), sink, _NIXL_OFFER, self._probe_memory)
+        # Who probes shows no secret: peers and buffers of pushes are out of reach from there.
+        name, num_bytes = self._epoch + _PROBE, config.max_copy_bytes
+        self._probed[sink.name] = NixlSink(poller, make_agent, name, num_bytes, PROBE_BUFFERS)
 
     def _add_nccl(self, config: KvTransferConfig, setting: str, gpu: Gpu) -> None:
         try:
