@@ -131,6 +131,19 @@ def test_sums_of_the_largest_numbers_are_exact(make: MakeBlocks, activation_byte
         torch.testing.assert_close(actual.double(), rows.double() @ blocks.values().double().T, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("activation_bytes", LARGEST)
+@pytest.mark.parametrize("make", BLOCKS)
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 2.0**-101, 2.0**-99, 1e-20, 1e30])
+def test_rows_of_any_size_are_rounded(make: MakeBlocks, activation_bytes: int, size: float) -> None:
+    blocks = make(64, 48)
+    rows = size * torch.randn(3, 64, generator=_random(64)).sign()
+    actual = BlockLinear(blocks, None, team_of(1), activation_bytes)(rows)
+    assert actual.isfinite().all()
+    expected = plain_block_linear(blocks, rows, activation_bytes)
+    # Below 2**-100 a group counts as zero.
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-26 + 1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("depth", "columns"), SHAPES)
 def test_bytes_are_close_to_float32(depth: int, columns: int) -> None:
     weight = torch.randn(columns, depth, generator=_random(depth))
