@@ -38,7 +38,7 @@ class FlashAttnAttention(GatherSdpaAttention):
             known.longest,
             softmax_scale=form.scale_for(self.head_dim),
             causal=True,
-            window_size=(-1 if form.window is None else form.window - 1, 0 if form.window is not None else -1),
+            window_size=(form.window_left, 0),
             softcap=form.softcap or 0.0,
             block_table=known.tables,
         )

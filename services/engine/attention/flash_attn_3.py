@@ -39,7 +39,7 @@ class FlashAttn3Attention(GatherSdpaAttention):
             max_seqlen_q=known.most_rows,
             softmax_scale=form.scale_for(self.head_dim),
             causal=True,
-            window_size=(-1 if form.window is None else form.window - 1, -1 if form.window is None else 0),
+            window_size=(form.window_left, 0),
             softcap=form.softcap or 0.0,
         )
         return mixed

@@ -60,7 +60,7 @@ class FlashInferAttention(GatherSdpaAttention):
             self.page_size,
             causal=True,
             sm_scale=form.scale_for(self.head_dim),
-            window_left=-1 if form.window is None else form.window - 1,
+            window_left=form.window_left,
             logits_soft_cap=form.softcap,
             q_data_type=self.kv.dtype,
             kv_data_type=self.kv.dtype,

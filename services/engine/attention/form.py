@@ -17,6 +17,11 @@ class AttentionForm:
         """What a product of query and key is multiplied by."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
+    @property
+    def window_left(self) -> int:
+        """How many tokens before its own a row sees, -1 for all: as FlashAttention and its kin count."""
+        return -1 if self.window is None else self.window - 1
+
     def first_visible(self, limit: int) -> int:
         """The first token that a row sees whose last one is limit - 1."""
         return 0 if self.window is None else max(0, limit - self.window)

@@ -43,7 +43,7 @@ class TorchVarlenAttention(GatherSdpaAttention):
             known.most_rows,
             known.longest,
             scale=form.scale_for(self.head_dim),
-            window_size=(-1 if form.window is None else form.window - 1, 0),
+            window_size=(form.window_left, 0),
             enable_gqa=query.shape[1] != pool.shape[2],
             seqused_k=known.contexts,
             block_table=known.tables,

@@ -5,6 +5,7 @@ A row's result is bitwise the same whatever rows are beside it, and however many
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from enum import Enum
 
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class BatchSize(Enum):
         return cls.ONE if num_rows == 1 else cls.MANY
 
 
-class Tiled:
+class Tiled(ABC):
     """What layers of tiles share: columns in panels, and their split among threads."""
 
     def __init__(self, depth: int, num_columns: int, bias: Tensor | None, team: Team) -> None:
@@ -58,13 +59,13 @@ class Tiled:
         self._panels_a_chunk[size] = TILE_PANELS * tiles_a_chunk
 
     @property
+    @abstractmethod
     def num_bytes(self) -> int:
         """Memory of the weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
-        raise NotImplementedError
 
     def _chunks(self, num_rows: int) -> tuple[int, int]:
         """Chunks, and panels of each."""
