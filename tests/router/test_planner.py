@@ -1,81 +1,25 @@
-"""Planners in a router: what they move, how they are started, swapped and looked at, and what becomes of bad ones."""
+"""What a planner moves, and what requests find then."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
-from textwrap import dedent, indent
 
-import grpc
-import pytest
 from microserve.router.v1 import admin_pb2
 from microserve.router.v1.admin_pb2_grpc import AdminServiceStub
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from prometheus_client import REGISTRY
 
-from services.protocol.errors import ServiceError
 from services.router.app import Router
 from services.router.config import RouterConfig
-from services.router.fleet.scope import RequestScope
-from services.router.planning.host import PlannerLimits
-from services.router.planning.mover import Mover
-from services.router.planning.topics import TopicLimits
-from services.router.planning.view import Move
-from services.router.programs.watchdog import WatchdogLimits
 from services.router.request import PolicyRequest
 from services.rpc.channel import make_channel
-from services.rpc.status import from_rpc_error
-from tests.fakes import FakeEngine, FakeError, Fault
-from tests.router.harness import FAST, PATIENCE_S, Running, failing, model, running, verbs
+from tests.fakes import FakeError, Fault
+from tests.router.harness import FAST, Running, model, running, verbs
+from tests.router.planner_suite import CONTEXT, OFTEN, PAGES, TWICE, engines, make_hot, planner, question, seen
 
-CONTEXT = tuple(range(3, 259))  # 256 tokens: four blocks, 64 pages
-PAGES = len(CONTEXT) // 4
-OFTEN = {"planner_interval": 0.01}
-TWICE = {"planner": "by_topic:replicas=2", **OFTEN}
 EVERYWHERE = str(Path(__file__).resolve().parents[2] / "docs/examples/planners/everywhere.py")
-
-
-def question(number: int) -> tuple[int, ...]:
-    return (*CONTEXT, 300, 300 + number)
-
-
-def engines(names: str = "ab") -> list[FakeEngine]:
-    peers: dict[str, FakeEngine] = {}
-    return [FakeEngine(model(), name, peers=peers) for name in names]
-
-
-async def planner(suite: Running) -> admin_pb2.GetPlannerResponse:
-    return await suite.admin.GetPlanner(admin_pb2.GetPlannerRequest())
-
-
-async def seen(
-    suite: Running, condition: Callable[[admin_pb2.GetPlannerResponse], object]
-) -> admin_pb2.GetPlannerResponse:
-    """Asks until the planner's state is so."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition(reply := await planner(suite)):
-            pass
-    return reply
-
-
-async def start(suite: Running, name: str, source: str = "") -> None:
-    try:
-        await suite.admin.StartPlanner(admin_pb2.StartPlannerRequest(name=name, source=source))
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from None
-
-
-async def make_hot(suite: Running, count: int = 3) -> str:
-    """Asks for the context as often as makes a topic; returns the name of the engine that got all of these."""
-    served = {(await suite.generate(question(number))).legs[0].engine for number in range(count)}
-    [holder] = served
-    return holder
-
-
-# --- what it does -----------------------------------------------------------------------------------------------------
 
 
 async def test_a_hot_context_is_copied_before_requests_come() -> None:
@@ -199,217 +143,6 @@ async def another(config: RouterConfig) -> AsyncIterator[Running]:
             yield suite
     finally:
         await router.close()
-
-
-# --- how it is run ----------------------------------------------------------------------------------------------------
-
-UPLOADS = {"admin_listen": "127.0.0.1:0", "allow_policy_upload": True}
-IDLE = '''"""Looks on."""
-
-
-async def planner(fleet):
-    async for view in fleet.views():
-        pass
-'''
-
-
-async def test_it_is_off_unless_it_is_asked_for() -> None:
-    async with running() as suite:
-        reply = await planner(suite)
-        assert (reply.planner, reply.problem, len(reply.topics)) == ("", "none was started", 0)
-        await suite.generate(question(1))
-        assert suite.router._host.traffic.samples() == ()
-
-
-async def test_planners_are_swapped_while_requests_are_served() -> None:
-    async with running(**UPLOADS, **OFTEN) as suite:
-        asking = [asyncio.create_task(suite.generate(question(number))) for number in range(30)]
-        for name, source in (("by_topic", ""), ("idle", IDLE), ("by_topic:full=0.5", ""), ("idle", "")) * 3:
-            await start(suite, name, source)
-            reply = await planner(suite)
-            assert (reply.planner, reply.problem) == (name, "")
-            await seen(suite, lambda reply: reply.look_count)
-        for number, each in enumerate(asking):
-            assert list((await each).token_ids) == model().generate(question(number), 8)
-        await suite.admin.StopPlanner(admin_pb2.StopPlannerRequest())
-        await suite.admin.StopPlanner(admin_pb2.StopPlannerRequest())
-        assert (await planner(suite)).problem == "it was stopped"
-
-
-async def test_what_cannot_be_loaded_leaves_the_present_one() -> None:
-    async with running(**UPLOADS, **OFTEN, planner="by_topic") as suite:
-        for name, source, code, reason in (
-            ("nobody", "", "NOT_FOUND", "UNKNOWN_POLICY"),
-            ("", "", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("by_topic:full=2", "", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("by_topic:fuller=1", "", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("mine", "async def planner(fleet):\n    yield\n", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("mine", "async def planner():\n    pass\n", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("mine", "def planner(fleet:\n", "INVALID_ARGUMENT", "BAD_POLICY"),
-            ("by_topic", IDLE, "INVALID_ARGUMENT", "BAD_POLICY"),
-        ):
-            with failing(code, reason):
-                await start(suite, name, source)
-            assert ((await planner(suite)).planner, (await planner(suite)).problem) == ("by_topic", "")
-
-
-async def test_code_is_taken_only_where_it_may_be() -> None:
-    async with running(**OFTEN) as suite:
-        with failing("PERMISSION_DENIED", "UPLOAD_DISABLED"):
-            await start(suite, "idle", IDLE)
-
-
-@pytest.mark.parametrize("planner_name", ["nobody", "by_topic:full=0", "missing.py"])
-def test_a_wrong_planner_is_refused_at_the_start(planner_name: str) -> None:
-    with pytest.raises(ServiceError):
-        Router(RouterConfig(listen="127.0.0.1:0", engine=("127.0.0.1:1",), planner=planner_name))
-
-
-# --- bad ones ---------------------------------------------------------------------------------------------------------
-
-LATE = "it did not ask for the next view within 0.2 s"
-RESERVE = "fleet.engine(view.sites[0]).prep_recv(view.topics[0].context, end=256)"
-BAD = {
-    "raises": ("raise RuntimeError('so it is')", "it raised RuntimeError: so it is"),
-    "exits": ("import sys\nsys.exit(3)", "it raised SystemExit: 3"),
-    "ends": ("return", "it ended by itself"),
-    "cancels_itself": ("asyncio.current_task().cancel()\nawait asyncio.Event().wait()", "it cancelled itself"),
-    "stands_still": ("await asyncio.Event().wait()", LATE),
-    "stands_still_holding_kv": (
-        f"async with {RESERVE}:\n    await asyncio.Event().wait()",
-        LATE,
-    ),
-    "ignores_its_end": (
-        "while not stop.is_set():\n    try:\n        await stop.wait()\n"
-        "    except asyncio.CancelledError:\n        pass",
-        LATE,
-    ),
-    "leaks": (
-        f"kept.append({RESERVE})\nawait kept[-1].__aenter__()",
-        "it raised PolicyFailed: the planner left 1 reservations or sequences open",
-    ),
-    "raises_holding_kv": (f"async with {RESERVE}:\n    raise RuntimeError('held')", "it raised RuntimeError: held"),
-}
-HEADER = "import asyncio\nkept, stop = [], asyncio.Event()\n\nasync def planner(fleet):\n"
-LOOP = "    async for view in fleet.views():\n        if not view.topics:\n            continue\n"
-QUICK = PlannerLimits(interval_s=0.01, look_s=0.2, after_cancel_s=0.05, topics=TopicLimits(requests=1))
-PATIENT = replace(QUICK, look_s=PATIENCE_S)
-
-
-def write(folder: Path, name: str, body: str) -> str:
-    path = folder / f"{name}.py"
-    path.write_text(HEADER + LOOP + indent(body, " " * 8) + "\n")
-    return str(path)
-
-
-@pytest.mark.parametrize("name", BAD)
-async def test_a_bad_planner_is_cut_and_the_router_goes_on(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    body, problem = BAD[name]
-    monkeypatch.setattr(RouterConfig, "planner_limits", QUICK if problem == LATE else PATIENT)
-    async with running(planner=write(tmp_path, name, body)) as suite:
-        await suite.generate(question(1))
-        reply = await seen(suite, lambda reply: reply.problem)
-        assert reply.problem == problem
-        assert REGISTRY.get_sample_value("microserve_router_planner_failures_total", {"planner": name}) == 1
-        await suite.idle()
-        await suite.generate(question(2))
-        monkeypatch.setattr(suite.router.planners, "_limits", PATIENT)
-        await start(suite, "by_topic")
-        await seen(suite, lambda reply: reply.planner == "by_topic" and reply.look_count)
-        suite.router.planners.library.get(name).function.__globals__["stop"].set()
-        left = {task for task in asyncio.all_tasks() if task.get_name() == f"planner {name}"}
-        if left:
-            await asyncio.wait(left, timeout=60)
-        assert (await planner(suite)).problem == "", "what was left behind ends without a trace"
-
-
-@pytest.mark.slow
-async def test_a_planner_that_blocks_the_loop_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RouterConfig, "planner_limits", PlannerLimits(interval_s=0.01, topics=TopicLimits(requests=1)))
-    monkeypatch.setattr(RouterConfig, "watchdog_limits", WatchdogLimits(block_s=0.2))
-    async with running(
-        planner=write(tmp_path, "spins", f"async with {RESERVE}:\n    while True:\n        pass")
-    ) as suite:
-        await suite.generate(question(1))
-        assert (await seen(suite, lambda reply: reply.problem)).problem == "it blocked the router and was interrupted"
-        await suite.idle()
-        await suite.generate(question(2))
-
-
-@pytest.mark.parametrize("verb", ["PrepRecv", "RemoteSend"])
-async def test_stopped_in_the_middle_of_a_move_it_leaves_nothing(verb: str) -> None:
-    fleet = engines()
-    fault = Fault(late=verb == "PrepRecv")
-    async with running(engines=fleet, **TWICE) as suite:
-        (fleet[0] if verb == "RemoteSend" else fleet[1]).faults[verb] = fault
-        await make_hot(suite)
-        await asyncio.wait_for(fault.reached.wait(), PATIENCE_S)
-        for engine in fleet:
-            engine.faults.clear()
-        await suite.admin.StopPlanner(admin_pb2.StopPlannerRequest())
-        reply = await planner(suite)
-        assert reply.problem == "it was stopped"
-        assert [move.code for move in reply.moves] == ["CANCELLED"]
-        await suite.idle()
-
-
-async def test_moves_that_take_too_long_are_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the planner is shown the next view."""
-    monkeypatch.setattr(RouterConfig, "planner_limits", PlannerLimits(interval_s=0.01, look_s=60.0))
-    carry_out, limits_s = Mover.carry_out, []
-
-    async def in_a_hurry(mover: Mover, moves: Iterable[Move], scope: RequestScope, limit_s: float) -> None:
-        limits_s.append(limit_s)
-        await carry_out(mover, moves, scope, 0.1)
-
-    monkeypatch.setattr(Mover, "carry_out", in_a_hurry)
-    fleet = engines()
-    fleet[0].faults["RemoteSend"] = Fault()
-    async with running(engines=fleet, planner="by_topic:replicas=2") as suite:
-        await make_hot(suite)
-        reply = await seen(suite, lambda reply: reply.moves)
-        assert reply.moves[0].code == "CANCELLED"
-        looks = reply.look_count
-        assert (await seen(suite, lambda reply: reply.look_count > looks)).problem == ""
-        assert limits_s[0] == 30.0, "half of what the look may take"
-
-
-async def test_an_engine_that_has_gone_is_no_target(tmp_path: Path) -> None:
-    """The planner's view is older than the fleet."""
-    path = tmp_path / "late.py"
-    path.write_text(
-        dedent("""
-        import asyncio
-
-        from services.router.planners import Move
-
-        gone, seen = asyncio.Event(), asyncio.Event()
-
-
-        async def planner(fleet):
-            async for view in fleet.views():
-                if view.topics:
-                    seen.set()
-                    await gone.wait()
-                    here, there = view.sites
-                    await fleet.carry_out([Move(view.topics[0], here, there, 256, "late")])
-        """)
-    )
-    fleet = engines()
-    async with running(engines=fleet, planner=str(path), **OFTEN) as suite:
-        await make_hot(suite)
-        names = suite.router.planners.library.get("late").function.__globals__
-        await names["seen"].wait()
-        address = sorted(engine.address for engine in fleet)[1]
-        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=address))
-        names["gone"].set()
-        reply = await seen(suite, lambda reply: reply.moves)
-        assert (reply.moves[0].code, reply.problem) == ("NO_ENGINE", "")
-
-
-# --- the tutorial's --------------------------------------------------------------------------------------------------
 
 
 async def test_a_planner_in_a_file_copies_contexts_everywhere() -> None:
