@@ -12,8 +12,8 @@ from prometheus_client.registry import Collector
 
 from services.kvtransfer.errors import TransportFailed
 from services.kvtransfer.links import Link, Links
-from services.kvtransfer.push import Push, PushState
-from services.protocol.errors import AttemptSuperseded, ProtocolError, ReservationGone
+from services.kvtransfer.push import Push
+from services.protocol.errors import ProtocolError
 
 _BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
@@ -89,7 +89,6 @@ class Books:
     def opened(self, push: Push) -> None:
         """See PushObserver."""
         self._links.chosen(push.request.peer, push.transport)
-        push.request.source.attempts.add((push.request.address, push.request.claim))
 
     def moved(self, push: Push, num_bytes: int) -> None:
         """See PushObserver."""
@@ -98,12 +97,7 @@ class Books:
 
     def ended(self, push: Push, failure: BaseException | None) -> None:
         """See PushObserver."""
-        source, progress = push.request.source, push.progress
-        source.pushes.discard(push)
-        committed = progress is not None and progress.state is PushState.COMMITTED
-        if committed or isinstance(failure, (ReservationGone, AttemptSuperseded)):
-            source.attempts.discard((push.request.address, push.request.claim))
-        name = push.transport.capabilities.name
+        progress, name = push.progress, push.transport.capabilities.name
         counters = self.transports[name]
         counters.busy_s += push.busy_s
         if failure is not None:

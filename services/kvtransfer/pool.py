@@ -1,12 +1,9 @@
-"""One page pool: its memory, its engine, and what goes on in it."""
+"""One page pool: its memory, its engine, and the bytes moved."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +12,6 @@ from services.kvtransfer.control import ControlPage
 from services.kvtransfer.errors import InvalidPages, InvalidPool, NoTransport
 from services.kvtransfer.liveness import EngineConnection
 from services.kvtransfer.memory import SharedSegment
-from services.protocol.address import KvAddress
 from services.protocol.errors import LayoutMismatch, StaleIncarnation
 from services.protocol.extents import ModelPart
 from services.protocol.layout import PageLayout
@@ -23,10 +19,6 @@ from services.protocol.ranges import TokenRange
 from services.rpc.cuda_driver import CudaDriver, CudaFailed
 from services.rpc.cuda_memory import DeviceSegment
 from services.rpc.fd_passing import close_descriptors
-
-if TYPE_CHECKING:
-    from services.kvtransfer.landing import Claim
-    from services.kvtransfer.push import Push
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,30 +108,8 @@ class Engine:
     connection: EngineConnection
 
 
-class EndedAttempts:
-    """The newest attempts that were given up. A call lives seconds; this is far more attempts than end meanwhile."""
-
-    _MOST = 4_096
-
-    def __init__(self) -> None:
-        self._attempts: OrderedDict[tuple[KvAddress, Claim], None] = OrderedDict()
-
-    def add(self, attempt: tuple[KvAddress, Claim]) -> None:
-        """Remembers one; the oldest is forgotten for it."""
-        self._attempts[attempt] = None
-        if len(self._attempts) > self._MOST:
-            self._attempts.popitem(last=False)
-
-    def __contains__(self, attempt: tuple[KvAddress, Claim]) -> bool:
-        return attempt in self._attempts
-
-    def clear(self) -> None:
-        """Forgets all, for the next engine."""
-        self._attempts.clear()
-
-
 class Pool:
-    """Changed only by PoolTable (memory, engine, ticket) and by pushes out of it and into it (the rest)."""
+    """Changed only by PoolTable (memory, engine, ticket); those who move bytes out of it and into it count them."""
 
     def __init__(self, pool_id: str, engine_name: str, shape: PoolShape) -> None:
         self.id = pool_id
@@ -149,13 +119,6 @@ class Pool:
         self.memory: PoolMemory | None = None
         self.engine: Engine | None = None
         self.ticket: bytes | None = None
-        self.pushes: set[Push] = set()
-        # Attempts that this pool's engine opened and that neither committed nor ended yet.
-        self.attempts: set[tuple[KvAddress, Claim]] = set()
-        # Attempts that this pool's engine gave up: a push of one that comes late is refused.
-        self.ended_attempts = EndedAttempts()
-        # Ends what the last engine left behind; None before the first one goes.
-        self.cleanup: asyncio.Task[None] | None = None
         self.sent_bytes = 0
         self.received_bytes = 0
         self._counting = threading.Lock()

@@ -19,6 +19,7 @@ from services.kvtransfer.errors import (
 )
 from services.kvtransfer.landing import Claim, check_convertible
 from services.kvtransfer.links import Links
+from services.kvtransfer.outbox import Outbox, attempt_of
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.pool_table import PoolTable
 from services.kvtransfer.push import AllReady, Push, ReadySource, SlotReady
@@ -58,10 +59,16 @@ class Pushes:
         self._links = links
         self._books = books
         self._stall_timeout_s = stall_timeout_s
+        self._outboxes: dict[str, Outbox] = {}  # by pool; made when first needed
 
     def live(self) -> list[Push]:
         """Pushes under way."""
-        return [push for pool in self._pools.all() for push in pool.pushes]
+        return [push for outbox in self._outboxes.values() for push in outbox.pushes]
+
+    def count(self, pool: Pool) -> int:
+        """How many of them are out of `pool`; any thread."""
+        outbox = self._outboxes.get(pool.id)
+        return 0 if outbox is None else len(outbox.pushes)
 
     async def begin(self, order: PushOrder) -> Push:
         """Begins a push. An earlier push of the same part by the same attempt is ended first.
@@ -84,8 +91,9 @@ class Pushes:
         pool, ready = self._admit(order)
         route = self._links.route(pool, order.address, peer)
         request = PutRequest(peer, pool, order.page_ids, order.part, order.address, _own_claim(order))
-        push = Push(request, route, ready, self._stall_timeout_s, self._books)
-        pool.pushes.add(push)
+        outbox = self._outbox(pool)
+        push = Push(request, route, ready, self._stall_timeout_s, outbox)
+        outbox.pushes.add(push)
         return push
 
     async def end_attempt(self, pool_id: str, incarnation: bytes, address: KvAddress, claim: Claim) -> bool:
@@ -99,11 +107,12 @@ class Pushes:
         pool = self._pools.find(pool_id)
         pool.require(incarnation)
         claim = _as_writer(claim, incarnation)
-        pushes = [push for push in self.live() if _attempt_of(push) == (address, claim)]
+        outbox = self._outbox(pool)
+        pushes = [push for push in self.live() if attempt_of(push) == (address, claim)]
         for push in pushes:
             push.stop(PushCancelled("the attempt was ended"))
         # Here too, because a peer that is out of reach cannot remember it for us.
-        pool.ended_attempts.add((address, claim))
+        outbox.ended_attempts.add((address, claim))
         committed = False
         try:
             # Out of reach: the attempt ends there with the connection that it came over.
@@ -112,21 +121,25 @@ class Pushes:
         finally:
             for push in pushes:
                 await push.ended()
-        pool.attempts.discard((address, claim))
+        outbox.open_attempts.discard((address, claim))
         return committed
 
     def engine_gone(self, pool: Pool) -> None:
-        """Ends what the pool's engine was sending, in the background: Pool.cleanup is done when nothing is left."""
-        for push in pool.pushes:
+        """Ends what the pool's engine was sending, in the background; see drained."""
+        outbox = self._outbox(pool)
+        for push in outbox.pushes:
             push.stop(EngineGone("the engine that pushed is gone"))
-        pool.cleanup = asyncio.create_task(self._clean_up(pool))
+        outbox.cleanup = asyncio.create_task(self._clean_up(pool, outbox))
 
     async def drained(self, pool: Pool, timeout_s: float) -> None:
         """Returns when nothing of the last engine's sending is left. Raises NotDrained."""
-        if pool.cleanup is not None:
-            _, pending = await asyncio.wait([pool.cleanup], timeout=timeout_s)
+        outbox = self._outbox(pool)
+        if outbox.cleanup is not None:
+            _, pending = await asyncio.wait([outbox.cleanup], timeout=timeout_s)
             if pending:
                 raise NotDrained("pushes of the last engine are still under way")
+        # The next engine begins with an empty one.
+        self._outboxes.pop(pool.id, None)
 
     async def finish(self, why: ServiceError | None) -> None:
         """Returns when every push has ended; those that have not are stopped if there is a reason to."""
@@ -136,16 +149,17 @@ class Pushes:
         for push in self.live():
             await push.ended()
 
-    async def _clean_up(self, pool: Pool) -> None:
-        for push in tuple(pool.pushes):
+    def _outbox(self, pool: Pool) -> Outbox:
+        return self._outboxes.setdefault(pool.id, Outbox(self._books))
+
+    async def _clean_up(self, pool: Pool, outbox: Outbox) -> None:
+        for push in tuple(outbox.pushes):
             await push.ended()
         # Whatever ended an attempt before did so for good.
-        endings = (self._links.end_attempt(pool, address, claim) for address, claim in pool.attempts)
+        endings = (self._links.end_attempt(pool, address, claim) for address, claim in outbox.open_attempts)
         for failure in await asyncio.gather(*endings, return_exceptions=True):
             if isinstance(failure, BaseException) and not isinstance(failure, ServiceError):
                 raise failure
-        pool.attempts.clear()
-        pool.ended_attempts.clear()
 
     def _admit(self, order: PushOrder) -> tuple[Pool, ReadySource]:
         """The sender's side of an order, checked."""
@@ -155,7 +169,7 @@ class Pushes:
             raise InvalidRequest(f"a push of {order.part} in an attempt at {order.claim.range}")
         pool.shape.check_pages(order.page_ids, order.part)
         check_convertible(pool.shape, order.address)
-        if (order.address, _own_claim(order)) in pool.ended_attempts:
+        if (order.address, _own_claim(order)) in self._outbox(pool).ended_attempts:
             raise AttemptSuperseded("the attempt was ended")
         if order.ready_slot is None:
             return pool, AllReady(pool.shape.layout.layer_count)
@@ -169,13 +183,9 @@ class Pushes:
         return [
             push
             for push in self.live()
-            if (push.request.source.id, _attempt_of(push)) == (order.pool_id, attempt)
+            if (push.request.source.id, attempt_of(push)) == (order.pool_id, attempt)
             and push.request.part.overlaps(order.part)
         ]
-
-
-def _attempt_of(push: Push) -> tuple[KvAddress, Claim]:
-    return push.request.address, push.request.claim
 
 
 def _own_claim(order: PushOrder) -> Claim:

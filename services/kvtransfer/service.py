@@ -161,7 +161,7 @@ class KvTransfer:
                 pool.shape.size_bytes,
                 pool.engine is not None,
                 len(self._gate.statuses(pool.id)),
-                len(pool.pushes),
+                self._pushes.count(pool),
                 pool.received_bytes,
                 pool.sent_bytes,
             )

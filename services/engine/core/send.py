@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from services.engine.core.account import Account
 from services.engine.core.api import RemoteSend, Reply
@@ -12,9 +12,6 @@ from services.engine.core.timers import Timer
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from services.protocol.timing import Timing
-
-if TYPE_CHECKING:
-    from services.engine.core.sends import Sends
 
 
 @dataclass(slots=True)
@@ -32,8 +29,9 @@ class Send:
     It holds its pages until its last push has ended, whatever became of it before: a push reads them.
     """
 
-    def __init__(self, desk: Sends, command: RemoteSend, sequence: Sequence) -> None:
-        self._desk = desk
+    def __init__(self, command: RemoteSend, sequence: Sequence, on_abort: Callable[[Send], None]) -> None:
+        """`on_abort` stops the send that it is given."""
+        self._on_abort = on_abort
         self.command = command
         self.sequence = sequence
         self.replies: list[Reply[Timing]] = [command.reply]  # not answered yet
@@ -60,8 +58,8 @@ class Send:
         """One of the callers is gone; when all are, the send stops."""
         self.num_callers -= 1
         if self.num_callers <= 0:
-            self._desk.abort(self)
+            self._on_abort(self)
 
     def abort(self) -> None:
         """Stops the send."""
-        self._desk.abort(self)
+        self._on_abort(self)

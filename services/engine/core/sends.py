@@ -56,10 +56,6 @@ class Sends:
             raise DeadlineExceeded("The deadline had passed when the request arrived.")
         self._begin(command, mark)
 
-    def abort(self, send: Send) -> None:
-        """Stops a send: pushes at the next page, computing after the step that runs."""
-        self.fail(send, RequestCancelled("The request was cancelled."))
-
     # --- around a step ----------------------------------------------------------------------------------------
 
     def planned(self, plan: StepPlan) -> list[int]:
@@ -136,7 +132,7 @@ class Sends:
         context, end = self._context, command.range.end
         chain = context.chain(command.prompt[:end], command.cache_salt)
         sequence = Sequence(next(context.arrivals), command.key, chain, Account(context.clock()), goal=end)
-        send = Send(self, command, sequence)
+        send = Send(command, sequence, self._abort)
         if not command.range:
             sequence.phase = Phase.COMPUTED
         elif not self._take_cached(sequence):
@@ -237,6 +233,10 @@ class Sends:
             self._stop(send)
             self._answer(send, error)
         self._finish_if_over(send)
+
+    def _abort(self, send: Send) -> None:
+        """Stops a send: pushes at the next page, computing after the step that runs."""
+        self.fail(send, RequestCancelled("The request was cancelled."))
 
     def _stop(self, send: Send) -> None:
         """Computes no more and cancels what still moves. The pages stay until that has ended."""

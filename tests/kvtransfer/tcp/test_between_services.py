@@ -233,7 +233,7 @@ async def test_an_attempt_at_a_receiver_that_restarted_is_over(monkeypatch: pyte
             context.setitem(ports._direct, receiver.endpoint, other.service)
             await moves(sender, successor)
             assert not await sender.end_attempt(order)
-        (pool,) = sender.port.service._pools.all()  # type: ignore[attr-defined]
-        assert not pool.attempts
+        (outbox,) = sender.port.service._pushes._outboxes.values()  # type: ignore[attr-defined]
+        assert not outbox.open_attempts
         successor.close()
         await other.close()
