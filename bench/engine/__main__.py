@@ -32,6 +32,7 @@ RESULT = Path("build/bench/engine.json")
 DEFAULT = "packed"  # which ratios are of
 OURS = (DEFAULT, "packed16", "int8", "float32")  # by --dtype
 PEERS = ("llamacpp", "vllm")
+ALL_LOADS = ",".join(each.key for each in SCENARIOS)
 
 
 def main(
@@ -39,7 +40,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = core_count(),
     perplexity_tokens: Annotated[int, typer.Option(min=0, help="Tokens of text to judge packed on; 0: skip.")] = 20_480,
     servers: Annotated[str, typer.Option(help="Which servers, by commas.")] = "packed,packed16,float32,llamacpp,vllm",
-    loads: Annotated[str, typer.Option(help="Which loads, by commas.")] = ",".join(each.key for each in SCENARIOS),
+    loads: Annotated[str, typer.Option(help="Which loads, by commas.")] = ALL_LOADS,
     start: Annotated[bool, typer.Option(help="Measure the start, too.")] = True,
 ) -> None:
     """Starts every server that is installed, loads them in turns, and prints a table.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from services.engine.gpu.runner import QueuedRunner
 class Event(Protocol):
     """A place in the queue of a device."""
 
-    def elapsed_time(self, later: Event) -> float:
+    def elapsed_time(self, later: Any, /) -> float:
         """Milliseconds from here to there, once both have passed."""
 
 
@@ -73,6 +73,6 @@ class MarkedRunner(QueuedRunner):
 
 
 def _now(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event

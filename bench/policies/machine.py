@@ -44,6 +44,6 @@ class Machine:
 
 def _job(buffers: tuple[np.ndarray, np.ndarray]) -> None:
     source, target = buffers
-    hashlib.sha256(source).digest()
+    hashlib.sha256(source.data).digest()
     for _ in range(4):
         np.copyto(target, source)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,7 +20,7 @@ from services.cli.errors import CliError
 from services.cli.fleet import core_count
 from services.cli.output import say
 
-Measure = Callable[[Stubs, int], Awaitable[list[Figure]]]
+Measure = Callable[[Stubs, int], Coroutine[Any, Any, list[Figure]]]
 
 PARTS: dict[str, Measure] = {
     "latency": latency.measure,

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import microserve
 
@@ -63,7 +64,7 @@ class Fleet:
         self._within = within
         self._lifeline, self._lifeline_end = os.pipe()
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
