@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc.aio
 
-from services.cli.errors import CliError
+from services.cli.errors import UsageError
+from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls, make_channel
 
 # The router's own options, so that one variable serves `microserve up` and the commands beside it.
@@ -22,11 +23,16 @@ _ADMIN_METHODS = "/microserve.router.v1.AdminService/"
 
 
 def router_channel(address: str) -> grpc.aio.Channel:
-    """A channel to the router; the caller closes it. CliError if a certificate cannot be read."""
+    """A channel to the router; the caller closes it. UsageError if the address is none, or a certificate cannot be
+    read."""
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise UsageError(f"--address {error}") from None
     try:
         return make_channel(address, _tls(), interceptors=(_KeyForReplies(), _KeyForStreams()))
     except OSError as error:
-        raise CliError(f"cannot read {error.filename}: {error.strerror}") from None
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _tls() -> ClientTls | None:
@@ -35,10 +41,10 @@ def _tls() -> ClientTls | None:
         for value in map(os.environ.get, (CA_VARIABLE, CERTIFICATE_VARIABLE, PRIVATE_KEY_VARIABLE))
     )
     if (certificate is None) != (key is None):
-        raise CliError(f"{CERTIFICATE_VARIABLE} and {PRIVATE_KEY_VARIABLE} go together")
+        raise UsageError(f"{CERTIFICATE_VARIABLE} and {PRIVATE_KEY_VARIABLE} go together")
     if ca is None:
         if certificate is not None:
-            raise CliError(f"{CERTIFICATE_VARIABLE} needs {CA_VARIABLE}")
+            raise UsageError(f"{CERTIFICATE_VARIABLE} needs {CA_VARIABLE}")
         return None
     return ClientTls(ca, certificate, key)
 

@@ -16,6 +16,7 @@ from microserve.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_p
 
 from services.cli.access import ADMIN_KEY_VARIABLE, KEY_VARIABLE, router_channel
 from services.cli.errors import CliError
+from services.cli.unreachable import unreachable
 from services.cli.values import Answer, Engine, Explanation, Planner, Policy, Question, Split
 from services.cli.wire import request_message, to_answer, to_engine, to_explanation, to_planner, to_policy, to_split
 from services.protocol.errors import Code
@@ -153,10 +154,10 @@ async def wait_serving(address: str, timeout_s: float) -> None:
 
 
 def _explain(address: str, error: RemoteError) -> CliError:
+    sentence = re.sub(r"\s+", " ", error.message)
     # A reason of its own means that the router answered; gRPC's own UNAVAILABLE means that nobody did.
     if error.code is Code.UNAVAILABLE and error.reason == Code.UNAVAILABLE.name:
-        return CliError(f"no router answers at {address}; start one with: microserve up")
-    sentence = re.sub(r"\s+", " ", error.message)
+        return unreachable(address, sentence)
     if error.code is Code.UNAUTHENTICATED:
         sentence += f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE}"
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"

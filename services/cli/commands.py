@@ -9,7 +9,7 @@ import typer
 
 from services.cli import output
 from services.cli.client import RouterClient, call_router
-from services.cli.errors import CliError
+from services.cli.errors import UsageError
 from services.cli.models import fetch
 from services.cli.values import Answer, Question
 
@@ -65,12 +65,12 @@ def fetch_command(name: Annotated[str, typer.Argument(metavar="NAME|DIR|FILE.ggu
 
 
 def is_for_subcommand(context: typer.Context, address: str, json: bool) -> bool:
-    """Whether a group of commands that shows something by itself was called for one of its commands. CliError for
+    """Whether a group of commands that shows something by itself was called for one of its commands. UsageError for
     options before that one, which would have no effect."""
     if context.invoked_subcommand is None:
         return False
     if json or address != DEFAULT_ADDRESS:
-        raise CliError(f"options go behind `{context.invoked_subcommand}`")
+        raise UsageError(f"options go behind `{context.invoked_subcommand}`")
     return True
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from services.cli import output
-from services.cli.errors import CliError
+from services.cli.errors import CliError, UsageError
 from services.cli.fleet import core_count
 from services.cli.kvbench import network, report
 from services.cli.kvbench.control import measure_control
@@ -36,6 +36,10 @@ def bench(
 ) -> None:
     """Measures transfers of real processes beside what they are compared with; docs/benchmarks.md says how."""
     require_engine()
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from None
     found = asyncio.run(_measure(fetch(model, quiet=json), rounds, quiet=json))
     written = report.write(found, out)
     if json:

@@ -1,4 +1,4 @@
-"""The command `microserve`. Whatever goes wrong is one line on stderr; wrong usage exits with code 2."""
+"""The command `microserve`. Whatever goes wrong is one line on stderr; docs/operations.md lists the exit codes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def main() -> None:
         code = 2
     except CliError as error:
         print(f"microserve: {error}", file=sys.stderr)
-        if isinstance(error, ServiceFailed) and error.exit_code != 2 and error.log_tail:
+        if isinstance(error, ServiceFailed) and error.log_tail:
             print(error.log_tail, file=sys.stderr)
         code = error.exit_code
     except typer.Abort:

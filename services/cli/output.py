@@ -104,15 +104,11 @@ def print_engines(engines: Sequence[Engine]) -> None:
     for engine in engines:
         # Not "down": one that an operator drains, or that the breaker leaves alone, may well run.
         state = "healthy" if engine.healthy else f"takes no work: {engine.problem}"
-        table.add_row(
-            engine.name or "?",
-            engine.address,
-            state,
-            engine.model,
-            engine.device,
-            *map(str, (engine.running, engine.waiting, engine.reservations)),
-            *map(str, (engine.pages_free, engine.pages_cached, engine.pages_total)),
-        )
+        sequences = (engine.running, engine.waiting, engine.reservations)
+        pages = (engine.pages_free, engine.pages_cached, engine.pages_total)
+        # Of an engine that is gone nobody knows them.
+        numbers = ("-" if number is None else str(number) for number in (*sequences, *pages))
+        table.add_row(engine.name or "?", engine.address, state, engine.model, engine.device, *numbers)
     say(table)
 
 

@@ -10,7 +10,7 @@ import typer
 from services.cli import output
 from services.cli.client import call_router
 from services.cli.commands import DEFAULT_ADDRESS, Address, Json
-from services.cli.errors import CliError
+from services.cli.errors import UsageError
 from services.cli.values import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Router programs: what is at hand, what new requests use.")
@@ -70,7 +70,7 @@ def split_command(
     """Shares out requests between programs, or shows what came of it. The current program gets the rest."""
     wanted = dict(_share(text) for text in shares or ())
     if end and wanted:
-        raise CliError("--end takes no shares")
+        raise UsageError("--end takes no shares")
 
     change = bool(wanted) or end
     split = call_router(address, lambda router: router.split_policies(wanted) if change else router.get_split())
@@ -86,7 +86,7 @@ def _share(text: str) -> tuple[str, float]:
     try:
         return policy, float(percent)
     except ValueError:
-        raise CliError(f"{text!r} is not POLICY=PERCENT") from None
+        raise UsageError(f"{text!r} is not POLICY=PERCENT") from None
 
 
 def is_file(policy: str) -> bool:
@@ -101,4 +101,4 @@ def read_program(policy: str) -> tuple[str, str]:
     try:
         return Path(policy).stem, Path(policy).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"cannot read {policy}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"cannot read {policy}: {getattr(error, 'strerror', None) or error}") from None

@@ -139,7 +139,7 @@ class ServiceProcess:
         tail = self.log_tail()
         if code == 2 and tail:
             # By the rule for all services: it could not start, and its last line says why.
-            return ServiceFailed(tail.splitlines()[-1], exit_code=2)
+            return ServiceFailed(tail.splitlines()[-1])
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return ServiceFailed(f"{self.name} ended {how}", tail)
 

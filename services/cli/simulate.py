@@ -14,7 +14,7 @@ from rich.table import Table
 
 from services.cli import output
 from services.cli.commands import Json
-from services.cli.errors import CliError
+from services.cli.errors import UsageError
 from services.cli.policy import is_file
 from services.router.errors import RouterError
 from services.router.simulate.fleet import Arrival, simulated_router
@@ -52,7 +52,7 @@ def simulate(
 ) -> None:
     """Runs router programs over simulated engines, each with the same arrivals, on a clock that jumps."""
     if hardware not in HARDWARE:
-        raise CliError(f"--hardware is one of {', '.join(HARDWARE)}")
+        raise UsageError(f"--hardware is one of {', '.join(HARDWARE)}")
     fleet = FleetHardware({f"engine-{number}": HARDWARE[hardware] for number in range(engines)})
     arrivals = _arrivals(random.Random(seed), rate, requests, prompt_tokens, shared_tokens, output_tokens)
     results = [_row(policy, _traces(policy, fleet, arrivals)) for policy in policies]
@@ -68,7 +68,7 @@ def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> l
     try:
         return run(main())
     except RouterError as error:
-        raise CliError(error.message) from None
+        raise UsageError(error.message) from None
 
 
 def _arrivals(

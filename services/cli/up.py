@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +15,20 @@ from rich.markup import escape
 from services.cli import output
 from services.cli.client import router_client, wait_serving
 from services.cli.commands import stream_answer
-from services.cli.errors import CliError
+from services.cli.errors import CliError, Interrupted, UsageError
 from services.cli.fleet import Fleet, core_count
 from services.cli.models import fetch, require_engine
-from services.cli.policy import is_file
 from services.cli.process import Ready, ServiceProcess
 from services.cli.values import Endpoint, Question
+from services.router.config import RouterConfig
+from services.router.errors import RouterError
+from services.router.programs.catalogue import Catalogue
+from services.rpc.bind import check_free
+from services.rpc.config import ConfigError, read_config
+from services.rpc.errors import StartError
 
 HOST = "127.0.0.1"
+_LAST_PORT = 65535
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
 _DTYPES = ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16")
@@ -52,7 +58,7 @@ class UpOptions:
 
 
 def up(options: UpOptions) -> None:
-    """Runs until Ctrl-C or SIGTERM. CliError if something cannot be had, ServiceFailed if a child dies."""
+    """Runs until Ctrl-C or SIGTERM. UsageError, CliError if something cannot be had, ServiceFailed if a child dies."""
     _check(options)
     model = fetch(options.model, quiet=options.json)
     asyncio.run(launch(options, model, Fleet()))
@@ -63,22 +69,32 @@ def _check(options: UpOptions) -> None:
     require_engine()
     admin_ports = () if options.admin_port is None else (options.admin_port,)
     for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-                probe.listen()
-            except (OSError, OverflowError) as error:
-                why = error.strerror if isinstance(error, OSError) else "ports end at 65535"
-                raise CliError(f"port {port} cannot be had: {why}") from None
+        if port > _LAST_PORT:
+            raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
+        try:
+            check_free(HOST, port)
+        except StartError as error:
+            raise CliError(str(error)) from None
     if options.http_port != 0 and options.http_port in (options.grpc_port, *admin_ports, *options.engine_ports):
-        raise CliError("--http-port must differ from the gRPC ports of router and engines")
+        raise UsageError("--http-port must differ from the gRPC ports of router and engines")
     if options.admin_port in (options.grpc_port, *options.engine_ports):
-        raise CliError("--admin-port must differ from the other ports")
-    if is_file(options.policy) and not Path(options.policy).is_file():
-        raise CliError(f"there is no policy file {options.policy}")
+        raise UsageError("--admin-port must differ from the other ports")
     if options.dtype not in _DTYPES:
-        raise CliError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
+        raise UsageError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
+    _check_policy(options.policy)
+
+
+def _check_policy(policy: str) -> None:
+    """As the router will, but before engines have loaded their model."""
+    try:
+        config = read_config(
+            RouterConfig, ["--engine", f"{HOST}:0", "--policy", policy], "microserve-router", os.environ
+        )
+        Catalogue(config.policy_file, config.policy)
+    except ConfigError as error:
+        raise UsageError(f"microserve-router: {error}") from None
+    except RouterError as error:
+        raise UsageError(f"--policy {policy}: {error.message}") from None
 
 
 def _uploads(address: str) -> tuple[str, ...]:
@@ -104,6 +120,7 @@ class _Launcher:
         self._model = model
         self._fleet = fleet
         self._interrupted = False
+        self._served = False
         self._loop = asyncio.get_running_loop()
         self._dead: asyncio.Future[ServiceProcess] = self._loop.create_future()
         self._serving = self._loop.create_task(self._serve())
@@ -141,6 +158,7 @@ class _Launcher:
         if options.question:
             await self._ask(router.address)
         self._say(f"serving gRPC at {router.address} and OpenAI's API at http://{router.metrics}/v1; Ctrl-C stops it")
+        self._served = True
         await asyncio.Event().wait()
 
     async def _start(self) -> ServiceProcess:
@@ -231,9 +249,9 @@ class _Launcher:
         self._serving.cancel()
 
     def _failure(self) -> BaseException | None:
-        """Why it ended, if not because somebody wanted it."""
+        """Why it ended, if not because somebody wanted it when it served."""
         if self._interrupted:
-            return None
+            return None if self._served else Interrupted()
         if self._dead.done():
             return self._dead.result().failure()
         error = self._serving.exception()

@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine as the router sees it."""
+    """An engine as the router sees it. Numbers are None where it does not hear from the engine."""
 
     name: str
     address: str
@@ -58,12 +58,12 @@ class Engine:
     problem: str
     model: str
     device: str
-    running: int
-    waiting: int
-    reservations: int
-    pages_free: int
-    pages_cached: int
-    pages_total: int
+    running: int | None
+    waiting: int | None
+    reservations: int | None
+    pages_free: int | None
+    pages_cached: int | None
+    pages_total: int | None
     draining: bool
 
 

@@ -76,6 +76,7 @@ def to_leg(leg: sampling_pb2.Leg) -> Leg:
 def to_engine(engine: admin_pb2.EngineStatus) -> Engine:
     """One engine of the fleet."""
     info, load = engine.info, engine.load
+    known = engine.HasField("load")
     return Engine(
         name=info.engine_name,
         address=engine.address,
@@ -83,12 +84,12 @@ def to_engine(engine: admin_pb2.EngineStatus) -> Engine:
         problem=engine.problem,
         model=info.model,
         device=info.device,
-        running=load.running_sequence_count,
-        waiting=load.waiting_sequence_count + load.waiting_for_kv_count,
-        reservations=load.reservation_count,
-        pages_free=load.pages.free,
-        pages_cached=load.pages.cached,
-        pages_total=load.pages.total,
+        running=load.running_sequence_count if known else None,
+        waiting=load.waiting_sequence_count + load.waiting_for_kv_count if known else None,
+        reservations=load.reservation_count if known else None,
+        pages_free=load.pages.free if known else None,
+        pages_cached=load.pages.cached if known else None,
+        pages_total=load.pages.total if known else None,
         draining=load.draining,
     )
 

@@ -44,6 +44,7 @@ async def serve(config: EngineConfig) -> None:
 
     server = Server(config, "engine")
     server.watch_launcher()
+    server.check()  # before a minute of loading
     replica = await asyncio.to_thread(load_replica, config)
     failed = False
 
@@ -111,8 +112,8 @@ async def serve(config: EngineConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    configure("engine")
     config = parse_config(EngineConfig, sys.argv[1:], PROG)
+    configure("engine", level=config.log_level)
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(config.num_threads)))
     run_main(PROG, serve(config))
 

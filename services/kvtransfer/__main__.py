@@ -45,8 +45,9 @@ async def serve(config: KvTransferConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    configure("kvtransfer")
-    run_main(PROG, serve(parse_config(KvTransferConfig, sys.argv[1:], PROG)))
+    config = parse_config(KvTransferConfig, sys.argv[1:], PROG)
+    configure("kvtransfer", level=config.log_level)
+    run_main(PROG, serve(config))
 
 
 if __name__ == "__main__":

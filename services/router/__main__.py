@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """The console script."""
     config = parse_config(RouterConfig, sys.argv[1:], PROG)
-    configure("router")
+    configure("router", level=config.log_level)
     run_main(PROG, _serve(config))
 
 

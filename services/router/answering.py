@@ -53,6 +53,16 @@ class Record:
         """Since the request came."""
         return time.monotonic() - self._begin
 
+    def told(self, code: str) -> dict[str, object]:
+        """For the log, when it has ended."""
+        return {
+            "request": self.request_id,
+            "policy": self.spec or self.policy,
+            "code": code,
+            "output": self.output_tokens,
+            "seconds": f"{self.elapsed_s():.3f}",
+        }
+
     def trace(self, code: str) -> Trace:
         """What is kept of it when it has ended."""
         return Trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from services.router.request import PolicyRequest
 from services.router.text.output import NoOutput, TextOutput
 from services.router.traces import Traces
 from services.router.values import Sampling
+
+log = logging.getLogger(__name__)
 
 
 class GenerationService:
@@ -76,6 +79,7 @@ class GenerationService:
                         yield first
                         while not answering.ended:
                             yield await answering.next()
+                        turn.finished(record.output_tokens)
                     finally:
                         await run.close()  # all it left on engines has ended then
 
@@ -132,6 +136,8 @@ class GenerationService:
                 trace = record.trace(code)
                 self._traces.add(record.request_id, trace)
                 self._catalogue.ended(record.program, trace)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("request ended", extra={"fields": record.told(code)})
 
 
 async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:

@@ -44,8 +44,8 @@ def bind(
 ) -> str:
     """Binds and returns the bound host:port. `shared`: SO_REUSEPORT is on. PortInUse, StartError."""
     host, port = split_address(listen)
-    if port and not shared:
-        _check_free(host, port)
+    if not shared:
+        check_free(host, port)
     try:
         if credentials is None:
             return join_address(host, server.add_insecure_port(listen))
@@ -64,8 +64,9 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
     return grpc.ssl_server_credentials(pairs, root_certificates=roots, require_client_auth=roots is not None)
 
 
-def _check_free(host: str, port: int) -> None:
-    """grpc says only that it failed, after lines of its own on stderr, so a plain socket is asked first."""
+def check_free(host: str, port: int) -> None:
+    """Whether one could listen there now; always, for port 0. PortInUse, StartError."""
+    # Of grpc one learns only that it failed, after lines of its own on stderr.
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -73,5 +74,5 @@ def _check_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise port_in_use(join_address(host, port), error) from None

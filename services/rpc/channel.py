@@ -13,6 +13,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # A long prefill sends no data, so a dead peer is found by pings alone.
 KEEPALIVE_INTERVAL_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 10_000
+CONNECT_TIMEOUT_MS = 5_000
 
 Options = list[tuple[str, int | str]]
 
@@ -62,7 +63,8 @@ def make_channel(
         ("grpc.max_send_message_length", max_message_bytes),
         # Reconnect quickly: an engine that restarts is back within seconds, not minutes.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # For one attempt, whatever its name says; a network may be far away, and TLS takes several round trips.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # Addresses matter and are direct: a proxy named by the environment is for other traffic.
         ("grpc.enable_http_proxy", 0),

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
+LEVELS = ("debug", "info", "warning", "error")
+_OWN = "services"  # what every module of ours is in
 _SECRET = re.compile(r"secret|ticket|password|token$|api_?key", re.IGNORECASE)
 _PLAIN = re.compile(r"[\w.:/+\-\[\]@*]+")
 
@@ -42,11 +44,14 @@ class KeyValueFormatter(logging.Formatter):
         return " ".join(f"{key}={_value(str(key), value)}" for key, value in fields.items())
 
 
-def configure(service: str, *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Sends every record of this process to stderr (or `stream`) in the format above. May be called again."""
+def configure(service: str, *, level: str = "info", stream: TextIO | None = None) -> None:
+    """Sends the records of this process to stderr (or `stream`) in the format above, those of `level`, one of LEVELS,
+    and worse. Of libraries none of debug: these may show what is secret. May be called again."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(KeyValueFormatter(service))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    least = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(least, logging.INFO), handlers=[handler], force=True)
+    logging.getLogger(_OWN).setLevel(least)
 
 
 def _value(key: str, value: object) -> str:

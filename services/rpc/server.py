@@ -23,7 +23,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.rpc.bind import advertised_address, bind, server_credentials
+from services.rpc.bind import advertised_address, bind, check_free, server_credentials, split_address
 from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
 from services.rpc.lifeline import Lifeline
@@ -76,6 +76,15 @@ class Server:
         if self.config.lifeline_fd is not None and self._lifeline is None:
             self._lifeline = Lifeline(self.config.lifeline_fd, self._launcher_lost)
 
+    def check(self) -> None:
+        """What start() would fail of now, for who has much to do before it. PortInUse, StartError."""
+        config = self.config
+        self._credentials()
+        if not config.reuse_port:
+            check_free(*split_address(config.listen))
+        if config.metrics_port is not None:
+            check_free(config.metrics_host, config.metrics_port)
+
     async def start(self) -> str:
         """Binds, serves, and returns the bound host:port. Every service is NOT_SERVING until set_serving.
 
@@ -87,9 +96,7 @@ class Server:
         for name in ("", *own):
             await self._health.set(name, _NOT_SERVING)
         config = self.config
-        credentials = None
-        if config.tls_cert is not None and config.tls_key is not None:
-            credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+        credentials = self._credentials()
         try:
             self.watch_launcher()
             if config.metrics_port is not None:
@@ -150,6 +157,12 @@ class Server:
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        config = self.config
+        if config.tls_cert is None or config.tls_key is None:
+            return None
+        return server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
 
     async def _drain(self, on_drain: Callable[[], Awaitable[None]] | None) -> None:
         log.info("draining", extra={"fields": {"grace_s": self._grace_s}})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from services.rpc.bind import split_address
 from services.rpc.channel import MAX_MESSAGE_BYTES, Options, keepalive_options
+from services.rpc.log import LEVELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class ServerConfig:
         default=MAX_MESSAGE_BYTES, metadata={"help": "largest message taken or sent, in bytes"}
     )
     reuse_port: bool = field(default=False, metadata={"help": "let several processes share the port"})
+    log_level: str = field(default="info", metadata={"help": "least level of what is logged", "choices": LEVELS})
     lifeline_fd: int | None = field(
         default=None, metadata={"help": "descriptor whose end stops the service", "hidden": True}
     )

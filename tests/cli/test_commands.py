@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from services.cli.fleet import Fleet
 from tests.cli.conftest import Run
 
 
@@ -68,6 +74,9 @@ def test_engines(microserve: Run, router_address: str) -> None:
     first, second = json.loads(out)
     assert (first["name"], first["address"], first["pages_total"]) == ("engine-0", "10.0.0.1:1", 512)
     assert (second["healthy"], second["problem"]) == (False, "connection refused")
+    assert (second["running"], second["pages_total"]) == (None, None)
+    rows = microserve("engines", "--address", router_address)[1].splitlines()
+    assert next(row.split() for row in rows if "10.0.0.9" in row)[-6:] == ["-"] * 6
 
 
 def test_policy_list_show_set(microserve: Run, router_address: str) -> None:
@@ -145,20 +154,23 @@ def test_explain(microserve: Run, router_address: str) -> None:
 def test_errors_of_the_router_are_one_line(microserve: Run, router_address: str, tmp_path: Path) -> None:
     at = ("--address", router_address)
     unknown = "microserve: there is no policy 'x' (NOT_FOUND, UNKNOWN_POLICY)\n"
-    assert microserve("ask", "Hi", "--policy", "x", *at) == (2, "", unknown)
-    assert microserve("policy", "set", "x", *at) == (2, "", unknown)
+    assert microserve("ask", "Hi", "--policy", "x", *at) == (1, "", unknown)
+    assert microserve("policy", "set", "x", *at) == (1, "", unknown)
     program = tmp_path / "mine.py"
     program.write_text("async def policy(request, fleet): ...")
     code, _, err = microserve("policy", "set", str(program), *at)
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n")) == (1, 1)
     assert "UPLOAD_DISABLED" in err
 
 
 def test_deadline_is_one_line(microserve: Run, router_address: str) -> None:
     code, out, err = microserve("ask", "wait", "--timeout", "0.3", "--address", router_address)
-    assert (code, out) == (2, "You said ")
+    assert (code, out) == (1, "You said ")
     assert err.count("\n") == 1
     assert "DEADLINE_EXCEEDED" in err
+
+
+UP = ("up", "--grpc-port", "0", "--http-port", "0")
 
 
 @pytest.mark.parametrize(
@@ -169,8 +181,13 @@ def test_deadline_is_one_line(microserve: Run, router_address: str) -> None:
         (("ask", "x", "--max-tokens", "0"), "Invalid value for '--max-tokens'"),
         (("nonsense",), "No such command 'nonsense'."),
         (("up", "--engines", "0"), "Invalid value for '--engines'"),
-        (("up", "--grpc-port", "0", "--http-port", "0", "--dtype", "int4"), "--dtype int4 is none of"),
-        (("up", "--grpc-port", "0", "--http-port", "0", "--policy", "no/such.py"), "no policy file no/such.py"),
+        ((*UP, "--dtype", "int4"), "--dtype int4 is none of"),
+        ((*UP, "--policy", "no/such.py"), "--policy no/such.py: cannot read no/such.py: No such file"),
+        ((*UP, "--policy", "balancd"), "there is no policy named 'balancd'"),
+        ((*UP, "--policy", "balanced:7"), "--policy balanced:7: "),
+        (("up", "--grpc-port", "65534"), "--grpc-port 65534 leaves no ports for 2 engines"),
+        (("engines", "--address", "localhost"), "--address 'localhost' is not host:port"),
+        (("kv", "bench", "--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
         (("policy", "set", "no/such.py"), "cannot read no/such.py: No such file or directory"),
     ],
 )
@@ -182,13 +199,50 @@ def test_wrong_usage_is_one_line_and_code_2(microserve: Run, argv: tuple[str, ..
     assert line in err
 
 
-def test_no_router_is_one_line_and_code_2(microserve: Run) -> None:
+def test_what_the_router_would_refuse_is_found_before_anything_starts(
+    microserve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MICROSERVE_ROUTER_MAX_QUEUED", "many")
+    line = "microserve: microserve-router: MICROSERVE_ROUTER_MAX_QUEUED: 'many' is not a whole number\n"
+    assert microserve(*UP) == (2, "", line)
+
+
+def test_no_router_is_one_line_and_code_1(microserve: Run) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else can take it
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         for argv in (("ask", "Hi"), ("engines",), ("policy", "list")):
-            line = f"microserve: no router answers at {address}; start one with: microserve up\n"
-            assert microserve(*argv, "--address", address) == (2, "", line)
+            why = "nobody listens there; start one with: microserve up"
+            line = f"microserve: no router answers at {address}: {why}\n"
+            assert microserve(*argv, "--address", address) == (1, "", line)
+
+
+def test_the_wrong_port_is_told_from_none(microserve: Run) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        code, _, err = microserve("engines", "--address", f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert code == 1
+    assert "does not speak gRPC" in err
+
+
+def test_a_router_that_dies_meanwhile_is_not_one_that_is_missing(microserve: Run) -> None:
+    with Fleet(package="tests.cli.fakes") as fleet:
+        address = fleet.start_router([], "disaggregated").address
+        code, out, err = microserve("ask", "stuck", "--address", address)
+    assert (code, out, err.count("\n")) == (1, "You said ", 1)
+    assert f"the router at {address} broke off: " in err
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_exits_with_130(router_address: str) -> None:
+    command = [sys.executable, "-m", "services.cli", "ask", "wait", "--address", router_address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        assert asking.stdout.read(8) == "You said"
+        asking.send_signal(signal.SIGINT)
+        _, err = asking.communicate(timeout=60)
+        assert (asking.returncode, err) == (130, "")
 
 
 def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
@@ -197,8 +251,7 @@ def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
         for option in ("--grpc-port", "--http-port", "--admin-port"):
             others = [f"{other}=0" for other in ("--grpc-port", "--http-port") if other != option]
             code, out, err = microserve("up", option, str(port), *others)
-            line = f"microserve: port {port} cannot be had: Address already in use\n"
-            assert (code, out, err) == (2, "", line)
+            assert (code, out, err) == (1, "", f"microserve: 127.0.0.1:{port} is in use by another process\n")
 
 
 def test_help_lists_the_commands(microserve: Run) -> None:

@@ -77,7 +77,7 @@ def test_service_that_cannot_start_says_why() -> None:
     with Fleet(package=FAKES) as fleet:
         with pytest.raises(ServiceFailed, match="there is no model missing") as caught:
             fleet.start_engine("engine-0", "missing", None).wait_ready()
-        assert caught.value.exit_code == 2
+        assert caught.value.log_tail == ""
         with pytest.raises(ServiceFailed, match="engine-1 ended with exit code 1") as caught:
             fleet.start_engine("engine-1", "bug", None).wait_ready()
         assert "a bug while loading" in caught.value.log_tail
@@ -181,19 +181,25 @@ def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, micro
 
 
 @pytest.mark.parametrize(
-    ("model", "code", "line"),
+    ("model", "is_all", "line"),
     [
-        ("missing", 2, "microserve: fake-engine: there is no model missing\n"),
-        ("bug", 1, "RuntimeError: a bug while loading\n"),
+        ("missing", True, "microserve: fake-engine: there is no model missing\n"),
+        ("bug", False, "RuntimeError: a bug while loading\n"),
     ],
 )
-def test_up_says_why_it_could_not_start(tmp_path: Path, model: str, code: int, line: str) -> None:
+def test_up_says_why_it_could_not_start(tmp_path: Path, model: str, is_all: bool, line: str) -> None:
     with start_up(tmp_path, model) as launcher:
         assert read_event(launcher) == {"event": "stopping"}
         _, err = launcher.communicate(timeout=60)
-        assert launcher.returncode == code
+        assert launcher.returncode == 1
         assert err.endswith(line)
-        assert code == 1 or err == line
+        assert (err == line) is is_all
+
+
+def test_up_interrupted_before_it_serves_exits_with_130(tmp_path: Path) -> None:
+    with start_up(tmp_path, "interrupt", "--engines", "1") as launcher:
+        _, err = launcher.communicate(timeout=60)
+        assert (launcher.returncode, err) == (130, "microserve: interrupted\n")
 
 
 @pytest.mark.parametrize(

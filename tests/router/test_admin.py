@@ -53,11 +53,15 @@ async def test_engines_are_listed_as_the_router_sees_them() -> None:
 async def test_an_engine_that_cannot_be_reached_says_why() -> None:
     engine = FakeEngine(model(), "a")
     async with running(engines=[engine]) as suite:
+        [status] = (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())).engines
+        assert status.HasField("load")
         await engine.stop()
         await suite.until(lambda: not suite.router.serving)
         [status] = (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())).engines
         assert not status.healthy
         assert status.problem
+        assert status.info.engine_name == "a"
+        assert not status.HasField("load")  # what it said last is true no more
         suite.engines.clear()
 
 

@@ -179,6 +179,23 @@ def test_cancelling_at_any_moment_loses_no_turn() -> None:
         run(main(after_s))
 
 
+@pytest.mark.parametrize(("num_tokens", "order"), [(10, "ubuubb"), (256, "ububub"), (1000, "ubbbuu")])
+def test_an_answer_that_nobody_bounds_costs_what_such_answers_had_of_late(num_tokens: int, order: str) -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        unbounded, bounded = Ticket(KEY, 1, tenant="u"), Ticket(KEY, 1, 300, tenant="b")
+        for _ in range(40):
+            async with admission.turn(unbounded) as turn:
+                turn.first_token()
+                turn.finished(num_tokens)
+        first = asyncio.create_task(work(admission, TICKET, 1, [], "running"))
+        await asyncio.sleep(0)
+        await all_of([first, *(work(admission, each, 1, done, each.tenant) for each in 3 * [unbounded, bounded])])
+        assert "".join(done) == order
+
+    run(main())
+
+
 def test_choices_of_a_request_that_has_begun_do_not_queue() -> None:
     async def main() -> None:
         admission, done = admission_of(1), []
@@ -252,6 +269,7 @@ async def goodput(
                     first.append(loop.time() - arrival)
 
                 await min(engines, key=lambda each: each.num_sequences).generate(ticket, first_token)
+                turn.finished(ticket.max_tokens)
                 good += first[0] <= TTFT_GOAL_S and loop.time() <= deadline and arrival < SECONDS
 
     clients = []

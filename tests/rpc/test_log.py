@@ -21,6 +21,24 @@ def stream() -> Iterator[io.StringIO]:
     yield output
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("services").setLevel(logging.NOTSET)
+
+
+def test_levels_are_of_our_own_records_and_libraries_never_tell_of_debug(stream: io.StringIO) -> None:
+    def told() -> list[str]:
+        stream.seek(0)
+        stream.truncate()
+        for name in ("services.engine.front", "library"):
+            for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+                logging.getLogger(name).log(level, "x")
+        lines = [dict(word.split("=", 1) for word in line.split()) for line in stream.getvalue().splitlines()]
+        return [f"{line['logger'].partition('.')[0]}:{line['level']}" for line in lines]
+
+    assert told() == ["services:info", "services:warning", "library:info", "library:warning"]
+    log.configure("engine", level="debug", stream=stream)
+    assert told() == ["services:debug", "services:info", "services:warning", "library:info", "library:warning"]
+    log.configure("engine", level="warning", stream=stream)
+    assert told() == ["services:warning", "library:warning"]
 
 
 def test_record_is_one_line_of_pairs(stream: io.StringIO) -> None:

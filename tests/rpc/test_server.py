@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.rpc.bind import split_address
+from services.rpc.channel import make_channel
 from services.rpc.errors import PortInUse, StartError
 from services.rpc.metrics import MetricsServer
 from services.rpc.server import Server, ServerConfig, announce_ready
@@ -65,6 +67,45 @@ async def test_port_in_use_and_foreign_address_are_named(serve: Serve) -> None:
     # 203.0.113.0/24 is set aside for documentation: no machine has it.
     with pytest.raises(StartError, match=r"cannot listen on 203.0.113.1:4: Cannot assign"):
         await Server(ServerConfig(listen="203.0.113.1:4", metrics_port=None), "engine").start()
+
+
+async def test_what_start_would_fail_of_can_be_asked_before(serve: Serve, tmp_path: Path) -> None:
+    running = await serve(metrics_port=0)
+    taken, metrics = running.server.bound, running.server.metrics_address
+    assert metrics is not None
+    with pytest.raises(PortInUse, match=f"{taken} is in use"):
+        Server(ServerConfig(listen=taken), "engine").check()
+    with pytest.raises(PortInUse, match=f"{metrics} is in use"):
+        Server(ServerConfig(metrics_port=split_address(metrics)[1]), "engine").check()
+    nowhere = tmp_path / "nowhere.pem"
+    with pytest.raises(StartError, match="cannot read"):
+        Server(ServerConfig(tls_cert=nowhere, tls_key=nowhere), "engine").check()
+    Server(ServerConfig(listen=taken, reuse_port=True, metrics_port=None), "engine").check()
+
+
+@pytest.mark.slow
+async def test_a_network_may_take_its_time_to_connect(serve: Serve) -> None:
+    """One that gives every byte of the server's late; the call does not wait for a second attempt."""
+    running = await serve()
+    host, port = split_address(running.server.bound)
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
+        while data := await reader.read(65536):
+            await asyncio.sleep(delay_s)
+            writer.write(data)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(host, port)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pass_on(reader, back, 0.0))
+            group.create_task(pass_on(there, writer, 0.3))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as far:
+        channel = make_channel("{}:{}".format(*far.sockets[0].getsockname()))
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await channel.close()
 
 
 async def test_failed_start_leaves_neither_port_taken(serve: Serve) -> None:

@@ -31,7 +31,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(connection.fileno(),), name="lifeline", daemon=True).start()
     task: RankTask = connection.recv()
-    configure(f"engine rank {task.rank}")
+    configure(f"engine rank {task.rank}", level=task.config.log_level)
     try:
         runner = _start(task, connection)
     except (StartError, ModelError, RuntimeError, ValueError) as error:

@@ -183,6 +183,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         )
         if member.info is not None:
             status.info.CopyFrom(engine_pb2.GetInfoResponse.FromString(member.info.raw))
+        if not member.problem:
             status.load.CopyFrom(engine_pb2.WatchLoadResponse.FromString(member.load.raw))
         return status
 

@@ -37,10 +37,10 @@ class Turn:
             self._line.first_token(self._ticket)
             self._line.pump()
 
-    def finished(self) -> None:
-        """It has ended well; end() follows."""
+    def finished(self, num_tokens: int) -> None:
+        """It has ended well, with so many tokens; end() follows."""
         if self._first_token_at is not None:
-            self._line.finished(self._ticket, self._clock() - self._first_token_at)
+            self._line.finished(self._ticket, num_tokens, self._clock() - self._first_token_at)
 
     def end(self) -> None:
         """It runs no more."""
@@ -101,7 +101,6 @@ class Admission:
             turn = Turn(line, ticket, self._clock)
             try:
                 yield turn
-                turn.finished()
             finally:
                 turn.end()
         finally:

@@ -10,6 +10,10 @@ from services.router.admission.fair_queue import FairQueue
 from services.router.admission.meter import Meter
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 
+# Tokens of an answer that nobody bounded, until some of the model have been seen.
+FIRST_GUESS_OUTPUT = 256.0
+_OUTPUT_WEIGHT = 1 / 8  # of the newest such answer in the running mean
+
 
 class Waiter:
     """A request in the queue."""
@@ -36,6 +40,7 @@ class Line:
         self._num_prompt_tokens = 0  # of those that run and have no token yet
         self._prompts = Meter(clock)
         self._admitted = Meter(clock)  # cost, while somebody waits
+        self._usual_output = FIRST_GUESS_OUTPUT  # of answers that were not bounded
         self._output_token_s = Estimate()  # of time after the first token, for each token that was asked for
 
     @property
@@ -78,14 +83,14 @@ class Line:
         """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
         rate = self._prompts.rate()
         prompt_s = 0.0 if rate is None else (self._num_prompt_tokens + ticket.num_prompt_tokens) / rate
-        return prompt_s + ticket.expected_output * self._output_token_s.high()
+        return prompt_s + ticket.expected_output(self._usual_output) * self._output_token_s.high()
 
     def push(self, waiter: Waiter) -> None:
         """A request waits."""
         ticket = waiter.ticket
         if not self._queues[ticket.priority]:
             self._served[ticket.priority] = max(self._served[ticket.priority], self._now)
-        self._queues[ticket.priority].push(ticket.tenant, ticket.cost, waiter)
+        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), waiter)
         self._admitted.set_busy(True)
 
     def discard(self, waiter: Waiter) -> None:
@@ -115,9 +120,11 @@ class Line:
         self._prompts.add(ticket.num_prompt_tokens)
         self._count_prompt(-ticket.num_prompt_tokens)
 
-    def finished(self, ticket: Ticket, output_s: float) -> None:
-        """One has ended well, so long after its first token."""
-        self._output_token_s.add(output_s / ticket.expected_output)
+    def finished(self, ticket: Ticket, num_tokens: int, output_s: float) -> None:
+        """One has ended well with so many tokens, so long after the first."""
+        self._output_token_s.add(output_s / ticket.expected_output(self._usual_output))
+        if not ticket.max_tokens:
+            self._usual_output += _OUTPUT_WEIGHT * (num_tokens - self._usual_output)
 
     def forget_prompt(self, ticket: Ticket) -> None:
         """It has had no token for so long that it is not the fleet's speed that it waits for."""

@@ -7,9 +7,6 @@ from enum import Enum
 
 from services.router.request import ModelKey
 
-# A client that bounds its output not at all counts as one that wants this much.
-_USUAL_OUTPUT_TOKENS = 256
-
 
 class Priority(Enum):
     """Classes of requests by their share of the work where all of them wait."""
@@ -37,15 +34,13 @@ class Ticket:
     num_answers: int = 1  # to the prompt, those that follow included
     follows: bool = False  # part of a request that has begun, so it does not queue
 
-    @property
-    def cost(self) -> int:
+    def cost(self, usual_output: float) -> float:
         """Work in tokens, for fairness."""
-        return self.num_prompt_tokens + self.num_answers * self.expected_output
+        return self.num_prompt_tokens + self.num_answers * self.expected_output(usual_output)
 
-    @property
-    def expected_output(self) -> int:
-        """Tokens that an answer may have; at least 1."""
-        return self.max_tokens or _USUAL_OUTPUT_TOKENS
+    def expected_output(self, usual_output: float) -> float:
+        """Tokens that an answer may have, at least 1; `usual_output` of one that is not bounded."""
+        return self.max_tokens or max(1.0, usual_output)
 
 
 @dataclass(frozen=True, slots=True)

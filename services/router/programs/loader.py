@@ -31,7 +31,7 @@ def load_file(path: Path, kind: Kind) -> Program:
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadPolicy(f"cannot read {path}: {error}") from None
+        raise BadPolicy(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     return load_source(path.stem, source, kind, file=str(path))
 
 

@@ -1,8 +1,11 @@
-"""As kvtransfer. The model named "missing" cannot be loaded, the one named "bug" raises."""
+"""As kvtransfer. The model named "missing" cannot be loaded, the one named "bug" raises, the one named
+"interrupt" has its launcher interrupted meanwhile."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
 
 from services.rpc.config import parse_config
@@ -17,6 +20,9 @@ async def serve(config: EngineConfig) -> None:
         raise StartError("there is no model missing")
     if config.model == "bug":
         raise RuntimeError("a bug while loading")
+    if config.model == "interrupt":
+        os.kill(os.getppid(), signal.SIGINT)
+        await asyncio.Event().wait()
     print("words on stdout are not READY lines", os.environ["OMP_NUM_THREADS"])
     print(f"threads={config.threads} OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", file=sys.stderr)
     server = Server(config, "engine")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
+from services.engine.__main__ import serve
 from services.engine.config import EngineConfig
 from services.engine.loading import check_capability
 from services.engine.model.linear.form import WeightForm
 from services.rpc.config import ConfigError, read_config
-from services.rpc.errors import StartError
+from services.rpc.errors import PortInUse, StartError
 
 PROG = "microserve-engine"
 
@@ -82,3 +86,10 @@ def test_fault_points_are_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read("--fault-points", "step.begin=raise").fault_points == ("step.begin=raise",)
     with pytest.raises(ConfigError, match="bogus"):
         read("--fault-points", "step.begin=bogus")
+
+
+async def test_a_taken_port_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = read("--model", str(tmp_path / "none"), "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(PortInUse):
+            await serve(config)

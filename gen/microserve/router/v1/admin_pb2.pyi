@@ -93,11 +93,11 @@ class EngineStatus(_message.Message):
     """Its breaker, as it is now."""
     @_builtins.property
     def info(self) -> _engine_pb2.GetInfoResponse:
-        """What it said of itself. Not set before the first contact."""
+        """What it said of itself, last where it is gone. Not set before the first contact."""
 
     @_builtins.property
     def load(self) -> _engine_pb2.WatchLoadResponse:
-        """Its last load report."""
+        """Its last load report. Not set while the router does not hear from it."""
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
