@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Self
 
-from services.protocol.extents import Extent
-from services.protocol.grants import Attempt, GrantTable
+from services.protocol.extents import Coverage, Extent
+from services.protocol.grants import Attempt, GrantKey, GrantSpec, GrantTable, PoolPages
 from services.protocol.pages import PageLedger
-from services.protocol.ranges import TokenRange
-from services.protocol.reservation import Reservation
+from services.protocol.ranges import RangeSet, TokenRange
+from services.protocol.reservation import Reservation, ReservationState
 
 # The receiver has two ranks with a pool and one of the two KV heads each; the keys of grants name the first.
 POOL, SECOND_POOL = "pool", "second pool"
@@ -19,6 +21,22 @@ NUM_PAGES = 3
 WINDOW = TokenRange(0, 2)
 LEASE = 2
 POISON, TORN = "poison", "torn"
+# What never changes: states share it, and two that are equal look the same wherever it came from.
+VALUES = frozenset(
+    {
+        str,
+        bytes,
+        frozenset,
+        TokenRange,
+        RangeSet,
+        Extent,
+        Coverage,
+        ReservationState,
+        GrantKey,
+        GrantSpec,
+        PoolPages,
+    }
+)
 
 
 @dataclass
@@ -78,6 +96,34 @@ class Budget:
     service_deaths: int = 0
 
 
+class _Numbered:
+    """Values by number and numbers by value."""
+
+    def __init__(self) -> None:
+        self.values: list[Hashable] = []
+        self._numbers: dict[Hashable, int] = {}
+
+    def number_of(self, value: Hashable) -> int:
+        """Always the same one for equal values."""
+        number = self._numbers.setdefault(value, len(self.values))
+        if number == len(self.values):
+            self.values.append(value)
+        return number
+
+
+_numbered = _Numbered()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, thing: object) -> int | None:
+        return _numbered.number_of(thing) if type(thing) in VALUES else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, number: int) -> Hashable:
+        return _numbered.values[number]
+
+
 @dataclass
 class WorldState:
     """State of everything; copied by pickling."""
@@ -98,12 +144,14 @@ class WorldState:
 
     def freeze(self) -> bytes:
         """The state as a value: for comparing and for copying."""
-        return pickle.dumps(self, protocol=pickle.HIGHEST_PROTOCOL)
+        frozen = io.BytesIO()
+        _Pickler(frozen, protocol=pickle.HIGHEST_PROTOCOL).dump(self)
+        return frozen.getvalue()
 
     @classmethod
     def thaw(cls, frozen: bytes) -> Self:
         """A world of its own in that state."""
-        world = pickle.loads(frozen)
+        world = _Unpickler(io.BytesIO(frozen)).load()
         assert isinstance(world, cls)
         return world
 

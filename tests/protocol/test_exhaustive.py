@@ -39,7 +39,7 @@ def two_ranks_superseded() -> dict[str, Sender]:
 SCENARIOS = {
     "two senders, generate": (disjoint, Budget(starts=1, ticks=1, prep_retries=1)),
     "two senders, lease runs out": (disjoint, Budget(starts=1, ticks=2, renewals=1)),
-    "retry supersedes": (superseding, Budget(starts=1, sender_cancels=1)),
+    "retry supersedes": (superseding, Budget(starts=1, sender_cancels=1, prep_retries=1)),
     "retry supersedes, sender dies": (superseding, Budget(starts=1, sender_deaths=1, aborts=1)),
     "abort and reuse of the pages": (superseding, Budget(aborts=1, second_reservation=1, starts=1)),
     "what is filled is cached, evicted and used again": (disjoint, Budget(releases=1, second_reservation=1, ticks=2)),
@@ -65,10 +65,10 @@ def explore(start: World, limit: int) -> tuple[int, set[str]]:
     taken: set[str] = set()
     while frontier:
         frozen, path = frontier.pop()
-        for index, (name, _) in enumerate(World.thaw(frozen).actions()):
+        for name, act in World.thaw(frozen).actions():
             after = World.thaw(frozen)
             try:
-                after.actions()[index][1](after)
+                act(after)
                 after.check()
                 key = after.freeze()
                 if key in seen:
