@@ -80,6 +80,11 @@ class TimedModel:
         with _counted():
             return self._model.logits(hidden)
 
+    def largest(self, hidden: Tensor) -> Tensor:
+        """See Model."""
+        with _counted():
+            return self._model.largest(hidden)
+
 
 @contextmanager
 def _counted() -> Iterator[None]:

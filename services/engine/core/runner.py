@@ -16,7 +16,7 @@ from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch, last_rows
 from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
-from services.engine.sampling.sampler import SamplingRow, sample
+from services.engine.sampling.sampler import SamplingRow, sample, takes_largest
 from services.engine.sampling.score import PromptScorer, rows_at_once
 
 
@@ -45,16 +45,8 @@ class TorchRunner:
         """A whole step."""
         wanted = [segment.score for segment in plan.segments if segment.score is not None]
         scorer = PromptScorer([each.targets for each in wanted], [each.num_top for each in wanted])
-        logits = self.compute(plan.copies, plan.segments, on_layer, scorer.rate)
-        specs = [segment.sample for segment in plan.segments if segment.sample is not None]
-        chosen: Sequence[Chosen] = ()
-        if logits is not None:
-            rows = [
-                SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id, spec.allowed)
-                for spec in specs
-            ]
-            sampled = sample(logits, rows, self._eos_token_ids)
-            chosen = [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
+        hidden = self._compute(plan.copies, plan.segments, on_layer, scorer.rate)
+        chosen = () if hidden is None else self._choose(plan.segments, hidden)
         self._wait()
         return Computed(chosen, scorer.results() if wanted else ())
 
@@ -70,13 +62,39 @@ class TorchRunner:
 
         `rate` is given the logits of the rows of all ScoreSpecs, in order, as many at a time as memory is meant for.
         """
+        hidden = self._compute(copies, segments, on_layer, rate)
+        return None if hidden is None else self._model.logits(hidden)
+
+    def _compute(
+        self,
+        copies: Sequence[PageCopy],
+        segments: Sequence[Segment],
+        on_layer: Callable[[int], None] | None,
+        rate: Callable[[Tensor], None],
+    ) -> Tensor | None:
+        """The same, but for the head: hidden states, (rows, hidden), of the segments with a SampleSpec."""
         self._copy(copies)
         batch = make_batch(segments, self._kv.shape[4], self._model.device)
         hidden = self._model.forward(batch, self._attention, on_layer)  # (num_tokens, hidden)
         if any(segment.score for segment in segments):
             for rows in torch.split(scored_rows(segments), rows_at_once(self._model.config.vocab_size)):
                 rate(self._model.logits(hidden[rows.to(hidden.device)]))
-        return self._model.logits(hidden[batch.logits_rows]) if batch.logits_rows.numel() else None
+        num_wanted = batch.logits_rows.numel()
+        if num_wanted == batch.num_tokens:
+            return hidden
+        return hidden[batch.logits_rows] if num_wanted else None
+
+    def _choose(self, segments: Sequence[Segment], hidden: Tensor) -> list[Chosen]:
+        """A token for each SampleSpec."""
+        rows = [
+            SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id, spec.allowed)
+            for segment in segments
+            if (spec := segment.sample) is not None
+        ]
+        if all(map(takes_largest, rows)):
+            return [Chosen(token) for token in self._model.largest(hidden).tolist()]
+        sampled = sample(self._model.logits(hidden), rows, self._eos_token_ids)
+        return [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """See Runner."""

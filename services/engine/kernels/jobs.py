@@ -53,7 +53,11 @@ class Jobs:
         """Puts a job at the end. Tensors and arrays among the arguments stay alive as long as this list."""
         self._entries.append((kernel, len(self._arguments), num_chunks))
         self._arguments.extend(map(address, arguments))
-        self._kept.append(arguments)
+        self.keep(arguments)
+
+    def keep(self, values: Any) -> None:
+        """What jobs find by an address within one of their arguments, stays alive as long as this list."""
+        self._kept.append(values)
 
     def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for what one job writes and others read, until the next but one mark. Its content is undefined."""

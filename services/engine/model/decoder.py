@@ -11,6 +11,7 @@ from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
+from services.engine.largest import largest
 from services.engine.model.config import ModelConfig
 from services.engine.model.linear.linear import Linear
 from services.engine.model.ops import Ops, Step
@@ -96,12 +97,22 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, (rows, vocab) float32, of hidden states, (rows, hidden), that forward returned."""
 
-        def compute(ops: Ops) -> Tensor:
-            return ops.linear(self._weights.head, ops.norm(hidden.contiguous(), self._weights.norm))
-
-        logits = (compute(self._ops) if self._recorder is None else self._recorder.compute(compute)).float()
+        logits = self._of_head(lambda ops, rows: ops.linear(self._weights.head, rows), hidden).float()
         softcap = self.config.logits_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @torch.inference_mode()
+    def largest(self, hidden: Tensor) -> Tensor:
+        """See Model."""
+        if self.config.logits_softcap is not None:  # after which more of them may be equal
+            return largest(self.logits(hidden))
+        return self._of_head(lambda ops, rows: ops.largest(self._weights.head, rows), hidden)
+
+    def _of_head(self, compute: Callable[[Ops, Tensor], Tensor], hidden: Tensor) -> Tensor:
+        def of_rows(ops: Ops) -> Tensor:
+            return compute(ops, ops.norm(hidden.contiguous(), self._weights.norm))
+
+        return of_rows(self._ops) if self._recorder is None else self._recorder.compute(of_rows)
 
     def _all_rows(self, ops: Ops, step: Step) -> Tensor:
         return self._finish(ops, step, *self._up_to_last_layer(ops, step))

@@ -67,3 +67,6 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, (rows, vocab) float32, of some rows of the hidden states."""
+
+    def largest(self, hidden: Tensor) -> Tensor:
+        """(rows,) int64: the token of the largest logit of each row, which costs less than asking for all logits."""

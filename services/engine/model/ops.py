@@ -17,6 +17,7 @@ from torch import Tensor
 from services.engine.attention.backend import AttentionBackend
 from services.engine.attention.form import AttentionForm
 from services.engine.batch import ForwardBatch
+from services.engine.largest import largest
 from services.engine.model.config import Activation, ModelConfig
 from services.engine.model.linear.linear import Linear
 from services.engine.model.rope import RotaryTable, rotate
@@ -57,6 +58,9 @@ class Ops(Protocol):
 
     def linear(self, layer: Linear, rows: Tensor) -> Tensor:
         """A linear layer's result, (num_rows, out)."""
+
+    def largest(self, layer: Linear, rows: Tensor) -> Tensor:
+        """The column of the largest result of a linear layer without a bias, (num_rows,) int64; see largest.py."""
 
     def rotate_and_store(
         self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable
@@ -106,6 +110,10 @@ class TorchOps:
     def linear(self, layer: Linear, rows: Tensor) -> Tensor:
         """See Ops."""
         return layer(rows)
+
+    def largest(self, layer: Linear, rows: Tensor) -> Tensor:
+        """See Ops."""
+        return largest(layer(rows).float())
 
     def rotate_and_store(
         self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable

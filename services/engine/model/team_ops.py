@@ -61,6 +61,10 @@ class TeamOps:
         """See Ops."""
         return cast(TeamLinear, layer).add_to(self._jobs, rows)
 
+    def largest(self, layer: Linear, rows: Tensor) -> Tensor:
+        """See Ops."""
+        return cast(TeamLinear, layer).add_largest_to(self._jobs, rows)
+
     def rotate_and_store(
         self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable
     ) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.engine.largest import largest
 from services.engine.sampling.adjust import adjust, needs_adjusting, restrict
 from services.engine.sampling.draw import draw
 from services.engine.sampling.params import SamplingParams
@@ -45,6 +46,13 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()  # the most probable tokens, best first
 
 
+def takes_largest(row: SamplingRow) -> bool:
+    """Whether the token of the model's largest logit is all that is wanted."""
+    params = row.params
+    is_free = row.forced_token_id is None and row.allowed is None
+    return params.is_greedy and params.logprobs is None and is_free and not needs_adjusting(params, row.output_length)
+
+
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int] = ()) -> list[SampledToken]:
     """One token for each row of logits, (rows, vocab) float32 on any device; logits are not changed.
@@ -53,7 +61,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
     tokens in another batch or on another engine.
     """
     adjusted = _adjusted(logits, rows, eos_token_ids)
-    tokens = _best(adjusted)
+    tokens: list[int] = largest(adjusted).tolist()
     random = [i for i, row in enumerate(rows) if not row.params.is_greedy and row.forced_token_id is None]
     if random:
         params = [rows[i].params for i in random]
@@ -64,12 +72,6 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
         if row.forced_token_id is not None:
             tokens[i] = row.forced_token_id
     return _report(logits, rows, tokens)
-
-
-def _best(logits: Tensor) -> list[int]:
-    """The largest of each row, the first of equals. On the CPU by numpy, which takes a tenth of torch's time."""
-    best: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    return best
 
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int]) -> Tensor:

@@ -91,6 +91,18 @@ def test_batched_chunked_preempted_and_cached_equal_one_by_one(
     engine.assert_idle()
 
 
+def test_greedy_alone_equals_greedy_beside_one_that_wants_all_logits(model: LoadedModel) -> None:
+    """Where every row wants the largest logit alone, the head gives it; else the sampler finds it."""
+    params, answers = SamplingParams(max_tokens=24), []
+    for others in ((), (limited(24, 0.8),), (SamplingParams(max_tokens=24, logprobs=2),)):
+        engine = alone(model, max_step_tokens=128, num_pages=64)
+        stream, *_ = [engine.generate(prompt_of(20), each) for each in (params, *others)]
+        engine.run()
+        answers.append(stream.tokens)
+    assert answers == [answers[0]] * 3
+    assert len(set(answers[0])) > 1
+
+
 @pytest.mark.parametrize("kind", [TorchRunner, QueuedRunner])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_disaggregated_equals_single_in_tokens_and_bytes(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import team_of
 from services.engine.model.linear.block_linear import BlockLinear
 from services.engine.model.linear.blocks import BLOCK, Blocks, blocks_of, stacked
@@ -233,3 +234,59 @@ def test_kinds_by_device_and_dtype() -> None:
     assert packed.make_packed is not None is not packed16.make_packed
     assert rounded.form == packed.form  # without blocks of a file they compute the same
     assert len({exact.form, packed.form, packed16.form}) == 3
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize(("depth", "columns", "threads"), [(64, 4000, 1), (100, 37, 2), (7, 1, 1), (64, 2304, 3)])
+def test_the_largest_is_that_of_torch(make: MakeLayer, depth: int, columns: int, threads: int) -> None:
+    """Of less than a panel, and of several chunks, whole and not."""
+    layer = _without_bias(make(depth, columns, threads))
+    for count in (1, 7, ROWS):
+        rows = _rows(depth)[:count]
+        assert torch.equal(_largest(layer, rows), layer(rows).argmax(-1))
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_a_layer_with_a_bias_does_not_look_for_the_largest(make: MakeLayer) -> None:
+    layer = make(64, 48, 1)
+    assert isinstance(layer, Tiled)
+    if layer._bias is not None:
+        with pytest.raises(ValueError, match="bias"):
+            layer.add_largest_to(Jobs(team_of(1)), _rows(64))
+
+
+EQUALS = [(0, 1), (15, 16), (47, 48), (767, 768), (3998, 3999), (5, 16 + 5, 768 + 5), (3000, 700, 20)]
+SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_equals_the_first_is_the_largest(threads: int) -> None:
+    """Within vectors, panels and chunks and across them, each case a row."""
+    values = torch.linspace(-3, -2, 4000).repeat(len(EQUALS), 1)
+    for row, places in zip(values, EQUALS, strict=True):
+        row[list(places)] = 5.0
+    layer = TiledLinear(values.T.contiguous(), None, team_of(threads))
+    assert _largest(layer, torch.eye(len(EQUALS))).tolist() == [min(places) for places in EQUALS]
+
+
+@pytest.mark.parametrize("first", SPECIAL)
+@pytest.mark.parametrize("second", SPECIAL)
+def test_the_largest_of_what_is_no_number_is_that_of_torch(first: float, second: float) -> None:
+    for places in ((3, 2000), (3990, 3), (3998, 3999), (16, 32)):
+        values = torch.linspace(-3, -2, 4000)
+        values[list(places)] = torch.tensor([first, second])
+        layer = TiledLinear(values[:, None].contiguous(), None, team_of(2))
+        assert _largest(layer, torch.ones(1, 1)).tolist() == [int(values.argmax())]
+
+
+def _without_bias(layer: Linear) -> Tiled:
+    assert isinstance(layer, Tiled)
+    layer._bias = None
+    return layer
+
+
+def _largest(layer: Tiled, rows: Tensor) -> Tensor:
+    jobs = Jobs(team_of(2))
+    found = layer.add_largest_to(jobs, rows)
+    jobs.run()
+    return found

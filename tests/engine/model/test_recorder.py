@@ -62,6 +62,9 @@ def test_every_family_equals_plain_torch(tmp_path: Path, variant: str) -> None:
         actual, expected = (_steps(runner, work, counts) for runner, work in zip(runners, works, strict=True))
         for one, other in zip(actual, expected, strict=True):
             assert relative_error(one, other) < RELATIVE_ERROR, counts
+    hidden = torch.randn(5, plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for model in (runners[0].model, plain):
+        assert torch.equal(model.largest(hidden), model.logits(hidden).argmax(-1))
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])

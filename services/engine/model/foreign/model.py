@@ -11,6 +11,7 @@ from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch
+from services.engine.largest import largest
 from services.engine.model.foreign.interface import PagedStep, computing
 
 
@@ -68,6 +69,10 @@ class ForeignModel:
         finally:
             self._body.given = None
         return logits
+
+    def largest(self, hidden: Tensor) -> Tensor:
+        """See Model."""
+        return largest(self.logits(hidden))
 
 
 class _Body(torch.nn.Module):

@@ -67,7 +67,7 @@ def _chunk(make_tile: MakeTile, block_bytes: int, number_bytes: int) -> Any:
     @part_of_kernel
     def multiply(job: Any, chunk: int) -> None:
         rows, scales, right, out = job[0], job[1], job[2], job[3]
-        num_rows, num_groups, num_panels, panels_a_chunk, factor = job[4], job[5], job[6], job[7], job[8]
+        num_rows, num_groups, num_panels, factor, panels_a_chunk = job[4], job[5], job[6], job[7], job[8]
         out_row = num_panels * LANES * 4
         panel, last = chunk * panels_a_chunk, min((chunk + 1) * panels_a_chunk, num_panels)
         while panel < last:

@@ -17,7 +17,7 @@ from services.engine.kernels.team import Team
 from services.engine.kernels.writer import LANES
 from services.engine.model.linear.block_kernels import MULTIPLY_BYTES, MULTIPLY_NIBBLES, QUANTISE_ROWS, TILE_PANELS
 from services.engine.model.linear.blocks import Blocks
-from services.engine.model.linear.tiled import Tiled
+from services.engine.model.linear.tiled import Product, Tiled
 
 
 class BlockLinear(Tiled):
@@ -36,8 +36,8 @@ class BlockLinear(Tiled):
         """See Tiled."""
         return self._tiles.nbytes
 
-    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
-        """See TeamLinear."""
+    def prepare(self, jobs: Jobs, rows: Tensor) -> Product:
+        """See Tiled."""
         num_rows = rows.shape[0]
         quantised = jobs.take(num_rows, self._num_groups * GROUP * self._activation_bytes, dtype=torch.int8)
         scales = jobs.take(num_rows, self._num_groups * SCALE_BYTES, dtype=torch.uint8)
@@ -45,10 +45,8 @@ class BlockLinear(Tiled):
         quantise = QUANTISE_ROWS[self._activation_bytes]
         jobs.add(quantise, -(-num_rows // size), rows, quantised, scales, num_rows, self.depth, size)
         out = self._empty(jobs, num_rows)
-        num_chunks, panels_a_chunk = self._chunks(num_rows)
-        shape = (num_rows, self._num_groups, self._num_panels, panels_a_chunk, self._factor)
-        jobs.add(self._kernel, num_chunks, quantised, scales, self._tiles, out, *shape)
-        return self._finished(jobs, out)
+        shape = (num_rows, self._num_groups, self._num_panels, self._factor)
+        return Product(self._kernel, out, (quantised, scales, self._tiles, out, *shape))
 
 
 def _in_tiles(blocks: Blocks, num_panels: int) -> Tensor:

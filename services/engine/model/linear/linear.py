@@ -29,6 +29,10 @@ class TeamLinear(Linear, Protocol):
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """Adds what computes the layer for rows (num_rows, in), contiguous: (num_rows, out), once the jobs have run."""
 
+    def add_largest_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """Adds what computes it and finds the column of each row's largest result, see engine/largest.py: (num_rows,)
+        int64, once the jobs have run. For a layer without a bias."""
+
 
 # Makes a layer of a weight (out, in) and a bias (out,) or none. Every linear layer of a model is made by one factory,
 # the head too; it may keep the weight in another form, so a weight that is also used otherwise (a tied embedding)

@@ -6,19 +6,33 @@ A row's result is bitwise the same whatever rows are beside it, and however many
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kernels.jobs import Jobs, rows_a_chunk
-from services.engine.kernels.team import Team
+from services.engine.kernels.team import Team, addresses
 from services.engine.kernels.writer import LANES
+from services.engine.model.linear.largest_kernels import choose, multiply_and_find
 from services.engine.model.linear.tiled_kernels import TILE_PANELS, finish_rows, multiply_floats
 
 # Chunks a thread: so many that one of them is not waited for long, but not so many that taking them costs. The first
 # one is usual, trial.py may find another one faster.
 SPLITS = (4, 2, 1)
+_FOUND_PANELS = 16 * TILE_PANELS  # of a chunk that is looked through: what 32 rows of it take stays in the second cache
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A job that multiplies, but for how its columns are split: that is the last of its arguments."""
+
+    kernel: int
+    out: Tensor  # (num_rows, all panels * LANES), once it has run
+    arguments: tuple[Any, ...]
 
 
 class BatchSize(Enum):
@@ -64,13 +78,32 @@ class Tiled(ABC):
         """Memory of the weight."""
 
     @abstractmethod
+    def prepare(self, jobs: Jobs, rows: Tensor) -> Product:
+        """What multiplies rows (num_rows, in), contiguous; what has to come before it is added to the jobs."""
+
     def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
         """See TeamLinear."""
+        product, panels = self.prepare(jobs, rows), self._panels_a_chunk[BatchSize.of(rows.shape[0])]
+        jobs.add(product.kernel, self._num_chunks(panels), *product.arguments, panels)
+        return self._finished(jobs, product.out)
 
-    def _chunks(self, num_rows: int) -> tuple[int, int]:
-        """Chunks, and panels of each."""
-        panels_a_chunk = self._panels_a_chunk[BatchSize.of(num_rows)]
-        return -(-self._num_panels // panels_a_chunk), panels_a_chunk
+    def add_largest_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
+        """See TeamLinear."""
+        if self._bias is not None:
+            raise ValueError("the largest is found before a bias would be added")
+        product, num_rows, num_chunks = self.prepare(jobs, rows), rows.shape[0], self._num_chunks(_FOUND_PANELS)
+        best, places = jobs.take(num_chunks, num_rows), jobs.take(num_chunks, num_rows, dtype=torch.int64)
+        chosen = jobs.take(num_rows, dtype=torch.int64)
+        columns = (product.out.shape[1], self.num_columns, _FOUND_PANELS * LANES)
+        inner = addresses(*product.arguments, _FOUND_PANELS)
+        arguments = (product.kernel, inner, product.out, best, places, num_rows, *columns)
+        jobs.add(multiply_and_find, num_chunks, *arguments)
+        jobs.keep(product.arguments)
+        jobs.add(choose, 1, best, places, chosen, num_chunks, num_rows)
+        return chosen
+
+    def _num_chunks(self, panels_a_chunk: int) -> int:
+        return -(-self._num_panels // panels_a_chunk)
 
     def _empty(self, jobs: Jobs, num_rows: int) -> Tensor:
         return jobs.take(num_rows, self._num_panels * LANES)
@@ -99,10 +132,8 @@ class TiledLinear(Tiled):
         """See Tiled."""
         return self._panels.nbytes
 
-    def add_to(self, jobs: Jobs, rows: Tensor) -> Tensor:
-        """See TeamLinear."""
+    def prepare(self, jobs: Jobs, rows: Tensor) -> Product:
+        """See Tiled."""
         out = self._empty(jobs, rows.shape[0])
-        num_chunks, panels_a_chunk = self._chunks(rows.shape[0])
-        shape = (rows.shape[0], self.depth, self._num_panels, panels_a_chunk)
-        jobs.add(multiply_floats, num_chunks, rows, self._panels, out, *shape)
-        return self._finished(jobs, out)
+        shape = (rows.shape[0], self.depth, self._num_panels)
+        return Product(multiply_floats, out, (rows, self._panels, out, *shape))
