@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Tables are as wide as a batch wants: no kernel more for a width, which would be compiled while requests wait.
+@triton.jit(do_not_specialize=["table_row"])
 def attend_piece(
     query, pool, table, contexts, rows, values, stats,
     scale, softcap, window,

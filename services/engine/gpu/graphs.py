@@ -64,20 +64,27 @@ class DecodeGraphs:
 
         Page 0 of the pool is written: nothing may be in use yet.
         """
-        began, free = time.monotonic(), _free_bytes(self.model.device)
+        device = self.model.device
+        began, free = time.monotonic(), _free_bytes(device)
+        stream, caller = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(caller)
         pool = torch.cuda.graph_pool_handle()
-        for size in self.sizes:
-            used = free - _free_bytes(self.model.device)
-            if time.monotonic() - began > CAPTURE_S or used > CAPTURE_BYTES:
-                _log.warning("no time or memory to capture more", extra={"fields": {"from_size": size}})
-                break
-            try:
-                self._graphs[size] = self._capture(size, pool)
-            except Exception as error:  # whatever a kernel refuses, the engine serves without the graph
-                fields = {"size": size, "why": f"{type(error).__name__}: {error}"}
-                _log.warning("decoding is not captured", extra={"fields": fields})
-                break
-        used = free - _free_bytes(self.model.device)
+        # One stream for all: libraries keep tens of MiB for each that they work on. A capture that fails leaves its
+        # stream the current one of this thread, which ends here.
+        with torch.cuda.stream(stream):
+            for size in self.sizes:
+                used = free - _free_bytes(device)
+                if time.monotonic() - began > CAPTURE_S or used > CAPTURE_BYTES:
+                    _log.warning("no time or memory to capture more", extra={"fields": {"from_size": size}})
+                    break
+                try:
+                    self._graphs[size] = self._capture(size, pool, stream)
+                except Exception as error:  # whatever a kernel refuses, the engine serves without the graph
+                    fields = {"size": size, "why": f"{type(error).__name__}: {error}"}
+                    _log.warning("decoding is not captured", extra={"fields": fields})
+                    break
+        caller.wait_stream(stream)
+        used = free - _free_bytes(device)
         fields = {
             "sizes": ",".join(map(str, self._graphs)),
             "seconds": round(time.monotonic() - began, 1),
@@ -111,17 +118,14 @@ class DecodeGraphs:
         inputs.contexts[:num_rows] = batch.contexts
         inputs.tables[:num_rows, : batch.block_tables.shape[1]] = batch.block_tables
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """On `stream`, which is the current one."""
         batch = self.static_batch(size)
-        stream = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                expected = self.logits(batch)
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        for _ in range(WARM_UPS):
+            expected = self.logits(batch)
         graph = torch.cuda.CUDAGraph()
         # Other threads of an engine (guides, metrics) may call CUDA meanwhile: only this one's calls are captured.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = self.logits(batch)
         graph.replay()
         difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

@@ -17,7 +17,6 @@ from services.engine.model.decoder import Decoder
 from services.engine.model.decoder_weights import read_decoder_weights
 from services.engine.model.errors import UnsupportedModel
 from services.engine.model.fetch import fetch_model
-from services.engine.model.gguf.convert import converted_folder
 from services.engine.model.json_fields import read_json
 from services.engine.model.linear.linear import DENSE, LinearMaker
 from services.engine.model.model import Model, ModelShape
@@ -74,7 +73,12 @@ def load_model(
 def model_folder(source: str | Path) -> Path:
     """The local transformers folder of a source. Raises ModelError."""
     path = fetch_model(source)
-    return path if path.is_dir() else converted_folder(path)
+    if path.is_dir():
+        return path
+    # Here, because reading GGUF takes 0.2 s to load and a package that not everybody has who has folders.
+    from services.engine.model.gguf.convert import converted_folder
+
+    return converted_folder(path)
 
 
 def _load_foreign(

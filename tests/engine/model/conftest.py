@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.model.fetch import fetch_model
-from services.engine.model.gguf.convert import converted_folder
-from services.engine.model.loader import LoadedModel, load_model
+from services.engine.model.loader import LoadedModel, load_model, model_folder
 from tests.models import make_tiny_llama
 
 
@@ -31,4 +29,4 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The default model, fetched and converted into the user's cache as any engine would."""
-    return converted_folder(fetch_model("smollm2-135m"))
+    return model_folder("smollm2-135m")

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# One kernel for any number of rows up to BLOCK_ROWS: each takes most of a second to compile.
+@triton.jit(do_not_specialize=["num_rows"])
 def multiply_few(
     rows, numbers, scales, bias, result,
     num_rows, row_stride,
@@ -47,7 +48,7 @@ def multiply_few(
         tl.store(result + piece.to(tl.int64) * num_rows * OUT + place, sums, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def add_sums(
     sums, scales, bias, result,
     num_rows,

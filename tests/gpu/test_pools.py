@@ -1,16 +1,23 @@
-"""On a real GPU: pools in its memory, copies within a service, and NCCL between two services that share it."""
+"""On a real GPU: pools in its memory, copies within a service, and NCCL between two services that share it.
+
+Apart from the service's other tests, which need a plugin of pytest that a Python with torch for a GPU may lack.
+"""
+
+# ruff: noqa: E402 - what is missing is found before it is imported.
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import pytest_asyncio
 import torch
 from numpy.typing import NDArray
+
+for name in ("google.rpc", "grpc_health", "grpc_reflection", "prometheus_client", "xxhash"):
+    pytest.importorskip(name)  # what a transfer service needs
 
 from services.rpc.cuda_driver import CudaDriver
 from services.rpc.pool_client import attach_pool
@@ -66,28 +73,32 @@ class TorchEngine(FakeEngine):
         return copied
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """One for all tests: grpc.aio drops events when a call ends after its loop was closed."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
+def stack(loop: asyncio.Runner) -> Iterator[ExitStack]:
+    """What a test opened, and closes in the reverse order."""
     with ExitStack() as stack:
         yield stack
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def ports(stack: ExitStack) -> AsyncIterator[list[GrpcPort]]:
-    """Ports that the test opened; closed after it."""
-    ports: list[GrpcPort] = []
-    yield ports
-    for port in ports:
-        await port.close()
+@pytest.fixture
+def start(loop: asyncio.Runner, stack: ExitStack) -> Callable[..., TorchEngine]:
+    """start(service, name, seed=...): an engine at a service."""
 
+    def start(service: ServiceProcess, name: str, *, seed: int | None = None) -> TorchEngine:
+        port = GrpcPort(service.address)
+        stack.callback(lambda: loop.run(port.close()))
+        engine = TorchEngine(port, name, SHAPE)
+        stack.callback(engine.close)
+        return loop.run(engine.start(seed=seed))
 
-async def _engine(
-    stack: ExitStack, ports: list[GrpcPort], service: ServiceProcess, name: str, *, seed: int | None = None
-) -> TorchEngine:
-    ports.append(GrpcPort(service.address))
-    engine = TorchEngine(ports[-1], name, SHAPE)
-    stack.callback(engine.close)
-    return await engine.start(seed=seed)
+    return start
 
 
 async def _move(sender: TorchEngine, receiver: TorchEngine, reservation: str) -> str:
@@ -107,16 +118,21 @@ async def _move(sender: TorchEngine, receiver: TorchEngine, reservation: str) ->
     return transport
 
 
-async def test_cuda_ipc(stack: ExitStack, ports: list[GrpcPort]) -> None:
+def test_cuda_ipc(loop: asyncio.Runner, stack: ExitStack, start: Callable[..., TorchEngine]) -> None:
     service = ServiceProcess("--cuda-device", "0")
     stack.callback(service.kill)
-    sender = await _engine(stack, ports, service, "p", seed=1)
-    receiver = await _engine(stack, ports, service, "d")
-    assert await _move(sender, receiver, "r") == "cuda_ipc"
+    sender, receiver = start(service, "p", seed=1), start(service, "d")
+    assert loop.run(_move(sender, receiver, "r")) == "cuda_ipc"
 
 
 @pytest.mark.parametrize("way", ["one_host", "two_hosts"])
-async def test_nccl(stack: ExitStack, ports: list[GrpcPort], monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_nccl(
+    loop: asyncio.Runner,
+    stack: ExitStack,
+    start: Callable[..., TorchEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
     """Two ranks on one GPU: as NCCL 2.30 allows where it is told to, or as two hosts that talk over sockets."""
     services = []
     for node in ("near", "far"):
@@ -127,9 +143,8 @@ async def test_nccl(stack: ExitStack, ports: list[GrpcPort], monkeypatch: pytest
         monkeypatch.setitem(process.ENVIRONMENT, "NCCL_SOCKET_IFNAME", "lo")
         services.append(ServiceProcess("--cuda-device", "0", "--nccl-library", "auto"))
         stack.callback(services[-1].kill)
-    sender = await _engine(stack, ports, services[0], "p", seed=1)
-    receiver = await _engine(stack, ports, services[1], "d")
+    sender, receiver = start(services[0], "p", seed=1), start(services[1], "d")
     # The second time over the same communicator.
     for reservation in ("r", "s"):
-        assert await _move(sender, receiver, reservation) == "nccl"
-        await receiver.revoke(reservation)
+        assert loop.run(_move(sender, receiver, reservation)) == "nccl"
+        loop.run(receiver.revoke(reservation))
