@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
-import pytest_asyncio
 from google.protobuf.message import Message
 from microserve.engine.v1 import engine_pb2 as engine
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
 from microserve.types.v1 import kv_pb2 as kv
 from microserve.types.v1 import sampling_pb2 as sampling
 
+from tests.contract.verbs import MAX_CONTEXT
 from tests.e2e.errors import failing
-from tests.e2e.suite import OWNER, Suite, generate, idle, prep_recv, start_suite, wait_for_load
+from tests.e2e.suite import OWNER, Suite, generate, idle, prep_recv, wait_for_load
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -23,13 +23,6 @@ pytestmark = pytest.mark.slow
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PROMPT = list(range(5, 45))
 NAN = float("nan")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
-    model: Path = make_tiny_llama(tmp_path_factory.mktemp("model"))
-    async with start_suite(model, policy=None, engine_options=["--max-context", "2048"]) as running:
-        yield running
 
 
 def start(**fields: object) -> engine.StartGenerateRequest:
@@ -52,8 +45,8 @@ BAD: dict[str, tuple[Message, str]] = {
     "token out of range": (start(prompt_token_ids=[5, 4_000_000]), "TOKEN_OUT_OF_RANGE"),
     "token out of range to receive": (prep(prompt_token_ids=[5, 2**32 - 1], end=1), "TOKEN_OUT_OF_RANGE"),
     "forced token out of range": (start(forced_token_ids=[4_000_000]), "TOKEN_OUT_OF_RANGE"),
-    "longer than the context": (start(prompt_token_ids=[5] * 2049), "PROMPT_TOO_LONG"),
-    "longer than the context to receive": (prep(prompt_token_ids=[5] * 2049, end=1), "PROMPT_TOO_LONG"),
+    "longer than the context": (start(prompt_token_ids=[5] * (MAX_CONTEXT + 1)), "PROMPT_TOO_LONG"),
+    "longer than the context to receive": (prep(prompt_token_ids=[5] * (MAX_CONTEXT + 1), end=1), "PROMPT_TOO_LONG"),
     "end beyond the prompt": (prep(end=41), "INVALID_RANGE"),
     "begin without a reservation": (start(begin=3), "INVALID_RANGE"),
     "more prompt than tokens": (start(prompt_token_count=41), "INVALID_RANGE"),
@@ -133,7 +126,7 @@ SPOILED: dict[str, tuple[Callable[[engine.RemoteSendRequest], object], grpc.Stat
 
 @pytest.mark.parametrize("name", SPOILED)
 async def test_spoiled_addresses(suite: Suite, name: str) -> None:
-    sender, receiver = suite.engines
+    sender, receiver = suite.engines[:2]
     change, code, reason = SPOILED[name]
     prepared = await prep_recv(suite, receiver, PROMPT, 30, cache_salt=name)
     request = engine.RemoteSendRequest(
@@ -173,6 +166,8 @@ async def test_an_engine_without_a_transfer_service(suite: Suite, tmp_path: Path
         await stub.PrepRecv(prep())
     reply = await stub.Complete(engine.CompleteRequest(start=sampled(max_tokens=3, ignore_eos=True)))
     assert len(reply.output.token_ids) == 3
+    process.terminate()
+    assert process.wait(60) == 0
 
 
 async def goes_on(suite: Suite) -> None:

@@ -13,6 +13,7 @@ from microserve.types.v1 import kv_pb2 as kv
 from tests.contract.verbs import (
     MAX_CONTEXT,
     PAGE_SIZE,
+    PAGES,
     SMALL_CONTEXT,
     SMALL_PAGES,
     VOCAB,
@@ -65,7 +66,7 @@ async def test_get_info(suite: Suite) -> None:
     assert [info.engine_name for info in infos] == ["engine-0", "engine-1", "engine-2"]
     assert len({info.incarnation for info in infos}) == 3
     assert len({(info.model_digest, info.tokenizer_digest, info.model) for info in infos}) == 1
-    assert [info.page_count for info in infos] == [600, 600, SMALL_PAGES]
+    assert [info.page_count for info in infos] == [PAGES, PAGES, SMALL_PAGES]
     assert [info.max_context_length for info in infos] == [MAX_CONTEXT, MAX_CONTEXT, SMALL_CONTEXT]
     assert [dict(info.labels) for info in infos] == [{"zone": "a"}, {"zone": "a"}, {}]
     for info in infos:
@@ -108,7 +109,7 @@ async def test_watch_load_speaks_at_once_and_at_every_change(suite: Suite) -> No
     request.min_interval.FromMilliseconds(10)
     call = at.stub.WatchLoad(request, timeout=120)
     first = await asyncio.wait_for(call.read(), 60)
-    assert first.pages.total == 600
+    assert first.pages.total == PAGES
     assert not first.draining
     seen = [first]
 

@@ -104,7 +104,7 @@ async def test_prep_recv_is_refused_when_no_pages_come(suite: Suite) -> None:
 # --- abort ------------------------------------------------------------------------------------------------------
 
 
-async def test_abort_ends_reservations_and_generations(suite: Suite, steps: StepGate) -> None:
+async def test_abort_ends_reservations_and_generations(suite: Suite, gates: tuple[StepGate, StepGate]) -> None:
     at, prompt = suite.engines[1], prompt_of(50, 400)
     request = pb.PrepRecvRequest(owner_id=OWNER, request_id="aborted", prompt_token_ids=prompt, end=50)
     prepared = await at.stub.PrepRecv(request)
@@ -116,7 +116,7 @@ async def test_abort_ends_reservations_and_generations(suite: Suite, steps: Step
         await remote_send(suite, suite.engines[0], prompt, prepared.address)
     start = pb.StartGenerateRequest(owner_id=OWNER, request_id="running", prompt_token_ids=prompt)
     start.sampling.max_tokens, start.sampling.ignore_eos = 1900, True
-    with steps.closed() as gate:
+    with gates[1].closed() as gate:
         call = at.stub.StartGenerate(start, timeout=60)
         assert (await gate.until(call.read())).token_ids
         aborting = asyncio.ensure_future(abort(at, "running"))

@@ -14,12 +14,14 @@ from tests.e2e.suite import (
     Suite,
 )
 
-VOCAB, MAX_CONTEXT, PAGE_SIZE = 512, 2048, 16
+VOCAB, MAX_CONTEXT, PAGE_SIZE = 512, 4096, 16
+# Of the two large engines: nothing that any test computes is ever evicted.
+PAGES = 5000
 # A longest prompt takes 8 pages of the small engine, so reservations may have 16 of its 24.
 SMALL_PAGES, SMALL_CONTEXT = 24, 128
 
 
-def prompt_of(length: int, seed: int) -> list[int]:
+def prompt_of(length: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, VOCAB) for _ in range(length)]
 
