@@ -139,11 +139,17 @@ class StatsCollector(Collector):
         speeds = GaugeMetricFamily(
             f"{prefix}_link_bytes_per_second", "Speed as probed.", labels=["endpoint", "transport", "chosen"]
         )
+        # Also of what is not probed, and so has no speed.
+        in_use = GaugeMetricFamily(
+            f"{prefix}_link_transport", "1 for the one in use.", labels=["endpoint", "transport"]
+        )
         for link in stats.links:
             fallbacks.add_metric([link.peer.endpoint], link.fallbacks)
+            if link.transport:
+                in_use.add_metric([link.peer.endpoint, link.transport], 1)
             for name, speed in tuple(link.bytes_per_second.items()):
                 speeds.add_metric([link.peer.endpoint, name, str(name == link.transport).lower()], speed)
-        yield from (fallbacks, speeds)
+        yield from (fallbacks, in_use, speeds)
         pools = GaugeMetricFamily(f"{prefix}_pool_bytes", "Bytes of a pool.", labels=["engine", "attached"])
         grants = GaugeMetricFamily(f"{prefix}_open_grants", "Grants open or draining.", labels=["engine"])
         live = GaugeMetricFamily(f"{prefix}_live_pushes", "Pushes under way.", labels=["engine"])

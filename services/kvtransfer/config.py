@@ -89,8 +89,8 @@ class KvTransferConfig(ServerConfig):
             raise ValueError("--cuda-device counts from 0")
         if self.nccl_library is not None and self.cuda_device is None:
             raise ValueError("--nccl-library needs --cuda-device")
-        if self.checksums and (self.cuda_device is not None or self.nixl_devices is not None):
-            raise ValueError("--checksums covers shm and tcp only: leave out --cuda-device and --nixl-devices, or it")
+        if self.checksums and self.cuda_device is not None:
+            raise ValueError("--checksums covers pools in host memory only: leave out --cuda-device, or it")
         if self.nccl_timeout_s <= 0:
             raise ValueError("--nccl-timeout-s is more than 0")
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):

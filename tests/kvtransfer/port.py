@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.peer_client import PeerClient
@@ -53,7 +54,8 @@ class DirectPort:
 
     def __init__(self, **options: Any) -> None:
         endpoint = f"direct-{next(_serial)}:1"
-        self.service = KvTransfer(KvTransferConfig(**options), lambda: endpoint, _ask)
+        self.registry = CollectorRegistry()
+        self.service = KvTransfer(KvTransferConfig(**options), lambda: endpoint, _ask, self.registry)
         self._servicer = KvTransferServicer(self.service)
         _direct[endpoint] = self.service
 

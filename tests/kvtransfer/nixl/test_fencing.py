@@ -16,9 +16,19 @@ from services.kvtransfer.convert import to_address
 from services.kvtransfer.landing import Claim
 from services.kvtransfer.transports.nixl.library import ReadState, Span
 from services.kvtransfer.transports.nixl.source import Offer
+from services.kvtransfer.transports.pull.checksums import layer_checksums
 from services.kvtransfer.transports.pull.fetching import SourcePool
 from services.kvtransfer.transports.pull.puller import PullState
-from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.kvtransfer.transports.pull.session import (
+    Answer,
+    Checksums,
+    Finished,
+    Last,
+    Opened,
+    PullOpen,
+    Ready,
+    Said,
+)
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from tests.kvtransfer.engine import FakeEngine
@@ -216,6 +226,65 @@ async def test_finish_before_the_last_layer_commits_nothing(scene: Scene) -> Non
     pull = scene.pull(await scene.opening())
     pull.say(Ready(2))
     await pull.layers(2)
+    pull.say(Last.FINISH)
+    assert await pull.fails() == "INVALID_REQUEST"
+
+
+def sums(scene: Scene, opening: PullOpen) -> tuple[int, ...]:
+    """What an honest sender says."""
+    layout, shape = opening.source.layout, scene.sender.shape
+    pages = scene.sender.memory.reshape(shape.layers, shape.pages, layout.layer_page_bytes)
+    return layer_checksums(pages, layout, opening.source_page_ids, opening.part)
+
+
+@pytest.mark.parametrize("part", [TokenRange(0, 8), TokenRange(1, 7), TokenRange(2, 3)])
+async def test_checksums_of_what_arrived_whole(scene: Scene, part: TokenRange) -> None:
+    pages = PAGES[: len(part.page_indices(4))]
+    opening = await scene.opening(part=part, claim=Claim(part, 1, "w"), source_page_ids=tuple(pages), checksums=True)
+    pull = scene.pull(opening)
+    await pull.until(Opened(committed=False, checksums=True))
+    pull.say(Ready(3))
+    await pull.layers(3)
+    pull.say(Checksums(sums(scene, opening)))
+    pull.say(Last.FINISH)
+    await pull.task
+    assert pull.answers[-1] == Finished(committed=True)
+
+
+async def test_a_byte_that_arrives_otherwise_is_data_loss_and_nothing_counts(scene: Scene) -> None:
+    opening = await scene.opening(checksums=True)
+    honest = sums(scene, opening)
+    pull = scene.pull(opening)
+    pull.say(Ready(2))
+    await pull.layers(2)
+    scene.sender.memory[-1::-64] ^= 1  # after two layers were fetched
+    pull.say(Ready(3))
+    await pull.layers(3)
+    pull.say(Checksums(honest))
+    pull.say(Last.FINISH)
+    assert await pull.fails() == "CHECKSUM_MISMATCH"
+    # The attempt is over: nobody is in the way of another sender, who writes all of it again.
+    again = dataclasses.replace(opening, claim=Claim(opening.part, 1, "x"))
+    assert await scene.pull(again).fails() == "ATTEMPT_SUPERSEDED"
+    again = dataclasses.replace(opening, claim=Claim(opening.part, 2, "x"))
+    other = scene.pull(again)
+    await other.until(Opened(committed=False, checksums=True))
+    other.say(Ready(3))
+    await other.layers(3)
+    other.say(Checksums(sums(scene, again)))
+    other.say(Last.FINISH)
+    await other.task
+    assert other.answers[-1] == Finished(committed=True)
+    np.testing.assert_array_equal(scene.receiver.memory, scene.moved())
+
+
+@pytest.mark.parametrize("told", [None, (), (1, 2)], ids=["none", "empty", "too_few"])
+async def test_who_does_not_tell_checksums_commits_nothing(scene: Scene, told: tuple[int, ...] | None) -> None:
+    pull = scene.pull(await scene.opening(checksums=True))
+    pull.say(Ready(3))
+    await pull.layers(3)
+    if told is not None:
+        pull.say(Checksums(told))
     pull.say(Last.FINISH)
     assert await pull.fails() == "INVALID_REQUEST"
 

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
+import xxhash
 
 from services.kvtransfer.errors import NotDrained, NoTransport, PeerLost, TransportFailed
 from services.kvtransfer.landing import Claim
@@ -15,8 +17,18 @@ from services.kvtransfer.transports.base import Peer, PutProgress, PutRequest, U
 from services.kvtransfer.transports.pull import lane as lane_module
 from services.kvtransfer.transports.pull.fetching import Extent, Fetch
 from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
+from services.kvtransfer.transports.pull.probing import make_probe_memory
 from services.kvtransfer.transports.pull.puller import PullState
-from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.kvtransfer.transports.pull.session import (
+    Answer,
+    Checksums,
+    Finished,
+    Last,
+    Opened,
+    PullOpen,
+    Ready,
+    Said,
+)
 from services.protocol.address import KvAddress
 from services.protocol.errors import Code, ServiceError
 from services.protocol.extents import ModelPart
@@ -133,6 +145,25 @@ async def test_a_put_from_open_to_close() -> None:
     await lane.close()
     assert (lane.num_bytes, lane.busy_s, side.serving) == (64, 0.5, 0)
     assert receiver.heard == [Ready(2), Last.FINISH]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_checksums_are_told_before_the_last_word_if_the_receiver_asks(wanted: bool) -> None:
+    """Of the tokens of the push: here those after the first of a page, keys before values."""
+    memory, part = make_probe_memory(), TokenRange(1, 4)
+    layout, (page,) = memory.shape.layout, memory.pages[:, 3]
+    page[:] = np.random.default_rng(1).integers(0, 255, page.size, np.uint8)
+    tokens = page.reshape(2, layout.page_size, -1)[:, part.begin : part.end]
+    receiver = Receiver(Opened(committed=False, checksums=wanted))
+    request = PutRequest(THERE, memory, (3,), part, ADDRESS, Claim(part, 1, "w"))
+    lane = await _transport(receiver).open(request, lambda: None)
+    assert isinstance(lane, PullLane)
+    assert await lane.finish()
+    told = [Checksums((xxhash.xxh3_64_intdigest(tokens.tobytes()),))] if wanted else []
+    assert receiver.heard == [*told, Last.FINISH]
+    await lane.close()
+    assert memory.memory is not None
+    memory.memory.close()
 
 
 async def test_what_is_asked_for_is_sent_from_the_pushs_own_pages() -> None:

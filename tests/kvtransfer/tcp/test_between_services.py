@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 import threading
@@ -145,6 +146,34 @@ async def test_what_is_shown_of_a_link() -> None:
         (link,) = (await sender.port.call("GetStats", pb.GetStatsRequest())).links
         assert (link.transport, link.epoch, link.endpoint) == ("tcp", receiver.epoch, receiver.endpoint)
         assert [speed.transport for speed in link.speeds] == ["tcp"]
+
+
+async def test_the_choice_and_a_fallback_are_in_stats_log_and_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="services.kvtransfer.links")
+    async with pair({}, {}) as (sender, receiver):
+        endpoint, registry = receiver.endpoint, sender.port.registry  # type: ignore[attr-defined]
+
+        def shown(metric: str, **labels: str) -> float | None:
+            return registry.get_sample_value(f"microserve_kvtransfer_{metric}", {"endpoint": endpoint, **labels})
+
+        def logged(message: str) -> list[dict[str, str]]:
+            return [record.fields for record in caplog.records if record.message == message]  # type: ignore[attr-defined]
+
+        await moves(sender, receiver)
+        assert shown("link_transport", transport="tcp") == 1
+        assert shown("link_bytes_per_second", transport="tcp", chosen="true")
+        assert shown("fallbacks_total") == 0
+        assert logged("transport chosen") == [{"endpoint": endpoint, "transport": "tcp"}]
+        address = await receiver.grant("r2", 0, 8, [4, 5])
+        await receiver.port.close()
+        reason = ""
+        while reason != "TRANSPORT_FAILED":  # the first push may find the connection as it was
+            with pytest.raises(ServiceError) as caught:
+                await sender.push(sender.order(address, 0, 8, [1, 2], attempt=2)).done()
+            reason = caught.value.reason
+        (link,) = (await sender.port.call("GetStats", pb.GetStatsRequest())).links
+        assert link.fallback_count == shown("fallbacks_total") == len(logged("transport failed")) > 0
+        assert link.last_fallback.startswith("tcp: ")
 
 
 @pytest.mark.parametrize("side", ["kv-out", "kv-in"])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from microserve.types.v1 import kv_pb2 as microserve_dot_types_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#microserve/kvtransfer/v1/peer.proto\x12\x18microserve.kvtransfer.v1\x1a\x1cmicroserve/types/v1/kv.proto\"\xd4\x02\n\x08PullOpen\x12.\n\x06target\x18\x01 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x36\n\rattempt_range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12.\n\x05range\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x36\n\rsource_layout\x18\x06 \x01(\x0b\x32\x1f.microserve.types.v1.PageLayout\x12\x19\n\x11source_page_count\x18\x07 \x01(\r\x12\x17\n\x0fsource_page_ids\x18\x08 \x03(\r\x12\x11\n\ttransport\x18\t \x01(\t\x12\r\n\x05offer\x18\n \x01(\x0c\"\x1e\n\tPullReady\x12\x11\n\tlayer_end\x18\x01 \x01(\r\"\x0c\n\nPullFinish\"\x0b\n\tPullLeave\"\xed\x01\n\x0bPullRequest\x12\x32\n\x04open\x18\x01 \x01(\x0b\x32\".microserve.kvtransfer.v1.PullOpenH\x00\x12\x34\n\x05ready\x18\x02 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullReadyH\x00\x12\x36\n\x06\x66inish\x18\x03 \x01(\x0b\x32$.microserve.kvtransfer.v1.PullFinishH\x00\x12\x34\n\x05leave\x18\x04 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullLeaveH\x00\x42\x06\n\x04kind\"\x1f\n\nPullOpened\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"C\n\x0cPullProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x03 \x01(\x04\"J\n\tPullFetch\x12\r\n\x05layer\x18\x01 \x01(\r\x12.\n\x05range\x18\x02 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\"!\n\x0cPullFinished\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"\xfc\x01\n\x0cPullResponse\x12\x36\n\x06opened\x18\x01 \x01(\x0b\x32$.microserve.kvtransfer.v1.PullOpenedH\x00\x12:\n\x08progress\x18\x02 \x01(\x0b\x32&.microserve.kvtransfer.v1.PullProgressH\x00\x12:\n\x08\x66inished\x18\x03 \x01(\x0b\x32&.microserve.kvtransfer.v1.PullFinishedH\x00\x12\x34\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullFetchH\x00\x42\x06\n\x04kind\"\x9c\x01\n\x0e\x45ndPullRequest\x12.\n\x06target\x18\x01 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x36\n\rattempt_range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x04 \x01(\t\"$\n\x0f\x45ndPullResponse\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"4\n\x10ProbePullRequest\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05offer\x18\x02 \x01(\x0c\"6\n\x11ProbePullResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x12\n\nelapsed_us\x18\x02 \x01(\x04\x32\xb0\x02\n\rKvPeerService\x12Y\n\x04Pull\x12%.microserve.kvtransfer.v1.PullRequest\x1a&.microserve.kvtransfer.v1.PullResponse(\x01\x30\x01\x12^\n\x07\x45ndPull\x12(.microserve.kvtransfer.v1.EndPullRequest\x1a).microserve.kvtransfer.v1.EndPullResponse\x12\x64\n\tProbePull\x12*.microserve.kvtransfer.v1.ProbePullRequest\x1a+.microserve.kvtransfer.v1.ProbePullResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#microserve/kvtransfer/v1/peer.proto\x12\x18microserve.kvtransfer.v1\x1a\x1cmicroserve/types/v1/kv.proto\"\xe7\x02\n\x08PullOpen\x12.\n\x06target\x18\x01 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x36\n\rattempt_range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12.\n\x05range\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x36\n\rsource_layout\x18\x06 \x01(\x0b\x32\x1f.microserve.types.v1.PageLayout\x12\x19\n\x11source_page_count\x18\x07 \x01(\r\x12\x17\n\x0fsource_page_ids\x18\x08 \x03(\r\x12\x11\n\ttransport\x18\t \x01(\t\x12\r\n\x05offer\x18\n \x01(\x0c\x12\x11\n\tchecksums\x18\x0b \x01(\x08\"\x1e\n\tPullReady\x12\x11\n\tlayer_end\x18\x01 \x01(\r\"\x1f\n\rPullChecksums\x12\x0e\n\x06layers\x18\x01 \x03(\x06\"\x0c\n\nPullFinish\"\x0b\n\tPullLeave\"\xab\x02\n\x0bPullRequest\x12\x32\n\x04open\x18\x01 \x01(\x0b\x32\".microserve.kvtransfer.v1.PullOpenH\x00\x12\x34\n\x05ready\x18\x02 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullReadyH\x00\x12\x36\n\x06\x66inish\x18\x03 \x01(\x0b\x32$.microserve.kvtransfer.v1.PullFinishH\x00\x12\x34\n\x05leave\x18\x04 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullLeaveH\x00\x12<\n\tchecksums\x18\x05 \x01(\x0b\x32\'.microserve.kvtransfer.v1.PullChecksumsH\x00\x42\x06\n\x04kind\"2\n\nPullOpened\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x11\n\tchecksums\x18\x02 \x01(\x08\"C\n\x0cPullProgress\x12\x13\n\x0blayers_done\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x03 \x01(\x04\"J\n\tPullFetch\x12\r\n\x05layer\x18\x01 \x01(\r\x12.\n\x05range\x18\x02 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\"!\n\x0cPullFinished\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"\xfc\x01\n\x0cPullResponse\x12\x36\n\x06opened\x18\x01 \x01(\x0b\x32$.microserve.kvtransfer.v1.PullOpenedH\x00\x12:\n\x08progress\x18\x02 \x01(\x0b\x32&.microserve.kvtransfer.v1.PullProgressH\x00\x12:\n\x08\x66inished\x18\x03 \x01(\x0b\x32&.microserve.kvtransfer.v1.PullFinishedH\x00\x12\x34\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32#.microserve.kvtransfer.v1.PullFetchH\x00\x42\x06\n\x04kind\"\x9c\x01\n\x0e\x45ndPullRequest\x12.\n\x06target\x18\x01 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x36\n\rattempt_range\x18\x03 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x04 \x01(\t\"$\n\x0f\x45ndPullResponse\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"4\n\x10ProbePullRequest\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05offer\x18\x02 \x01(\x0c\"6\n\x11ProbePullResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x12\n\nelapsed_us\x18\x02 \x01(\x04\x32\xb0\x02\n\rKvPeerService\x12Y\n\x04Pull\x12%.microserve.kvtransfer.v1.PullRequest\x1a&.microserve.kvtransfer.v1.PullResponse(\x01\x30\x01\x12^\n\x07\x45ndPull\x12(.microserve.kvtransfer.v1.EndPullRequest\x1a).microserve.kvtransfer.v1.EndPullResponse\x12\x64\n\tProbePull\x12*.microserve.kvtransfer.v1.ProbePullRequest\x1a+.microserve.kvtransfer.v1.ProbePullResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,33 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'microserve.kvtransfer.v1.pe
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PULLOPEN']._serialized_start=96
-  _globals['_PULLOPEN']._serialized_end=436
-  _globals['_PULLREADY']._serialized_start=438
-  _globals['_PULLREADY']._serialized_end=468
-  _globals['_PULLFINISH']._serialized_start=470
-  _globals['_PULLFINISH']._serialized_end=482
-  _globals['_PULLLEAVE']._serialized_start=484
-  _globals['_PULLLEAVE']._serialized_end=495
-  _globals['_PULLREQUEST']._serialized_start=498
-  _globals['_PULLREQUEST']._serialized_end=735
-  _globals['_PULLOPENED']._serialized_start=737
-  _globals['_PULLOPENED']._serialized_end=768
-  _globals['_PULLPROGRESS']._serialized_start=770
-  _globals['_PULLPROGRESS']._serialized_end=837
-  _globals['_PULLFETCH']._serialized_start=839
-  _globals['_PULLFETCH']._serialized_end=913
-  _globals['_PULLFINISHED']._serialized_start=915
-  _globals['_PULLFINISHED']._serialized_end=948
-  _globals['_PULLRESPONSE']._serialized_start=951
-  _globals['_PULLRESPONSE']._serialized_end=1203
-  _globals['_ENDPULLREQUEST']._serialized_start=1206
-  _globals['_ENDPULLREQUEST']._serialized_end=1362
-  _globals['_ENDPULLRESPONSE']._serialized_start=1364
-  _globals['_ENDPULLRESPONSE']._serialized_end=1400
-  _globals['_PROBEPULLREQUEST']._serialized_start=1402
-  _globals['_PROBEPULLREQUEST']._serialized_end=1454
-  _globals['_PROBEPULLRESPONSE']._serialized_start=1456
-  _globals['_PROBEPULLRESPONSE']._serialized_end=1510
-  _globals['_KVPEERSERVICE']._serialized_start=1513
-  _globals['_KVPEERSERVICE']._serialized_end=1817
+  _globals['_PULLOPEN']._serialized_end=455
+  _globals['_PULLREADY']._serialized_start=457
+  _globals['_PULLREADY']._serialized_end=487
+  _globals['_PULLCHECKSUMS']._serialized_start=489
+  _globals['_PULLCHECKSUMS']._serialized_end=520
+  _globals['_PULLFINISH']._serialized_start=522
+  _globals['_PULLFINISH']._serialized_end=534
+  _globals['_PULLLEAVE']._serialized_start=536
+  _globals['_PULLLEAVE']._serialized_end=547
+  _globals['_PULLREQUEST']._serialized_start=550
+  _globals['_PULLREQUEST']._serialized_end=849
+  _globals['_PULLOPENED']._serialized_start=851
+  _globals['_PULLOPENED']._serialized_end=901
+  _globals['_PULLPROGRESS']._serialized_start=903
+  _globals['_PULLPROGRESS']._serialized_end=970
+  _globals['_PULLFETCH']._serialized_start=972
+  _globals['_PULLFETCH']._serialized_end=1046
+  _globals['_PULLFINISHED']._serialized_start=1048
+  _globals['_PULLFINISHED']._serialized_end=1081
+  _globals['_PULLRESPONSE']._serialized_start=1084
+  _globals['_PULLRESPONSE']._serialized_end=1336
+  _globals['_ENDPULLREQUEST']._serialized_start=1339
+  _globals['_ENDPULLREQUEST']._serialized_end=1495
+  _globals['_ENDPULLRESPONSE']._serialized_start=1497
+  _globals['_ENDPULLRESPONSE']._serialized_end=1533
+  _globals['_PROBEPULLREQUEST']._serialized_start=1535
+  _globals['_PROBEPULLREQUEST']._serialized_end=1587
+  _globals['_PROBEPULLRESPONSE']._serialized_start=1589
+  _globals['_PROBEPULLRESPONSE']._serialized_end=1643
+  _globals['_KVPEERSERVICE']._serialized_start=1646
+  _globals['_KVPEERSERVICE']._serialized_end=1950
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,7 @@ class PullOpen(_message.Message):
     SOURCE_PAGE_IDS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the attempt."""
     writer_id: _builtins.str
@@ -45,6 +46,8 @@ class PullOpen(_message.Message):
     """Transport, for instance nixl."""
     offer: _builtins.bytes
     """What that transport must know to reach the sender's pool; its own format."""
+    checksums: _builtins.bool
+    """Whether the sender wants the bytes checked end to end."""
     @_builtins.property
     def target(self) -> _kv_pb2.KvAddress:
         """Where to, with the right to write."""
@@ -78,10 +81,11 @@ class PullOpen(_message.Message):
         source_page_ids: _abc.Iterable[_builtins.int] | None = ...,
         transport: _builtins.str = ...,
         offer: _builtins.bytes = ...,
+        checksums: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_range", b"attempt_range", "range", b"range", "source_layout", b"source_layout", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempt_range", b"attempt_range", "offer", b"offer", "range", b"range", "source_layout", b"source_layout", "source_page_count", b"source_page_count", "source_page_ids", b"source_page_ids", "target", b"target", "transport", b"transport", "writer_id", b"writer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempt_range", b"attempt_range", "checksums", b"checksums", "offer", b"offer", "range", b"range", "source_layout", b"source_layout", "source_page_count", b"source_page_count", "source_page_ids", b"source_page_ids", "target", b"target", "transport", b"transport", "writer_id", b"writer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -108,6 +112,32 @@ class PullReady(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullReady: _TypeAlias = PullReady  # noqa: Y015
+
+@_typing.final
+class PullChecksums(_message.Message):
+    """PullChecksums says what must have arrived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """XXH3 (64 bits) of the tokens of the push in every layer as they lie in the sender's pages: page by page in token
+        order, of a page that is sent in part the keys and then the values of each head.
+        """
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullChecksums: _TypeAlias = PullChecksums  # noqa: Y015
 
 @_typing.final
 class PullFinish(_message.Message):
@@ -153,6 +183,7 @@ class PullRequest(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___PullOpen:
         """First, and only then."""
@@ -169,6 +200,10 @@ class PullRequest(_message.Message):
     def leave(self) -> Global___PullLeave:
         """Last."""
 
+    @_builtins.property
+    def checksums(self) -> Global___PullChecksums:
+        """Before `finish`, if `opened` asked for it."""
+
     def __init__(
         self,
         *,
@@ -176,12 +211,13 @@ class PullRequest(_message.Message):
         ready: Global___PullReady | None = ...,
         finish: Global___PullFinish | None = ...,
         leave: Global___PullLeave | None = ...,
+        checksums: Global___PullChecksums | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "kind", b"kind", "leave", b"leave", "open", b"open", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "finish", b"finish", "kind", b"kind", "leave", b"leave", "open", b"open", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "kind", b"kind", "leave", b"leave", "open", b"open", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "finish", b"finish", "kind", b"kind", "leave", b"leave", "open", b"open", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "ready", "finish", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "ready", "finish", "leave", "checksums"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -194,16 +230,20 @@ class PullOpened(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMITTED_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
     committed: _builtins.bool
     """The whole range of the attempt is committed already; the stream ends."""
+    checksums: _builtins.bool
+    """Whether `finish` must be preceded by `checksums`: one of both sides wants the bytes checked."""
     def __init__(
         self,
         *,
         committed: _builtins.bool = ...,
+        checksums: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "committed", b"committed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

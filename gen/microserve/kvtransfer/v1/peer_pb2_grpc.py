@@ -75,7 +75,7 @@ class KvPeerServiceServicer:
         LAYOUT_MISMATCH, RANGE_OVERLAPS; NO_TRANSPORT: the receiver does not offer that transport.
         PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED,
         RESERVATION_GONE. UNAVAILABLE: NOT_DRAINED; TRANSPORT_FAILED: the source cannot be reached, nothing was opened; PEER_LOST: the bytes could not be fetched. DEADLINE_EXCEEDED
-        (PUSH_STALLED): the sender said nothing for too long.
+        (PUSH_STALLED): the sender said nothing for too long. DATA_LOSS (CHECKSUM_MISMATCH): nothing counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,7 @@ class KvPeerServiceStub:
     LAYOUT_MISMATCH, RANGE_OVERLAPS; NO_TRANSPORT: the receiver does not offer that transport.
     PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED,
     RESERVATION_GONE. UNAVAILABLE: NOT_DRAINED; TRANSPORT_FAILED: the source cannot be reached, nothing was opened; PEER_LOST: the bytes could not be fetched. DEADLINE_EXCEEDED
-    (PUSH_STALLED): the sender said nothing for too long.
+    (PUSH_STALLED): the sender said nothing for too long. DATA_LOSS (CHECKSUM_MISMATCH): nothing counts.
     """
     EndPull: _grpc.UnaryUnaryMultiCallable[_peer_pb2.EndPullRequest, _peer_pb2.EndPullResponse]
     """EndPull gives an attempt up, as KvTransferService.EndAttempt does at the sender's service."""
@@ -83,7 +83,7 @@ class KvPeerServiceAsyncStub(KvPeerServiceStub):
     LAYOUT_MISMATCH, RANGE_OVERLAPS; NO_TRANSPORT: the receiver does not offer that transport.
     PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED,
     RESERVATION_GONE. UNAVAILABLE: NOT_DRAINED; TRANSPORT_FAILED: the source cannot be reached, nothing was opened; PEER_LOST: the bytes could not be fetched. DEADLINE_EXCEEDED
-    (PUSH_STALLED): the sender said nothing for too long.
+    (PUSH_STALLED): the sender said nothing for too long. DATA_LOSS (CHECKSUM_MISMATCH): nothing counts.
     """
     EndPull: _aio.UnaryUnaryMultiCallable[_peer_pb2.EndPullRequest, _peer_pb2.EndPullResponse]  # type: ignore[assignment]
     """EndPull gives an attempt up, as KvTransferService.EndAttempt does at the sender's service."""
@@ -120,7 +120,7 @@ class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
         LAYOUT_MISMATCH, RANGE_OVERLAPS; NO_TRANSPORT: the receiver does not offer that transport.
         PERMISSION_DENIED (WRONG_SECRET). OUT_OF_RANGE (OUTSIDE_WINDOW). ABORTED: ATTEMPT_SUPERSEDED,
         RESERVATION_GONE. UNAVAILABLE: NOT_DRAINED; TRANSPORT_FAILED: the source cannot be reached, nothing was opened; PEER_LOST: the bytes could not be fetched. DEADLINE_EXCEEDED
-        (PUSH_STALLED): the sender said nothing for too long.
+        (PUSH_STALLED): the sender said nothing for too long. DATA_LOSS (CHECKSUM_MISMATCH): nothing counts.
         """
 
     @_abc_1.abstractmethod

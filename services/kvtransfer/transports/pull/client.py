@@ -16,7 +16,16 @@ from services.kvtransfer.landing import Claim
 from services.kvtransfer.transports.pull.fetching import Fetch
 from services.kvtransfer.transports.pull.probing import PROBE_TIMEOUT_S
 from services.kvtransfer.transports.pull.puller import PullState
-from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.kvtransfer.transports.pull.session import (
+    Answer,
+    Checksums,
+    Finished,
+    Last,
+    Opened,
+    PullOpen,
+    Ready,
+    Said,
+)
 from services.protocol.address import KvAddress
 from services.protocol.errors import ProtocolError, ServiceError
 from services.rpc.channel import ClientTls, make_channel
@@ -125,11 +134,14 @@ async def _requests(opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenera
             source_page_ids=opening.source_page_ids,
             transport=opening.transport,
             offer=opening.source.offer,
+            checksums=opening.checksums,
         )
     )
     async for word in said:
         if isinstance(word, Ready):
             yield pb.PullRequest(ready=pb.PullReady(layer_end=word.layer_end))
+        elif isinstance(word, Checksums):
+            yield pb.PullRequest(checksums=pb.PullChecksums(layers=word.layers))
         elif word is Last.FINISH:
             yield pb.PullRequest(finish=pb.PullFinish())
         else:
@@ -139,7 +151,7 @@ async def _requests(opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenera
 def _answer(response: pb.PullResponse) -> Answer:
     match response.WhichOneof("kind"):
         case "opened":
-            return Opened(response.opened.committed)
+            return Opened(response.opened.committed, response.opened.checksums)
         case "fetch":
             return Fetch(response.fetch.layer, to_range(response.fetch.range))
         case "finished":

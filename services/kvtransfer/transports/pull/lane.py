@@ -13,9 +13,19 @@ from services.kvtransfer.landing import Claim
 from services.kvtransfer.plan import PageTable, plan_pieces
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
+from services.kvtransfer.transports.pull.checksums import layer_checksums
 from services.kvtransfer.transports.pull.fetching import Fetch, Served, SourcePool, SourceSide, extents_of
 from services.kvtransfer.transports.pull.puller import PullState
-from services.kvtransfer.transports.pull.session import Answer, Finished, Last, Opened, PullOpen, Ready, Said
+from services.kvtransfer.transports.pull.session import (
+    Answer,
+    Checksums,
+    Finished,
+    Last,
+    Opened,
+    PullOpen,
+    Ready,
+    Said,
+)
 from services.protocol.address import KvAddress
 from services.protocol.errors import ServiceError
 from services.protocol.grants import AlreadyCommitted
@@ -45,15 +55,24 @@ class PullTransport:
     """A Transport whose receiving service fetches the bytes."""
 
     def __init__(
-        self, side: SourceSide, caller: PullCaller, epoch: bytes, offer: str, probe_memory: Pool | None = None
+        self,
+        side: SourceSide,
+        caller: PullCaller,
+        epoch: bytes,
+        offer: str,
+        probe_memory: Pool | None = None,
+        *,
+        checksums: bool = False,
     ) -> None:
-        """`offer`: what GetInfo tells of it. `probe_memory` is fetched from in probes; None: it cannot be probed."""
+        """`offer`: what GetInfo tells of it. `probe_memory` is fetched from in probes; None: it cannot be probed.
+        `checksums`: whether the bytes are to be checked end to end."""
         self.capabilities = Capabilities(side.name, Reach.NETWORK)
         self._side = side
         self._caller = caller
         self._epoch = epoch
         self._offer = offer
         self._probe_memory = probe_memory
+        self._checksums = checksums
 
     def offer(self) -> str | None:
         """See Transport.offer."""
@@ -83,7 +102,17 @@ class PullTransport:
         """See Transport.open."""
         async with AsyncExitStack() as stack:
             served = await stack.enter_async_context(self._side.serve(request.source, request.peer.endpoint))
-            lane = PullLane(self._caller, request, self.capabilities.name, served, on_change)
+            source = SourcePool(request.source.shape.layout, request.source.shape.page_count, served.offer)
+            opening = PullOpen(
+                request.address,
+                request.claim,
+                request.part,
+                source,
+                request.source_page_ids,
+                self.capabilities.name,
+                self._checksums,
+            )
+            lane = PullLane(self._caller, request, opening, served, on_change)
             stack.push_async_callback(lane.close)
             try:
                 committed = await lane.opened()
@@ -108,16 +137,14 @@ class PullLane:
     """A put under way."""
 
     def __init__(
-        self, caller: PullCaller, request: PutRequest, transport: str, served: Served, on_change: Callable[[], None]
+        self, caller: PullCaller, request: PutRequest, opening: PullOpen, served: Served, on_change: Callable[[], None]
     ) -> None:
-        shape = request.source.shape
-        source = SourcePool(shape.layout, shape.page_count, served.offer)
         self._served = served
         self._posted = 0
         self._sending: set[asyncio.Task[None]] = set()
-        self._opening = PullOpen(
-            request.address, request.claim, request.part, source, request.source_page_ids, transport
-        )
+        self._source = request.source
+        self._opening = opening
+        self._owes_checksums = False
         self._on_change = on_change
         self._to_say: asyncio.Queue[Said] = asyncio.Queue()
         self._opened: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -158,6 +185,10 @@ class PullLane:
 
     async def finish(self) -> bool:
         """See Lane.finish. Raises PeerLost when the receiver does not answer: it may have committed then."""
+        if self._owes_checksums:
+            layout, page_ids = self._opening.source.layout, self._opening.source_page_ids
+            arguments = (self._source.pages, layout, page_ids, self._opening.part)
+            self._to_say.put_nowait(Checksums(await asyncio.to_thread(layer_checksums, *arguments)))
         self._to_say.put_nowait(Last.FINISH)
         try:
             async with asyncio.timeout(_FINISH_TIMEOUT_S):
@@ -203,6 +234,7 @@ class PullLane:
     def _heard(self, answer: Answer) -> None:
         match answer:
             case Opened():
+                self._owes_checksums = answer.checksums
                 self._opened.set_result(answer.committed)
             case PullState():
                 self._state = answer

@@ -9,9 +9,10 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from services.kvtransfer.errors import InvalidRequest
+from services.kvtransfer.errors import ChecksumMismatch, InvalidRequest
 from services.kvtransfer.landing import Landing
 from services.kvtransfer.plan import Piece
+from services.kvtransfer.transports.pull.checksums import layer_checksums
 from services.kvtransfer.transports.pull.fetching import Fetched, Fetcher
 
 # Pieces of one push that are fetched or copied at once: enough that the network never waits for a copy.
@@ -37,15 +38,19 @@ class Puller:
         fetcher: Fetcher,
         copiers: Executor,
         on_change: Callable[[], None],
+        *,
+        checksums: bool = False,
     ) -> None:
+        self.checksums = checksums
+        self._wanted: tuple[int, ...] = ()
         self._landing = landing
         self._pieces = pieces
         self._fetcher = fetcher
         self._copiers = copiers
         self._on_change = on_change
-        (shard,) = landing.shards
-        self._pool = shard.pool
-        self._layout = shard.pool.shape.layout
+        (self._shard,) = landing.shards
+        self._pool = self._shard.pool
+        self._layout = self._pool.shape.layout
         self._left_of_layer = [len(pieces)] * self._layout.layer_count
         self._layers_done = 0
         self._num_bytes = 0
@@ -62,6 +67,10 @@ class Puller:
         self._posted = max(self._posted, min(layer_end, self._layout.layer_count))
         self._more.set()
 
+    def expect(self, layer_checksums: tuple[int, ...]) -> None:
+        """What must have arrived, a layer each."""
+        self._wanted = layer_checksums
+
     def check(self) -> PullState:
         """How far it is. Raises ReservationGone or AttemptSuperseded if it was fenced, PeerLost, or what else went
         wrong."""
@@ -73,10 +82,13 @@ class Puller:
             raise failure
         return state
 
-    def finish(self) -> bool:
-        """After the last layer is in place: as Landing.mark_in_place. Raises InvalidRequest before."""
+    async def finish(self) -> bool:
+        """After the last layer is in place: as Landing.mark_in_place. Raises InvalidRequest before, and
+        ChecksumMismatch."""
         if self._layers_done < self._layout.layer_count:
             raise InvalidRequest("`finish` comes after the last layer")
+        if self.checksums:
+            await self._compare()
         committed = self._landing.mark_in_place()
         self._fetcher.keep()
         return committed
@@ -87,6 +99,21 @@ class Puller:
         self._listening.close()
         self._task.cancel()
         await asyncio.wait([self._task])
+
+    async def _compare(self) -> None:
+        """What lies in the pages, with what the sender says of its own."""
+        if len(self._wanted) != self._layout.layer_count:
+            raise InvalidRequest("`finish` comes after a checksum of every layer")
+        shard, part = self._shard, self._landing.part
+        loop, arguments = asyncio.get_running_loop(), (shard.pool.pages, self._layout, shard.page_ids, part)
+        found = await loop.run_in_executor(self._copiers, layer_checksums, *arguments)
+        # Pages that were fenced meanwhile may be in other hands: then that is what there is to tell.
+        refusal = self._landing.refusal()
+        if refusal is not None:
+            raise refusal
+        for layer, (here, there) in enumerate(zip(found, self._wanted, strict=True)):
+            if here != there:
+                raise ChecksumMismatch(f"layer {layer}, tokens {part}")
 
     def _fenced(self) -> None:
         self._task.cancel()

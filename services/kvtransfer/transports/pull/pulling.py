@@ -32,8 +32,8 @@ from services.rpc.errors import StartError
 # A receiver gives a sender up later than the sender gives up itself, so that the reason is the sender's.
 _PATIENCE_FACTOR = 2
 # The version of the offers and of what services say to each other over KvPeerService.
-_NIXL_OFFER = "1"
-_NCCL_OFFER = "1"
+_NIXL_OFFER = "2"
+_NCCL_OFFER = "2"
 # Between two looks at a communicator.
 _PAUSE_S = 0.0002
 _PROBE = b"probe"  # behind the epoch in the name of the agent that probes
@@ -49,6 +49,7 @@ class Pulling:
         self._closing = AsyncExitStack()
         self._closing.push_async_callback(self._client.close)
         self._epoch = epoch
+        self._checksums = config.checksums
         self.transports: tuple[Transport, ...] = ()
         self._sinks: dict[str, SinkSide] = {}
         self._probed: dict[str, SinkSide] = {}
@@ -58,7 +59,9 @@ class Pulling:
         if config.nixl_devices is not None:
             self._add_nixl(config, config.nixl_devices)
         patience_s = _PATIENCE_FACTOR * config.push_stall_timeout_s
-        self.sessions = PullSessions(landings, self._sinks, self._copiers, config.max_copy_bytes, patience_s)
+        self.sessions = PullSessions(
+            landings, self._sinks, self._copiers, config.max_copy_bytes, patience_s, checksums=config.checksums
+        )
         self.probes = PullProbes(self._probed, self._probe_memory, self._copiers, config.max_copy_bytes)
 
     async def close(self) -> None:
@@ -67,7 +70,8 @@ class Pulling:
         self._copiers.shutdown()
 
     def _add(self, source: SourceSide, sink: SinkSide, offer: str, probe_memory: Pool | None = None) -> None:
-        self.transports += (PullTransport(source, self._client, self._epoch, offer, probe_memory),)
+        transport = PullTransport(source, self._client, self._epoch, offer, probe_memory, checksums=self._checksums)
+        self.transports += (transport,)
         self._sinks[sink.name] = sink
 
     def _add_nixl(self, config: KvTransferConfig, devices: str) -> None:

@@ -17,6 +17,7 @@ from services.kvtransfer.transports.pull.probing import PullProbes
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import (
     Answer,
+    Checksums,
     Finished,
     Last,
     Opened,
@@ -65,6 +66,7 @@ def _opening(message: pb.PullOpen) -> PullOpen:
         SourcePool(to_layout(message.source_layout), message.source_page_count, message.offer),
         tuple(message.source_page_ids),
         message.transport,
+        message.checksums,
     )
 
 
@@ -73,18 +75,20 @@ async def _said(requests: AsyncIterator[pb.PullRequest]) -> AsyncGenerator[Said,
         match request.WhichOneof("kind"):
             case "ready":
                 yield Ready(request.ready.layer_end)
+            case "checksums":
+                yield Checksums(tuple(request.checksums.layers))
             case "finish":
                 yield Last.FINISH
             case "leave":
                 yield Last.LEAVE
             case _:
-                raise InvalidRequest("a pull goes on with `ready`, `finish` or `leave`")
+                raise InvalidRequest("a pull goes on with `ready`, `checksums`, `finish` or `leave`")
 
 
 def _response(answer: Answer) -> pb.PullResponse:
     match answer:
         case Opened():
-            return pb.PullResponse(opened=pb.PullOpened(committed=answer.committed))
+            return pb.PullResponse(opened=pb.PullOpened(committed=answer.committed, checksums=answer.checksums))
         case Fetch():
             return pb.PullResponse(fetch=pb.PullFetch(layer=answer.layer, range=range_message(answer.part)))
         case Finished():

@@ -31,6 +31,7 @@ class PullOpen:
     source: SourcePool
     source_page_ids: tuple[int, ...]
     transport: str
+    checksums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,13 @@ class Ready:
     """The layers before it may be fetched."""
 
     layer_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checksums:
+    """What must have arrived; see kvtransfer.v1.PullChecksums."""
+
+    layers: tuple[int, ...]
 
 
 class Last(Enum):
@@ -49,9 +57,10 @@ class Last(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The first answer."""
+    """The first answer. `checksums`: the sender must tell them before it says FINISH."""
 
     committed: bool
+    checksums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class Finished:
     committed: bool
 
 
-Said = Ready | Last
+Said = Ready | Checksums | Last
 Answer = Opened | Fetch | PullState | Finished
 
 
@@ -75,18 +84,21 @@ class PullSessions:
         copiers: Executor,
         max_copy_bytes: int,
         patience_s: float,
+        *,
+        checksums: bool = False,
     ) -> None:
         self._landings = landings
         self._sinks = sinks
         self._copiers = copiers
         self._max_copy_bytes = max_copy_bytes
         self._patience_s = patience_s
+        self._checksums = checksums
 
     async def serve(self, opening: PullOpen, said: AsyncIterator[Said]) -> AsyncGenerator[Answer, None]:
         """Answers of one stream. A stream that breaks, or is closed before its last word, ends the attempt.
 
         Raises what Landings.open raises, LayoutMismatch, InvalidRequest, InvalidPages, NoTransport, PeerLost,
-        PushStalled.
+        PushStalled, ChecksumMismatch.
         """
         sink = self._sinks.get(opening.transport)
         if sink is None:
@@ -109,7 +121,8 @@ class PullSessions:
             source, target = (PageTable(ids, layout.page_size) for ids in (opening.source_page_ids, shard.page_ids))
             token_bytes = layout.layer_page_bytes // layout.page_size
             pieces = plan_pieces(opening.part, source, target, token_bytes, max_bytes)
-            puller = Puller(landing, pieces, fetcher, self._copiers, news.set)
+            checksums = opening.checksums or self._checksums
+            puller = Puller(landing, pieces, fetcher, self._copiers, news.set, checksums=checksums)
             async with contextlib.aclosing(self._follow(landing, puller, said, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
@@ -117,21 +130,23 @@ class PullSessions:
     async def _follow(
         self, landing: Landing, puller: Puller, said: AsyncIterator[Said], news: asyncio.Event, asked: deque[Fetch]
     ) -> AsyncGenerator[Answer, None]:
-        listener = asyncio.create_task(_listen(said, puller.post, news.set))
-        word: Last | None = None
+        listener = asyncio.create_task(_listen(said, puller, news.set))
+        keeps = False
         try:
-            yield Opened(committed=False)
+            yield Opened(committed=False, checksums=puller.checksums)
             async with contextlib.aclosing(self._progress(puller, listener, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
-            word = listener.result()
-            if word is Last.FINISH:
-                yield Finished(puller.finish())
+            finished = listener.result() is Last.FINISH
+            committed = finished and await puller.finish()
+            keeps = True
+            if finished:
+                yield Finished(committed)
         finally:
             listener.cancel()
             await puller.close()
             await asyncio.wait([listener])
-            if word is None:
+            if not keeps:
                 await landing.gate.drop_attempt(landing.attempt)
 
     async def _progress(
@@ -173,13 +188,16 @@ class PullSessions:
         shards[0].pool.shape.with_pages(source.page_count).check_pages(opening.source_page_ids, opening.part)
 
 
-async def _listen(said: AsyncIterator[Said], post: Callable[[int], None], wake: Callable[[], None]) -> Last:
+async def _listen(said: AsyncIterator[Said], puller: Puller, wake: Callable[[], None]) -> Last:
     """Follows the sender until its last word. Raises InvalidRequest if the stream ends without one."""
     try:
         async for word in said:
             if isinstance(word, Last):
                 return word
-            post(word.layer_end)
+            if isinstance(word, Checksums):
+                puller.expect(word.layers)
+            else:
+                puller.post(word.layer_end)
             wake()
         raise InvalidRequest("the stream ended before its last word")
     finally:
