@@ -89,6 +89,12 @@ def map_shared(descriptor: int, size_bytes: int, *, prefault: bool) -> NDArray[n
     return np.ctypeslib.as_array(block)
 
 
+def is_allocated(descriptor: int, size_bytes: int) -> bool:
+    """Whether a pool's memory is there already, so that faults taken now are spared later. What the service has not
+    allocated is not to be asked for by who maps it."""
+    return os.fstat(descriptor).st_blocks * _BLOCK_BYTES >= size_bytes
+
+
 def slot_view(control: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The ready counters in a control page, (slot_count,)."""
     return control.view(np.uint64)[:: SLOT_BYTES // 8]
@@ -118,9 +124,8 @@ class AttachedPool:
         self.device: DeviceSegment | None = None
         self.memory = np.empty(0, np.uint8)
         if gpu is None:
-            # Faults taken now are spared later; but memory that the service has not allocated is not asked for here.
-            is_allocated = os.fstat(self._pool_descriptor).st_blocks * _BLOCK_BYTES >= handover.pool_bytes
-            self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=is_allocated)
+            prefault = is_allocated(self._pool_descriptor, handover.pool_bytes)
+            self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=prefault)
         else:
             # A descriptor of its own: the pool's stays for the service's next incarnation.
             self.device = DeviceSegment.adopt(gpu, os.dup(self._pool_descriptor), handover.pool_bytes)

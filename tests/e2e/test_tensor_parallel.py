@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -30,8 +31,12 @@ def four_heads(folder: Path) -> Path:
 
 def ranks_of(process_id: int) -> list[int]:
     """Process ids of the other ranks of an engine."""
-    threads = Path(f"/proc/{process_id}/task").iterdir()
-    return sorted(int(pid) for thread in threads for pid in (thread / "children").read_text().split())
+    found: list[int] = []
+    for thread in Path(f"/proc/{process_id}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread, or a child, that has just ended
+            children = (thread / "children").read_text().split()
+            found += [int(pid) for pid in children if "parallel.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return sorted(found)
 
 
 async def test_the_same_tokens(tmp_path: Path) -> None:
@@ -87,6 +92,29 @@ async def test_a_rank_dies(tmp_path: Path) -> None:
         readable, _, _ = await asyncio.to_thread(select.select, [end], [], [], 60)
         assert readable
         os.close(end)
+
+
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_an_engine_that_ends_while_its_ranks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """No rank and no file stay behind."""
+    model, scratch, logs = four_heads(tmp_path / "model"), tmp_path / "scratch", tmp_path / "logs"
+    scratch.mkdir()
+    logs.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    with Fleet(logs) as fleet:
+        engine = fleet.start_engine("engine", model, None, extra=["--tp", "2"])
+        ranks: list[int] = []
+        while not ranks:
+            assert engine.poll() is None, engine.log_tail()
+            ranks = ranks_of(engine.pid)
+        (rank,) = ranks
+        end = os.pidfd_open(rank)
+        getattr(engine, how)()
+        engine.wait(60)
+        readable, _, _ = select.select([end], [], [], 60)
+        assert readable
+        os.close(end)
+    assert not list(scratch.glob("microserve-*"))
 
 
 def test_what_cannot_be_shared(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,9 @@ TIMEOUT = timedelta(seconds=60)
 class TorchCollective:
     """This process's place in the group. There is one a process, and it lasts as long as the process."""
 
-    def __init__(self, meeting_place: Path, rank: int, count: int, device: torch.device) -> None:
-        """Blocks until all ranks have come to `meeting_place`, a file that does not exist before.
+    def __init__(self, meeting_place: int, rank: int, count: int, device: torch.device) -> None:
+        """Blocks until all ranks have come to `meeting_place`, a descriptor of an empty file in memory. It stays open
+        for good: torch opens it by its number again when the process ends.
 
         Raises RuntimeError if they do not come in time.
         """
@@ -27,12 +27,12 @@ class TorchCollective:
         self._rank, self._count = rank, count
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.FileStore(str(meeting_place), count),  # type: ignore[attr-defined]
+            store=dist.FileStore(f"/proc/self/fd/{meeting_place}", count),  # type: ignore[attr-defined]
             rank=rank,
             world_size=count,
             timeout=TIMEOUT,
         )
-        # NCCL connects with the first collective; after it the meeting place is not needed any more.
+        # NCCL connects with the first collective: whoever does not come is missed here.
         self.add(torch.zeros(1, device=device))
 
     def add(self, values: Tensor) -> None:

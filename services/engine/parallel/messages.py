@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.engine.config import EngineConfig
 from services.engine.core.plan import PageCopy, Segment
@@ -11,11 +10,11 @@ from services.engine.core.plan import PageCopy, Segment
 
 @dataclass(frozen=True, slots=True)
 class RankTask:
-    """What a rank is started with: the engine's own options, its place, and the file where the ranks meet."""
+    """What a rank is started with: the engine's own options, its place, and the descriptor where the ranks meet."""
 
     config: EngineConfig
     rank: int
-    meeting_place: Path
+    meeting_place: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.model.shard import Shard
-from services.rpc.pool_client import map_shared
+from services.rpc.pool_client import is_allocated, map_shared
 
 
 def pool_part(
@@ -25,7 +25,8 @@ def pool_part(
         own = (*shape[:3], heads.stop - heads.start, *shape[4:])
         return torch.zeros(own, dtype=dtype, device=device)
     try:
-        memory = map_shared(descriptor, math.prod(shape) * dtype.itemsize, prefault=True)
+        size_bytes = math.prod(shape) * dtype.itemsize
+        memory = map_shared(descriptor, size_bytes, prefault=is_allocated(descriptor, size_bytes))
     finally:
         os.close(descriptor)
     return torch.from_numpy(memory).view(dtype).view(shape)[:, :, :, heads]

@@ -8,12 +8,10 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 
 from services.engine.config import EngineConfig
 from services.engine.parallel.messages import Compute, CopyPages, Done, Failed, Poison, PoolShape, RankTask
@@ -33,8 +31,8 @@ class Ranks:
 
     def __init__(self, config: EngineConfig) -> None:
         """Starts them; they load what they need at once."""
-        self._folder = tempfile.TemporaryDirectory(prefix="microserve-ranks-")
-        self.meeting_place = Path(self._folder.name) / "meeting-place"
+        # No path that would be left behind, however this process ends; it stays open, as TorchCollective wants it.
+        self.meeting_place = os.memfd_create("microserve-ranks")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._closing = threading.Event()
@@ -42,15 +40,14 @@ class Ranks:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-P", "-m", "services.engine.parallel.worker", str(theirs.fileno())]
             with theirs:
-                self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)))
+                passed = (theirs.fileno(), self.meeting_place)
+                self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=passed))
             self._connections.append(Connection(ours.detach()))
             self._connections[-1].send(RankTask(config, rank, self.meeting_place))
 
     def wait_loaded(self) -> None:
         """Returns when all have their weights. Raises StartError with the reason of one that could not."""
         self._hear_all()
-        # They have met; whatever ends this process later leaves nothing behind.
-        self._folder.cleanup()
 
     def attach(self, shape: tuple[int, ...], descriptor: int | None) -> None:
         """Gives them their part of a pool: of the memory behind `descriptor`, or else memory of their own.
@@ -96,7 +93,6 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._folder.cleanup()
 
     def _hear_all(self) -> None:
         for rank, connection in enumerate(self._connections, 1):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import pytest
+import torch
 
 from services.engine.core.plan import Computed, PageCopy, RunnerBroken, SampleSpec, Segment, StepPlan
+from services.engine.model.shard import Collective, Shard
 from services.engine.parallel.messages import Compute, CopyPages, Poison
+from services.engine.parallel.pool import pool_part
 from services.engine.parallel.ranks import Ranks
 from services.engine.parallel.runner import ParallelRunner
 from services.engine.sampling.params import SamplingParams
@@ -76,3 +80,18 @@ def test_the_last_layer_of_a_step_without_logits_waits_for_all_ranks(told: bool)
 def test_after_a_step_that_failed_nothing_can_be_computed() -> None:
     with pytest.raises(RunnerBroken):
         Played(fails=True).step(SPEC)
+
+
+@pytest.mark.parametrize("allocated", [True, False])
+def test_a_rank_asks_for_no_memory_that_the_service_has_not_allocated(allocated: bool) -> None:
+    descriptor = os.memfd_create("pool")
+    os.ftruncate(descriptor, 1 << 20)
+    if allocated:
+        os.posix_fallocate(descriptor, 0, 1 << 20)
+    before = os.fstat(descriptor).st_blocks
+    shape = (1, 16, 2, 2, 16, 256)
+    kept = os.dup(descriptor)
+    part = pool_part(shape, Shard(1, 2, cast(Collective, None)), torch.device("cpu"), torch.float32, descriptor)
+    assert part.shape == (1, 16, 2, 1, 16, 256)
+    assert os.fstat(kept).st_blocks == before
+    os.close(kept)
