@@ -112,7 +112,8 @@ PLANNER_MOVES = Counter(
     "Contexts that a planner moved, by outcome: OK, the reason of a failure, or CANCELLED.",
     ["code"],
 )
-PLANNER_MOVED = Counter("microserve_router_planner_moved", "KV that a planner moved: tokens, bytes.", ["unit"])
+PLANNER_MOVED_TOKENS = Counter("microserve_router_planner_moved_tokens", "Tokens whose KV a planner moved.")
+PLANNER_MOVED_BYTES = Counter("microserve_router_planner_moved_bytes", "Bytes of KV that a planner moved.")
 
 
 @cache

@@ -38,7 +38,7 @@ async def test_a_hot_context_is_copied_before_requests_come() -> None:
 
 async def test_what_it_did_is_shown() -> None:
     fleet = engines()
-    moved = REGISTRY.get_sample_value("microserve_router_planner_moved_total", {"unit": "tokens"}) or 0.0
+    moved = REGISTRY.get_sample_value("microserve_router_planner_moved_tokens_total") or 0.0
     async with running(engines=fleet, **TWICE) as suite:
         await make_hot(suite)
         reply = await seen(suite, lambda reply: reply.moves and len(reply.topics) and len(reply.topics[0].homes) == 2)
@@ -53,7 +53,7 @@ async def test_what_it_did_is_shown() -> None:
         assert "saves" in move.why
         assert dict(reply.move_count_by_code) == {"OK": 1}
         assert [(each.name, each.current) for each in reply.programs] == [("by_topic", True)]
-        total = REGISTRY.get_sample_value("microserve_router_planner_moved_total", {"unit": "tokens"})
+        total = REGISTRY.get_sample_value("microserve_router_planner_moved_tokens_total")
         assert total == moved + len(CONTEXT)
         assert REGISTRY.get_sample_value("microserve_router_planner_running") == 1
     assert REGISTRY.get_sample_value("microserve_router_planner_running") == 0

@@ -16,7 +16,7 @@ from services.router.cost.book import CostBook
 from services.router.fleet.registry import Registry
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Engine
-from services.router.metrics import PLANNER_MOVED, PLANNER_MOVES
+from services.router.metrics import PLANNER_MOVED_BYTES, PLANNER_MOVED_TOKENS, PLANNER_MOVES
 from services.router.planning.view import Move, Site
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Mover:
         self.records.append(record)
         self.outcomes[code] += 1
         PLANNER_MOVES.labels(code).inc()
-        PLANNER_MOVED.labels("tokens").inc(timing.transferred_tokens)
-        PLANNER_MOVED.labels("bytes").inc(timing.transferred_bytes)
+        PLANNER_MOVED_TOKENS.inc(timing.transferred_tokens)
+        PLANNER_MOVED_BYTES.inc(timing.transferred_bytes)
         names = ("topic", "source", "target", "tokens", "why", "code")
         log.info("a context was to move", extra={"fields": {name: getattr(record, name) for name in names}})
