@@ -19,13 +19,16 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+# Large, and needed by no other test: beside VENV, whose packages stay as they are.
+TRANSPORTS := build/transports
+TRANSPORTS_STAMP := $(TRANSPORTS)/.installed
 GPU_STAMP := $(if $(GPU_PYTHON),,$(DEV_STAMP))
 # The project's settings of pytest name plugins that such a Python need not have.
 GPU_PYTEST := $(if $(GPU_PYTHON),-c /dev/null --rootdir=$(CURDIR) --import-mode=importlib -p no:cacheprovider --continue-on-collection-errors)
 GPU_RUN := $(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR):$(CURDIR)/gen:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-gpu bench-router constraints clean
+.PHONY: help setup run test test-faults test-transports soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-gpu bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +44,10 @@ test: $(DEV_STAMP) ## all tests but those below
 test-faults: $(DEV_STAMP) ## tests that kill and stop real processes
 	$(PYTEST) -m faults
 
-soak: $(DEV_STAMP) ## many streams with random cancellations for SOAK_SECONDS
+test-transports: $(TRANSPORTS_STAMP) ## KV over the real NIXL, and the real NCCL as far as that goes without a GPU; downloads 0.5 GB
+	PYTHONPATH=$(TRANSPORTS) $(PYTEST) tests/kvtransfer -k "nixl or nccl"
+
+soak: $(DEV_STAMP) ## many streams, with random cancellations and with random deaths, for SOAK_SECONDS each
 	SOAK_SECONDS=$(SOAK_SECONDS) $(PYTEST) -m soak
 
 # Where the GPU's torch is already in some Python, GPU_PYTHON=python3 uses that one, and makes and installs nothing.
@@ -115,6 +121,10 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(install_torch)
 	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine]' $(README_TOOLS)
 	$(BIN)/python -m services.engine.kernels
+	@touch $@
+
+$(TRANSPORTS_STAMP): Makefile $(DEV_STAMP)
+	$(PIP) install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRANSPORTS) nixl-cu13==1.5.1 nvidia-nccl-cu13==2.32.3
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python

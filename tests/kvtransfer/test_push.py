@@ -66,14 +66,15 @@ async def until_waiting(task: asyncio.Task[object]) -> None:
 
 
 @pytest.mark.parametrize("pair", [{"push_stall_timeout_s": 0.01}], indirect=True)
-async def test_a_counter_that_stands_still(pair: PAIR) -> None:
+async def test_a_counter_that_stands_still(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
     sender, receiver = pair
     address = await receiver.grant("r", 0, 8, [4, 5])
     sender.pool.raise_ready(0, 1)
     with pytest.raises(ServiceError) as caught:
         await sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0)).done()
     assert (caught.value.code, caught.value.reason) == (Code.DEADLINE_EXCEEDED, "PUSH_STALLED")
-    # The attempt is still its writer's.
+    # The attempt is still its writer's, who has time from now on.
+    monkeypatch.setattr(sender.port.service._pushes, "_stall_timeout_s", PATIENCE_S)  # type: ignore[attr-defined]
     await sender.push(sender.order(address, 0, 8, [1, 2])).done()
 
 
