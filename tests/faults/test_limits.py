@@ -22,7 +22,7 @@ pytestmark = pytest.mark.faults
 ANSWERS = (CODES.OK, CODES.UNAVAILABLE, CODES.ABORTED, CODES.RESOURCE_EXHAUSTED)
 # Of two services the first is the sender's.
 VICTIMS = {"shm": ("shm", "service"), "tcp-sending": ("tcp", "service"), "tcp-receiving": ("tcp", "far service")}
-VICTIMS |= {"shm-receiver": ("shm", "receiver"), "tcp-receiver": ("tcp", "receiver")}
+VICTIMS |= {"receiver": ("tcp", "receiver")}
 
 
 def process_of(s: Scene, victim: str) -> ServiceProcess:
