@@ -22,13 +22,10 @@ pytestmark = pytest.mark.faults
 ANSWERS = (CODES.OK, CODES.UNAVAILABLE, CODES.ABORTED, CODES.RESOURCE_EXHAUSTED)
 # Of two services the first is the sender's.
 VICTIMS = {"shm": ("shm", "service"), "tcp-sending": ("tcp", "service"), "tcp-receiving": ("tcp", "far service")}
-VICTIMS |= {"receiver": ("tcp", "receiver")}
 
 
 def process_of(s: Scene, victim: str) -> ServiceProcess:
-    """The sender itself opens a file at every gate of these tests, so it is not among them."""
-    if victim == "receiver":
-        return s.receiver.process
+    """The sender's engine opens a file at every gate of these tests, so it is not among them."""
     return s.suite.kvtransfers[0 if victim == "service" else 1]
 
 
