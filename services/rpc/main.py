@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import os
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 from services.protocol.errors import ServiceError
 from services.rpc.errors import StartError
 
 
-def run_main(prog: str, main: Coroutine[Any, Any, None]) -> None:
-    """Runs `main` to its end. StartError and ServiceError become one line on stderr and exit code 2."""
+def run_main(prog: str, main: Coroutine[Any, Any, None]) -> NoReturn:
+    """Runs `main` to its end, which is that of the process. StartError and ServiceError become one line on stderr and
+    exit code 2."""
     try:
         asyncio.run(main)
     except (StartError, ServiceError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(2)
     except KeyboardInterrupt:
         # Ctrl-C before the signal handlers were in place.
         raise SystemExit(130) from None
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Does what was registered for the end, and ends. To take the interpreter apart, with torch in it, would take a
+    second of a core, and would wait for every thread."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -93,3 +93,18 @@ def test_lifeline_that_ends_stops_it(tiny: type[Tiny]) -> None:
 def test_lifeline_that_is_no_descriptor_is_refused(tiny: type[Tiny]) -> None:
     code, errors = tiny("--lifeline-fd", "77").end()
     assert (code, errors) == (2, "tiny: --lifeline-fd 77 is not an open descriptor\n")
+
+
+PROGRAM = """
+import asyncio, atexit, threading
+from services.rpc.main import run_main
+
+atexit.register(print, "last words")
+threading.Thread(target=threading.Event().wait).start()
+run_main("program", asyncio.sleep(0))
+"""
+
+
+def test_the_end_does_what_was_registered_for_it_and_waits_for_no_thread() -> None:
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "last words\n", "")
