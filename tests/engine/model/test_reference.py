@@ -27,8 +27,6 @@ from tests.engine.model.running import (
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 PROMPT_LENGTHS = (1, 17, 500, 3000)
-# Of the real models: the longest is two windows of one of them, and three chunks.
-REAL_LENGTHS = (1, 17, 500, 1100)
 
 
 @torch.inference_mode()
@@ -89,14 +87,14 @@ def test_real_model(name: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = " ".join(f"Item {n}: the quick brown fox jumps over {n * 37 % 101} lazy dogs." for n in range(300))
-    tokens = tokenizer.encode(text)[: max(REAL_LENGTHS)]
-    assert len(tokens) == max(REAL_LENGTHS)
-    last_rows = torch.tensor([length - 1 for length in REAL_LENGTHS])
+    tokens = tokenizer.encode(text)[: max(PROMPT_LENGTHS)]
+    assert len(tokens) == max(PROMPT_LENGTHS)
+    last_rows = torch.tensor([length - 1 for length in PROMPT_LENGTHS])
     expected = reference(torch.tensor([tokens]), logits_to_keep=last_rows).logits[0]
     del reference
 
     model = load_model(folder, device="cpu", dtype=torch.float32).model
-    for row, length in enumerate(REAL_LENGTHS):
+    for row, length in enumerate(PROMPT_LENGTHS):
         runner = PagedRunner(model, num_pages=200)
         sequence = PagedSequence(tokens[:length])
         while sequence.computed < length:
