@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -62,13 +63,20 @@ def step_s(sequences: float) -> float:
     return STEP_S + SEQUENCE_S * sequences
 
 
-def measured(*engines: EngineSnapshot, factor: float = 1.0, book: CostBook | None = None) -> CostBook:
-    """A book in which each engine has told of many steps of every kind, `factor` times slower than the above."""
+def measured(
+    *engines: EngineSnapshot, factor: float = 1.0, book: CostBook | None = None, spread: float = 0.05
+) -> CostBook:
+    """A book in which each engine has told of many steps of every kind, `factor` times slower than the above, give or
+    take a share of `spread`."""
     book, source = book or CostBook(), random.Random(1)
     done = {engine.address: WorkDone() for engine in engines}
     for _ in range(60):
         for engine in engines:
-            tokens, rows, noise = source.choice((0, 64, 256, 512)), source.randrange(8), source.uniform(0.95, 1.05)
+            tokens, rows, noise = (
+                source.choice((0, 64, 256, 512)),
+                source.randrange(8),
+                source.uniform(1 - spread, 1 + spread),
+            )
             before = done[engine.address]
             done[engine.address] = WorkDone(
                 busy_s=before.busy_s + factor * noise * (prefill_s(tokens) + step_s(rows)),
@@ -118,6 +126,16 @@ def test_a_lasting_change_is_believed(factor: float) -> None:
     for _ in range(60):
         model.observe((100.0,), 0.2 * factor)
     assert model.predict((100.0,)) == pytest.approx(0.2 * factor, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slow_observations_count_as_much_as_quick_ones(seed: int) -> None:
+    source, model, found = random.Random(seed), LeastSquares((1e-4,), (1e-1,)), list[float]()
+    for number in range(400):
+        model.observe((100.0,), 0.2 * source.lognormvariate(-0.08, 0.4))  # 0.2 on average
+        if number > 50:
+            found.append(model.predict((100.0,)))
+    assert fmean(found) == pytest.approx(0.2, rel=0.05)
 
 
 def test_more_work_never_takes_less_time() -> None:
@@ -172,6 +190,25 @@ def test_speeds_of_engines_and_links_are_measured() -> None:
     assert link.bytes_per_s == pytest.approx(1e8, rel=0.2)
     assert book.link(fast, slow).bytes_per_s is None
     assert book.link(fast, slow).send_s(SendWork(100, 0)) > 0
+
+
+def test_equal_engines_stay_equal_however_noisy_their_steps_are() -> None:
+    one, other = snapshot("one"), snapshot("other")
+    book = measured(one, other, spread=0.6)
+    speeds = book.engine(one)
+    assert book.engine(other) is speeds
+    assert speeds.step_s(DecodeWork(4, 500)) == pytest.approx(step_s(4), rel=0.2)
+    # Without noise every difference is one.
+    unlike = measured(other, factor=1.2, spread=0.01, book=measured(one, spread=0.01))
+    assert unlike.engine(other) is not unlike.engine(one)
+
+
+def test_an_engine_that_becomes_slower_than_the_others_is_found_out() -> None:
+    one, other = snapshot("one"), snapshot("other")
+    book = measured(one, other, spread=0.4)
+    book = measured(other, factor=2.0, spread=0.4, book=book)
+    ratio = book.engine(other).step_s(DecodeWork(4, 500)) / book.engine(one).step_s(DecodeWork(4, 500))
+    assert ratio == pytest.approx(2.0, rel=0.25)
 
 
 def test_a_new_engine_is_taken_to_be_like_the_others() -> None:

@@ -30,14 +30,16 @@ class CostBook:
         self._engines: OrderedDict[EngineKey, EngineSpeeds] = OrderedDict()
         self._links: OrderedDict[tuple[EngineKey, EngineKey], LinkSpeed] = OrderedDict()
         self._reports: OrderedDict[EngineKey, WorkDone] = OrderedDict()  # the last of each
-        # By model digest: what a new engine is taken to be like.
-        self._latest: OrderedDict[bytes, EngineSpeeds] = OrderedDict()
+        self._alike: OrderedDict[bytes, EngineSpeeds] = OrderedDict()  # all engines of a model, by its digest
         self._mean_output = FIRST_GUESS_OUTPUT
 
     def engine(self, engine: EngineSnapshot) -> EngineSpeeds:
-        """Speeds of an engine. One without observations is like the last that was observed with the same model."""
-        found = self._engines.get(_key(engine))
-        return found or self._latest.get(engine.info.model.digest) or _UNKNOWN_ENGINE
+        """Speeds of an engine: those of all with the same model, unless it is clearly different. Fits of two equal
+        engines differ by the noise of their steps, and the one that seems quicker would get too much to do."""
+        own, alike = self._engines.get(_key(engine)), self._alike.get(engine.info.model.digest)
+        if own is None or alike is None:
+            return own or alike or _UNKNOWN_ENGINE
+        return alike if own.steps.is_like(alike.steps) else own
 
     def link(self, sender: EngineSnapshot, receiver: EngineSnapshot) -> LinkSpeed:
         """Speed of a pair."""
@@ -62,12 +64,14 @@ class CostBook:
         steps = StepsWork.between(before, engine.load.work)
         seconds = engine.load.work.busy_s - before.busy_s
         if steps.steps > 0 and seconds > 0:
-            self._observed(engine).steps.observe(steps.features, seconds)
+            for speeds in self._observed(engine):
+                speeds.steps.observe(steps.features, seconds)
 
     def reserved(self, engine: EngineSnapshot, seconds: float) -> None:
         """A prep_recv has ended well."""
         if seconds > 0:
-            self._observed(engine).reserve.observe((1.0,), seconds)
+            for speeds in self._observed(engine):
+                speeds.reserve.observe((1.0,), seconds)
 
     def sent(
         self, sender: EngineSnapshot, receiver: EngineSnapshot, tokens: TokenRange, timing: Timing, elapsed_s: float
@@ -84,12 +88,10 @@ class CostBook:
         """An answer has ended well."""
         self._mean_output += _OUTPUT_WEIGHT * (output_tokens - self._mean_output)
 
-    def _observed(self, engine: EngineSnapshot) -> EngineSpeeds:
-        model = engine.info.model.digest
-        speeds = _touch(self._engines, _key(engine), lambda: EngineSpeeds(self._latest.get(model)), MAX_ENGINES)
-        _touch(self._latest, model, lambda: speeds, MAX_MODELS)
-        self._latest[model] = speeds
-        return speeds
+    def _observed(self, engine: EngineSnapshot) -> tuple[EngineSpeeds, EngineSpeeds]:
+        """Its own, and those of all engines with its model."""
+        alike = _touch(self._alike, engine.info.model.digest, EngineSpeeds, MAX_MODELS)
+        return _touch(self._engines, _key(engine), lambda: EngineSpeeds(alike), MAX_ENGINES), alike
 
 
 def _key(engine: EngineSnapshot) -> EngineKey:

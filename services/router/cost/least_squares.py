@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 FORGETTING = 0.98  # an observation counts half after 34 others
 RELATIVE_NOISE = 0.1  # times on a busy machine repeat within about a tenth
+LEAST_EXPECTED = 0.1  # share of what came: that next to nothing was expected makes an observation no surer
 OUTLIER = 3.0  # typical deviations beyond which an observation counts less and less
+UNLIKE = 4.0  # times the noise that a coefficient explains: by chance in fewer than one case of a hundred
 CHANGED_AFTER = 6  # outliers in a row on the same side
 TRUSTED_AFTER = 4  # observations; before that there is no telling what is an outlier
 SOLVED_EVERY = 8  # observations, unless somebody asks; solving is most of the work
@@ -27,6 +29,7 @@ class LeastSquares:
         self._certainty = [1 / (each * each) for each in spread]
         self._coefficients = list(prior)
         self._deviation = 1.0  # typical |error| in units of the assumed noise
+        self._compared, self._is_like = (0, 0), True  # observations of both when they were, and what came of it
         self._begin()
 
     def _begin(self) -> None:
@@ -34,6 +37,7 @@ class LeastSquares:
         size = len(self._prior)
         self._squares = [[0.0] * size for _ in range(size)]
         self._moments = [0.0] * size
+        self._energy = self._mass = 0.0  # the squares of y, and how many observations are not forgotten
         self._num_trusted = self._num_unsolved = 0
         self._run = 0  # outliers in a row on the same side, negative below
 
@@ -49,16 +53,39 @@ class LeastSquares:
         """y of that x."""
         return sum(coefficient * value for coefficient, value in zip(self.coefficients, x, strict=True))
 
+    def is_like(self, other: LeastSquares) -> bool:
+        """Whether `other` explains what was observed here, but for noise (Chow, "Tests of equality between sets of
+        coefficients in two linear regressions", 1960). Looked at again when either has changed."""
+        seen = self.num_observations, other.num_observations // SOLVED_EVERY
+        if seen != self._compared:
+            self._compared = seen
+            size = len(self._prior)
+            freedom = self._mass - size
+            own, others = self._misfit(self.coefficients), self._misfit(other.coefficients)
+            self._is_like = freedom <= 1 or (others - own) / size <= UNLIKE * own / freedom
+        return self._is_like
+
+    def _misfit(self, coefficients: Sequence[float]) -> float:
+        """The sum of squared errors of those coefficients."""
+        rows = zip(coefficients, self._squares, self._moments, strict=True)
+        return self._energy + sum(
+            each * (sum(value * other for value, other in zip(row, coefficients, strict=True)) - 2 * moment)
+            for each, row, moment in rows
+        )
+
     def observe(self, x: Sequence[float], y: float) -> None:
         """Takes in one observation, `y` positive."""
         noise = RELATIVE_NOISE * y
         if self._num_trusted >= TRUSTED_AFTER:
             predicted = sum(each * value for each, value in zip(self._coefficients, x, strict=True))
-            noise = RELATIVE_NOISE * max(y, predicted) * self._doubt(predicted, y)
+            # Of what was expected, not of what came: else what took longer would always count less.
+            noise = RELATIVE_NOISE * max(predicted, LEAST_EXPECTED * y) * self._doubt(predicted, y)
         self.num_observations += 1
         self._num_trusted += 1
         self._num_unsolved += 1
         weight = 1 / (noise * noise)
+        self._energy = FORGETTING * self._energy + weight * y * y
+        self._mass = FORGETTING * self._mass + 1
         for i, value in enumerate(x):
             self._moments[i] = FORGETTING * self._moments[i] + weight * value * y
             for j, other in enumerate(x):

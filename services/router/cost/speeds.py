@@ -75,13 +75,13 @@ class SendWork:
 
 
 class EngineSpeeds:
-    """One incarnation of an engine."""
+    """One incarnation of an engine, or all that serve a model."""
 
-    def __init__(self, like: EngineSpeeds | None = None) -> None:
-        """`like`: an engine that serves the same model, to start from."""
+    def __init__(self, alike: EngineSpeeds | None = None) -> None:
+        """`alike`: of all engines that serve the same model, to start from."""
         steps, reserve = [STEP_S, PREFILL_S_PER_TOKEN, 0.0, STEP_S / 10, 0.0], [RESERVE_S]
-        if like is not None:
-            steps, reserve = like.steps.coefficients, like.reserve.coefficients
+        if alike is not None:
+            steps, reserve = alike.steps.coefficients, alike.reserve.coefficients
         step_s, token_s = max(steps[0], 1e-5), max(steps[1], 1e-7)
         spread = (3 * step_s, 3 * token_s, token_s / 1e3, step_s / 4, step_s / 1e4)
         self.steps: LeastSquares = LeastSquares(steps, spread)
