@@ -15,6 +15,7 @@ from microserve.types.v1 import sampling_pb2 as sampling
 from services.engine.model.fetch import fetch_model
 from tests.e2e.compare import assert_same_generation
 from tests.e2e.prompts import mixed_prompts
+from tests.e2e.shared import SharedSuite
 from tests.e2e.suite import (
     Generated,
     Suite,
@@ -54,8 +55,8 @@ def model(model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(model: Path) -> AsyncIterator[Suite]:
-    async with start_suite(model, kv_memory_mib=1024) as running:
+async def suite(model_name: str, tiny_shared: SharedSuite, real_shared: SharedSuite) -> AsyncIterator[Suite]:
+    async with (tiny_shared if model_name == "tiny" else real_shared).lent() as running:
         yield running
 
 
@@ -67,11 +68,15 @@ async def prompts(suite: Suite, model_name: str) -> list[list[int]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def expected(suite: Suite, prompts: list[list[int]]) -> list[Generated]:
-    """One engine, one prompt at a time, nothing cached."""
-    return [
-        await generate(suite, suite.engines[0], prompt, max_tokens=MAX_TOKENS, salt=f"alone {i}")
-        for i, prompt in enumerate(prompts)
-    ]
+    """One engine, one prompt at a time, nothing cached; each engine has every other prompt."""
+    found: dict[int, Generated] = {}
+
+    async def one_by_one(first: int) -> None:
+        for i in range(first, len(prompts), 2):
+            found[i] = await generate(suite, suite.engines[first], prompts[i], max_tokens=MAX_TOKENS, salt=f"alone {i}")
+
+    await asyncio.gather(one_by_one(0), one_by_one(1))
+    return [found[i] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,17 +6,14 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import openai
 import pytest
-import pytest_asyncio
 from google.protobuf import json_format
 from microserve.router.v1 import router_pb2
 
-from tests.e2e.suite import Suite, idle, start_suite, wait_for_load
-from tests.models import make_tiny_llama
+from tests.e2e.suite import Suite, idle, wait_for_load
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +24,9 @@ BIN = Path(sys.executable).parent
 USER: list[dict[str, str]] = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
-    async with start_suite(make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")) as running:
-        yield running
+@pytest.fixture(scope="module")
+def suite(tiny_suite: Suite) -> Suite:
+    return tiny_suite
 
 
 def url(suite: Suite) -> str:

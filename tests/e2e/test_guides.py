@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
-from tests.e2e.suite import ask, generate, idle, start_suite, wait_for_load
+from tests.e2e.suite import Suite, ask, generate, idle, start_suite, wait_for_load
 from tests.faults.gates import StepGate
 
 pytestmark = pytest.mark.slow
@@ -60,30 +60,31 @@ def assert_fits(text: str) -> None:
     assert set(value["colours"]) <= {"black", "white", "brown"}
 
 
-async def test_every_way_of_serving(model: Path, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
-    async with start_suite(model, kv_memory_mib=512) as suite:
-        for policy in ("data_parallel", "disaggregated"):
-            answers = await asyncio.gather(
-                *(
-                    ask(suite, prompt, policy, max_tokens=MAX_TOKENS, salt=policy, guide=GUIDE, temperature=0.8, seed=n)
-                    for n, prompt in enumerate(prompts, start=1)
+async def test_every_way_of_serving(real_suite: Suite, prompts: list[list[int]]) -> None:
+    for policy in ("data_parallel", "disaggregated"):
+        answers = await asyncio.gather(
+            *(
+                ask(
+                    real_suite, prompt, policy, max_tokens=MAX_TOKENS, salt=policy, guide=GUIDE, temperature=0.8, seed=n
                 )
+                for n, prompt in enumerate(prompts, start=1)
             )
-            for answer in answers:
-                assert answer.finish_reason == sampling.FINISH_REASON_STOP
-                assert_fits(answer.text)
-        assert suite.router is not None
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await ask(suite, prompts[0], "disaggregated", guide=sampling.Guide(json_schema='{"type": 1}'))
-        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        choice = sampling.Guide(choice=sampling.Choice(texts=["Paris", "Berlin"]))
-        request = router.GenerateRequest(
-            text="The capital of France is", sampling=sampling.SamplingParams(guide=choice, max_tokens=10)
         )
-        reply = await suite.router.Complete(router.CompleteRequest(request=request), timeout=60)
-        assert reply.response.text == "Paris"
-        for each in suite.engines:
-            await wait_for_load(each, idle)
+        for answer in answers:
+            assert answer.finish_reason == sampling.FINISH_REASON_STOP
+            assert_fits(answer.text)
+    assert real_suite.router is not None
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await ask(real_suite, prompts[0], "disaggregated", guide=sampling.Guide(json_schema='{"type": 1}'))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    choice = sampling.Guide(choice=sampling.Choice(texts=["Paris", "Berlin"]))
+    request = router.GenerateRequest(
+        text="The capital of France is", sampling=sampling.SamplingParams(guide=choice, max_tokens=10)
+    )
+    reply = await real_suite.router.Complete(router.CompleteRequest(request=request), timeout=60)
+    assert reply.response.text == "Paris"
+    for each in real_suite.engines:
+        await wait_for_load(each, idle)
 
 
 async def test_under_preemption(model: Path, tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
-import pytest_asyncio
 from microserve.router.v1 import admin_pb2 as admin
 from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 
 from services.cli.client import wait_serving
 from tests.e2e.errors import failing
-from tests.e2e.suite import Suite, ask, idle, start_suite, wait_for_load
-from tests.models import make_tiny_llama
+from tests.e2e.suite import Suite, ask, idle, wait_for_load
 
 pytestmark = pytest.mark.slow
 
@@ -40,14 +37,9 @@ async def policy(request, fleet):
 """
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
-    model: Path = make_tiny_llama(tmp_path_factory.mktemp("model"))
-    async with start_suite(
-        model,
-        router_options=["--allow-policy-upload", "--admin-listen", "127.0.0.1:0"],
-    ) as running:
-        yield running
+@pytest.fixture(scope="module")
+def suite(tiny_suite: Suite) -> Suite:
+    return tiny_suite
 
 
 def request_of(**fields: object) -> router.GenerateRequest:
@@ -101,7 +93,6 @@ async def test_unknown_policy(suite: Suite) -> None:
 
 
 async def test_policies_that_fail(suite: Suite, tmp_path: Path) -> None:
-    model = make_tiny_llama(tmp_path / "m")
     for source, patience_s, code, reason in [
         (LEAKS, 60, grpc.StatusCode.ABORTED, "POLICY_FAILED"),
         (SLEEPS, 2, grpc.StatusCode.DEADLINE_EXCEEDED, None),
@@ -120,7 +111,6 @@ async def test_policies_that_fail(suite: Suite, tmp_path: Path) -> None:
             await wait_for_load(at, idle)
         bad.terminate()
         assert bad.wait(60) == 0
-    assert model.exists()
 
 
 async def test_a_policy_is_swapped_while_requests_run(suite: Suite) -> None:
