@@ -158,6 +158,8 @@ def _explain(address: str, error: RemoteError) -> CliError:
     # A reason of its own means that the router answered; gRPC's own UNAVAILABLE means that nobody did.
     if error.code is Code.UNAVAILABLE and error.reason == Code.UNAVAILABLE.name:
         return unreachable(address, sentence)
+    if error.code is Code.DEADLINE_EXCEEDED and error.reason == Code.DEADLINE_EXCEEDED.name:
+        sentence = f"the router at {address} did not answer in time"
     if error.code is Code.UNAUTHENTICATED:
         sentence += f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE}"
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"

@@ -29,7 +29,7 @@ def ask(
     seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue TEXT with no chat template.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Show what every verb did.")] = False,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = 300.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that the answer may take.")] = 300.0,
     address: Address = DEFAULT_ADDRESS,
     json: Json = False,
 ) -> None:

@@ -37,7 +37,7 @@ app.add_typer(commands.model_app, name="model")
 def up_command(
     engines: Annotated[int, typer.Option(min=1, help="Engine processes to start.")] = 2,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Router program.  [default: disaggregated]")
+        str | None, typer.Option(metavar="NAME|FILE.py", help="Router program.  [default: disaggregated]")
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME|DIR|FILE.gguf|HF-ID", help="What to serve.")] = DEFAULT_MODEL,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router's gRPC; 0: a free one.")] = 50050,

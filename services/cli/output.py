@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from services.cli.unreachable import in_short
 from services.cli.values import Answer, Endpoint, Engine, Explanation, Leg, Option, Planner, Policy, Split
 
 _PIPE_WIDTH = 200
@@ -46,7 +47,7 @@ def print_explanation(explanation: Explanation) -> None:
     if explanation.chosen is None:
         say("this policy weighs no placements")
         return
-    table = _table(
+    table = make_table(
         f"{explanation.weighed} placements weighed",
         ["", "pattern", "prefill", "decode"],
         ["split", "hold", "wait", "compute", "transfer", "ttft", "decode", "jct", "delay", "cost"],
@@ -66,7 +67,7 @@ def _option_row(option: Option, *, chosen: bool) -> list[str]:
 
 
 def _print_verbs(title: str, legs: Sequence[Leg]) -> None:
-    table = _table(
+    table = make_table(
         title,
         ["verb", "engine"],
         ["range", "matched", "sent", "computed", "generated", "bytes", "ms"],
@@ -88,7 +89,7 @@ def _print_verbs(title: str, legs: Sequence[Leg]) -> None:
 
 def print_endpoints(endpoints: Sequence[Endpoint]) -> None:
     """Where everything listens."""
-    table = _table("Endpoints", ["service", "gRPC", "HTTP"], ["pid"])
+    table = make_table("Endpoints", ["service", "gRPC", "HTTP"], ["pid"])
     for endpoint in endpoints:
         table.add_row(endpoint.name, endpoint.grpc, endpoint.http or "-", str(endpoint.pid))
     say(table)
@@ -96,14 +97,14 @@ def print_endpoints(endpoints: Sequence[Endpoint]) -> None:
 
 def print_engines(engines: Sequence[Engine]) -> None:
     """The fleet as the router sees it."""
-    table = _table(
+    table = make_table(
         "Engines",
         ["engine", "address", "state", "model", "device"],
         ["running", "waiting", "reserved", "free", "cached", "pages"],
     )
     for engine in engines:
         # Not "down": one that an operator drains, or that the breaker leaves alone, may well run.
-        state = "healthy" if engine.healthy else f"takes no work: {engine.problem}"
+        state = "healthy" if engine.healthy else f"takes no work: {in_short(engine.problem)}"
         sequences = (engine.running, engine.waiting, engine.reservations)
         pages = (engine.pages_free, engine.pages_cached, engine.pages_total)
         # Of an engine that is gone nobody knows them.
@@ -114,7 +115,7 @@ def print_engines(engines: Sequence[Engine]) -> None:
 
 def print_policies(policies: Sequence[Policy]) -> None:
     """Programs at hand; the current one has a star."""
-    table = _table("Policies", ["", "policy", "what it does"], [])
+    table = make_table("Policies", ["", "policy", "what it does"], [])
     for policy in policies:
         table.add_row("*" if policy.current else "", policy.name, policy.summary)
     say(table)
@@ -125,7 +126,7 @@ def print_split(split: Split) -> None:
     if not split.arms:
         say("requests have not been split")
         return
-    table = _table(
+    table = make_table(
         "Split" if split.active else "Split, ended",
         ["policy"],
         ["%", "requests", "errors", "ttft ms", "p99", "tpot ms", "jct ms", "p99"],
@@ -147,14 +148,14 @@ def print_planner(state: Planner) -> None:
         counts = ", ".join(f"{count} {code}" for code, count in sorted(state.moves_by_code.items())) or "none"
         say(f"{state.planner} runs for {state.age_s:.0f} s, {state.looks} looks, moves: {counts}")
     if state.topics:
-        table = _table("Topics", ["topic", "home", "cached"], ["tokens", "requests/s"])
+        table = make_table("Topics", ["topic", "home", "cached"], ["tokens", "requests/s"])
         for topic in state.topics:
             cached = " ".join(f"{name}:{tokens}" for name, tokens in sorted(topic.cached_tokens.items()))
             home = " ".join(topic.homes)
             table.add_row(topic.name, home, cached, str(topic.tokens), f"{topic.requests_per_s:.2f}")
         say(table)
     if state.moves:
-        table = _table("Moves", ["topic", "from", "to", "outcome", "why"], ["s ago", "tokens", "MB", "ms"])
+        table = make_table("Moves", ["topic", "from", "to", "outcome", "why"], ["s ago", "tokens", "MB", "ms"])
         for move in state.moves[:_SHOWN_MOVES]:
             numbers = (f"{move.age_s:.0f}", str(move.moved_tokens), f"{move.moved_bytes / 1e6:.1f}")
             row = (move.topic, move.source, move.target, move.code, move.why)
@@ -162,7 +163,8 @@ def print_planner(state: Planner) -> None:
         say(table)
 
 
-def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+def make_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table with columns of words, and then of numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None)
     for name in words:
         table.add_column(name, overflow="fold")

@@ -25,7 +25,7 @@ def planner(context: typer.Context, address: Address = DEFAULT_ADDRESS, json: Js
 
 @app.command("start")
 def start(
-    planner: Annotated[str, typer.Argument(metavar="NAME|FILE")] = "by_topic", address: Address = DEFAULT_ADDRESS
+    planner: Annotated[str, typer.Argument(metavar="NAME|FILE.py")] = "by_topic", address: Address = DEFAULT_ADDRESS
 ) -> None:
     """Runs a planner in place of the present one. A FILE is uploaded, where the router allows it."""
     name, source = read_program(planner)

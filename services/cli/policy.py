@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from services.cli.client import call_router
 from services.cli.commands import DEFAULT_ADDRESS, Address, Json
 from services.cli.errors import UsageError
 from services.cli.values import Policy
+from services.router.programs.library import named_file
 
 app = typer.Typer(no_args_is_help=True, help="Router programs: what is at hand, what new requests use.")
 
@@ -41,7 +41,7 @@ def show_command(
 
 @app.command("set")
 def set_command(
-    policy: Annotated[str, typer.Argument(metavar="NAME|FILE")],
+    policy: Annotated[str, typer.Argument(metavar="NAME|FILE.py")],
     address: Address = DEFAULT_ADDRESS,
     json: Json = False,
 ) -> None:
@@ -89,16 +89,13 @@ def _share(text: str) -> tuple[str, float]:
         raise UsageError(f"{text!r} is not POLICY=PERCENT") from None
 
 
-def is_file(policy: str) -> bool:
-    """Whether NAME|FILE means a file: it ends in .py or has a slash."""
-    return policy.endswith(".py") or "/" in policy
-
-
 def read_program(policy: str) -> tuple[str, str]:
-    """Name and source, which is empty for a program that the router has."""
-    if not is_file(policy):
+    """Name, with parameters if there are some, and source, which is empty for a program that the router has."""
+    named = named_file(policy)
+    if named is None:
         return policy, ""
+    path, params = named
     try:
-        return Path(policy).stem, Path(policy).read_text()
+        return f"{path.stem}:{params}".removesuffix(":"), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {policy}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

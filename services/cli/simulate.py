@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
@@ -15,8 +14,8 @@ from rich.table import Table
 from services.cli import output
 from services.cli.commands import Json
 from services.cli.errors import UsageError
-from services.cli.policy import is_file
 from services.router.errors import RouterError
+from services.router.programs.library import named_file
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import HARDWARE, FleetHardware
 from services.router.traces import Trace
@@ -39,7 +38,7 @@ class Simulated:
 
 
 def simulate(
-    policies: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Router programs to compare.")],
+    policies: Annotated[list[str], typer.Argument(metavar="NAME|FILE.py...", help="Router programs to compare.")],
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, Poisson.")] = 1.0,
     requests: Annotated[int, typer.Option(min=1, max=100_000)] = 200,
     prompt_tokens: Annotated[int, typer.Option(min=1, max=4096, help="On average.")] = 384,
@@ -61,9 +60,9 @@ def simulate(
 
 def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> list[Trace]:
     async def main() -> list[Trace]:
-        files = [Path(policy)] if is_file(policy) else []
-        async with simulated_router(fleet, files) as router:
-            return await router.serve(Path(policy).stem if files else policy, arrivals)
+        named = named_file(policy)
+        async with simulated_router(fleet, [] if named is None else [named[0]]) as router:
+            return await router.serve(policy if named is None else f"{named[0].stem}:{named[1]}", arrivals)
 
     try:
         return run(main())
@@ -103,7 +102,8 @@ def _mean_ms(values: Sequence[float | None]) -> float | None:
 
 
 def _table(results: Sequence[Simulated]) -> Table:
-    table = Table("policy", "requests", "failed", "ttft ms", "tpot ms", "jct ms", "jct p99 ms")
+    numbers = ["requests", "failed", "ttft ms", "tpot ms", "jct ms", "jct p99 ms"]
+    table = output.make_table("Simulated", ["policy"], numbers)
     for each in results:
         times = (each.ttft_ms, each.tpot_ms, each.jct_ms, each.jct_p99_ms)
         shown = ["" if time is None else f"{time:.1f}" for time in times]

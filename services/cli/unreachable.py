@@ -25,6 +25,11 @@ _CAUSES = (
 _NEVER_CONNECTED = ("failed to connect", "errors resolving")
 
 
+def in_short(said: str) -> str:
+    """What matters of a sentence of gRPC's about a connection; others as they are."""
+    return said.rpartition(": ")[2] if said.startswith(_NEVER_CONNECTED) else said
+
+
 def unreachable(address: str, said: str) -> CliError:
     """For a call that ended with gRPC's own UNAVAILABLE: nobody of ours said it."""
     if not said.startswith(_NEVER_CONNECTED):

@@ -49,7 +49,7 @@ class RouterConfig(ServerConfig):
     )
     policy: str = field(
         default="data_parallel",
-        metadata={"help": "program for requests that name none: NAME, NAME:PARAMETERS or FILE.py"},
+        metadata={"help": "program for requests that name none: NAME or FILE.py, with :PARAMETERS if it has some"},
     )
     policy_file: tuple[Path, ...] = field(default=(), metadata={"help": "a program to have at hand; may be repeated"})
     policy_timeout: float = field(
@@ -60,7 +60,7 @@ class RouterConfig(ServerConfig):
         metadata={"help": "seconds a program may keep the event loop to itself before it is interrupted"},
     )
     planner: str | None = field(
-        default=None, metadata={"help": "planner to run: NAME, NAME:PARAMETERS or FILE.py; none: off"}
+        default=None, metadata={"help": "planner to run: NAME or FILE.py, with :PARAMETERS if it has some; none: off"}
     )
     planner_file: tuple[Path, ...] = field(default=(), metadata={"help": "a planner to have at hand; may be repeated"})
     planner_interval: float = field(default=2.0, metadata={"help": "seconds between two looks of the planner"})

@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 
 from services.cli.fleet import Fleet
-from tests.cli.conftest import Run
+from tests.cli.conftest import ROOT, Run
 
 
 def test_ask_streams_text_as_it_is(microserve: Run, router_address: str) -> None:
@@ -167,7 +167,7 @@ def test_deadline_is_one_line(microserve: Run, router_address: str) -> None:
     code, out, err = microserve("ask", "wait", "--timeout", "0.3", "--address", router_address)
     assert (code, out) == (1, "You said ")
     assert err.count("\n") == 1
-    assert "DEADLINE_EXCEEDED" in err
+    assert "did not answer in time (DEADLINE_EXCEEDED)" in err
 
 
 UP = ("up", "--grpc-port", "0", "--http-port", "0")
@@ -189,6 +189,8 @@ UP = ("up", "--grpc-port", "0", "--http-port", "0")
         (("engines", "--address", "localhost"), "--address 'localhost' is not host:port"),
         (("kv", "bench", "--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
         (("policy", "set", "no/such.py"), "cannot read no/such.py: No such file or directory"),
+        (("policy", "set", "no/such.py:long=5"), "cannot read no/such.py: No such file or directory"),
+        ((*UP, "--policy", f"{ROOT}/docs/examples/long_to_big.py:lang=5"), "'lang=5' is not one of its parameters"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(microserve: Run, argv: tuple[str, ...], line: str) -> None:

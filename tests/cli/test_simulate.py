@@ -22,6 +22,8 @@ def test_programs_are_compared_under_the_same_arrivals(microserve: Run) -> None:
         (str(own), 20, 0),
     ]
     assert all(0 < row["ttft_ms"] < row["jct_ms"] <= row["jct_p99_ms"] for row in rows)
+    [row] = json.loads(microserve("simulate", f"{HERE}/docs/examples/long_to_big.py:long=5", *command[-5:])[1])
+    assert row["failed"] == 0
     # Nothing is cached, so there is nothing to move.
     assert rows[2]["jct_ms"] == rows[0]["jct_ms"] != rows[1]["jct_ms"]
     assert microserve(*command)[1] == out

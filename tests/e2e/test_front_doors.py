@@ -113,16 +113,17 @@ async def test_locust(suite: Suite) -> None:
     assert kinds["POST"]["num_failures"] == 0
 
 
-async def test_k6(suite: Suite, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "num_checks"), [("generate.js", 2), ("chat.js", 3)])
+async def test_k6(suite: Suite, tmp_path: Path, script: str, num_checks: int) -> None:
     assert suite.router_process is not None
     summary = tmp_path / "summary.json"
     await run(
         *(BIN / "k6", "run", "--quiet", "--vus", "3", "--iterations", "12", "--no-usage-report"),
-        *("--summary-export", summary, LOAD / "generate.js"),
-        ROUTER=suite.router_process.address,
+        *("--summary-export", summary, LOAD / script),
+        ROUTER=url(suite) if script == "chat.js" else suite.router_process.address,
     )
     checks = json.loads(summary.read_text())["metrics"]["checks"]
-    assert (checks["passes"], checks["fails"]) == (24, 0)
+    assert (checks["passes"], checks["fails"]) == (12 * num_checks, 0)
 
 
 async def test_what_k6_and_ghz_send_is_of_the_contract_and_answered(suite: Suite) -> None:

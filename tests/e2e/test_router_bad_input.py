@@ -113,28 +113,29 @@ async def test_policies_that_fail(suite: Suite, tmp_path: Path) -> None:
         assert bad.wait(60) == 0
 
 
-async def test_a_policy_is_swapped_while_requests_run(suite: Suite) -> None:
-    assert suite.router is not None
+async def test_five_policies_rotate_under_two_hundred_requests(suite: Suite) -> None:
+    """None is lost, and each answer is that of one engine alone."""
     assert suite.admin is not None
 
-    async def one(number: int) -> int:
-        reply = await suite.router.Complete(  # type: ignore[union-attr]
-            router.CompleteRequest(
-                request=router.GenerateRequest(
-                    tokens=router.TokenIds(ids=[3 + number % 50] * 40),
-                    sampling=sampling.SamplingParams(max_tokens=8, ignore_eos=True),
-                )
-            ),
-            timeout=60,
+    async def one(number: int, policy: str = "", salt: str = "") -> router.GenerateResponse:
+        message = router.GenerateRequest(
+            tokens=router.TokenIds(ids=[3 + (number + position) % 50 for position in range(40)]),
+            sampling=sampling.SamplingParams(max_tokens=8, ignore_eos=True),
+            cache_salt=salt,
         )
-        return len(reply.response.token_ids)
+        metadata = (("x-microserve-policy", policy),) if policy else ()
+        reply = await suite.router.Complete(  # type: ignore[union-attr]
+            router.CompleteRequest(request=message), timeout=120, metadata=metadata
+        )
+        return reply.response
 
-    names = ["data_parallel", "context_aware", "balanced", "disaggregated"]
-    for turn, name in enumerate(names):
-        running = [asyncio.create_task(one(turn * 20 + number)) for number in range(20)]
-        changed = await suite.admin.SetPolicy(admin.SetPolicyRequest(name=name))
-        assert changed.policy.current
-        assert await asyncio.gather(*running) == [8] * 20
+    alone = await asyncio.gather(*(one(number, "data_parallel", "alone") for number in range(40)))
+    wanted = [list(answer.token_ids) for answer in alone]
+    for name in ("data_parallel", "context_aware", "balanced", "adaptive", "disaggregated"):
+        running = [asyncio.create_task(one(number)) for number in range(40)]
+        assert (await suite.admin.SetPolicy(admin.SetPolicyRequest(name=name))).policy.current
+        assert (await one(0)).policy == name
+        assert [list(answer.token_ids) for answer in await asyncio.gather(*running)] == wanted
     await goes_on(suite)
 
 

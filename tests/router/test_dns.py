@@ -6,10 +6,17 @@ import asyncio
 from collections.abc import Collection
 
 import pytest
+from microserve.router.v1 import router_pb2_grpc
 
+from services.router.app import Router
+from services.router.config import RouterConfig
 from services.router.errors import FleetFull
 from services.router.fleet.dns import follow_dns, resolve
+from services.rpc.bind import split_address
+from services.rpc.channel import make_channel
 from services.rpc.virtual_loop import run
+from tests.fakes import PATIENCE_S, FakeEngine
+from tests.router.harness import FAST, PROMPT, complete, model, request
 
 
 class Published:
@@ -65,3 +72,26 @@ async def test_a_name_that_is_none_is_reported(caplog: pytest.LogCaptureFixture)
 
 async def test_a_real_name_resolves() -> None:
     assert "127.0.0.1" in await resolve("localhost", 1)
+
+
+async def test_a_router_serves_with_engines_behind_a_name() -> None:
+    engine = FakeEngine(model(), "a")
+    port = split_address(await engine.start())[1]
+    router = Router(RouterConfig(listen="127.0.0.1:0", engine_dns=(f"localhost:{port}",)), backoff=FAST)
+    changed = asyncio.Event()
+    router.registry.on_change(changed.set)
+    channel = None
+    try:
+        channel = make_channel((await router.start()).grpc)
+        async with asyncio.timeout(PATIENCE_S):
+            while not router.serving:
+                await changed.wait()
+                changed.clear()
+        answer = await complete(router_pb2_grpc.RouterServiceStub(channel), request())
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert router.membership.sources(engine.address) == (f"dns:localhost:{port}",)
+    finally:
+        if channel is not None:
+            await channel.close()
+        await router.close()
+        await engine.stop()

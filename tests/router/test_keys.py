@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from microserve.router.v1 import admin_pb2, router_pb2
 
 from services.cli.access import (
@@ -84,6 +85,21 @@ async def test_an_admin_key_closes_the_admin_service_to_clients(monkeypatch: pyt
             assert [piece async for piece in router.generate(Question("hi"), timeout_s=10)]
 
 
+async def test_the_admin_address_wants_the_same_keys_and_reflection_none() -> None:
+    client, operator = ((("authorization", f"Bearer {key}"),) for key in ("client", "operator"))
+    options = {"api_key": ("client",), "admin_key": ("operator",), "admin_listen": "127.0.0.1:0"}
+    async with running(1, **options) as suite:
+        for metadata in ((), client):
+            with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
+                await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=metadata)
+        assert (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest(), metadata=operator)).engines
+        for channel in suite.channels:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            [names] = [reply async for reply in stub.ServerReflectionInfo(iter([asked]))]
+            assert "microserve.router.v1.AdminService" in {each.name for each in names.list_services_response.service}
+
+
 async def test_the_commands_talk_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     authority = trustme.CA()
     server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("operator@example.org")
@@ -100,9 +116,15 @@ async def test_the_commands_talk_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             async with router_client(address) as router:
                 return len(await router.list_engines())
 
-        with pytest.raises(CliError, match="no router answers"):
+        with pytest.raises(CliError, match=f"no router answers.*does it want TLS .{CA_VARIABLE}"):
+            await list_engines()
+        trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+        monkeypatch.setenv(CA_VARIABLE, str(tmp_path / "other.pem"))
+        with pytest.raises(CliError, match=r"no router answers.*not of the authority"):
             await list_engines()
         monkeypatch.setenv(CA_VARIABLE, str(files["ca"]))
+        with pytest.raises(CliError, match=f"no router answers.*a certificate .{CERTIFICATE_VARIABLE}"):
+            await list_engines()
         monkeypatch.setenv(CERTIFICATE_VARIABLE, str(files["client"]))
         with pytest.raises(CliError, match="go together"):
             await list_engines()

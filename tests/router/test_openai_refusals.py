@@ -49,6 +49,7 @@ async def test_keys() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"messages": "hello"}, "messages", "invalid_value"),
         ({"messages": [1]}, "messages[0]", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "unsup"),
         ({"messages": [{"role": "user", "content": "x", "what": 1}]}, "messages[0].what", "unknown_parameter"),
         ({"messages": []}, None, "empty_prompt"),
@@ -184,3 +185,10 @@ async def test_no_engine_is_service_unavailable() -> None:
         assert (caught.value.status_code, caught.value.code) == (503, "no_engine")
         assert int(caught.value.response.headers["retry-after"]) >= 1
         suite.engines.clear()
+
+
+async def test_a_path_tells_its_methods() -> None:
+    async with serving() as (_, client):
+        with pytest.raises(openai.APIStatusError, match="this path takes POST") as caught:
+            await client.get("/completions", cast_to=object)
+        assert (caught.value.status_code, caught.value.response.headers["allow"]) == (405, "POST")

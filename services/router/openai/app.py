@@ -150,8 +150,9 @@ def _refusal(error: Exception, path: str) -> Refusal:
     if isinstance(error, ServiceError):
         return refusal(error)
     if isinstance(error, HTTPException):
-        what = {404: "there is nothing at this path", 405: "this path has other methods"}
-        return Refusal(error.status_code, what.get(error.status_code, error.detail), "unknown_url")
+        allow = (error.headers or {}).get("Allow", "")
+        what = {404: "there is nothing at this path", 405: f"this path takes {allow}"}
+        return Refusal(error.status_code, what.get(error.status_code, error.detail), "unknown_url", allow=allow)
     failure_id = uuid.uuid4().hex
     log.error("call failed", exc_info=error, extra={"fields": {"path": path, "failure": failure_id}})
     return Refusal(500, f"internal error {failure_id}", "internal")

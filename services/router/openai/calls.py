@@ -191,7 +191,7 @@ def _messages(value: object) -> tuple[ChatMessage, ...]:
 def _message(value: object, path: str) -> ChatMessage:
     fields = object_of(value, path)
     role = fields.text("role") or ""
-    content = _content(fields.take("content"), f"{path}.content")
+    content = _content(fields.take("content"), f"{path}.content", may_miss=role == "assistant")
     for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
         fields.only(name, [])
     fields.ignore(("name", "refusal", "annotations"))
@@ -199,10 +199,12 @@ def _message(value: object, path: str) -> ChatMessage:
     return ChatMessage(_ROLES.get(role, role), content)
 
 
-def _content(value: object, path: str) -> str:
+def _content(value: object, path: str, *, may_miss: bool) -> str:
     """A string, or the texts of an array of parts put together."""
-    if value is None:
+    if value is None and may_miss:
         return ""
+    if value is None:
+        raise bad_value(path, "is missing")
     if not isinstance(value, list):
         return text_of(value, path)
     texts = []

@@ -28,14 +28,22 @@ _DEFAULT_RETRY_S = 1.0
 
 
 class Refusal(Exception):
-    """An answer that is an error. `param` names the member of the body that is at fault."""
+    """An answer that is an error. `param` names the member of the body that is at fault, `allow` the methods that a
+    path has."""
 
     def __init__(
-        self, status: int, message: str, code: str, *, param: str | None = None, retry_delay_s: float | None = None
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        retry_delay_s: float | None = None,
+        allow: str = "",
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_delay_s = retry_delay_s
+        self.retry_delay_s, self.allow = retry_delay_s, allow
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """In OpenAI's shape."""
@@ -43,7 +51,9 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After, in whole seconds, where waiting helps; how to authenticate where that is missing."""
+        """Retry-After, in whole seconds, where waiting helps; what is missing or wrong of key and method."""
+        if self.allow:
+            return {"allow": self.allow}
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
         if self.status not in _RETRY_STATUSES:

@@ -12,6 +12,14 @@ from services.router.programs.program import BoundProgram, Kind, Program
 MAX_UPLOADED = 64
 
 
+def named_file(spec: str) -> tuple[Path, str] | None:
+    """The path and the parameters in "FILE.py" or "FILE.py:parameters"; None for the name of a program."""
+    path, has_params, params = spec.partition(".py:")
+    if has_params:
+        return Path(f"{path}.py"), params
+    return (Path(spec), "") if spec.endswith(".py") else None
+
+
 class Library:
     """Those that come with the router, those of files, and those that were uploaded."""
 
@@ -43,12 +51,15 @@ class Library:
         return self.get(name).bind(text)
 
     def take_in(self, spec: str) -> BoundProgram:
-        """As bind, but it may also be a file that is not at hand yet. UnknownPolicy, BadPolicy."""
-        if not spec.endswith(".py"):
+        """As bind, but in place of a name a file that is not at hand yet may stand. UnknownPolicy, BadPolicy."""
+        named = named_file(spec)
+        if named is None:
             return self.bind(spec)
-        program = load_file(Path(spec), self.kind)
+        path, params = named
+        program = load_file(path, self.kind)
+        bound = program.bind(params)
         self.add(program)
-        return program.bind("")
+        return bound
 
     def add(self, program: Program) -> None:
         """Takes a program in, in place of an earlier one of that name. BadPolicy for names of built-in ones."""
