@@ -174,6 +174,26 @@ async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks() 
         call.cancel()
 
 
+async def test_both_doors_say_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    async with (
+        running(1, http_listen="127.0.0.1:0") as suite,
+        openai.AsyncOpenAI(base_url=f"http://{suite.http}/v1", api_key="any", max_retries=0) as client,
+    ):
+        turn = suite.router.admission.turn
+
+        def spied(ticket: Ticket) -> AbstractAsyncContextManager[Turn]:
+            asked.append((ticket.priority.value, ticket.tenant))
+            return turn(ticket)
+
+        monkeypatch.setattr(suite.router.admission, "turn", spied)
+        await said(suite, {"priority": "high", "tenant": "one"})
+        headers = {"x-microserve-priority": "low", "x-microserve-tenant": "two"}
+        await client.completions.create(model="fake", prompt="x", extra_headers=headers)
+        await suite.generate()
+    assert asked == [("high", "one"), ("low", "two"), ("normal", "")]
+
+
 async def test_a_request_costs_what_it_can_get_at_most_and_all_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     costs: list[int] = []
     async with running(1) as suite:
