@@ -90,6 +90,10 @@ def _check_policy(policy: str) -> None:
         config = read_config(
             RouterConfig, ["--engine", f"{HOST}:0", "--policy", policy], "microserve-router", os.environ
         )
+        if config.tls_cert is not None:
+            raise UsageError(
+                "`up` is for trying out, without TLS: unset the variables of --tls-cert, or start services by hand"
+            )
         Catalogue(config.policy_file, config.policy)
     except ConfigError as error:
         raise UsageError(f"microserve-router: {error}") from None

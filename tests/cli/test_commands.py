@@ -207,6 +207,11 @@ def test_what_the_router_would_refuse_is_found_before_anything_starts(
     monkeypatch.setenv("MICROSERVE_ROUTER_MAX_QUEUED", "many")
     line = "microserve: microserve-router: MICROSERVE_ROUTER_MAX_QUEUED: 'many' is not a whole number\n"
     assert microserve(*UP) == (2, "", line)
+    monkeypatch.delenv("MICROSERVE_ROUTER_MAX_QUEUED")
+    for name in ("CERT", "KEY"):
+        monkeypatch.setenv(f"MICROSERVE_TLS_{name}", "x.pem")
+    code, _, err = microserve(*UP)
+    assert (code, err.count("\n"), "without TLS" in err) == (2, 1, True)
 
 
 def test_no_router_is_one_line_and_code_1(microserve: Run) -> None:
