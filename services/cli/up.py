@@ -68,20 +68,20 @@ def _check(options: UpOptions) -> None:
     """Finds what is wrong before anything is downloaded or started."""
     require_engine()
     admin_ports = () if options.admin_port is None else (options.admin_port,)
-    for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
-        if port > _LAST_PORT:
-            raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
-        try:
-            check_free(HOST, port)
-        except StartError as error:
-            raise CliError(str(error)) from None
     if options.http_port != 0 and options.http_port in (options.grpc_port, *admin_ports, *options.engine_ports):
         raise UsageError("--http-port must differ from the gRPC ports of router and engines")
     if options.admin_port in (options.grpc_port, *options.engine_ports):
         raise UsageError("--admin-port must differ from the other ports")
+    if max(options.engine_ports) > _LAST_PORT:
+        raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
     if options.dtype not in _DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
     _check_policy(options.policy)
+    for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
+        try:
+            check_free(HOST, port)
+        except StartError as error:
+            raise CliError(str(error)) from None
 
 
 def _check_policy(policy: str) -> None:
