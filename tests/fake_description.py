@@ -60,7 +60,7 @@ class FakeDescription(EngineServiceServicer):
         self.calls: list[tuple[str, Any]] = []
         self.gate = asyncio.Event()  # no token while it is clear
         self.gate.set()
-        self.contract_version = "1.0"
+        self.contract_version = "1.1"
         self.sequences: set[str] = set()
         self.running: dict[str, asyncio.Task[None]] = {}  # sequences of the session
         self.num_sends = 0

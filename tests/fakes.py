@@ -143,7 +143,7 @@ class FakeEngine(FakeDescription):
             yield response
 
     async def Session(self, requests: Any, context: Any) -> AsyncIterator[pb.SessionResponse]:
-        outputs: asyncio.Queue[pb.SequenceOutput | None] = asyncio.Queue()
+        outputs: asyncio.Queue[pb.SequenceOutput | pb.VerbAnswer | None] = asyncio.Queue()
         running = self.running
 
         async def read() -> None:
@@ -152,6 +152,10 @@ class FakeEngine(FakeDescription):
                     self.calls.append(("Session", command.start))
                     task = asyncio.create_task(self._sequence(command.start, outputs))
                     running[command.start.request_id] = task
+                elif (verb := command.WhichOneof("command")) != "cancel":
+                    request = getattr(command, verb)
+                    self.calls.append(("SessionVerb", request))
+                    running[request.request_id] = asyncio.create_task(self._answer(verb, request, context, outputs))
                 elif command.cancel.request_id in running:
                     self.calls.append(("Cancel", command.cancel))
                     running[command.cancel.request_id].cancel()
@@ -160,7 +164,10 @@ class FakeEngine(FakeDescription):
         reader = asyncio.create_task(read())
         try:
             while (output := await outputs.get()) is not None:
-                yield pb.SessionResponse(outputs=[output])
+                if isinstance(output, pb.SequenceOutput):
+                    yield pb.SessionResponse(outputs=[output])
+                else:
+                    yield pb.SessionResponse(answers=[output])
         finally:
             for task in (reader, *running.values()):
                 task.cancel()
@@ -186,6 +193,16 @@ class FakeEngine(FakeDescription):
             if (each.owner_id, each.request_id) == (request.owner_id, request.request_id):
                 self.kv.end(each, "aborted")
         return pb.AbortResponse()
+
+    async def _answer(self, verb: str, request: Any, context: Any, outputs: asyncio.Queue[Any]) -> None:
+        """One other verb of a session."""
+        handler = self.PrepRecv if verb == "prep_recv" else self.RemoteSend
+        answer = pb.VerbAnswer(request_id=request.request_id)
+        try:
+            getattr(answer, verb).CopyFrom(await handler(request, context))
+        except ServiceError as error:
+            answer.error.CopyFrom(to_error_message(error))
+        outputs.put_nowait(answer)
 
     async def _sequence(self, request: pb.StartGenerateRequest, outputs: asyncio.Queue[Any]) -> None:
         """One sequence of a session."""

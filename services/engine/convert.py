@@ -19,6 +19,8 @@ from services.protocol.ranges import RangeSet, TokenRange
 from services.rpc.timing_messages import seconds_of
 
 MAX_DURATION_S = 24 * 3600.0
+_DTYPES = {kv_pb2.Dtype.Value(f"DTYPE_{dtype.value}"): dtype for dtype in Dtype}
+_ORDERS = {kv_pb2.PageOrder.Value(f"PAGE_ORDER_{order.value}"): order for order in PageOrder}
 
 
 def from_duration(message: Duration, field: str, *, clip: bool = False) -> float:
@@ -43,11 +45,9 @@ def from_ranges(messages: Iterable[kv_pb2.TokenRange]) -> RangeSet:
 
 def from_layout(message: kv_pb2.PageLayout) -> PageLayout:
     """A layout. Raises BadRequest for a dtype or order that is unknown, LayoutMismatch for an impossible shape."""
-    try:
-        dtype = Dtype(kv_pb2.Dtype.Name(message.dtype).removeprefix("DTYPE_"))
-        order = PageOrder(kv_pb2.PageOrder.Name(message.order).removeprefix("PAGE_ORDER_"))
-    except ValueError:
-        raise BadRequest("The layout names no known dtype or page order.") from None
+    dtype, order = _DTYPES.get(message.dtype), _ORDERS.get(message.order)
+    if dtype is None or order is None:
+        raise BadRequest("The layout names no known dtype or page order.")
     return PageLayout(message.layer_count, message.kv_head_count, message.head_dim, message.page_size, dtype, order)
 
 
@@ -120,7 +120,7 @@ def _to_token_logprob(pair: tuple[int, float]) -> sampling_pb2.TokenLogprob:
 
 def _decimal(value: float) -> float:
     """The shortest decimal that a float32 of the wire stands for: 0.1, not 0.10000000149."""
-    return float(f"{value:.7g}") if math.isfinite(value) else value
+    return float(f"{value:.7g}") if value and math.isfinite(value) else value
 
 
 def _from_shard(message: kv_pb2.KvShard) -> KvShard:

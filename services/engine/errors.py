@@ -71,7 +71,7 @@ class GuidesUnavailable(EngineError):
 
 
 class QueueFull(EngineError):
-    """As many requests wait already as the engine lets wait."""
+    """As many requests wait already as the engine lets wait, or are open as a session may have."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -16,20 +17,23 @@ from services.engine.convert import from_duration
 from services.engine.core import api
 from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
+from services.engine.front.calls import within
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits
 from services.engine.front.loads import DEFAULT_INTERVAL_S, MIN_INTERVAL_S
-from services.engine.front.session import CancelSequence, RefusedStart, SessionCommand, converse
+from services.engine.front.session import CancelCall, RefusedStart, SessionCommand, converse
+from services.engine.front.session_verbs import VerbCall
 from services.engine.front.streams import Caller
 from services.engine.kvlink.private import no_kvtransfer
 from services.engine.metrics import count_verb
 from services.protocol.errors import ServiceError
 from services.protocol.layout import PageLayout
-from services.rpc.deadline import time_left
+from services.protocol.timing import Timing
+from services.rpc.deadline import earlier, time_left
 from services.rpc.kv_messages import layout_message
-from services.rpc.timing_messages import duration_message, timing_message
+from services.rpc.timing_messages import duration_message
 
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "1.1"
 MAX_TOKENIZER_PIECE_BYTES = 1 << 20
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -80,19 +84,10 @@ class EngineServicer(EngineServiceServicer):
         self._clock = clock
 
     async def PrepRecv(self, request: pb.PrepRecvRequest, context: Context) -> pb.PrepRecvResponse:
-        self._require_kvtransfer()
-        key = requests.to_key(request.owner_id, request.request_id)
-        reserved = await self._front.calls.ask_for(key, requests.to_prep_recv(request, key, self._limits))
-        count_verb(reserved.timing)
-        return replies.to_reserved(reserved)
+        return replies.to_reserved(await self._prep_recv(request, context))
 
     async def RemoteSend(self, request: pb.RemoteSendRequest, context: Context) -> pb.RemoteSendResponse:
-        self._require_kvtransfer()
-        key = requests.to_key(request.owner_id, request.request_id)
-        ask = requests.to_remote_send(request, key, self._limits, self._deadline(context))
-        timing = await self._front.calls.ask_for(key, ask)
-        count_verb(timing)
-        return pb.RemoteSendResponse(timing=timing_message(timing))
+        return replies.to_sent(await self._remote_send(request, context))
 
     async def StartGenerate(
         self, request: pb.StartGenerateRequest, context: Context
@@ -108,9 +103,9 @@ class EngineServicer(EngineServiceServicer):
     ) -> AsyncIterator[pb.SessionResponse]:
         commands = self._session_commands(request_iterator, context)
         with self._front.streams.caller() as caller:
-            async with aclosing(converse(commands, caller)) as frames:
-                async for outputs in frames:
-                    yield replies.to_frame(outputs)
+            async with aclosing(converse(commands, caller)) as portions:
+                async for taken in portions:
+                    yield replies.to_frame(taken)
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> pb.CompleteResponse:
         response = pb.CompleteResponse()
@@ -199,15 +194,37 @@ class EngineServicer(EngineServiceServicer):
                         yield self._start_command(message.start, context)
                     except ServiceError as error:
                         yield RefusedStart(message.start.request_id, error)
+                case "prep_recv":
+                    yield _verb_call(message.prep_recv, partial(self._prep_recv, message.prep_recv, context))
+                case "remote_send":
+                    yield _verb_call(message.remote_send, partial(self._remote_send, message.remote_send, context))
                 case "cancel":
-                    yield CancelSequence(message.cancel.request_id)
+                    yield CancelCall(message.cancel.request_id)
+
+    async def _prep_recv(self, request: pb.PrepRecvRequest, context: Context) -> api.Reserved:
+        self._require_kvtransfer()
+        key = requests.to_key(request.owner_id, request.request_id)
+        timeout_s = requests.to_timeout(request)
+        ask = requests.to_prep_recv(request, key, self._limits)
+        reserved = await within(timeout_s, self._front.calls.ask_for(key, ask))
+        count_verb(reserved.timing)
+        return reserved
+
+    async def _remote_send(self, request: pb.RemoteSendRequest, context: Context) -> Timing:
+        self._require_kvtransfer()
+        key = requests.to_key(request.owner_id, request.request_id)
+        timeout_s = requests.to_timeout(request)
+        left_s = earlier(time_left(context), timeout_s)
+        ask = requests.to_remote_send(request, key, self._limits, self._at(left_s))
+        timing = await self._front.calls.ask_for(key, ask)
+        count_verb(timing)
+        return timing
 
     def _start_command(self, request: pb.StartGenerateRequest, context: Context) -> api.StartGenerate:
-        return requests.to_start_generate(request, self._limits, self._clock(), self._deadline(context))
+        return requests.to_start_generate(request, self._limits, self._clock(), self._at(time_left(context)))
 
-    def _deadline(self, context: Context) -> float | None:
-        """The call's own deadline on the engine's clock."""
-        left_s = time_left(context)
+    def _at(self, left_s: float | None) -> float | None:
+        """What is left of a call's time as a deadline on the engine's clock."""
         return None if left_s is None else self._clock() + left_s
 
     def _require_kvtransfer(self) -> None:
@@ -215,10 +232,16 @@ class EngineServicer(EngineServiceServicer):
             raise no_kvtransfer()
 
 
+def _verb_call(
+    request: pb.PrepRecvRequest | pb.RemoteSendRequest, run: Callable[[], Coroutine[Any, Any, api.Reserved | Timing]]
+) -> VerbCall:
+    return VerbCall(api.RequestKey(request.owner_id, request.request_id), run)
+
+
 async def _single(caller: Caller) -> AsyncGenerator[api.SequenceOutput, None]:
     """The outputs of a caller's only sequence, to its end. Raises what the sequence failed with."""
     while True:
-        for output in await caller.take():
+        for output in (await caller.take()).outputs:
             if output.error is None or output.has_news:
                 yield output
             if output.error is not None:

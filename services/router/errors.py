@@ -3,7 +3,7 @@
 RouterError
 ├── NoEngine               UNAVAILABLE          no healthy engine (of that model)
 ├── EngineDrained          UNAVAILABLE          an operator empties the engine under a sequence
-├── EngineLost             UNAVAILABLE          an engine went away under a sequence
+├── EngineLost             UNAVAILABLE          an engine went away under a verb
 ├── BreakerOpen            UNAVAILABLE          an engine failed too often and is left alone for a while
 ├── UnknownEngine          NOT_FOUND            no engine of the fleet has that address
 ├── FleetFull              RESOURCE_EXHAUSTED   more engines than a fleet may have
@@ -60,7 +60,7 @@ class EngineDrained(RouterError):
 
 
 class EngineLost(RouterError):
-    """The engine ended its session while a sequence was running."""
+    """The engine ended its session while a verb was under way on it."""
 
     code = Code.UNAVAILABLE
     reason = "ENGINE_LOST"

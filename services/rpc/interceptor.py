@@ -112,7 +112,7 @@ async def _guarded(context: Context, method: str) -> AsyncIterator[None]:
     code = "OK"
     try:
         yield
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
         code = "CANCELLED"
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -120,7 +120,7 @@ async def _guarded(context: Context, method: str) -> AsyncIterator[None]:
         # Somebody cancelled a task that this handler was waiting for. grpc would take it for the end of the
         # call and send no status at all, and the client would wait for ever.
         code = "INTERNAL"
-        await _abort(context, _internal(method))
+        await _abort(context, internal_error(method, error))
     except grpc.aio.AbortError:
         code = "ABORTED_BY_HANDLER"
         raise
@@ -131,17 +131,17 @@ async def _guarded(context: Context, method: str) -> AsyncIterator[None]:
         # Generated code sets the code and raises for a method that the servicer leaves out; tensor libraries
         # raise the same exception for bugs.
         absent = isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED
-        failure = Unimplemented(f"{method} is not implemented") if absent else _internal(method)
+        failure = Unimplemented(f"{method} is not implemented") if absent else internal_error(method, error)
         code = failure.code.name
         await _abort(context, failure)
     finally:
         RPC_SECONDS.labels(method, code).observe(time.monotonic() - begin)
 
 
-def _internal(method: str) -> InternalError:
-    """Logs the exception being handled and makes the error that names its log record."""
+def internal_error(method: str, error: BaseException) -> InternalError:
+    """Logs a bug and makes the error that names its log record."""
     failure_id = uuid.uuid4().hex
-    log.exception("call failed", extra={"fields": {"method": method, "failure": failure_id}})
+    log.error("call failed", exc_info=error, extra={"fields": {"method": method, "failure": failure_id}})
     return InternalError(f"internal error {failure_id}")
 
 

@@ -74,7 +74,7 @@ async def test_get_info(suite: Suite) -> None:
         assert info.model_digest
         assert info.tokenizer_digest
         assert info.model
-        assert info.contract_version == "1.0"
+        assert info.contract_version == "1.1"
         assert (info.vocab_size, info.device, list(info.eos_token_ids)) == (VOCAB, "cpu", [2])
         assert info.max_batch_size == 64
         assert info.kvtransfer_endpoint == suite.kvtransfer.address

@@ -266,8 +266,8 @@ async def test_cancel_sequence_ends_one_of_a_session(suite: Suite, steps: StepGa
             await call.write(pb.SessionRequest(start=request))
         while not outcomes[doomed.request_id].token_ids:
             add(outcomes, await gate.until(call.read()))
-        await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id="nobody")))
-        await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id=doomed.request_id)))
+        await call.write(pb.SessionRequest(cancel=pb.CancelCall(request_id="nobody")))
+        await call.write(pb.SessionRequest(cancel=pb.CancelCall(request_id=doomed.request_id)))
         await call.done_writing()
     while isinstance(frame := await call.read(), pb.SessionResponse):
         add(outcomes, frame)

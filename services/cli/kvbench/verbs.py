@@ -1,4 +1,4 @@
-"""The three verbs as a router calls them, by hand."""
+"""The three verbs by hand, each a call of its own."""
 
 from __future__ import annotations
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from services.engine.core.api import Cancel, Command, Reply, RequestKey
+from services.engine.errors import DeadlineExceeded
 from services.engine.front.outbox import Outbox
 from services.protocol.errors import ServiceError
 
@@ -83,6 +84,15 @@ class Calls:
         self._failure = error
         for answer in self._open:
             _settle(answer, error)
+
+
+async def within(timeout_s: float | None, answer: Coroutine[Any, Any, T]) -> T:
+    """What `answer` gives, which is cancelled when the time is over. DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        raise DeadlineExceeded("The time allowed for the call is over.") from None
 
 
 def _settle(answer: asyncio.Future[Any], value: object) -> None:

@@ -8,11 +8,17 @@ from microserve.engine.v1 import engine_pb2
 from microserve.types.v1 import kv_pb2, sampling_pb2
 
 from services.engine.convert import to_logprobs, to_prompt_logprobs
-from services.engine.core.api import CacheEvent, Load, ReservationInfo, Reserved, SequenceOutput
+from services.engine.core.api import CacheEvent, FinishReason, Load, ReservationInfo, Reserved, SequenceOutput
+from services.engine.front.streams import Taken, VerbAnswer
+from services.protocol.timing import Timing
 from services.rpc.kv_messages import address_message, range_message
 from services.rpc.status import to_error_message
 from services.rpc.timing_messages import duration_message, timing_message
 
+_FINISH_REASONS = {
+    name: sampling_pb2.FinishReason.Value(f"FINISH_REASON_{name}")
+    for name in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED)
+}
 MAX_LISTED_RESERVATIONS = 10_000
 # A block hash takes 20 bytes on the wire, so a message stays well under gRPC's limit.
 MAX_BLOCKS_PER_MESSAGE = 16_384
@@ -30,21 +36,28 @@ def to_reserved(reserved: Reserved) -> engine_pb2.PrepRecvResponse:
 
 def to_generated(output: SequenceOutput) -> engine_pb2.StartGenerateResponse:
     """New tokens of one sequence; its error, if any, travels otherwise."""
-    response = engine_pb2.StartGenerateResponse(token_ids=output.token_ids)
+    timing = timing_message(output.timing) if output.timing is not None else None
+    response = engine_pb2.StartGenerateResponse(token_ids=output.token_ids, timing=timing)
     if output.logprobs:
         response.logprobs.extend(to_logprobs(entry) for entry in output.logprobs)
     if output.prompt_logprobs is not None:
         response.prompt_logprobs.CopyFrom(to_prompt_logprobs(output.prompt_logprobs))
     if output.finish_reason is not None:
-        response.finish_reason = sampling_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason}")
-    if output.timing is not None:
-        response.timing.CopyFrom(timing_message(output.timing))
+        response.finish_reason = _FINISH_REASONS[output.finish_reason]
     return response
 
 
-def to_frame(outputs: Iterable[SequenceOutput]) -> engine_pb2.SessionResponse:
+def to_sent(timing: Timing) -> engine_pb2.RemoteSendResponse:
+    """The answer to a RemoteSend."""
+    return engine_pb2.RemoteSendResponse(timing=timing_message(timing))
+
+
+def to_frame(taken: Taken) -> engine_pb2.SessionResponse:
     """One frame of a session."""
-    return engine_pb2.SessionResponse(outputs=[_to_session_output(output) for output in outputs])
+    return engine_pb2.SessionResponse(
+        outputs=[_to_session_output(output) for output in taken.outputs],
+        answers=[_to_answer(answer) for answer in taken.answers],
+    )
 
 
 def to_load(load: Load) -> engine_pb2.WatchLoadResponse:
@@ -107,6 +120,16 @@ def _to_session_output(output: SequenceOutput) -> engine_pb2.SequenceOutput:
     if output.error is not None:
         message.error.CopyFrom(to_error_message(output.error))
     return message
+
+
+def _to_answer(answer: VerbAnswer) -> engine_pb2.VerbAnswer:
+    match answer.result:
+        case Reserved() as reserved:
+            return engine_pb2.VerbAnswer(request_id=answer.request_id, prep_recv=to_reserved(reserved))
+        case Timing() as timing:
+            return engine_pb2.VerbAnswer(request_id=answer.request_id, remote_send=to_sent(timing))
+        case error:
+            return engine_pb2.VerbAnswer(request_id=answer.request_id, error=to_error_message(error))
 
 
 def _to_reservation_info(info: ReservationInfo) -> engine_pb2.ReservationInfo:

@@ -72,6 +72,11 @@ def to_remote_send(
     )
 
 
+def to_timeout(request: engine_pb2.PrepRecvRequest | engine_pb2.RemoteSendRequest) -> float | None:
+    """The time that a verb is allowed beside its call's deadline, in seconds."""
+    return from_duration(request.timeout, "timeout") if request.HasField("timeout") else None
+
+
 def to_start_generate(
     request: engine_pb2.StartGenerateRequest, limits: Limits, now: float, call_deadline: float | None
 ) -> api.StartGenerate:

@@ -1,21 +1,22 @@
-"""One Session call: starts and cancels come in while frames go out."""
+"""One Session call: starts, other verbs and cancels come in while frames go out."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
-from services.engine.core.api import RequestKey, SequenceOutput, StartGenerate
+from services.engine.core.api import RequestKey, StartGenerate
 from services.engine.errors import BadRequest
-from services.engine.front.streams import Caller
+from services.engine.front.session_verbs import SessionVerbs, VerbCall
+from services.engine.front.streams import Caller, Taken
 from services.protocol.errors import ServiceError
 
 
 @dataclass(frozen=True, slots=True)
-class CancelSequence:
-    """The client wants a sequence of this session to end."""
+class CancelCall:
+    """The client wants a sequence or a verb of this session to end."""
 
     request_id: str
 
@@ -28,49 +29,70 @@ class RefusedStart:
     error: ServiceError
 
 
-SessionCommand: TypeAlias = StartGenerate | CancelSequence | RefusedStart
+SessionCommand: TypeAlias = StartGenerate | VerbCall | CancelCall | RefusedStart
 
 
-async def converse(
-    commands: AsyncIterator[SessionCommand], caller: Caller
-) -> AsyncGenerator[list[SequenceOutput], None]:
+async def converse(commands: AsyncIterator[SessionCommand], caller: Caller) -> AsyncGenerator[Taken, None]:
     """Carries the commands out and yields what comes of them, everything there is each time.
 
-    Ends when no more commands come and the last sequence has ended. A slow consumer gets fewer, larger lists.
+    Ends when no more commands come and the last call has ended. A slow consumer gets fewer, larger portions.
     """
-    reader = asyncio.create_task(_read(commands, caller))
+    verbs = SessionVerbs(caller)
+    reader = asyncio.create_task(_Reader(caller, verbs).read(commands))
     try:
-        while outputs := await caller.take():
-            yield outputs
+        while taken := await caller.take():
+            yield taken
         if reader.done():
             reader.result()
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
+        await verbs.close()
 
 
-async def _read(commands: AsyncIterator[SessionCommand], caller: Caller) -> None:
-    owner_id: str | None = None
-    try:
-        async for command in commands:
-            match command:
-                case StartGenerate():
-                    # Sequences of a session are told apart by their request ids alone.
-                    owner_id = owner_id or command.key.owner_id
-                    _start(command, caller, owner_id)
-                case CancelSequence(request_id) if owner_id is not None:
-                    caller.cancel(RequestKey(owner_id, request_id))
-                case RefusedStart(request_id, error):
-                    caller.refuse(RequestKey("", request_id), error)
-            await caller.wait_for_room()
-    finally:
-        caller.end_starts()
+class _Reader:
+    """Carries out commands in order; none of them makes the next one wait."""
 
+    def __init__(self, caller: Caller, verbs: SessionVerbs) -> None:
+        self._caller = caller
+        self._verbs = verbs
+        self._owner_id: str | None = None
 
-def _start(command: StartGenerate, caller: Caller, owner_id: str) -> None:
-    try:
-        if command.key.owner_id != owner_id:
-            raise BadRequest(f"This session belongs to the owner {owner_id}.")
-        caller.start(command)
-    except ServiceError as error:
-        caller.refuse(command.key, error)
+    async def read(self, commands: AsyncIterator[SessionCommand]) -> None:
+        try:
+            async for command in commands:
+                self._carry_out(command)
+                await self._caller.wait_for_room()
+        finally:
+            self._caller.end_starts()
+
+    def _carry_out(self, command: SessionCommand) -> None:
+        match command:
+            case StartGenerate():
+                self._start(command)
+            case VerbCall(key):
+                self._verbs.begin(command if self._is_ours(key) else VerbCall(key, self._not_ours))
+            case CancelCall(request_id) if self._owner_id is not None:
+                self._caller.cancel(RequestKey(self._owner_id, request_id))
+                self._verbs.cancel(request_id)
+            case RefusedStart(request_id, error):
+                self._caller.refuse(RequestKey("", request_id), error)
+
+    def _start(self, command: StartGenerate) -> None:
+        try:
+            if not self._is_ours(command.key):
+                raise self._wrong_owner()
+            self._caller.start(command)
+        except ServiceError as error:
+            self._caller.refuse(command.key, error)
+
+    def _is_ours(self, key: RequestKey) -> bool:
+        """Calls of a session are told apart by their request ids alone, so they must be of one owner: the first."""
+        self._owner_id = self._owner_id or key.owner_id
+        return key.owner_id == self._owner_id
+
+    async def _not_ours(self) -> NoReturn:
+        raise self._wrong_owner()
+
+    def _wrong_owner(self) -> BadRequest:
+        return BadRequest(f"This session belongs to the owner {self._owner_id}.")

@@ -2,7 +2,8 @@
 
 Each step the loop thread hands over the outputs of all sequences at once; they are sorted into the mailboxes of
 their callers. A caller is one StartGenerate, Complete or Session call. What a caller has not taken yet is merged, one
-entry a sequence, so a slow reader costs no more than its own sequences' tokens and holds up nobody.
+entry a sequence, so a slow reader costs no more than its own sequences' tokens and holds up nobody. Of a session it has
+the answers of other verbs, too.
 """
 
 from __future__ import annotations
@@ -10,38 +11,70 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from services.engine.core.api import (
     Cancel,
     Command,
     RequestKey,
+    Reserved,
     SequenceOutput,
     StartGenerate,
-    TokenLogprobs,
 )
 from services.engine.errors import SequenceExists
-from services.engine.sampling.prompt_logprobs import PromptLogprobs, joined
+from services.engine.front.untaken import Untaken
 from services.protocol.errors import RequestIdReused, ServiceError
+from services.protocol.timing import Timing
 
 # Entries that a caller may leave untaken before no more of its starts are read.
 MAX_UNTAKEN = 1024
 # Token ids and log-probabilities in one message: at about ten bytes each, a quarter of what a message may hold.
 MAX_TAKEN_NUMBERS = 100_000
+# What an answer takes beside its page ids, in numbers: digests, secret, names, times.
+_NUMBERS_PER_ANSWER = 50
+
+
+@dataclass(frozen=True, slots=True)
+class VerbAnswer:
+    """What became of a PrepRecv or RemoteSend of a session."""
+
+    request_id: str
+    result: Reserved | Timing | ServiceError
+
+    @property
+    def num_numbers(self) -> int:
+        """About how large it is as a message."""
+        shards = self.result.address.shards if isinstance(self.result, Reserved) else ()
+        return _NUMBERS_PER_ANSWER + sum(len(shard.page_ids) for shard in shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a caller takes at once."""
+
+    outputs: list[SequenceOutput]
+    answers: list[VerbAnswer]
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs or self.answers)
 
 
 class Caller:
-    """One call's sequences and the output they have ready. Made by Streams."""
+    """One call's sequences and verbs, and what of them is ready. Made by Streams."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._entries: dict[RequestKey, _Entry] = {}
+        self._entries: dict[RequestKey, Untaken] = {}
         self._refusals: list[SequenceOutput] = []
+        self._answers: deque[VerbAnswer] = deque()
         self._starts_ended = False
         self._ready = asyncio.Event()
         self._taken = asyncio.Event()
         self.live: set[RequestKey] = set()
+        self.num_open_verbs = 0
 
     def start(self, command: StartGenerate) -> None:
         """Begins a sequence. Raises SequenceExists, RequestIdReused, EngineStopped; then nothing has begun."""
@@ -57,21 +90,34 @@ class Caller:
         self._refusals.append(SequenceOutput(key, error=error))
         self._ready.set()
 
+    def begin_verb(self) -> None:
+        """A verb is under way; answer() ends it."""
+        self.num_open_verbs += 1
+
+    def answer(self, answer: VerbAnswer) -> None:
+        """A verb is over."""
+        self.num_open_verbs -= 1
+        self._answers.append(answer)
+        self._ready.set()
+
     def end_starts(self) -> None:
-        """No more sequences will be started: take() says so once the last one has ended."""
+        """Nothing more will be begun: take() says so once the last sequence and verb have ended."""
         self._starts_ended = True
         self._ready.set()
 
-    async def take(self) -> list[SequenceOutput]:
+    async def take(self) -> Taken:
         """What is new since the last call, at least one entry and at most what one message can carry; empty once all is
         over. Cancelling loses nothing."""
-        while not self._entries and not self._refusals:
-            if self._starts_ended and not self.live:
-                return []
+        while not self._num_untaken:
+            if self._starts_ended and not self.live and not self.num_open_verbs:
+                return Taken([], [])
             self._ready.clear()
             await self._ready.wait()
-        taken, budget = self._refusals, MAX_TAKEN_NUMBERS
+        taken, answers, budget = self._refusals, list[VerbAnswer](), MAX_TAKEN_NUMBERS
         self._refusals = []
+        while self._answers and budget > 0:
+            answers.append(self._answers.popleft())
+            budget -= answers[-1].num_numbers
         while self._entries and budget > 0:
             key = next(iter(self._entries))
             entry = self._entries[key]
@@ -80,18 +126,22 @@ class Caller:
             if entry.is_empty:
                 del self._entries[key]
         self._taken.set()
-        return taken
+        return Taken(taken, answers)
 
     async def wait_for_room(self) -> None:
         """Waits while too much is untaken. Cancelling leaves nothing behind."""
-        while len(self._entries) + len(self._refusals) >= MAX_UNTAKEN:
+        while self._num_untaken >= MAX_UNTAKEN:
             self._taken.clear()
             await self._taken.wait()
 
     def put(self, output: SequenceOutput) -> None:
         """Takes over new output of one of its sequences. For Streams."""
-        self._entries.setdefault(output.key, _Entry()).add(output)
+        self._entries.setdefault(output.key, Untaken()).add(output)
         self._ready.set()
+
+    @property
+    def _num_untaken(self) -> int:
+        return len(self._entries) + len(self._refusals) + len(self._answers)
 
 
 class Streams:
@@ -166,62 +216,6 @@ class Streams:
         _, caller = self._live.pop(command.call_id)
         del self._by_key[command.key]
         caller.live.discard(command.key)
-
-
-class _Entry:
-    """The untaken output of one sequence. Lists, because a slow reader's entry is added to once a step."""
-
-    __slots__ = ("_last", "_logprobs", "_prompt", "_token_ids")
-
-    def __init__(self) -> None:
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._prompt: list[PromptLogprobs] = []  # comes before all tokens
-        self._last: SequenceOutput | None = None
-
-    def add(self, output: SequenceOutput) -> None:
-        self._token_ids += output.token_ids
-        self._logprobs += output.logprobs
-        if output.prompt_logprobs is not None:
-            self._prompt.append(output.prompt_logprobs)
-        self._last = output
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether all of it was taken."""
-        return self._last is None
-
-    @property
-    def num_numbers(self) -> int:
-        """Token ids and log-probabilities in it."""
-        in_prompt = sum(len(part) * part.numbers_per_token for part in self._prompt)
-        return in_prompt + len(self._token_ids) * self._numbers_per_token
-
-    def take(self, key: RequestKey, budget: int) -> SequenceOutput:
-        """As much as `budget` numbers allow, at least a token; all of it ends the sequence if the newest part does."""
-        prompt, budget = self._take_prompt(budget)
-        if self._prompt:
-            return SequenceOutput(key, prompt_logprobs=prompt)
-        count = max(1, budget // self._numbers_per_token)
-        tokens, logprobs = tuple(self._token_ids[:count]), tuple(self._logprobs[:count])
-        del self._token_ids[:count], self._logprobs[:count]
-        if self._token_ids:
-            return SequenceOutput(key, tokens, logprobs, prompt_logprobs=prompt)
-        last, self._last = self._last or SequenceOutput(key), None
-        return dataclasses.replace(last, token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt)
-
-    def _take_prompt(self, budget: int) -> tuple[PromptLogprobs | None, int]:
-        """Of the prompt's tokens as much as `budget` allows, at least one; and the budget that is left."""
-        if not self._prompt:
-            return None, budget
-        whole = joined(self._prompt)
-        count = min(len(whole), max(1, budget // whole.numbers_per_token))
-        self._prompt = [whole.part(count, len(whole))] if count < len(whole) else []
-        return whole.part(0, count), budget - count * whole.numbers_per_token
-
-    @property
-    def _numbers_per_token(self) -> int:
-        return 1 + (1 + len(self._logprobs[0].top) if self._logprobs else 0)
 
 
 def _same_arguments(one: StartGenerate, other: StartGenerate) -> bool:

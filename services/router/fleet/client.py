@@ -26,6 +26,7 @@ from services.rpc.timing_messages import duration_message, seconds_of, timing_of
 
 SERVICE_NAME = "microserve.engine.v1.EngineService"
 CONTRACT_MAJOR = "1"
+SESSION_VERBS_MINOR = 1
 INFO_TIMEOUT_S = 5.0
 TOKENIZER_TIMEOUT_S = 60.0
 
@@ -35,7 +36,9 @@ Message = TypeVar("Message")
 class EngineClient:
     """One engine at one address. Errors of the engine are raised as RemoteError with the engine's own code.
 
-    Cancelling a call cancels it on the engine; prep_recv may then leave a reservation behind, which abort ends.
+    Cancelling a call cancels it on the engine; prep_recv may then leave a reservation behind, which abort ends. The
+    verbs go over one session; prep_recv and remote_send as calls of their own before get_info has said that the engine
+    takes them there.
     """
 
     def __init__(self, address: str, channel: grpc.aio.Channel, owner_id: str, *, max_buffered: int) -> None:
@@ -43,6 +46,7 @@ class EngineClient:
         self._channel = channel
         self._stub = engine_pb2_grpc.EngineServiceStub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs do not know its methods
+        self._session_has_all_verbs = False  # until it is known
         self._session = Session(address, self._stub.Session, max_buffered)
 
     async def close(self) -> None:
@@ -60,8 +64,12 @@ class EngineClient:
             cache_salt=request.cache_salt,
             max_wait=duration_message(max_wait_s) if max_wait_s > 0 else None,
         )
-        with remote_errors():
-            reply = await self._stub.PrepRecv(message, timeout=request.time_left_s())
+        left_s = request.time_left_s()
+        if self._session_has_all_verbs:
+            reply = await self._session.prep_recv(message, left_s)
+        else:
+            with remote_errors():
+                reply = await self._stub.PrepRecv(message, timeout=left_s)
         return ReservedKv(
             reservation_id=reply.address.reservation_id,
             secret=reply.address.secret,
@@ -84,8 +92,12 @@ class EngineClient:
             attempt=attempt,
             cache_salt=request.cache_salt,
         )
-        with remote_errors():
-            reply = await self._stub.RemoteSend(message, timeout=request.time_left_s())
+        left_s = request.time_left_s()
+        if self._session_has_all_verbs:
+            reply = await self._session.remote_send(message, left_s)
+        else:
+            with remote_errors():
+                reply = await self._stub.RemoteSend(message, timeout=left_s)
         return timing_of(reply.timing)
 
     def start_generate(self, call_id: str, request: PolicyRequest, begin: int, kv: ReservedKv | None) -> Sequence:
@@ -126,7 +138,10 @@ class EngineClient:
         """IncompatibleEngine if it speaks another major version of the contract."""
         with remote_errors():
             info = await self._stub.GetInfo(engine_pb2.GetInfoRequest(), timeout=INFO_TIMEOUT_S)
-        if info.contract_version.partition(".")[0] != CONTRACT_MAJOR:
+        major, _, minor = info.contract_version.partition(".")
+        # An engine of contract 1.0 would not answer other verbs on a session.
+        self._session_has_all_verbs = minor.isdecimal() and int(minor) >= SESSION_VERBS_MINOR
+        if major != CONTRACT_MAJOR:
             raise IncompatibleEngine(f"the engine speaks contract {info.contract_version}, not {CONTRACT_MAJOR}.x")
         return EngineInfo(
             name=info.engine_name,

@@ -1,4 +1,4 @@
-"""One Session stream for all sequences between this router and an engine."""
+"""One Session stream for all verbs between this router and an engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import grpc.aio
 from microserve.engine.v1 import engine_pb2
@@ -16,9 +17,13 @@ from services.router.errors import EngineLost
 from services.router.fleet.mailbox import Mailbox
 from services.router.values import Chunk, FinishReason
 from services.router.wire import chunk_from_wire
-from services.rpc.status import from_error_message, from_rpc_error
+from services.rpc.status import RemoteError, from_error_message, from_rpc_error
+from services.rpc.timing_messages import duration_message
 
 SessionCall = grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]
+
+# Errors are its results: one whose asker has just left must not be taken for an exception that nobody saw.
+_Answer: TypeAlias = "asyncio.Future[engine_pb2.VerbAnswer | ServiceError]"
 
 
 class Sequence:
@@ -48,7 +53,7 @@ class Sequence:
 
 
 class Session:
-    """Opens the stream with the first sequence, and again after a break."""
+    """Opens the stream with the first verb, and again after a break, which fails what was open on it."""
 
     def __init__(self, engine: str, open_call: Callable[[], SessionCall], max_buffered: int) -> None:
         self._engine = engine
@@ -58,15 +63,53 @@ class Session:
 
     def start(self, request: engine_pb2.StartGenerateRequest) -> Sequence:
         """Begins a sequence; whether the engine takes it shows in take()."""
-        if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._engine, self._open_call())
-        mailbox = Mailbox(self._max_buffered)
-        return self._stream.start(request, mailbox)
+        return self._open().start(request, Mailbox(self._max_buffered))
+
+    async def prep_recv(self, request: engine_pb2.PrepRecvRequest, timeout_s: float) -> engine_pb2.PrepRecvResponse:
+        """As the call by itself. Cancelling cancels it on the engine."""
+        request.timeout.CopyFrom(duration_message(timeout_s))
+        command = engine_pb2.SessionRequest(prep_recv=request)
+        return (await self._ask(request.request_id, command, timeout_s)).prep_recv
+
+    async def remote_send(
+        self, request: engine_pb2.RemoteSendRequest, timeout_s: float
+    ) -> engine_pb2.RemoteSendResponse:
+        """As the call by itself. Cancelling cancels it on the engine."""
+        request.timeout.CopyFrom(duration_message(timeout_s))
+        command = engine_pb2.SessionRequest(remote_send=request)
+        return (await self._ask(request.request_id, command, timeout_s)).remote_send
 
     async def close(self) -> None:
-        """Ends the stream, and with it every sequence."""
+        """Ends the stream, and with it every verb."""
         if self._stream is not None:
             await self._stream.close()
+
+    def _open(self) -> _Stream:
+        if self._stream is None or self._stream.ended:
+            self._stream = _Stream(self._engine, self._open_call())
+        return self._stream
+
+    async def _ask(
+        self, request_id: str, command: engine_pb2.SessionRequest, timeout_s: float
+    ) -> engine_pb2.VerbAnswer:
+        """The answer to a command. Raises the engine's error, EngineLost, or DEADLINE_EXCEEDED as a call would: the
+        engine keeps the time too, but may have stopped."""
+        stream = self._open()
+        answer = stream.ask(request_id, command)
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._time_is_over, answer)
+        try:
+            found = await answer
+        finally:
+            timer.cancel()
+            stream.leave(request_id)
+        if isinstance(found, ServiceError):
+            raise found
+        return found
+
+    def _time_is_over(self, answer: _Answer) -> None:
+        if not answer.done():
+            message = f"engine {self._engine} did not answer in time"
+            answer.set_result(RemoteError(Code.DEADLINE_EXCEEDED, Code.DEADLINE_EXCEEDED.name, message))
 
 
 class _Stream:
@@ -77,8 +120,9 @@ class _Stream:
         self._engine = engine
         self._call = call
         self._live: dict[str, Mailbox] = {}
+        self._asked: dict[str, _Answer] = {}  # verbs that are no sequences
         self._cancelled: set[str] = set()  # of these, the ones that we ended
-        # Bounded without a limit of its own: a sequence puts in at most one start and one cancel.
+        # Bounded without a limit of its own: a verb puts in at most itself and one cancel.
         self._outbox: deque[engine_pb2.SessionRequest] = deque()
         self._wake = asyncio.Event()
         self._writer = asyncio.create_task(self._write(), name=f"session writer {engine}")
@@ -89,6 +133,17 @@ class _Stream:
         self._post(engine_pb2.SessionRequest(start=request))
         return Sequence(request.request_id, mailbox, self._cancel)
 
+    def ask(self, request_id: str, command: engine_pb2.SessionRequest) -> _Answer:
+        """To be awaited; then leave()."""
+        answer = self._asked[request_id] = asyncio.get_running_loop().create_future()
+        self._post(command)
+        return answer
+
+    def leave(self, request_id: str) -> None:
+        """Nobody waits for the answer any more; if it has not come, the engine is told."""
+        if self._asked.pop(request_id, None) is not None:
+            self._send_cancel(request_id)
+
     async def close(self) -> None:
         self._reader.cancel()
         await asyncio.wait({self._reader, self._writer})
@@ -96,7 +151,10 @@ class _Stream:
     def _cancel(self, request_id: str) -> None:
         if request_id in self._live:
             self._cancelled.add(request_id)
-            self._post(engine_pb2.SessionRequest(cancel=engine_pb2.CancelSequence(request_id=request_id)))
+            self._send_cancel(request_id)
+
+    def _send_cancel(self, request_id: str) -> None:
+        self._post(engine_pb2.SessionRequest(cancel=engine_pb2.CancelCall(request_id=request_id)))
 
     def _post(self, command: engine_pb2.SessionRequest) -> None:
         self._outbox.append(command)
@@ -117,6 +175,8 @@ class _Stream:
             async for frame in self._call:
                 for output in frame.outputs:
                     self._deliver(output)
+                for answer in frame.answers:
+                    self._settle(answer)
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
             if error.code in (Code.UNAVAILABLE, Code.CANCELLED):
@@ -131,6 +191,16 @@ class _Stream:
             for mailbox in self._live.values():
                 mailbox.close(error)
             self._live.clear()
+            for asked in self._asked.values():
+                if not asked.done():
+                    asked.set_result(error)
+            self._asked.clear()
+
+    def _settle(self, answer: engine_pb2.VerbAnswer) -> None:
+        asked = self._asked.pop(answer.request_id, None)
+        if asked is None or asked.done():  # whoever asked has left
+            return
+        asked.set_result(from_error_message(answer.error) if answer.HasField("error") else answer)
 
     def _deliver(self, output: engine_pb2.SequenceOutput) -> None:
         mailbox = self._live.get(output.request_id)

@@ -123,7 +123,7 @@ class SessionReader:
 
     async def cancel(self) -> None:
         await self._begun
-        cancel = pb.CancelSequence(request_id=self._request.request_id)
+        cancel = pb.CancelCall(request_id=self._request.request_id)
         await self._call.write(pb.SessionRequest(cancel=cancel))
 
 

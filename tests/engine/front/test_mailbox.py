@@ -21,7 +21,7 @@ async def test_outputs_of_many_steps_come_as_one() -> None:
         mailbox.put(SequenceOutput(KEY, (token,)))
         mailbox.put(SequenceOutput(OTHER, (token + 10,)))
     mailbox.put(SequenceOutput(KEY, (5,), finish_reason=FinishReason.STOP))
-    first, second = await mailbox.take()
+    first, second = (await mailbox.take()).outputs
     assert (first.token_ids, first.finish_reason) == ((0, 1, 2, 3, 4, 5), FinishReason.STOP)
     assert (second.token_ids, second.finish_reason) == ((10, 11, 12, 13, 14), None)
 
@@ -37,7 +37,7 @@ async def test_more_than_a_message_holds_comes_in_several() -> None:
     tokens: dict[RequestKey, list[int]] = {KEY: [], OTHER: []}
     finished: list[RequestKey] = []
     while len(finished) < 2:
-        taken = await mailbox.take()
+        taken = (await mailbox.take()).outputs
         assert sum(len(each.token_ids) * 22 for each in taken) <= MAX_TAKEN_NUMBERS + 22
         for each in taken:
             assert len(each.logprobs) == len(each.token_ids)
@@ -58,9 +58,9 @@ async def test_a_prompt_that_more_than_fills_messages_comes_before_the_tokens() 
     mailbox.put(SequenceOutput(OTHER, (8,), finish_reason=FinishReason.LENGTH))
     mailbox.put(SequenceOutput(KEY, (9,), finish_reason=FinishReason.LENGTH))
     told: list[float] = []
-    messages = [await mailbox.take()]
+    messages = [(await mailbox.take()).outputs]
     while messages[-1][-1].finish_reason is None or len(messages) < 2:
-        messages.append(await mailbox.take())
+        messages.append((await mailbox.take()).outputs)
     for message in messages:
         numbers = 0
         for each in message:

@@ -47,7 +47,7 @@ async def test_a_cancelled_sequence_says_so_and_the_others_go_on(served: Served)
     await write(call, "a", "b")
     first, second = [await served.engine.next(StartGenerate) for _ in "ab"]
     for request_id in ("unknown", "a"):
-        await call.write(pb.SessionRequest(cancel=pb.CancelSequence(request_id=request_id)))
+        await call.write(pb.SessionRequest(cancel=pb.CancelCall(request_id=request_id)))
     assert await served.engine.next(Cancel) == Cancel(first.key)
     served.engine.step(output(first, finish_reason="CANCELLED"), output(second, 4))
     assert len((await call.read()).outputs) == 2
@@ -129,7 +129,7 @@ async def test_starts_are_read_no_faster_than_their_refusals_are_taken(monkeypat
         taken = 0
         async for frame in frames:
             assert num_read - taken <= 3
-            taken += len(frame)
+            taken += len(frame.outputs)
         assert taken == 100
 
 

@@ -68,6 +68,7 @@ class PrepRecvRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller, for instance a router instance. 1 to 128 characters."""
     request_id: _builtins.str
@@ -90,6 +91,10 @@ class PrepRecvRequest(_message.Message):
     def max_wait(self) -> _duration_pb2.Duration:
         """How long to wait for pages before being refused. Not set: refused at once."""
 
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Time allowed from arrival; the call then ends with DEADLINE_EXCEEDED. Not set: the call's own deadline only."""
+
     def __init__(
         self,
         *,
@@ -100,10 +105,11 @@ class PrepRecvRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         lease: _duration_pb2.Duration | None = ...,
         max_wait: _duration_pb2.Duration | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_wait", b"max_wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_wait", b"max_wait", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "end", b"end", "lease", b"lease", "max_wait", b"max_wait", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "end", b"end", "lease", b"lease", "max_wait", b"max_wait", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +168,7 @@ class RemoteSendRequest(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller."""
     request_id: _builtins.str
@@ -184,6 +191,10 @@ class RemoteSendRequest(_message.Message):
     def address(self) -> _kv_pb2.KvAddress:
         """Where to, from PrepRecv."""
 
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """As in PrepRecv."""
+
     def __init__(
         self,
         *,
@@ -194,10 +205,11 @@ class RemoteSendRequest(_message.Message):
         address: _kv_pb2.KvAddress | None = ...,
         attempt: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "range", b"range"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "range", b"range", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,47 +396,60 @@ Global___StartGenerateResponse: _TypeAlias = StartGenerateResponse  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
-    """SessionRequest is one command on a session."""
+    """SessionRequest is one command on a session. All commands of a session are of one owner."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PREP_RECV_FIELD_NUMBER: _builtins.int
+    REMOTE_SEND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___StartGenerateRequest:
         """Begin a sequence."""
 
     @_builtins.property
-    def cancel(self) -> Global___CancelSequence:
-        """End one."""
+    def cancel(self) -> Global___CancelCall:
+        """End a call."""
+
+    @_builtins.property
+    def prep_recv(self) -> Global___PrepRecvRequest:
+        """Reserve room for KV."""
+
+    @_builtins.property
+    def remote_send(self) -> Global___RemoteSendRequest:
+        """Send KV."""
 
     def __init__(
         self,
         *,
         start: Global___StartGenerateRequest | None = ...,
-        cancel: Global___CancelSequence | None = ...,
+        cancel: Global___CancelCall | None = ...,
+        prep_recv: Global___PrepRecvRequest | None = ...,
+        remote_send: Global___RemoteSendRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "prep_recv", b"prep_recv", "remote_send", b"remote_send", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "prep_recv", b"prep_recv", "remote_send", b"remote_send", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel", "prep_recv", "remote_send"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
 
 @_typing.final
-class CancelSequence(_message.Message):
-    """CancelSequence ends a sequence of this session. Its last output has FINISH_REASON_CANCELLED. Unknown ids
-    are ignored: the sequence may have ended meanwhile.
+class CancelCall(_message.Message):
+    """CancelCall ends a call of this session as if its caller had left: the last output of a sequence has
+    FINISH_REASON_CANCELLED, and the answer of another verb is the error CANCELLED (REQUEST_CANCELLED). Unknown ids are
+    ignored: the call may have ended meanwhile.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The sequence, by the request_id of its start."""
+    """The call, by the request_id that it was given."""
     def __init__(
         self,
         *,
@@ -436,31 +461,79 @@ class CancelSequence(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelSequence: _TypeAlias = CancelSequence  # noqa: Y015
+Global___CancelCall: _TypeAlias = CancelCall  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
-    """SessionResponse is one frame of a session: what its sequences produced since the last one."""
+    """SessionResponse is one frame of a session: what has come of its calls since the last one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """At most one entry a sequence."""
+
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerbAnswer]:
+        """One for each PrepRecv and RemoteSend, once it is over."""
 
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
+        answers: _abc.Iterable[Global___VerbAnswer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class VerbAnswer(_message.Message):
+    """VerbAnswer is what became of a PrepRecv or RemoteSend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PREP_RECV_FIELD_NUMBER: _builtins.int
+    REMOTE_SEND_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The call, by its request_id."""
+    @_builtins.property
+    def prep_recv(self) -> Global___PrepRecvResponse:
+        """Of a PrepRecv."""
+
+    @_builtins.property
+    def remote_send(self) -> Global___RemoteSendResponse:
+        """Of a RemoteSend."""
+
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why it failed."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        prep_recv: Global___PrepRecvResponse | None = ...,
+        remote_send: Global___RemoteSendResponse | None = ...,
+        error: _error_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prep_recv", b"prep_recv", "remote_send", b"remote_send", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prep_recv", b"prep_recv", "remote_send", b"remote_send", "request_id", b"request_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["prep_recv", "remote_send", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___VerbAnswer: _TypeAlias = VerbAnswer  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):

@@ -159,10 +159,13 @@ class EngineServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """Session carries many sequences over one stream: starts and cancels in, one frame a step out with the new
-        tokens of all its sequences. Meaning and errors are those of StartGenerate, with errors as a field of the
-        sequence's last output. The end of the stream cancels its sequences. A slow reader gets larger frames; it
-        never stalls other callers.
+        """Session carries all three verbs of one owner over one stream: calls and cancels in, frames out with whatever
+        there is: the new tokens of a step for all its sequences, and answers of PrepRecv and RemoteSend. Meaning and
+        errors are those of the calls by themselves, with errors as a field. A message each way on an open stream costs
+        about half of what a call does. Calls of a session do not wait for one another, and answers come in any order.
+        Of PrepRecv and RemoteSend 1024 may be open; more are RESOURCE_EXHAUSTED (QUEUE_FULL). The end of the stream
+        cancels whatever is open on it. A slow reader gets larger frames; it never stalls other callers.
+        PrepRecv and RemoteSend are taken here from contract version 1.1 on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

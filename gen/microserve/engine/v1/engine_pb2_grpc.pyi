@@ -68,10 +68,13 @@ class EngineServiceStub:
     The stream's end, by cancel or otherwise, ends the sequence; its full pages stay cached.
     """
     Session: _grpc.StreamStreamMultiCallable[_engine_pb2.SessionRequest, _engine_pb2.SessionResponse]
-    """Session carries many sequences over one stream: starts and cancels in, one frame a step out with the new
-    tokens of all its sequences. Meaning and errors are those of StartGenerate, with errors as a field of the
-    sequence's last output. The end of the stream cancels its sequences. A slow reader gets larger frames; it
-    never stalls other callers.
+    """Session carries all three verbs of one owner over one stream: calls and cancels in, frames out with whatever
+    there is: the new tokens of a step for all its sequences, and answers of PrepRecv and RemoteSend. Meaning and
+    errors are those of the calls by themselves, with errors as a field. A message each way on an open stream costs
+    about half of what a call does. Calls of a session do not wait for one another, and answers come in any order.
+    Of PrepRecv and RemoteSend 1024 may be open; more are RESOURCE_EXHAUSTED (QUEUE_FULL). The end of the stream
+    cancels whatever is open on it. A slow reader gets larger frames; it never stalls other callers.
+    PrepRecv and RemoteSend are taken here from contract version 1.1 on.
     """
     Complete: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CompleteRequest, _engine_pb2.CompleteResponse]
     """Complete is StartGenerate in one reply, for simple clients and load generators."""
@@ -140,10 +143,13 @@ class EngineServiceAsyncStub(EngineServiceStub):
     The stream's end, by cancel or otherwise, ends the sequence; its full pages stay cached.
     """
     Session: _aio.StreamStreamMultiCallable[_engine_pb2.SessionRequest, _engine_pb2.SessionResponse]  # type: ignore[assignment]
-    """Session carries many sequences over one stream: starts and cancels in, one frame a step out with the new
-    tokens of all its sequences. Meaning and errors are those of StartGenerate, with errors as a field of the
-    sequence's last output. The end of the stream cancels its sequences. A slow reader gets larger frames; it
-    never stalls other callers.
+    """Session carries all three verbs of one owner over one stream: calls and cancels in, frames out with whatever
+    there is: the new tokens of a step for all its sequences, and answers of PrepRecv and RemoteSend. Meaning and
+    errors are those of the calls by themselves, with errors as a field. A message each way on an open stream costs
+    about half of what a call does. Calls of a session do not wait for one another, and answers come in any order.
+    Of PrepRecv and RemoteSend 1024 may be open; more are RESOURCE_EXHAUSTED (QUEUE_FULL). The end of the stream
+    cancels whatever is open on it. A slow reader gets larger frames; it never stalls other callers.
+    PrepRecv and RemoteSend are taken here from contract version 1.1 on.
     """
     Complete: _aio.UnaryUnaryMultiCallable[_engine_pb2.CompleteRequest, _engine_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete is StartGenerate in one reply, for simple clients and load generators."""
@@ -233,10 +239,13 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_engine_pb2.SessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.SessionResponse], _abc.AsyncIterator[_engine_pb2.SessionResponse]]:
-        """Session carries many sequences over one stream: starts and cancels in, one frame a step out with the new
-        tokens of all its sequences. Meaning and errors are those of StartGenerate, with errors as a field of the
-        sequence's last output. The end of the stream cancels its sequences. A slow reader gets larger frames; it
-        never stalls other callers.
+        """Session carries all three verbs of one owner over one stream: calls and cancels in, frames out with whatever
+        there is: the new tokens of a step for all its sequences, and answers of PrepRecv and RemoteSend. Meaning and
+        errors are those of the calls by themselves, with errors as a field. A message each way on an open stream costs
+        about half of what a call does. Calls of a session do not wait for one another, and answers come in any order.
+        Of PrepRecv and RemoteSend 1024 may be open; more are RESOURCE_EXHAUSTED (QUEUE_FULL). The end of the stream
+        cancels whatever is open on it. A slow reader gets larger frames; it never stalls other callers.
+        PrepRecv and RemoteSend are taken here from contract version 1.1 on.
         """
 
     @_abc_1.abstractmethod

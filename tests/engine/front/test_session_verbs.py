@@ -1,0 +1,272 @@
+"""PrepRecv and RemoteSend on a session: what calls of their own give, with many at once on one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+import pytest
+from microserve.engine.v1 import engine_pb2 as pb
+
+from services.engine.core import api
+from services.engine.core.api import RequestKey
+from services.engine.errors import NoPages
+from services.engine.front import session_verbs, streams
+from services.engine.front.streams import Streams, VerbAnswer
+from services.protocol.address import KvShard
+from services.protocol.timing import Timing
+from services.rpc.status import from_rpc_error
+from tests.e2e.errors import failing
+from tests.engine.front.harness import OWNER, Served, output, serve, start_request
+from tests.engine.front.test_servicer import ADDRESS, BAD, prep, seconds, send
+
+RESERVED = api.Reserved(ADDRESS, 4, 2.0, Timing(matched_tokens=4))
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serve() as served:
+        yield served
+
+
+def command(request: pb.PrepRecvRequest | pb.RemoteSendRequest) -> pb.SessionRequest:
+    if isinstance(request, pb.PrepRecvRequest):
+        return pb.SessionRequest(prep_recv=request)
+    return pb.SessionRequest(remote_send=request)
+
+
+async def answer_of(call: grpc.aio.StreamStreamCall) -> pb.VerbAnswer:
+    (answer,) = (await call.read()).answers
+    return answer
+
+
+async def by_itself(served: Served, request: pb.PrepRecvRequest | pb.RemoteSendRequest) -> object:
+    is_prep = isinstance(request, pb.PrepRecvRequest)
+    return await (served.stub.PrepRecv(request) if is_prep else served.stub.RemoteSend(request))
+
+
+async def test_answers_are_those_of_calls(served: Served) -> None:
+    call = served.stub.Session()
+    for request, kind, result in (
+        (prep(lease=seconds(2), max_wait=seconds(0.5)), api.PrepRecv, RESERVED),
+        (send(request_id="r2", cache_salt="salt", attempt=3), api.RemoteSend, Timing(transferred_bytes=99)),
+    ):
+        await call.write(command(request))
+        in_session = await served.engine.next(kind)
+        in_session.reply(result)
+        answer = await answer_of(call)
+        alone = asyncio.ensure_future(by_itself(served, request))
+        asked = await served.engine.next(kind)
+        asked.reply(result)
+        assert answer.request_id == request.request_id
+        assert getattr(answer, answer.WhichOneof("result")) == await alone
+        fields = [name for name in asked.__slots__ if name not in ("reply", "deadline")]
+        assert [getattr(asked, name) for name in fields] == [getattr(in_session, name) for name in fields]
+    call.cancel()
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_refusals_are_those_of_calls(served: Served, case: str) -> None:
+    call = served.stub.Session()
+    await call.write(command(BAD[case]))
+    answer = await answer_of(call)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await by_itself(served, BAD[case])
+    alone = from_rpc_error(caught.value)
+    assert (answer.error.code, answer.error.reason, answer.error.message) == (alone.code, alone.reason, alone.message)
+    call.cancel()
+
+
+async def test_errors_of_the_engine_come_with_their_advice(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(prep()))
+    (await served.engine.next(api.PrepRecv)).reply(NoPages("No pages are free.", retry_delay_s=2.0))
+    error = (await answer_of(call)).error
+    assert (error.code, error.reason, error.retry_delay.seconds) == (8, "NO_PAGES", 2)
+    call.cancel()
+
+
+async def test_without_a_transfer_service() -> None:
+    async with serve(with_kvtransfer=False) as served:
+        call = served.stub.Session()
+        for request in (prep(), send()):
+            await call.write(command(request))
+            assert (await answer_of(call)).error.reason == "NO_KVTRANSFER"
+        call.cancel()
+
+
+async def test_no_verb_waits_for_another(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(send(request_id="slow")))
+    await call.write(command(prep(request_id="quick")))
+    await call.write(pb.SessionRequest(start=start_request("generated")))
+    slow, quick = await served.engine.next(api.RemoteSend), await served.engine.next(api.PrepRecv)
+    start = await served.engine.next(api.StartGenerate)
+    served.engine.step(output(start, 7, finish_reason="STOP"))
+    assert [entry.request_id for entry in (await call.read()).outputs] == ["generated"]
+    quick.reply(RESERVED)
+    assert (await answer_of(call)).request_id == "quick"
+    slow.reply(Timing())
+    assert (await answer_of(call)).request_id == "slow"
+    call.cancel()
+
+
+async def test_what_is_ready_at_once_comes_in_one_frame(served: Served) -> None:
+    call = served.stub.Session()
+    names = [f"r{index}" for index in range(5)]
+    for name in names:
+        await call.write(command(prep(request_id=name)))
+    for asked in [await served.engine.next(api.PrepRecv) for _ in names]:
+        asked.reply(RESERVED)
+    assert [answer.request_id for answer in (await call.read()).answers] == names
+    call.cancel()
+
+
+async def test_a_cancelled_verb_says_so_and_the_others_go_on(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(send(request_id="doomed")))
+    await call.write(command(prep(request_id="spared")))
+    doomed, spared = await served.engine.next(api.RemoteSend), await served.engine.next(api.PrepRecv)
+    for name in ("unknown", "doomed"):
+        await call.write(pb.SessionRequest(cancel=pb.CancelCall(request_id=name)))
+    assert await served.engine.next(api.Cancel) == api.Cancel(doomed.key)
+    answer = await answer_of(call)
+    assert (answer.request_id, answer.error.code, answer.error.reason) == ("doomed", 1, "REQUEST_CANCELLED")
+    spared.reply(RESERVED)
+    assert (await answer_of(call)).HasField("prep_recv")
+    assert served.engine.untaken(api.Cancel) == 0
+    call.cancel()
+
+
+async def test_the_end_of_the_stream_cancels_its_verbs_and_no_other(served: Served) -> None:
+    mine, other = served.stub.Session(), served.stub.Session()
+    for request in (prep(request_id="a"), send(request_id="b")):
+        await mine.write(command(request))
+    await other.write(command(prep(request_id="c")))
+    for kind in (api.PrepRecv, api.RemoteSend, api.PrepRecv):
+        await served.engine.next(kind)
+    mine.cancel()
+    cancelled = {(await served.engine.next(api.Cancel)).key.request_id for _ in "ab"}
+    assert cancelled == {"a", "b"}
+    assert served.engine.untaken(api.Cancel) == 0
+    other.cancel()
+
+
+async def test_the_time_of_a_verb_is_kept_both_ways(served: Served) -> None:
+    """A send's by the loop thread, which is told of it; see the next test."""
+    request = prep(timeout=seconds(0.001))
+    call = served.stub.Session()
+    await call.write(command(request))
+    assert (await answer_of(call)).error.reason == "DEADLINE_EXCEEDED"
+    await served.engine.next(api.Cancel)
+    with failing(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"):
+        await by_itself(served, request)
+    await served.engine.next(api.Cancel)
+    call.cancel()
+
+
+async def test_a_send_knows_its_own_deadline_and_its_calls(served: Served) -> None:
+    """The earlier one, on the engine's clock, which stands at 1000."""
+    call = served.stub.Session(timeout=500)
+    for timeout_s, latest in ((50, 1050), (5000, 1501)):
+        await call.write(command(send(timeout=seconds(timeout_s))))
+        asked = await served.engine.next(api.RemoteSend)
+        assert asked.deadline is not None
+        assert 1000 < asked.deadline <= latest
+        asked.reply(Timing())
+        await answer_of(call)
+    call.cancel()
+
+
+async def test_a_retry_in_the_same_session_is_answered_too(served: Served) -> None:
+    call = served.stub.Session()
+    for _ in range(2):
+        await call.write(command(prep()))
+    for asked in [await served.engine.next(api.PrepRecv) for _ in range(2)]:
+        asked.reply(RESERVED)
+    answers: list[pb.VerbAnswer] = []
+    while len(answers) < 2:
+        answers += (await call.read()).answers
+    assert answers[0] == answers[1]
+    call.cancel()
+
+
+async def test_a_session_has_one_owner(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(pb.SessionRequest(start=start_request("a")))
+    await call.write(command(prep(owner_id="somebody else")))
+    answer = await answer_of(call)
+    assert (answer.error.reason, OWNER in answer.error.message) == ("BAD_REQUEST", True)
+    call.cancel()
+
+
+async def test_a_bug_is_one_verbs_own(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(prep()))
+    (await served.engine.next(api.PrepRecv)).reply("no reservation")  # type: ignore[arg-type]
+    error = (await answer_of(call)).error
+    assert (error.code, error.reason) == (13, "INTERNAL")
+    assert "no reservation" not in error.message
+    await call.write(command(prep(request_id="r2")))
+    (await served.engine.next(api.PrepRecv)).reply(RESERVED)
+    assert (await answer_of(call)).HasField("prep_recv")
+    call.cancel()
+
+
+async def test_more_than_a_session_holds_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_verbs, "MAX_OPEN_VERBS", 2)
+    call = served.stub.Session()
+    for name in "abc":
+        await call.write(command(prep(request_id=name)))
+    refused = await answer_of(call)
+    assert (refused.request_id, refused.error.reason) == ("c", "QUEUE_FULL")
+    assert refused.error.HasField("retry_delay")
+    (await served.engine.next(api.PrepRecv)).reply(RESERVED)
+    assert (await answer_of(call)).request_id == "a"
+    await call.write(command(prep(request_id="d")))
+    for _ in "bd":
+        (await served.engine.next(api.PrepRecv)).reply(RESERVED)
+    call.cancel()
+
+
+async def test_a_client_that_writes_no_more_still_gets_its_answers(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(send()))
+    await call.done_writing()
+    (await served.engine.next(api.RemoteSend)).reply(Timing())
+    assert (await answer_of(call)).HasField("remote_send")
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_a_session_that_drains_still_gives_its_answers(served: Served) -> None:
+    call = served.stub.Session()
+    await call.write(command(prep()))
+    asked = await served.engine.next(api.PrepRecv)
+    draining = asyncio.create_task(served.engine.front.drain())
+    (await served.engine.next(api.Drain)).reply(None)
+    await draining
+    asked.reply(RESERVED)
+    assert (await answer_of(call)).HasField("prep_recv")
+    assert await call.read() is grpc.aio.EOF
+
+
+async def test_large_answers_come_in_several_frames() -> None:
+    with Streams(lambda command: None).caller() as caller:
+        pages = tuple(range(streams.MAX_TAKEN_NUMBERS * 2 // 3))
+        shard = KvShard("pool", (0, 1), (0, 1), pages)
+        large = api.Reserved(replace(ADDRESS, shards=(shard,)), 0, 1.0, Timing())
+        for name in "abc":
+            caller.begin_verb()
+            caller.answer(VerbAnswer(name, large))
+        caller.put(api.SequenceOutput(RequestKey(OWNER, "s"), (1,)))
+        names: list[str] = []
+        while len(names) < 3:
+            taken = await caller.take()
+            assert len(taken.answers) <= 2
+            names += [answer.request_id for answer in taken.answers]
+        assert names == ["a", "b", "c"]
+        assert taken.outputs, "what fits comes along"
