@@ -113,6 +113,22 @@ async def test_uploads_go_to_the_admin_address_only() -> None:
         assert (await on_main.SetPolicy(admin_pb2.SetPolicyRequest(name="disaggregated"))).policy.current
 
 
+async def test_parameters_come_with_an_upload() -> None:
+    with_params = (
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Params:\n    index: int = 0\n"
+        "async def policy(request, fleet, params):\n"
+        "    async for chunk in fleet.engines[params.index].start_generate(request):\n        yield chunk\n"
+    )
+    async with running(**UPLOADS) as suite:
+        assert (await use(suite, "mine:index=1", with_params)).name == "mine:index=1"
+        second = suite.router.registry.models()[0].members[1].info
+        assert second is not None
+        assert (await suite.generate()).legs[0].engine == second.name
+        with failing("INVALID_ARGUMENT", "BAD_POLICY"):
+            await use(suite, "mine:inde=0", with_params)
+        assert (await suite.generate()).policy == "mine:index=1"
+
+
 @pytest.mark.parametrize(
     ("name", "source", "sentence"),
     [
@@ -237,5 +253,7 @@ async def test_secrets_and_text_stay_out_of_traces_and_logs(caplog: pytest.LogCa
         assert secret.hex() not in caplog.text
         assert repr(secret) not in caplog.text
         assert "private" not in caplog.text
+        [ended] = [record.fields for record in caplog.records if record.message == "request ended"]
+        assert (ended["request"], ended["policy"], ended["code"], ended["output"]) == ("it", "disaggregated", "OK", 8)
         member = suite.router.registry.members[suite.first.address]
         assert "secret" not in repr(member.snapshot())
