@@ -19,6 +19,7 @@ def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without the setting. Kernels are made before: they would stay what they are made as."""
     with suppress(ImportError):
         importlib.import_module("services.engine.attention.triton_kernels")
+        importlib.import_module("services.engine.attention.triton_prefill_kernels")
         importlib.import_module("services.engine.model.linear.rounded_kernels")
         importlib.import_module("services.engine.model.triton_ops_kernels")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -49,6 +49,12 @@ def _triton_paged(kv: Tensor, num_threads: int) -> AttentionBackend:
     return TritonPagedAttention(kv)
 
 
+def _triton_prefill(kv: Tensor, num_threads: int) -> AttentionBackend:
+    from services.engine.attention.triton_prefill import TritonPrefillAttention
+
+    return TritonPrefillAttention(kv)
+
+
 BACKENDS: dict[str, Factory] = {
     "oracle": lambda kv, num_threads: OracleAttention(kv),
     "gather_sdpa": lambda kv, num_threads: GatherSdpaAttention(kv),
@@ -58,6 +64,7 @@ BACKENDS: dict[str, Factory] = {
     "flashinfer": _flashinfer,
     "torch_varlen": _torch_varlen,
     "triton_paged": _triton_paged,
+    "triton_prefill": _triton_prefill,
 }
 
 
@@ -82,5 +89,6 @@ def _candidates(kv: Tensor) -> tuple[str, ...]:
     if kv.device.type == "cpu" and kv.dtype == torch.float32:
         return "paged_numba", "gather_sdpa"
     if kv.device.type == "cuda":
-        return "flash_attn_3", "flash_attn", "flashinfer", "torch_varlen", "triton_paged", "gather_sdpa"
+        libraries = "flash_attn_3", "flash_attn", "flashinfer", "torch_varlen"
+        return *libraries, "triton_prefill", "triton_paged", "gather_sdpa"
     return ("gather_sdpa",)

@@ -22,6 +22,8 @@ FORMS = (PLAIN, AttentionForm(scale=0.1, window=300, softcap=5.0))
 # Values go up to about 3, and kernels round probabilities to the pool's type before they weigh values with them.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 TIMED = ([1] * 8, [32])  # rows of each sequence: decoding, and a chunk
+# The same on a GPU, where so little would time the launches: of contexts so long, over pages used again and again.
+TIMED_ON_GPU, LONG = ([1] * 8, [2048]), 4096
 TIMING_S = 0.05  # begun rounds are finished
 MAX_ROUNDS = 5
 
@@ -69,10 +71,12 @@ class Problem:
 
     def seconds(self, backends: Mapping[str, AttentionBackend]) -> dict[str, float]:
         """The shortest time of each for a decoding batch and a chunk, in rounds that take turns."""
-        work = [
-            (self._query[:1].expand(sum(rows), -1, -1).to(self.kv.device), self._batch(rows, sequences, self.kv.device))
-            for rows, sequences in ((rows, [number % 2 for number in range(len(rows))]) for rows in TIMED)
+        device = self.kv.device
+        batches = [
+            self._long_batch(rows, device) if device.type == "cuda" else self._batch(rows, [0, 1] * 4, device)
+            for rows in (TIMED_ON_GPU if device.type == "cuda" else TIMED)
         ]
+        work = [(self._query[:1].expand(each.num_tokens, -1, -1).to(device), each) for each in batches]
         shortest = dict.fromkeys(backends, float("inf"))
         end = time.perf_counter() + TIMING_S
         for _ in range(MAX_ROUNDS):
@@ -80,8 +84,8 @@ class Problem:
                 began = time.perf_counter()
                 for query, batch in work:
                     backend.attend(0, query, batch)
-                if self.kv.device.type == "cuda":
-                    torch.cuda.synchronize(self.kv.device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 shortest[name] = min(shortest[name], time.perf_counter() - began)
             if time.perf_counter() > end:
                 break
@@ -89,19 +93,32 @@ class Problem:
 
     def _batch(self, rows: Sequence[int], sequences: Sequence[int], device: torch.device | str) -> ForwardBatch:
         """Rows at the ends of the sequences named, one of which may occur several times."""
-        ignored = torch.zeros(sum(rows), dtype=torch.int64, device=device)
-        return ForwardBatch(
-            token_ids=ignored,
-            positions=ignored,
-            slots=ignored,
-            query_starts=torch.tensor([0, *rows]).cumsum(0).int(),
-            context_lengths=torch.tensor([CONTEXTS[sequence] for sequence in sequences], dtype=torch.int32),
-            block_tables=self._tables[list(sequences)].to(device),
-            logits_rows=ignored,
-        )
+        chosen = list(sequences)[: len(rows)]
+        return _batch_of(rows, [CONTEXTS[sequence] for sequence in chosen], self._tables[chosen], device)
+
+    def _long_batch(self, rows: Sequence[int], device: torch.device) -> ForwardBatch:
+        """Rows at the ends of sequences of LONG tokens, all over the pages of the first one."""
+        page_size = self.kv.shape[4]
+        pages = self._tables[0, : -(-CONTEXTS[0] // page_size)]
+        table = pages.repeat(-(-LONG // (len(pages) * page_size)))
+        return _batch_of(rows, [LONG] * len(rows), table.repeat(len(rows), 1), device)
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random)
+
+
+def _batch_of(rows: Sequence[int], contexts: Sequence[int], tables: Tensor, device: torch.device | str) -> ForwardBatch:
+    """Rows at the ends of sequences."""
+    ignored = torch.zeros(sum(rows), dtype=torch.int64, device=device)
+    return ForwardBatch(
+        token_ids=ignored,
+        positions=ignored,
+        slots=ignored,
+        query_starts=torch.tensor([0, *rows]).cumsum(0).int(),
+        context_lengths=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=tables.to(device),
+        logits_rows=ignored,
+    )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from services.engine.attention.flashinfer import FlashInferAttention, page_lists
 from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool
 from services.engine.attention.torch_varlen import TorchVarlenAttention
 from services.engine.attention.triton_paged import TritonPagedAttention
+from services.engine.attention.triton_prefill import TritonPrefillAttention, tiles_of
 from services.engine.batch import ForwardBatch
 from tests.engine.attention.gpu_backends import SHAPES, check_mixed, check_problem
 from tests.engine.attention.test_conformance import FORMS
@@ -28,6 +29,7 @@ GPU_BACKENDS: dict[str, tuple[str, Callable[[Tensor], AttentionBackend], tuple[i
     "torch_varlen": ("torch", TorchVarlenAttention, (256, 512)),
     "flashinfer": ("flashinfer", FlashInferAttention, (1, 16, 256)),
     "triton_paged": ("triton", TritonPagedAttention, (1, 16, 256)),
+    "triton_prefill": ("triton", TritonPrefillAttention, (1, 16, 256)),
 }
 CASES = [(name, page_size) for name, (_, _, sizes) in GPU_BACKENDS.items() for page_size in sizes]
 
@@ -83,6 +85,22 @@ def test_metadata_is_computed_once_a_batch() -> None:
     assert (known.most_rows, known.longest) == (2, 9)
     assert metadata.of(first) is known
     assert metadata.of(batch()) is not known
+
+
+def test_rows_in_tiles_those_that_see_most_first() -> None:
+    ignored = torch.zeros(13, dtype=torch.int64)
+    several = ForwardBatch(
+        token_ids=ignored,
+        positions=ignored,
+        slots=ignored,
+        query_starts=torch.tensor([0, 5, 6, 13], dtype=torch.int32),
+        context_lengths=torch.tensor([25, 9, 7], dtype=torch.int32),
+        block_tables=torch.zeros(3, 1, dtype=torch.int32),
+        logits_rows=ignored,
+    )
+    tiles = tiles_of(several, (0, 2), most_rows=3)
+    assert tiles.tolist() == [[0, 3, 2, 23], [0, 0, 3, 20], [2, 12, 1, 6], [2, 9, 3, 3], [2, 6, 3, 0]]
+    assert tiles.dtype == torch.int32
 
 
 @pytest.mark.usefixtures("not_interpreted")

@@ -10,6 +10,7 @@ import torch
 
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.triton_paged import TritonPagedAttention
+from services.engine.attention.triton_prefill import TritonPrefillAttention
 from services.engine.core.plan import Segment
 from services.engine.core.runner import make_batch
 from services.engine.gpu.graphs import DecodeGraphs
@@ -23,17 +24,24 @@ from tests.models import make_tiny_llama
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted")]
 
 
+BACKENDS = [TritonPagedAttention, TritonPrefillAttention]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("page_size", [1, 8, 16])
-def test_mixed_batch(form: str, page_size: int) -> None:
-    check_mixed(TritonPagedAttention, "cpu", torch.float32, page_size, form)
+def test_mixed_batch(backend: type[TritonPagedAttention], form: str, page_size: int) -> None:
+    check_mixed(backend, "cpu", torch.float32, page_size, form)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES[:2])
 @pytest.mark.parametrize("page_size", [3, 16, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter multiplies the bits of bfloat16
-def test_two_long_sequences(shape: tuple[int, ...], page_size: int, dtype: torch.dtype) -> None:
-    check_problem(TritonPagedAttention, "cpu", dtype, page_size, shape)
+def test_two_long_sequences(
+    backend: type[TritonPagedAttention], shape: tuple[int, ...], page_size: int, dtype: torch.dtype
+) -> None:
+    check_problem(backend, "cpu", dtype, page_size, shape)
 
 
 def test_a_captured_batch_is_read_from_device_memory_alone(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.gpu.parts import decoding_batch
+from bench.gpu.parts import decoding_batch, prompt_batch
 from bench.gpu.shapes import LLAMA_8B, Shapes
-from services.engine.attention import triton_kernels  # noqa: F401, before it would be made to be interpreted
+from services.engine.attention import triton_kernels, triton_prefill_kernels  # noqa: F401, not to be interpreted
 from services.engine.attention.problem import FORMS, WrongResult
-from services.engine.attention.triton_paged import TritonPagedAttention
+from services.engine.attention.triton_prefill import TritonPrefillAttention
 from services.engine.model.config import parse_config
 from services.engine.model.linear.rounded import rounded
 from services.engine.model.linear.rounded_triton import TILES, TritonRoundedLinear
@@ -67,8 +67,9 @@ def main() -> None:
                 check_ops(TritonOps(config), config, CPU, dtype)
             pool = torch.zeros(1, 6, 2, config.num_kv_heads, shapes.page_size, config.head_dim, dtype=dtype)
             query = torch.zeros(shapes.batch, config.num_heads, config.head_dim, dtype=dtype)
-            for form in FORMS:
-                TritonPagedAttention(pool).attend(0, query, decoding_batch(shapes, CPU), form)
+            for form, batch in itertools.product(FORMS, (decoding_batch(shapes, CPU), prompt_batch(shapes, CPU))):
+                rows = query[:1].expand(batch.num_tokens, -1, -1).contiguous()
+                TritonPrefillAttention(pool).attend(0, rows, batch, form)
     kinds = [torch.int8] if int(sys.argv[1]) < 89 else [torch.int8, torch.float8_e4m3fn]
     for (outputs, inputs), kind in itertools.product(WEIGHTS, kinds):
         layer = TritonRoundedLinear(rounded(torch.zeros(outputs, inputs), kind))

@@ -12,7 +12,16 @@ import pytest
 
 # Bytes of shared memory that a program may have, from the tables of the CUDA programming guide.
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
-KERNELS = {"add_norm", "rotate_and_store", "activate", "attend_piece", "add_pieces", "multiply_few", "add_sums"}
+KERNELS = {
+    "add_norm",
+    "rotate_and_store",
+    "activate",
+    "attend_piece",
+    "add_pieces",
+    "attend_tile",
+    "multiply_few",
+    "add_sums",
+}
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ from bench.gpu.shapes import random_model, tiny
 from services.engine.attention.backend import AttentionBackend
 from services.engine.attention.flash_attn import FlashAttnAttention
 from services.engine.attention.flash_attn_3 import FlashAttn3Attention
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.problem import FORMS
-from services.engine.attention.triton_paged import TritonPagedAttention
+from services.engine.attention.problem import FORMS, LONG, Problem
+from services.engine.attention.triton_prefill import TritonPrefillAttention
+from services.engine.batch import ForwardBatch
 from services.engine.core.plan import PageCopy, RunnerBroken, Segment, StepPlan
 from services.engine.gpu import runner as runners
 from services.engine.gpu.graphs import DecodeGraphs
@@ -95,8 +97,8 @@ def parts(
     kv = make_pool(tiny(), 512, GPU)
     if request.param == "plain":
         return model, GatherSdpaAttention(kv), kv
-    attention = TritonPagedAttention(kv)
-    attention._kernels = Launches("kernels")
+    attention = TritonPrefillAttention(kv)
+    attention._kernels = attention._prefill_kernels = Launches("kernels")
     return model, attention, kv
 
 
@@ -126,7 +128,7 @@ def test_decoding_is_captured_with_nothing_of_the_cpu_in_it(
     gpu: FakeCuda, parts: tuple[Decoder, AttentionBackend, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, attention, kv = parts
-    if isinstance(attention, TritonPagedAttention):
+    if isinstance(attention, TritonPrefillAttention):
         pretend_graphs(gpu, monkeypatch)
         graphs = DecodeGraphs(model, attention, (1, 4), max_pages=8)
         graphs.capture()
@@ -163,6 +165,22 @@ def pretend_graphs(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 31))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: gpu.phase(Phase.CAPTURING))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 1024])
+def test_backends_are_timed_over_long_contexts(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    problem = Problem(torch.zeros(1, 2, 2, 2, page_size, 16, device=GPU), 4)
+    seen = list[tuple[int, int]]()
+
+    class Plain(GatherSdpaAttention):
+        def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+            assert int(batch.context_lengths.max()) <= batch.block_tables.shape[1] * page_size
+            seen.append((batch.num_tokens, int(batch.context_lengths.max())))
+            return super().attend(layer, query, batch, form)
+
+    problem.seconds({"plain": Plain(problem.kv)})
+    assert seen[:2] == [(8, LONG), (2048, LONG)]
 
 
 @pytest.mark.parametrize("form", FORMS)
