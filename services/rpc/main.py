@@ -7,6 +7,7 @@ import atexit
 import os
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from services.protocol.errors import ServiceError
@@ -31,6 +32,8 @@ def _leave(code: int) -> NoReturn:
     """Does what was registered for the end, and ends. To take the interpreter apart, with torch in it, would take a
     second of a core, and would wait for every thread."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as it is where the descriptor was closed before the start
+            with suppress(OSError):  # its reader may be gone
+                stream.flush()
     os._exit(code)

@@ -105,6 +105,12 @@ run_main("program", asyncio.sleep(0))
 """
 
 
+@pytest.mark.parametrize("nowhere", ["exec >&-", "exec > /dev/full"])
+def test_output_that_goes_nowhere_keeps_no_service_from_its_end(nowhere: str) -> None:
+    shell = ["sh", "-c", f'{nowhere}; exec "$@"', "sh", sys.executable, "-c", PROGRAM]
+    assert subprocess.run(shell, cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_the_end_does_what_was_registered_for_it_and_waits_for_no_thread() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "last words\n", "")
