@@ -1,12 +1,16 @@
-"""How fast the machine is at a moment: it may be shared with others whom it does not show."""
+"""How fast the machine is at a moment, and how much of it others have: it may be shared, also with some whom it does not
+show."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +22,9 @@ LOOK_EVERY_S = 0.5
 class Machine:
     """A fixed job, computing and copying, on every core at once, again and again."""
 
-    def __init__(self, num_cores: int) -> None:
+    def __init__(self, num_cores: int, ours: Iterable[int] = ()) -> None:
+        """`ours`: processes that are measured; this one is not another's either."""
+        self._ours = (os.getpid(), *ours)
         self._pool = ThreadPoolExecutor(num_cores)
         self._buffers = [(np.ones(PROBE_BYTES, np.uint8), np.zeros(PROBE_BYTES, np.uint8)) for _ in range(num_cores)]
         self._least_s = inf
@@ -30,6 +36,16 @@ class Machine:
         seconds = time.perf_counter() - begin
         self._least_s = min(self._least_s, seconds)
         return seconds / self._least_s
+
+    def watch(self) -> Callable[[], float]:
+        """Gives the share of the processors that others have had since, the hypervisor among them if it tells."""
+        begin_s, begin = time.perf_counter(), _busy_s() - _used_s(self._ours)
+
+        def others() -> float:
+            seconds = (time.perf_counter() - begin_s) * (os.cpu_count() or 1)
+            return max(0.0, _busy_s() - _used_s(self._ours) - begin) / seconds
+
+        return others
 
     async def calm(self, limit: float) -> float:
         """Waits until the slowdown is within the limit, for LOOKS looks at most; returns it."""
@@ -47,3 +63,15 @@ def _job(buffers: tuple[np.ndarray, np.ndarray]) -> None:
     hashlib.sha256(source.data).digest()
     for _ in range(4):
         np.copyto(target, source)
+
+
+def _busy_s() -> float:
+    """Seconds in which a processor was not idle, summed (proc(5), /proc/stat)."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def _used_s(processes: Iterable[int]) -> float:
+    """Seconds of processors that they have used (proc(5), /proc/pid/stat: utime and stime)."""
+    fields = (Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes)
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")

@@ -13,6 +13,7 @@ from bench.load import Sample
 
 ADAPTIVE = "adaptive"
 NUM_RESAMPLES = 2000
+_LOWER, _UPPER = int(0.025 * NUM_RESAMPLES), int(0.975 * NUM_RESAMPLES)  # of 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Run:
     ttft_limit_s: float  # what counts as good
     tpot_limit_s: float
     slowdown: float = 1.0  # of the machine, before or after it, whichever was more
+    others: float = 0.0  # share of the processors that processes of others had meanwhile
 
     @property
     def cell(self) -> tuple[str, float]:
@@ -55,6 +57,7 @@ class Row:
     jct_p99: float
     goodput: float
     slowdown: float
+    others: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Cell:
     speedup: float
     lower: float
     upper: float
+    resampled: tuple[float, ...]  # the ratios behind that interval
     # The same, but in each repeat against the policy that was best in the others: the best of several that are equal is
     # the one that was lucky, and `speedup` holds that luck against adaptive. None of a single repeat.
     held_out_speedup: float | None
@@ -85,11 +89,14 @@ class Cell:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """What build/bench/policies.json holds."""
     cells = compare(runs)
+    means = sorted(exp(fmean(map(log, ratios))) for ratios in zip(*(cell.resampled for cell in cells), strict=True))
     return {
         "adaptive_speedup_geomean": _geometric_mean([cell.speedup for cell in cells]),
+        "adaptive_speedup_geomean_lower": means[_LOWER] if means else None,
+        "adaptive_speedup_geomean_upper": means[_UPPER] if means else None,
         "adaptive_worst_cell_upper": min(cell.upper for cell in cells) if cells else None,
         "adaptive_held_out_geomean": _geometric_mean([cell.held_out_speedup for cell in cells]),
-        "cells": [asdict(cell) for cell in cells],
+        "cells": [{name: value for name, value in asdict(cell).items() if name != "resampled"} for cell in cells],
         "rows": [asdict(row) for row in rows(runs)],
     }
 
@@ -124,12 +131,11 @@ def compare(runs: Sequence[Run]) -> list[Cell]:
         means = {policy: _mean(times[policy], adaptive) for policy in complete}
         if means:
             best = min(means, key=lambda policy: means[policy])
-            lower, upper = interval(times[best], adaptive)
-            speedup, held_out = (
-                means[best] / _mean(adaptive, adaptive),
-                _held_out({p: times[p] for p in means}, adaptive),
-            )
-            cells.append(Cell(*cell, best, speedup, lower, upper, held_out))
+            speedup = means[best] / _mean(adaptive, adaptive)
+            ratios = resampled(times[best], adaptive, f"{cell}")
+            lower, upper = sorted(ratios)[_LOWER], sorted(ratios)[_UPPER]
+            held_out = _held_out({policy: times[policy] for policy in means}, adaptive)
+            cells.append(Cell(*cell, best, speedup, lower, upper, ratios, held_out))
     return cells
 
 
@@ -144,10 +150,10 @@ def _held_out(statics: dict[str, dict[int, list[float]]], adaptive: dict[int, li
     return fmean(chosen) / _mean(adaptive, adaptive)
 
 
-def interval(static: dict[int, list[float]], adaptive: dict[int, list[float]]) -> tuple[float, float]:
-    """95 % interval of the ratio of means by resampling repeats, and in each of them pairs of equal requests: requests
-    of one run share their luck, so treating all as independent would promise too much."""
-    source, repeats, ratios = random.Random(0), sorted(adaptive), list[float]()
+def resampled(static: dict[int, list[float]], adaptive: dict[int, list[float]], seed: str) -> tuple[float, ...]:
+    """NUM_RESAMPLES ratios of means by resampling repeats, and in each of them pairs of equal requests: requests of one
+    run share their luck, so treating all as independent would promise too much."""
+    source, repeats, ratios = random.Random(seed), sorted(adaptive), list[float]()
     for _ in range(NUM_RESAMPLES):
         totals = [0.0, 0.0]
         for repeat in source.choices(repeats, k=len(repeats)):
@@ -155,8 +161,7 @@ def interval(static: dict[int, list[float]], adaptive: dict[int, list[float]]) -
             for pair in source.choices(pairs, k=len(pairs)):
                 totals = [total + each for total, each in zip(totals, pair, strict=True)]
         ratios.append(totals[0] / totals[1])
-    ratios.sort()
-    return ratios[int(0.025 * NUM_RESAMPLES)], ratios[int(0.975 * NUM_RESAMPLES)]
+    return tuple(ratios)
 
 
 def _geometric_mean(ratios: Sequence[float | None]) -> float | None:
@@ -194,5 +199,6 @@ def _row(run: Run, slowest: Worst) -> Row:
         refused=run.samples.count(None),
         goodput=len(good) / run.elapsed_s,
         slowdown=run.slowdown,
+        others=run.others,
         **figures,
     )

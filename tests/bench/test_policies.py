@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -70,6 +73,8 @@ def test_adaptive_is_compared_with_the_best_static_of_each_cell() -> None:
     found = summary(runs)
     assert found["adaptive_speedup_geomean"] == pytest.approx((1.2 * 0.8) ** 0.5)
     assert found["adaptive_worst_cell_upper"] == high.upper < 0.9
+    assert found["adaptive_speedup_geomean_lower"] <= found["adaptive_speedup_geomean"]
+    assert found["adaptive_speedup_geomean"] <= found["adaptive_speedup_geomean_upper"] < high.speedup * 1.5
     assert len(found["rows"]) == len(runs)
 
 
@@ -104,6 +109,21 @@ async def test_a_machine_that_is_slow_is_told_and_waited_for_within_a_bound(monk
     assert machine.slowdown() > 2
     assert await machine.calm(1.5) < 1.5
     assert await machine.calm(1.5) > 2
+
+
+def test_what_others_use_of_the_processors_is_told_and_what_is_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import time\nwhile time.process_time() < 0.2: pass"
+    others, begin_s = Machine(1).watch(), time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert others() * (time.perf_counter() - begin_s) * (os.cpu_count() or 1) >= 0.15, "seconds of the other process"
+
+    # As if nothing but this process ever ran.
+    monkeypatch.setattr("bench.policies.machine._busy_s", time.process_time)
+    others, end_s = Machine(1).watch(), time.process_time() + 0.2
+    begin_s = time.perf_counter()
+    while time.process_time() < end_s:
+        pass
+    assert others() * (time.perf_counter() - begin_s) * (os.cpu_count() or 1) <= 0.05
 
 
 def test_without_adaptive_nothing_is_claimed() -> None:
