@@ -85,7 +85,7 @@ bench: $(DEV_STAMP) ## measure; docs/benchmarks.md says what
 bench-engine: $(DEV_STAMP) ## one engine beside llama.cpp's server and vLLM, where they are installed: build/bench/engine.json
 	$(BIN)/python -m bench.engine $(ARGS)
 
-bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; a quarter of an hour
+bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines here; twenty minutes
 	$(BIN)/python -m bench.policies $(ARGS)
 
 bench-simulated: $(DEV_STAMP) ## the same on simulated engines; two minutes

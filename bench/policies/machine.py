@@ -1,5 +1,5 @@
-"""How fast the machine is at a moment, and how much of it others have: it may be shared, also with some whom it does not
-show."""
+"""How fast the machine is at a moment, and how much of it others have: it may be shared, with some whom it does not
+show, too."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import asyncio
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from math import inf
 from pathlib import Path
 
 import numpy as np
 
 PROBE_BYTES = 1 << 24
-LOOKS = 20
+LOOKS = 6
 LOOK_EVERY_S = 0.5
+LATELY = 24  # jobs: a machine may be slow for minutes, and arms that are compared are alike then, too
 
 
 class Machine:
@@ -27,15 +28,15 @@ class Machine:
         self._ours = (os.getpid(), *ours)
         self._pool = ThreadPoolExecutor(num_cores)
         self._buffers = [(np.ones(PROBE_BYTES, np.uint8), np.zeros(PROBE_BYTES, np.uint8)) for _ in range(num_cores)]
-        self._least_s = inf
+        self._lately_s = deque[float](maxlen=LATELY)
 
     def slowdown(self) -> float:
-        """Time that the job takes now over the least that it ever took."""
+        """Time that the job takes now over the least that it took lately."""
         begin = time.perf_counter()
         list(self._pool.map(_job, self._buffers))
         seconds = time.perf_counter() - begin
-        self._least_s = min(self._least_s, seconds)
-        return seconds / self._least_s
+        self._lately_s.append(seconds)
+        return seconds / min(self._lately_s)
 
     def watch(self) -> Callable[[], float]:
         """Gives the share of the processors that others have had since, the hypervisor among them if it tells."""
