@@ -58,9 +58,8 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if not (Path(each).exists() if each.startswith("/") else shutil.which(each)):
             pytest.skip(f"needs the {request.param} tool chain: {each} is absent")
     out = tmp_path_factory.mktemp(request.param)
-    built = subprocess.run(
-        ["make", "-C", CLIENTS / request.param, f"OUT={out}"], capture_output=True, text=True, timeout=240, check=False
-    )
+    build = ["make", "-j2", "-C", CLIENTS / request.param, f"OUT={out}"]
+    built = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
     return out / "client"
 

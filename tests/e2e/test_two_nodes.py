@@ -10,11 +10,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
+from microserve.engine.v1 import engine_pb2 as engine
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as kvtransfer
 from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import KvTransferServiceStub
 from microserve.router.v1.admin_pb2_grpc import AdminServiceStub
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
+from microserve.types.v1 import kv_pb2 as kv
 
 from services.cli.client import wait_serving
 from services.cli.fleet import Fleet
@@ -27,6 +30,7 @@ from tests.models import make_tiny_llama
 pytestmark = pytest.mark.slow
 
 PAGES = ["--kv-memory-mib", "32", "--poison-pages"]
+LEASE = duration_pb2.Duration(seconds=5)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +134,8 @@ async def same_tokens(nodes: TwoNodes, longest: int) -> None:
         assert (link.transport, link.fallback_count) == ("tcp", 0)
         assert [speed.transport for speed in link.speeds] == ["tcp"]
         assert link.speeds[0].bytes_per_second > 0
-    for engine in suite.engines:
-        await wait_for_load(engine, idle)
+    for each in suite.engines:
+        await wait_for_load(each, idle)
 
 
 async def test_two_services_on_one_host(model: Path) -> None:
@@ -151,6 +155,14 @@ async def test_a_link_with_delay_and_loss(model: Path) -> None:
             await same_tokens(nodes, 120)
 
 
+async def renewed(at: Engine, address: kv.KvAddress) -> None:
+    """Keeps a short lease from running out."""
+    reservation = engine.ReservationRef(reservation_id=address.reservation_id, secret=address.secret)
+    while True:
+        await at.stub.Renew(engine.RenewRequest(reservation=reservation, lease=LEASE))
+        await asyncio.sleep(LEASE.seconds / 10)
+
+
 async def test_a_link_that_is_cut_and_heals(model: Path) -> None:
     """Both sides hear of it within the deadline, every page comes back, and the next transfer works."""
     with two_nodes(Link(bits_per_second=400_000)) as network:
@@ -158,7 +170,8 @@ async def test_a_link_that_is_cut_and_heals(model: Path) -> None:
             suite = nodes.suite
             sender, receiver = suite.engines
             prompt: Sequence[int] = mixed_prompts(10, 512, 600)[-1]
-            reservation = await prep_recv(suite, receiver, prompt, 600, cache_salt="cut")
+            reservation = await prep_recv(suite, receiver, prompt, 600, cache_salt="cut", lease=LEASE)
+            renewing = asyncio.create_task(renewed(receiver, reservation.address), name="renew")
             sending = asyncio.create_task(
                 remote_send(suite, sender, prompt, reservation.address, cache_salt="cut"), name="send"
             )
@@ -171,8 +184,10 @@ async def test_a_link_that_is_cut_and_heals(model: Path) -> None:
             with failing(grpc.StatusCode.UNAVAILABLE, "PEER_LOST"):
                 await sending
             assert asyncio.get_running_loop().time() - begin < 10
+            assert not renewing.done()
+            renewing.cancel()
+            again = await prep_recv(suite, receiver, prompt, 600, cache_salt="still-cut", lease=LEASE)
             with failing(grpc.StatusCode.UNAVAILABLE):
-                again = await prep_recv(suite, receiver, prompt, 600, cache_salt="still-cut")
                 await remote_send(suite, sender, prompt, again.address, cache_salt="still-cut")
             # Leases, and the receiver's own deadline, give everything back.
             await wait_for_load(sender, idle)
