@@ -27,6 +27,7 @@ from microserve.types.v1 import sampling_pb2 as sampling
 from services.cli.process import ServiceProcess
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Engine, Suite, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
+from tests.e2e.waiting import until
 from tests.faults.test_kills import router_sees, until_it_works
 from tests.models import make_tiny_llama
 
@@ -104,7 +105,7 @@ class Chaos:
 
 
 async def test_whatever_dies_answers_are_right(tmp_path: Path) -> None:
-    options = ["--lease-default", "3"]
+    options = ["--lease-default", "10"]
     async with start_suite(
         make_tiny_llama(tmp_path), num_engines=4, num_kvtransfers=2, engine_options=options, kv_memory_mib=32
     ) as suite:
@@ -124,11 +125,14 @@ async def test_whatever_dies_answers_are_right(tmp_path: Path) -> None:
         for engine in suite.engines:
             await wait_for_load(engine, idle)
         for process in suite.kvtransfers:
-            stub = KvTransferServiceStub(suite.connect(process.address))
-            stats = await stub.GetStats(kvtransfer.GetStatsRequest())
-            assert all(pool.grant_count == pool.push_count == 0 for pool in stats.pools), str(stats)
-        assert outcomes["answered"] > 0
-        assert outcomes["moved"] > 0
+            # A Revoke that only tidies up may still be on its way.
+            await until(partial(under_way, KvTransferServiceStub(suite.connect(process.address))), 0)
+
+
+async def under_way(service: KvTransferServiceStub) -> int:
+    """Grants and pushes that a transfer service has."""
+    stats = await service.GetStats(kvtransfer.GetStatsRequest())
+    return sum(pool.grant_count + pool.push_count for pool in stats.pools)
 
 
 Expected = list[tuple[list[int], list[float]]]
@@ -142,7 +146,7 @@ async def alone(suite: Suite, prompt: list[int]) -> tuple[list[int], list[float]
 
 async def client(suite: Suite, rng: random.Random, end: float, expected: Expected, outcomes: Counter[str]) -> None:
     """Requests through the router, one after the other."""
-    while time.monotonic() < end:
+    while time.monotonic() < end or not outcomes["answered"]:
         number = rng.randrange(len(PROMPTS))
         salt = rng.choice(["shared", f"own {rng.random()}"])
         async with typed(outcomes):
@@ -170,7 +174,7 @@ async def ask(suite: Suite, prompt: list[int], policy: str, salt: str) -> tuple[
 
 async def mover(suite: Suite, rng: random.Random, end: float, expected: Expected, outcomes: Counter[str]) -> None:
     """The verbs by hand, between any two engines."""
-    while time.monotonic() < end:
+    while time.monotonic() < end or not outcomes["moved"]:
         sender, receiver = rng.sample(suite.engines, 2)
         async with typed(outcomes):
             await move(suite, sender, receiver, rng.randrange(len(PROMPTS)), f"move {rng.random()}", expected)

@@ -20,13 +20,15 @@ from tests.faults.test_layer_boundaries import CODES, END, PROMPT, Scene, at_eac
 pytestmark = pytest.mark.faults
 
 ANSWERS = (CODES.OK, CODES.UNAVAILABLE, CODES.ABORTED, CODES.RESOURCE_EXHAUSTED)
-# Of two services the first is the sender's.
-VICTIMS = {"shm": ("shm", "service"), "tcp-sending": ("tcp", "service"), "tcp-receiving": ("tcp", "far service")}
+# Transport, and who runs out. The sender's engine opens a file at every gate of these tests, so it is not among them.
+VICTIMS = [("shm", "service"), ("tcp", "receiver's service"), ("tcp", "receiver")]
 
 
 def process_of(s: Scene, victim: str) -> ServiceProcess:
-    """The sender's engine opens a file at every gate of these tests, so it is not among them."""
-    return s.suite.kvtransfers[0 if victim == "service" else 1]
+    """The victim's process."""
+    if victim == "receiver":
+        return s.receiver.process
+    return s.suite.kvtransfer_of(1)
 
 
 @contextmanager
@@ -47,22 +49,24 @@ def exhausted(process: ServiceProcess, kind: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", [resource.RLIMIT_NOFILE, resource.RLIMIT_AS], ids=["descriptors", "memory"])
-@pytest.mark.parametrize("victim", VICTIMS)
-async def test_a_process_runs_out(tmp_path: Path, victim: str, kind: int) -> None:
-    transport, who = VICTIMS[victim]
+@pytest.mark.parametrize(("transport", "victim"), VICTIMS, ids=["shm", "tcp", "receiver"])
+async def test_a_process_runs_out(tmp_path: Path, transport: str, victim: str, kind: int) -> None:
     async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
             prepared = await s.prepare(salt)
             sending = s.send(prepared, salt, 20)
             await gate.reached()
-            with exhausted(process_of(s, who), kind):
+            process = process_of(s, victim)
+            with exhausted(process, kind):
                 gate.open()
-                assert await sending in ANSWERS
+                code = await sending
+            assert code in ANSWERS
+            if code is CODES.OK:
+                await s.check_receiver(prepared, salt)
+            with exhausted(process, kind):
                 asked = prep_recv(s.suite, s.receiver, PROMPT, END, cache_salt=f"{salt} short")
                 assert await outcome(asked) in ANSWERS
-            if await sending is CODES.OK:
-                await s.check_receiver(prepared, salt)
-            assert process_of(s, who).poll() is None
+            assert process.poll() is None
 
         await at_each_boundary(s, fault)

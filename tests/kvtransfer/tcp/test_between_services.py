@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -174,6 +175,29 @@ async def test_the_choice_and_a_fallback_are_in_stats_log_and_metrics(caplog: py
         (link,) = (await sender.port.call("GetStats", pb.GetStatsRequest())).links
         assert link.fallback_count == shown("fallbacks_total") == len(logged("transport failed")) > 0
         assert link.last_fallback.startswith("tcp: ")
+
+
+async def test_several_connections_to_one_peer() -> None:
+    """Reservations share them out; all of one attempt goes over one, whatever is under way on the others."""
+    names = [f"r{number}" for number in range(8)]
+    assert {crc32(name.encode()) % 3 for name in names} == {0, 1, 2}
+    async with pair({"connections_per_peer": 3}, {}) as (sender, receiver):
+        before = receiver.memory.copy()
+        orders, wanted = [], before
+        for number, name in enumerate(names):
+            pages = [2 * number, 2 * number + 1]
+            address = await receiver.grant(name, 0, 8, pages)
+            orders.append(sender.order(address, 0, 8, [number, number + 1], ready_slot=number))
+            wanted = expected(wanted, receiver, sender, 0, 8, [number, number + 1], pages)
+        pushes = [sender.push(order) for order in orders]
+        for push in pushes:
+            await push.opened()
+        (tcp,) = (t for t in sender.port.service._links.transports if isinstance(t, TcpTransport))  # type: ignore[attr-defined]
+        assert {slot for _, slot in tcp._connections} == {0, 1, 2}
+        for number in reversed(range(len(pushes))):
+            sender.pool.raise_ready(number, 3)
+        assert {(await push.done()).state for push in pushes} == {pb.PUSH_STATE_COMMITTED}
+        np.testing.assert_array_equal(receiver.memory, wanted)
 
 
 @pytest.mark.parametrize("side", ["kv-out", "kv-in"])
