@@ -68,15 +68,20 @@ async def prompts(suite: Suite, model_name: str) -> list[list[int]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def expected(suite: Suite, prompts: list[list[int]]) -> list[Generated]:
-    """One engine, one prompt at a time, nothing cached; each engine has every other prompt."""
-    found: dict[int, Generated] = {}
+    return await alone(suite, prompts, MAX_TOKENS, "alone")
 
-    async def one_by_one(first: int) -> None:
-        for i in range(first, len(prompts), 2):
-            found[i] = await generate(suite, suite.engines[first], prompts[i], max_tokens=MAX_TOKENS, salt=f"alone {i}")
 
-    await asyncio.gather(one_by_one(0), one_by_one(1))
-    return [found[i] for i in range(len(prompts))]
+async def alone(suite: Suite, prompts: list[list[int]], max_tokens: int, salt: str) -> list[Generated]:
+    """One engine, one prompt at a time, nothing cached; of two engines each has every other prompt."""
+
+    async def one_by_one(first: int) -> list[Generated]:
+        return [
+            await generate(suite, suite.engines[first], prompts[i], max_tokens=max_tokens, salt=f"{salt} {i}")
+            for i in range(first, len(prompts), 2)
+        ]
+
+    turns = await asyncio.gather(one_by_one(0), one_by_one(1))
+    return [turns[i % 2][i // 2] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -177,7 +182,7 @@ async def test_preempted_equals_undisturbed(
     # together however far apart the calls arrive.
     chosen, length = [prompt for prompt in prompts if 14 < len(prompt) < 40][:5], LONG_ANSWER[model_name]
     longest = max(map(len, chosen)) + length
-    alone = [await generate(suite, suite.engines[0], each, max_tokens=length, salt="undisturbed") for each in chosen]
+    undisturbed = await alone(suite, chosen, length, "undisturbed")
     pool = {"page_size": 4, "page_count": longest // 4 + 3, "engine_options": ("--max-context", str(longest))}
     async with start_suite(model, num_engines=1, policy=None, **pool) as small:
         one = small.engines[0]
@@ -185,7 +190,7 @@ async def test_preempted_equals_undisturbed(
             *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
         )
         assert sum(result.timing.preemption_count for result in got) > 0
-        for prompt, want, result in zip(chosen, alone, got, strict=True):
+        for prompt, want, result in zip(chosen, undisturbed, got, strict=True):
 
             async def forced(tokens: list[int], prompt: list[int] = prompt) -> Generated:
                 return await generate(small, one, prompt, forced=tokens)

@@ -96,32 +96,28 @@ class Budget:
     service_deaths: int = 0
 
 
-class _Numbered:
-    """Values by number and numbers by value."""
-
-    def __init__(self) -> None:
-        self.values: list[Hashable] = []
-        self._numbers: dict[Hashable, int] = {}
-
-    def number_of(self, value: Hashable) -> int:
-        """Always the same one for equal values."""
-        number = self._numbers.setdefault(value, len(self.values))
-        if number == len(self.values):
-            self.values.append(value)
-        return number
+_values: list[Hashable] = []
 
 
-_numbered = _Numbered()
+class _Numbers(dict[Hashable, int]):
+    """The place of each value in _values: the same one for equal values."""
+
+    def __missing__(self, value: Hashable) -> int:
+        _values.append(value)
+        return self.setdefault(value, len(_values) - 1)
+
+
+_numbers = _Numbers()
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, thing: object) -> int | None:
-        return _numbered.number_of(thing) if type(thing) in VALUES else None
+        return _numbers[thing] if type(thing) in VALUES else None
 
 
 class _Unpickler(pickle.Unpickler):
     def persistent_load(self, number: int) -> Hashable:
-        return _numbered.values[number]
+        return _values[number]
 
 
 @dataclass
