@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STRUCTURE = (ROOT / "docs/structure.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Every program has --help; then those of pip, of the benchmarks under bench/, and of AIPerf.
-TOOL_FLAGS = {"--help", "--no-deps", "--append", "--minutes", "--full", "--servers", "--loads"} | {
+TOOL_FLAGS = {"--help", "--no-deps", "--append", "--minutes", "--policies", "--full", "--servers", "--loads"} | {
     "--" + name
     for name in ("url", "endpoint-type", "streaming", "tokenizer", "concurrency", "request-count", "isl", "osl", "ui")
 }
