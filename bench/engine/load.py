@@ -39,6 +39,8 @@ SCENARIOS = (
     Scenario("batch32", "32 streams, 64 in, 64 out", 32, 64, 64),
     Scenario("prefill", "prefill of 1024", 1, 1024, 1),
 )
+# Threads of a server that has answered may look for more work for a while, on the cores of the one whose turn it is.
+SETTLE_S = 0.5
 # Tokens per second by server name and scenario.
 Rates = dict[tuple[str, Scenario], float]
 
@@ -52,6 +54,7 @@ def measure(servers: Sequence[Server], scenarios: Sequence[Scenario], rounds: in
             for server in servers:
                 # Prompts are never used again, so that no prefix cache helps.
                 prompts = [source.choices(TOKEN_IDS, k=scenario.prompt_tokens) for _ in range(scenario.streams)]
+                time.sleep(SETTLE_S)
                 rate = scenario.counted_tokens / run(server, prompts, scenario.output_tokens)
                 print(
                     f"{scenario.key} round {number + 1} of {rounds}: {server.name} {rate:.1f} tokens/s", file=sys.stderr

@@ -18,6 +18,7 @@ from services.engine.kernels.facts import BLOCKS, MAX_PAGES, NUM_FACTS, SINGLES,
 from services.engine.kernels.functions import LOG2_E, power_of_2, tanh
 from services.engine.kernels.machine_code import compiled, kernel
 from services.engine.kernels.memory import as_float, floats, int32s, int64s, prefetch
+from services.engine.kernels.softmax import weigh_tile
 from services.engine.kernels.tiles import dot_tile, float_tile
 from services.engine.kernels.writer import LANES
 
@@ -28,6 +29,7 @@ HIDDEN = np.float32(-1e30)
 _scores_8, _scores_1 = float_tile(8, 3), float_tile(1, 3)
 _mix_6x4, _mix_6x1 = float_tile(6, 4), float_tile(6, 1)
 _mix_4x4, _mix_4x1, _mix_1x4, _mix_1x1 = float_tile(4, 4), float_tile(4, 1), float_tile(1, 4), float_tile(1, 1)
+_weigh = weigh_tile(BLOCK_LANES // LANES)
 _dots_16, _dots_1 = dot_tile(16), dot_tile(1)
 
 
@@ -165,28 +167,6 @@ def _hide(scores: Any, start: int, firsts: Any, limits: Any) -> None:
 
 
 @compiled
-def _weigh(scores: Any, best: Any, totals: Any, shrink: Any) -> None:
-    """scores (count, 96) become weights relative to the best score of each lane so far.
-
-    totals are kept up to date; what was summed with the old best is to be multiplied by `shrink`. A hidden token weighs
-    2 ** -126, which rounding takes away; so does `shrink` with what a lane counted before it saw its first token.
-    """
-    for lane in range(BLOCK_LANES):
-        shrink[lane] = best[lane]
-    for token in range(scores.shape[0]):
-        for lane in range(BLOCK_LANES):
-            best[lane] = max(best[lane], scores[token, lane])
-    for lane in range(BLOCK_LANES):
-        shrink[lane] = power_of_2(shrink[lane] - best[lane])
-        totals[lane] *= shrink[lane]
-    for token in range(scores.shape[0]):
-        for lane in range(BLOCK_LANES):
-            weight = power_of_2(scores[token, lane] - best[lane])
-            scores[token, lane] = weight
-            totals[lane] += weight
-
-
-@compiled
 def _scale_lanes(sums: Any, factors: Any) -> None:
     """sums (96, head_dim) times factors (96,), of which most are 1."""
     for lane in range(BLOCK_LANES):
@@ -263,7 +243,10 @@ def _attend_block(job: Any, chunk: int) -> None:
             _cap(flat[: (stop - start) * BLOCK_LANES], softcap)
         if stop > context or start < last - window:
             _hide(scores[: stop - start], start, firsts, limits)
-        _weigh(scores[: stop - start], best, totals, shrink)
+        # A hidden token weighs 2 ** -126, which rounding takes away; so does `shrink` with what a lane counted before
+        # it saw its first token.
+        addresses = best.ctypes.data, totals.ctypes.data, shrink.ctypes.data
+        _weigh(scores.ctypes.data, BLOCK_LANES * 4, stop - start, *addresses)
         _scale_lanes(sums, shrink)
         token = start
         while token < stop:

@@ -33,6 +33,13 @@ class SampleSpec:
         """Absolute position of the token to choose."""
         return len(self.token_ids) + self.num_awaited
 
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the token of the model's largest logit is all that is wanted."""
+        params, is_free = self.params, self.forced_token_id is None and self.allowed is None
+        is_plain = params.is_greedy and params.logprobs is None
+        return is_plain and is_free and not params.changes_logits(self.position - self.num_prompt_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreSpec:

@@ -16,7 +16,7 @@ from services.engine.attention.backend import AttentionBackend
 from services.engine.batch import ForwardBatch, last_rows
 from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
-from services.engine.sampling.sampler import SamplingRow, sample, takes_largest
+from services.engine.sampling.sampler import SamplingRow, sample
 from services.engine.sampling.score import PromptScorer, rows_at_once
 
 
@@ -86,13 +86,13 @@ class TorchRunner:
 
     def _choose(self, segments: Sequence[Segment], hidden: Tensor) -> list[Chosen]:
         """A token for each SampleSpec."""
+        specs = [segment.sample for segment in segments if segment.sample is not None]
+        if all(spec.takes_largest for spec in specs):
+            return [Chosen(token) for token in self._model.largest(hidden).tolist()]
         rows = [
             SamplingRow(spec.params, spec.token_ids, spec.num_prompt_tokens, spec.forced_token_id, spec.allowed)
-            for segment in segments
-            if (spec := segment.sample) is not None
+            for spec in specs
         ]
-        if all(map(takes_largest, rows)):
-            return [Chosen(token) for token in self._model.largest(hidden).tolist()]
         sampled = sample(self._model.logits(hidden), rows, self._eos_token_ids)
         return [Chosen(token.token_id, token.logprob, token.top) for token in sampled]
 
@@ -140,9 +140,10 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
     else:
         rows = np.repeat(np.arange(len(segments)), lengths)  # (num_tokens,) which sequence a token is of
         positions = np.arange(num_tokens) - starts[rows] + begins[rows]
-    tables = np.zeros((len(segments), max(len(segment.page_ids) for segment in segments)), dtype=np.int32)
-    for table, segment in zip(tables, segments, strict=True):
-        table[: len(segment.page_ids)] = np.frombuffer(segment.page_ids, dtype=np.int32)
+    num_pages = np.array([len(segment.page_ids) for segment in segments])
+    tables = np.zeros((len(segments), int(num_pages.max())), dtype=np.int32)
+    page_ids = np.frombuffer(b"".join(segment.page_ids for segment in segments), dtype=np.int32)
+    tables[np.arange(tables.shape[1]) < num_pages[:, None]] = page_ids  # row by row
     slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
     wanted = np.array([segment.sample is not None for segment in segments])
 

@@ -12,11 +12,6 @@ from torch import Tensor
 from services.engine.sampling.params import SamplingParams
 
 
-def needs_adjusting(params: SamplingParams, output_length: int) -> bool:
-    """Whether adjust would change anything."""
-    return bool(params.logit_bias) or params.has_penalties or output_length < params.min_tokens
-
-
 def adjust(
     logits: Tensor,
     params: SamplingParams,

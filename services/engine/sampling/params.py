@@ -66,6 +66,10 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def changes_logits(self, output_length: int) -> bool:
+        """Whether logits are changed, after so many output tokens, before one is chosen by them."""
+        return bool(self.logit_bias) or self.has_penalties or output_length < self.min_tokens
+
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidSampling for the first value that is out of range, of the wrong type, or not a number."""
         _check_float("temperature", self.temperature, 0, MAX_TEMPERATURE)

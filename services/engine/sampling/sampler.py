@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.largest import largest
-from services.engine.sampling.adjust import adjust, needs_adjusting, restrict
+from services.engine.sampling.adjust import adjust, restrict
 from services.engine.sampling.draw import draw
 from services.engine.sampling.params import SamplingParams
 from services.engine.sampling.philox import uniforms
@@ -46,13 +46,6 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()  # the most probable tokens, best first
 
 
-def takes_largest(row: SamplingRow) -> bool:
-    """Whether the token of the model's largest logit is all that is wanted."""
-    params = row.params
-    is_free = row.forced_token_id is None and row.allowed is None
-    return params.is_greedy and params.logprobs is None and is_free and not needs_adjusting(params, row.output_length)
-
-
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int] = ()) -> list[SampledToken]:
     """One token for each row of logits, (rows, vocab) float32 on any device; logits are not changed.
@@ -76,7 +69,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int]) -> Tensor:
     changed = [
-        i for i, row in enumerate(rows) if row.allowed is not None or needs_adjusting(row.params, row.output_length)
+        i for i, row in enumerate(rows) if row.allowed is not None or row.params.changes_logits(row.output_length)
     ]
     if not changed:
         return logits

@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from services.engine.core.account import Account
@@ -15,9 +16,11 @@ from services.engine.core.draft import Draft
 from services.engine.core.faults import InjectedFault, ScriptedFaults
 from services.engine.core.in_flight import InFlightBlocks
 from services.engine.core.pace import Pace
+from services.engine.core.plan import SampleSpec
 from services.engine.core.pool import PagePool
 from services.engine.core.sequence import Sequence
 from services.engine.core.timers import Timers
+from services.engine.sampling.params import SamplingParams
 from tests.engine.core.world import make_config
 
 
@@ -133,3 +136,20 @@ def test_what_leaves_a_draft_leaves_nothing_behind() -> None:
     assert draft.budget == 3
     assert (plan.segments, plan.copies, plan.admitted) == ((), (), ())
     assert (plan.pinned, plan.preempted) == ((5,), (1,))
+
+
+def test_the_largest_logit_is_enough_for_plain_greedy_alone() -> None:
+    tokens = [1, 2, 3]
+    assert SampleSpec(SamplingParams(max_tokens=9, seed=4), tokens, 2).takes_largest
+    assert SampleSpec(SamplingParams(min_tokens=1), tokens, 2).takes_largest
+    assert SampleSpec(SamplingParams(min_tokens=2), tokens, 2, num_awaited=1).takes_largest
+    for params in (
+        SamplingParams(temperature=0.1),
+        SamplingParams(logprobs=0),
+        SamplingParams(logit_bias=((1, 1.0),)),
+        SamplingParams(presence_penalty=1.0),
+        SamplingParams(min_tokens=2),
+    ):
+        assert not SampleSpec(params, tokens, 2).takes_largest
+    assert not SampleSpec(SamplingParams(), tokens, 2, forced_token_id=0).takes_largest
+    assert not SampleSpec(SamplingParams(), tokens, 2, allowed=np.zeros(1, dtype=np.uint8)).takes_largest
