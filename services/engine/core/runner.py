@@ -135,17 +135,20 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
     begins = np.array([segment.begin for segment in segments])
     num_tokens = int(starts[-1])
     token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in segments), dtype=np.int64, count=num_tokens)
-    if num_tokens == len(segments):  # all decode: the few calls that this spares are felt in a small model's step
-        rows, positions = starts[:-1], begins
+    width = max(len(segment.page_ids) for segment in segments)
+    filled = bytearray().join(segment.page_ids.tobytes().ljust(width * 4, b"\0") for segment in segments)
+    tables = np.frombuffer(filled, dtype=np.int32).reshape(len(segments), width)
+    if num_tokens == len(segments):
+        # All decode. Indexing by arrays and masks would give the interpreter lock away, and the event loop keeps it for
+        # a whole turn: felt in a small model's step.
+        positions = begins
+        slots = np.array([s.page_ids[s.begin // page_size] * page_size + s.begin % page_size for s in segments])
     else:
         rows = np.repeat(np.arange(len(segments)), lengths)  # (num_tokens,) which sequence a token is of
         positions = np.arange(num_tokens) - starts[rows] + begins[rows]
-    num_pages = np.array([len(segment.page_ids) for segment in segments])
-    tables = np.zeros((len(segments), int(num_pages.max())), dtype=np.int32)
-    page_ids = np.frombuffer(b"".join(segment.page_ids for segment in segments), dtype=np.int32)
-    tables[np.arange(tables.shape[1]) < num_pages[:, None]] = page_ids  # row by row
-    slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    wanted = np.array([segment.sample is not None for segment in segments])
+        slots = tables[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    ends = accumulate(lengths)
+    wanted = [end - 1 for end, segment in zip(ends, segments, strict=True) if segment.sample is not None]
 
     def placed(values: NDArray[Any]) -> Tensor:
         # Also a .to() that has nothing to do gives the interpreter lock away and has to get it back.
@@ -159,7 +162,7 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         query_starts=torch.from_numpy(starts.astype(np.int32)),
         context_lengths=torch.from_numpy((begins + lengths).astype(np.int32)),
         block_tables=placed(tables),
-        logits_rows=placed(starts[1:][wanted] - 1),
+        logits_rows=placed(np.array(wanted, dtype=np.int64)),
     )
     if num_tokens == len(segments):
         return batch
