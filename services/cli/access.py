@@ -9,6 +9,7 @@ from typing import Any
 import grpc.aio
 
 from services.cli.errors import UsageError
+from services.cli.key_file import find_key
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls, make_channel
 
@@ -29,8 +30,10 @@ def router_channel(address: str) -> grpc.aio.Channel:
         split_address(address)
     except ValueError as error:
         raise UsageError(f"--address {error}") from None
+    client_key = _first(KEY_VARIABLE)
+    operator_key = _first(ADMIN_KEY_VARIABLE) or find_key(address) or client_key
     try:
-        return make_channel(address, _tls(), interceptors=(_KeyForReplies(), _KeyForStreams()))
+        return make_channel(address, _tls(), interceptors=showing(client_key, operator_key))
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
 
@@ -49,26 +52,36 @@ def _tls() -> ClientTls | None:
     return ClientTls(ca, certificate, key)
 
 
-class _KeyForReplies(grpc.aio.UnaryUnaryClientInterceptor):
+def showing(client_key: str, operator_key: str) -> tuple[grpc.aio.ClientInterceptor, ...]:
+    """Interceptors that show a key with every call, AdminService the second one; an empty one is none."""
+    return _KeyForReplies(client_key, operator_key), _KeyForStreams(client_key, operator_key)
+
+
+class _Shown:
+    def __init__(self, client_key: str, operator_key: str) -> None:
+        self._client_key, self._operator_key = client_key, operator_key
+
+    def add_to(self, details: Any) -> Any:
+        method = details.method if isinstance(details.method, str) else details.method.decode()
+        key = self._operator_key if method.startswith(_ADMIN_METHODS) else self._client_key
+        if not key:
+            return details
+        shown = ("authorization", f"Bearer {key}")
+        return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), shown))
+
+
+class _KeyForReplies(_Shown, grpc.aio.UnaryUnaryClientInterceptor):
     """Shows the router's key with every call that has one reply."""
 
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_key(client_call_details), request)
+        return await continuation(self.add_to(client_call_details), request)
 
 
-class _KeyForStreams(grpc.aio.UnaryStreamClientInterceptor):
+class _KeyForStreams(_Shown, grpc.aio.UnaryStreamClientInterceptor):
     """Shows it with every call that has a stream of replies."""
 
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_key(client_call_details), request)
-
-
-def _with_key(details: Any) -> Any:
-    method = details.method if isinstance(details.method, str) else details.method.decode()
-    key = (_first(ADMIN_KEY_VARIABLE) if method.startswith(_ADMIN_METHODS) else "") or _first(KEY_VARIABLE)
-    if not key:
-        return details
-    return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), ("authorization", f"Bearer {key}")))
+        return await continuation(self.add_to(client_call_details), request)
 
 
 def _first(variable: str) -> str:

@@ -47,7 +47,7 @@ def up_command(
         typer.Option(
             min=1,
             max=65535,
-            help="Port that takes programs from this machine's users: `microserve policy set FILE`.  [default: none]",
+            help="Port that takes programs from your own commands: `microserve policy set FILE`.  [default: none]",
         ),
     ] = None,
     ask: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from services.cli.client import router_client, wait_serving
 from services.cli.commands import stream_answer
 from services.cli.errors import CliError, Interrupted, UsageError
 from services.cli.fleet import Fleet, core_count
+from services.cli.key_file import key_path, new_key
 from services.cli.models import fetch, require_engine
 from services.cli.process import Ready, ServiceProcess
 from services.cli.values import Endpoint, Question
@@ -61,7 +62,10 @@ def up(options: UpOptions) -> None:
     """Runs until Ctrl-C or SIGTERM. UsageError, CliError if something cannot be had, ServiceFailed if a child dies."""
     _check(options)
     model = fetch(options.model, quiet=options.json)
-    asyncio.run(launch(options, model, Fleet()))
+    with ExitStack() as stack:
+        if options.admin_port is not None:
+            stack.enter_context(new_key(options.admin_port))
+        asyncio.run(launch(options, model, Fleet()))
 
 
 def _check(options: UpOptions) -> None:
@@ -101,8 +105,9 @@ def _check_policy(policy: str) -> None:
         raise UsageError(f"--policy {policy}: {error.message}") from None
 
 
-def _uploads(address: str) -> tuple[str, ...]:
-    return "--allow-policy-upload", "--admin-listen", address
+def _uploads(port: int) -> tuple[str, ...]:
+    key_file = str(key_path(port))
+    return "--allow-policy-upload", "--admin-listen", f"{HOST}:{port}", "--upload-key-file", key_file
 
 
 def gpu_options(device: str) -> tuple[str, ...]:
@@ -196,7 +201,7 @@ class _Launcher:
                 options.policy,
                 listen=f"{HOST}:{options.grpc_port}",
                 http_listen=f"{HOST}:{options.http_port}",
-                extra=() if options.admin_port is None else _uploads(f"{HOST}:{options.admin_port}"),
+                extra=() if options.admin_port is None else _uploads(options.admin_port),
             )
         )
         await asyncio.wrap_future(router.ready)

@@ -24,7 +24,7 @@ from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.http import HttpServer
-from services.router.keys import KeyInterceptor, Keys
+from services.router.keys import KeyInterceptor, Keys, read_key
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.planning.host import BUILT_IN, PlannerHost
@@ -67,8 +67,10 @@ class Router:
         backoff: BackoffConfig | None = None,
         on_stuck: Callable[[], None] | None = None,
     ) -> None:
-        """BadPolicy if a program of the configuration cannot be loaded. `on_stuck` is called from another thread when
-        a program holds the event loop and cannot be interrupted."""
+        """BadPolicy if a program of the configuration cannot be loaded, StartError if a key cannot.
+
+        `on_stuck` is called from another thread when a program holds the event loop and cannot be interrupted.
+        """
         self.config = config
         self.addresses = Addresses()
         self.registry = Registry(retire_s=config.request_timeout)
@@ -106,7 +108,8 @@ class Router:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
         self._admin_server: Server | None = None
         if config.admin_listen is not None:
-            self._admin_server = Server(_admin_config(config, config.admin_listen), "admin", interceptors=(guard,))
+            own_guard = KeyInterceptor({ADMIN_SERVICE: _own_keys(config) or admin_keys})
+            self._admin_server = Server(_admin_config(config, config.admin_listen), "admin", interceptors=(own_guard,))
             admin = AdminServicer(*shown, take_uploads=config.allow_policy_upload)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
         limits = HttpLimits(config.max_message_bytes, config.client_timeout, config.max_requests)
@@ -205,6 +208,13 @@ class Router:
                 log.info("serving")
             else:
                 log.warning("no engine can serve")
+
+
+def _own_keys(config: RouterConfig) -> Keys | None:
+    """Those of --admin-listen, if it has one of its own. StartError."""
+    if config.upload_key_file is None:
+        return None
+    return Keys((read_key(config.upload_key_file), *config.admin_key), "key (of --upload-key-file or --admin-key)")
 
 
 def _admin_config(config: RouterConfig, listen: str) -> ServerConfig:

@@ -9,16 +9,16 @@ from services.router.admission.ticket import AdmissionLimits
 from services.router.fleet.endpoint_slices import ServiceTarget
 from services.router.fleet.recovery import RetryLimits
 from services.router.http import HttpTls
+from services.router.keys import is_key
 from services.router.planning.host import PlannerLimits
 from services.router.planning.topics import TopicLimits
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
 from services.router.programs.watchdog import BLOCK_TIMEOUT_S, GIVE_UP_TIMEOUT_S, WatchdogLimits
-from services.rpc.bind import split_address
+from services.rpc.bind import LOOPBACK_HOSTS, split_address
 from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
 
 _SHORTEST_TOKEN = 16
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +117,9 @@ class RouterConfig(ServerConfig):
     allow_policy_upload: bool = field(
         default=False, metadata={"help": "take source of policies and planners at --admin-listen"}
     )
+    upload_key_file: Path | None = field(
+        default=None, metadata={"help": "file that holds a key of --admin-listen alone, beside those of --admin-key"}
+    )
     engine_tls_ca: Path | None = field(default=None, metadata={"help": "PEM roots of the engines' certificates"})
     engine_tls_cert: Path | None = field(default=None, metadata={"help": "PEM certificate to show to engines (mTLS)"})
     engine_tls_key: Path | None = field(default=None, metadata={"help": "PEM private key of --engine-tls-cert"})
@@ -164,7 +167,7 @@ class RouterConfig(ServerConfig):
         if self.engine_tls_cert is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-cert needs --engine-tls-ca")
         for key in (*self.api_key, *self.admin_key):
-            if not (key and key.isascii() and key.isprintable() and key.strip() == key):
+            if not is_key(key):
                 raise ValueError("an --api-key or --admin-key must be printable ASCII with no space around it")
         if self.engine_tls_name is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-name needs --engine-tls-ca")
@@ -236,6 +239,8 @@ class RouterConfig(ServerConfig):
             return
         if self.admin_listen is None:
             raise ValueError("--allow-policy-upload needs --admin-listen: no code is taken where clients call")
-        # Uploaded code runs as the router: whoever may send it must be on this machine or prove who they are.
-        if split_address(self.admin_listen)[0] not in _LOOPBACK and self.tls_client_ca is None:
+        # Uploaded code runs as the router: whoever may send it proves who they are, and from afar nobody listens in.
+        if not self.admin_key and self.upload_key_file is None and self.tls_client_ca is None:
+            raise ValueError("--allow-policy-upload needs --admin-key, --upload-key-file or --tls-client-ca")
+        if split_address(self.admin_listen)[0] not in LOOPBACK_HOSTS and self.tls_client_ca is None:
             raise ValueError("--allow-policy-upload beyond this machine needs --tls-client-ca")

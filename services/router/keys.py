@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from services.router.errors import WrongKey
+from services.rpc.errors import StartError
 
 HEADER = "authorization"
 
@@ -29,6 +31,22 @@ class Keys:
         matches = [secrets.compare_digest(key.strip(), known) for known in self._keys]
         if self._keys and not (scheme.lower() == b"bearer" and any(matches)):
             raise WrongKey(f"no valid {self._what}: send authorization: Bearer KEY")
+
+
+def is_key(text: str) -> bool:
+    """Whether a header can carry it as it stands."""
+    return bool(text) and text.isascii() and text.isprintable() and text.strip() == text
+
+
+def read_key(path: Path) -> str:
+    """The key in a file, which may end with a newline. StartError."""
+    try:
+        text = path.read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"cannot read the key in {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not is_key(text):
+        raise StartError(f"the key in {path} must be one line of printable ASCII with no space around it")
+    return text
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

@@ -10,6 +10,9 @@ import grpc.aio
 
 from services.rpc.errors import StartError, port_in_use
 
+# Hosts that only this machine reaches.
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+
 
 def split_address(address: str) -> tuple[str, int]:
     """("127.0.0.1", 50051) from "127.0.0.1:50051", ("::1", 0) from "[::1]:0". ValueError for others."""

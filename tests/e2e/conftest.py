@@ -13,13 +13,11 @@ from tests.e2e.shared import SharedSuite
 from tests.e2e.suite import Suite, start_suite
 from tests.models import make_tiny_llama
 
-ROUTER = ("--allow-policy-upload", "--admin-listen", "127.0.0.1:0")
-
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def tiny_shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedSuite]:
     model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-    shared = SharedSuite(partial(start_suite, model, router_options=ROUTER))
+    shared = SharedSuite(partial(start_suite, model))
     yield shared
     await shared.close()
 
@@ -28,7 +26,7 @@ async def tiny_shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 async def real_shared() -> AsyncIterator[SharedSuite]:
     """SmolLM2-135M, as `make run` serves it, but in float32."""
     model = fetch_model("smollm2-135m", show_progress=False)
-    shared = SharedSuite(partial(start_suite, model, router_options=ROUTER, kv_memory_mib=512))
+    shared = SharedSuite(partial(start_suite, model, kv_memory_mib=512))
     yield shared
     await shared.close()
 

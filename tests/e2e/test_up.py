@@ -91,7 +91,10 @@ def test_question_is_answered_over_two_engines_and_a_signal_leaves_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_program_is_swapped_in_at_the_admin_port(tmp_path: Path) -> None:
+def test_a_program_is_swapped_in_at_the_admin_port(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("keys")))
     # Fixed, as a person gives it, and below the ports that the kernel hands out.
     port = 29_000 + os.getpid() % 1000
     options = (f"--admin-port={port}", "--engines=1", "--ask", "Hello")
@@ -101,7 +104,13 @@ def test_a_program_is_swapped_in_at_the_admin_port(tmp_path: Path) -> None:
         refused = command("policy", "set", str(program), "--address", router)
         assert refused.returncode != 0
         assert "--admin-port" in refused.stderr
-        assert command("policy", "set", str(program), "--address", f"127.0.0.1:{port}").returncode == 0
+        to_admin_port = ("policy", "set", str(program), "--address", f"127.0.0.1:{port}")
+        with monkeypatch.context() as another_user:
+            another_user.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("other")))
+            refused = command(*to_admin_port)
+            assert refused.returncode != 0
+            assert "UNAUTHENTICATED" in refused.stderr
+        assert command(*to_admin_port).returncode == 0
         answer = command("ask", "Hello", "--max-tokens=1", "--json", "--address", router)
         assert json.loads(answer.stdout)["policy"] == "long_to_big"
 

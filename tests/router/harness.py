@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -15,6 +17,7 @@ import pytest
 from microserve.router.v1 import admin_pb2_grpc, router_pb2, router_pb2_grpc
 from microserve.types.v1 import sampling_pb2
 
+from services.cli.access import showing
 from services.router.app import Router
 from services.router.config import RouterConfig
 from services.router.fleet.backoff import BackoffConfig
@@ -26,6 +29,7 @@ from tests.router.vocabularies import byte_level, files
 
 FAST = BackoffConfig(first_s=0.01, longest_s=0.05)
 QUEUE_S = 60.0  # requests wait for their turn however slow the machine is
+UPLOAD_KEY = "of-the-port-that-takes-programs"
 PROMPT = tuple(range(10, 61))  # 51 tokens: not whole pages
 
 
@@ -104,9 +108,13 @@ async def running(
     engines: Sequence[FakeEngine] | None = None,
     fake_model: FakeModel | None = None,
     policy: str = "data_parallel",
+    takes_uploads: bool = False,
     **options: Any,
 ) -> AsyncIterator[Running]:
-    """Starts all, waits until every engine has joined, checks at the end that nothing is held."""
+    """Starts all, waits until every engine has joined, checks at the end that nothing is held.
+
+    `takes_uploads`: at an address of its own, whose key `admin` shows.
+    """
     if engines is None:
         peers: dict[str, FakeEngine] = {}
         engines = [FakeEngine(fake_model or model(), "abcdef"[i], peers=peers) for i in range(num_engines)]
@@ -114,6 +122,10 @@ async def running(
         for engine in engines:
             await engine.start()
             stack.push_async_callback(engine.stop)
+        if takes_uploads:
+            key_file = Path(stack.enter_context(TemporaryDirectory())) / "upload.key"
+            key_file.write_text(f"{UPLOAD_KEY}\n")
+            options |= {"admin_listen": "127.0.0.1:0", "allow_policy_upload": True, "upload_key_file": key_file}
         config = RouterConfig(
             listen="127.0.0.1:0",
             engine=tuple(engine.address for engine in engines),
@@ -123,7 +135,8 @@ async def running(
         router = Router(config, backoff=FAST)
         stack.push_async_callback(router.close)
         addresses = await router.start()
-        channels = [make_channel(addresses.grpc), make_channel(addresses.admin or addresses.grpc)]
+        shown = showing("", UPLOAD_KEY) if takes_uploads else ()
+        channels = [make_channel(addresses.grpc), make_channel(addresses.admin or addresses.grpc, interceptors=shown)]
         for channel in channels:
             stack.push_async_callback(channel.close)
         stub, admin = router_pb2_grpc.RouterServiceStub(channels[0]), admin_pb2_grpc.AdminServiceStub(channels[1])

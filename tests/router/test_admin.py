@@ -21,7 +21,6 @@ async def policy(request, fleet):
     async for chunk in fleet.engines[-1].start_generate(request):
         yield chunk
 '''
-UPLOADS = {"admin_listen": "127.0.0.1:0", "allow_policy_upload": True}
 
 
 async def use(suite: Running, name: str, source: str = "") -> admin_pb2.PolicyInfo:
@@ -94,7 +93,7 @@ async def test_code_is_not_taken_by_default() -> None:
 
 
 async def test_uploads_go_to_the_admin_address_only() -> None:
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         uploaded = await use(suite, "mine", UPLOADED)
         assert (uploaded.name, uploaded.summary, uploaded.current, uploaded.file) == (
             "mine",
@@ -119,7 +118,7 @@ async def test_parameters_come_with_an_upload() -> None:
         "async def policy(request, fleet, params):\n"
         "    async for chunk in fleet.engines[params.index].start_generate(request):\n        yield chunk\n"
     )
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         assert (await use(suite, "mine:index=1", with_params)).name == "mine:index=1"
         second = suite.router.registry.models()[0].members[1].info
         assert second is not None
@@ -158,7 +157,7 @@ async def test_parameters_come_with_an_upload() -> None:
     ],
 )
 async def test_programs_that_cannot_be_loaded_change_nothing(name: str, source: str, sentence: str) -> None:
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         with failing("INVALID_ARGUMENT", "BAD_POLICY") as caught:
             await use(suite, name, source)
         assert sentence in caught.value.message
@@ -168,7 +167,7 @@ async def test_programs_that_cannot_be_loaded_change_nothing(name: str, source: 
 async def test_code_that_never_finishes_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.programs.loader.LOAD_TIMEOUT_S", 0.1)
     source = "import threading\ngo = threading.Event()\nimport builtins\nbuiltins.waiting_policy = go\ngo.wait()\n"
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         with failing("INVALID_ARGUMENT", "BAD_POLICY") as caught:
             await use(suite, "mine", source)
         assert "did not finish" in caught.value.message
@@ -188,7 +187,7 @@ async def test_files_are_at_hand_by_their_name(tmp_path: Path) -> None:
 async def test_a_swap_under_load_loses_no_request() -> None:
     """200 requests while the program changes after every few; each ends on the program that it began with."""
     rotation = ["data_parallel", "disaggregated", "context_aware", "balanced:0.5", "mine"]
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         await use(suite, "mine", UPLOADED)
         room = asyncio.Semaphore(16)
         served: list[str] = []
@@ -208,7 +207,7 @@ async def test_a_swap_under_load_loses_no_request() -> None:
 
 
 async def test_a_request_ends_on_the_program_it_began_with() -> None:
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         await use(suite, "mine", UPLOADED)
         for engine in suite.engines:
             engine.gate.clear()

@@ -52,7 +52,9 @@ def test_engines_from_the_environment() -> None:
         ["--engine-dns", "nowhere"],
         [*ENGINE, "--engine-tls-cert", "x", "--engine-tls-key", "y"],
         [*ENGINE, "--allow-policy-upload"],
-        [*ENGINE, "--allow-policy-upload", "--admin-listen", "0.0.0.0:1"],
+        [*ENGINE, "--allow-policy-upload", "--admin-listen", "127.0.0.1:1"],
+        [*ENGINE, "--allow-policy-upload", "--admin-key", "x"],
+        [*ENGINE, "--allow-policy-upload", "--admin-listen", "0.0.0.0:1", "--admin-key", "x"],
         [*ENGINE, "--unknown"],
     ],
 )
@@ -61,9 +63,10 @@ def test_what_is_refused(words: Sequence[str]) -> None:
         read(*words)
 
 
-def test_uploads_are_taken_on_loopback_or_from_proven_clients() -> None:
+def test_uploads_are_taken_from_who_proves_to_be_somebody() -> None:
     upload = [*ENGINE, "--allow-policy-upload", "--admin-listen"]
-    assert read(*upload, "127.0.0.1:0").allow_policy_upload
+    for proof in (["--admin-key", "x"], ["--upload-key-file", "f"]):
+        assert read(*upload, "127.0.0.1:0", *proof).allow_policy_upload
     tls = ["--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "r"]
     assert read(*upload, "0.0.0.0:50049", *tls).allow_policy_upload
 

@@ -19,9 +19,13 @@ from services.cli.access import (
 )
 from services.cli.client import router_client
 from services.cli.errors import CliError
+from services.cli.key_file import find_key, key_path, new_key
 from services.cli.values import Question
+from services.router.keys import read_key
+from services.rpc.bind import split_address
+from services.rpc.errors import StartError
 from services.rpc.status import remote_errors
-from tests.router.harness import failing, request, running, script
+from tests.router.harness import UPLOAD_KEY, failing, request, running, script
 
 RIGHT = (("authorization", "Bearer second"),)
 WRONG = [(), (("authorization", "second"),), (("authorization", "Bearer third"),), (("authorization", "Basic second"),)]
@@ -98,6 +102,48 @@ async def test_the_admin_address_wants_the_same_keys_and_reflection_none() -> No
             asked = reflection_pb2.ServerReflectionRequest(list_services="")
             [names] = [reply async for reply in stub.ServerReflectionInfo(iter([asked]))]
             assert "microserve.router.v1.AdminService" in {each.name for each in names.list_services_response.service}
+
+
+async def test_the_address_for_uploads_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(ADMIN_KEY_VARIABLE, raising=False)
+    monkeypatch.setenv(KEY_VARIABLE, "client")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    async with running(1, takes_uploads=True, api_key=("client",)) as suite:
+        address = suite.router.addresses.admin
+        assert address is not None
+        with pytest.raises(CliError, match="of --upload-key-file or --admin-key"):
+            async with router_client(address) as router:
+                await router.list_engines()
+        path = key_path(split_address(address)[1])
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{UPLOAD_KEY}\n")
+        # At the door for clients that key is worth nothing, and theirs still opens it.
+        for door in (address, suite.router.addresses.grpc):
+            async with router_client(door) as router:
+                assert len(await router.list_engines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two\nlines\n", b" space", "k\u00e9y".encode(), b"\xff"])
+def test_a_file_without_a_key_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    with pytest.raises(StartError, match=str(path)):
+        read_key(path)
+    with pytest.raises(StartError, match="No such file"):
+        read_key(tmp_path / "missing")
+
+
+def test_a_new_key_is_for_this_users_eyes_and_gone_afterwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    key_path(7).parent.mkdir()
+    key_path(7).write_text("of one that was killed")
+    key_path(7).chmod(0o644)
+    with new_key(7) as path:
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert read_key(path) == find_key("localhost:7") == find_key("127.0.0.1:7")
+        assert len(find_key("127.0.0.1:7")) > 40
+        assert find_key("10.0.0.1:7") == find_key("127.0.0.1:8") == ""
+    assert find_key("127.0.0.1:7") == ""
 
 
 async def test_the_commands_talk_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from services.router.config import RouterConfig
 from tests.router.harness import failing, model, running
 from tests.router.planner_suite import OFTEN, planner, question, seen, start
 
-UPLOADS = {"admin_listen": "127.0.0.1:0", "allow_policy_upload": True}
 IDLE = '''"""Looks on."""
 
 
@@ -32,7 +31,7 @@ async def test_it_is_off_unless_it_is_asked_for() -> None:
 
 
 async def test_planners_are_swapped_while_requests_are_served() -> None:
-    async with running(**UPLOADS, **OFTEN) as suite:
+    async with running(takes_uploads=True, **OFTEN) as suite:
         asking = [asyncio.create_task(suite.generate(question(number))) for number in range(30)]
         for name, source in (("by_topic", ""), ("idle", IDLE), ("by_topic:full=0.5", ""), ("idle", "")) * 3:
             await start(suite, name, source)
@@ -47,7 +46,7 @@ async def test_planners_are_swapped_while_requests_are_served() -> None:
 
 
 async def test_what_cannot_be_loaded_leaves_the_present_one() -> None:
-    async with running(**UPLOADS, **OFTEN, planner="by_topic") as suite:
+    async with running(takes_uploads=True, **OFTEN, planner="by_topic") as suite:
         for name, source, code, reason in (
             ("nobody", "", "NOT_FOUND", "UNKNOWN_POLICY"),
             ("", "", "INVALID_ARGUMENT", "BAD_POLICY"),

@@ -13,7 +13,7 @@ from services.router.programs.results import Distribution
 from services.rpc.status import RemoteError, from_rpc_error
 from tests.fakes import FakeBug, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running
-from tests.router.test_admin import UPLOADED, UPLOADS, use
+from tests.router.test_admin import UPLOADED, use
 
 BROKEN = "async def policy(request, fleet):\n    raise RuntimeError\n    yield\n"
 
@@ -122,7 +122,7 @@ async def test_shares_that_make_no_sense_change_nothing(shares: dict[str, float]
 
 
 async def test_one_call_restores_the_last_program_that_answered_with_the_code_it_had() -> None:
-    async with running(**UPLOADS) as suite:
+    async with running(takes_uploads=True) as suite:
         await use(suite, "mine", UPLOADED)
         assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
         await use(suite, "mine", BROKEN)
