@@ -17,7 +17,7 @@ from services.cli.client import router_client, wait_serving
 from services.cli.commands import stream_answer
 from services.cli.errors import CliError, Interrupted, UsageError
 from services.cli.fleet import Fleet, core_count
-from services.cli.key_file import key_path, new_key
+from services.cli.key_file import HOST, key_path, new_key
 from services.cli.models import fetch, require_engine
 from services.cli.process import Ready, ServiceProcess
 from services.cli.values import Endpoint, Question
@@ -28,7 +28,6 @@ from services.rpc.bind import check_free
 from services.rpc.config import ConfigError, read_config
 from services.rpc.errors import StartError
 
-HOST = "127.0.0.1"
 _LAST_PORT = 65535
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
@@ -80,7 +79,7 @@ def _check(options: UpOptions) -> None:
         raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
     if options.dtype not in _DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
-    _check_policy(options.policy)
+    _check_router(options)
     for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
         try:
             check_free(HOST, port)
@@ -88,12 +87,13 @@ def _check(options: UpOptions) -> None:
             raise CliError(str(error)) from None
 
 
-def _check_policy(policy: str) -> None:
+def _check_router(options: UpOptions) -> None:
     """As the router will, but before engines have loaded their model."""
     try:
-        config = read_config(
-            RouterConfig, ["--engine", f"{HOST}:0", "--policy", policy], "microserve-router", os.environ
-        )
+        words = ["--engine", f"{HOST}:0", "--policy", options.policy]
+        if options.admin_port is not None:
+            words += _uploads(options.admin_port)
+        config = read_config(RouterConfig, words, "microserve-router", os.environ)
         if config.tls_cert is not None:
             raise UsageError(
                 "`up` is for trying out, without TLS: unset the variables of --tls-cert, or start services by hand"
@@ -102,7 +102,7 @@ def _check_policy(policy: str) -> None:
     except ConfigError as error:
         raise UsageError(f"microserve-router: {error}") from None
     except RouterError as error:
-        raise UsageError(f"--policy {policy}: {error.message}") from None
+        raise UsageError(f"--policy {options.policy}: {error.message}") from None
 
 
 def _uploads(port: int) -> tuple[str, ...]:

@@ -235,6 +235,8 @@ class RouterConfig(ServerConfig):
             raise ValueError("--register-by-certificate needs --tls-client-ca")
 
     def _check_upload(self) -> None:
+        if self.upload_key_file is not None and self.admin_listen is None:
+            raise ValueError("--upload-key-file is for --admin-listen")
         if not self.allow_policy_upload:
             return
         if self.admin_listen is None:

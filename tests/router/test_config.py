@@ -54,6 +54,7 @@ def test_engines_from_the_environment() -> None:
         [*ENGINE, "--allow-policy-upload"],
         [*ENGINE, "--allow-policy-upload", "--admin-listen", "127.0.0.1:1"],
         [*ENGINE, "--allow-policy-upload", "--admin-key", "x"],
+        [*ENGINE, "--upload-key-file", "x"],
         [*ENGINE, "--allow-policy-upload", "--admin-listen", "0.0.0.0:1", "--admin-key", "x"],
         [*ENGINE, "--unknown"],
     ],

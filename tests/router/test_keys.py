@@ -135,15 +135,45 @@ def test_a_file_without_a_key_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_a_new_key_is_for_this_users_eyes_and_gone_afterwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    key_path(7).parent.mkdir()
-    key_path(7).write_text("of one that was killed")
+    key_path(7).parent.mkdir(mode=0o700)
+    key_path(7).write_text("of one that was killed, and longer than any that is made now")
     key_path(7).chmod(0o644)
     with new_key(7) as path:
         assert path.stat().st_mode & 0o777 == 0o600
-        assert read_key(path) == find_key("localhost:7") == find_key("127.0.0.1:7")
-        assert len(find_key("127.0.0.1:7")) > 40
-        assert find_key("10.0.0.1:7") == find_key("127.0.0.1:8") == ""
+        assert read_key(path) == find_key("127.0.0.1:7")
+        assert 40 < len(read_key(path)) < 50
+        with pytest.raises(CliError, match="another `microserve up` has --admin-port 7"), new_key(7):
+            pass
+        assert find_key("127.0.0.1:7") == read_key(path)
     assert find_key("127.0.0.1:7") == ""
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("address", ["localhost:7", "[::1]:7", "10.0.0.1:7", "127.0.0.1:8"])
+def test_a_key_is_shown_only_where_up_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> None:
+    """Somebody else may listen at the same port of ::1, which is localhost, too."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with new_key(7):
+        assert find_key(address) == ""
+
+
+def test_a_key_is_not_written_where_others_may_put_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    key_path(7).parent.mkdir()
+    key_path(7).parent.chmod(0o777)
+    with pytest.raises(CliError, match="others may write"), new_key(7):
+        pass
+
+
+def test_without_a_home_there_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError
+
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert find_key("127.0.0.1:7") == ""
+    with pytest.raises(CliError, match="HOME or XDG_RUNTIME_DIR"), new_key(7):
+        pass
 
 
 async def test_the_commands_talk_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

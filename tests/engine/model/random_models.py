@@ -60,14 +60,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_random(folder: Path, config_class: str, changes: dict[str, Any]) -> Any:
-    """A random model of transformers, written to `folder` and returned."""
+def save_random(folder: Path, config_class: str, changes: dict[str, Any], *, attention: str = "eager") -> Any:
+    """A random model of transformers, written to `folder` and returned; `attention` as transformers calls it."""
     import transformers
 
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**SHAPE, **changes})
-    # Several times as fast over thousands of tokens; it knows no soft caps.
-    attention = "eager" if "attn_logit_softcapping" in changes else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # initialised to constants, which would hide mistakes
