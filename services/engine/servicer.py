@@ -19,9 +19,9 @@ from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
 from services.engine.front.calls import within
 from services.engine.front.front import Front
-from services.engine.front.limits import Limits
+from services.engine.front.limits import Limits, shown
 from services.engine.front.loads import DEFAULT_INTERVAL_S, MIN_INTERVAL_S
-from services.engine.front.session import CancelCall, RefusedStart, SessionCommand, converse
+from services.engine.front.session import CancelCall, RefusedStart, RefusedVerb, SessionCommand, converse
 from services.engine.front.session_verbs import VerbCall
 from services.engine.front.streams import Caller
 from services.engine.kvlink.private import no_kvtransfer
@@ -193,7 +193,7 @@ class EngineServicer(EngineServiceServicer):
                     try:
                         yield self._start_command(message.start, context)
                     except ServiceError as error:
-                        yield RefusedStart(message.start.request_id, error)
+                        yield RefusedStart(shown(message.start.request_id), error)
                 case "prep_recv":
                     yield _verb_call(message.prep_recv, partial(self._prep_recv, message.prep_recv, context))
                 case "remote_send":
@@ -202,8 +202,8 @@ class EngineServicer(EngineServiceServicer):
                     yield CancelCall(message.cancel.request_id)
 
     async def _prep_recv(self, request: pb.PrepRecvRequest, context: Context) -> api.Reserved:
-        self._require_kvtransfer()
         key = requests.to_key(request.owner_id, request.request_id)
+        self._require_kvtransfer()
         timeout_s = requests.to_timeout(request)
         ask = requests.to_prep_recv(request, key, self._limits)
         reserved = await within(timeout_s, self._front.calls.ask_for(key, ask))
@@ -211,8 +211,8 @@ class EngineServicer(EngineServiceServicer):
         return reserved
 
     async def _remote_send(self, request: pb.RemoteSendRequest, context: Context) -> Timing:
-        self._require_kvtransfer()
         key = requests.to_key(request.owner_id, request.request_id)
+        self._require_kvtransfer()
         timeout_s = requests.to_timeout(request)
         left_s = earlier(time_left(context), timeout_s)
         ask = requests.to_remote_send(request, key, self._limits, self._at(left_s))
@@ -234,8 +234,11 @@ class EngineServicer(EngineServiceServicer):
 
 def _verb_call(
     request: pb.PrepRecvRequest | pb.RemoteSendRequest, run: Callable[[], Coroutine[Any, Any, api.Reserved | Timing]]
-) -> VerbCall:
-    return VerbCall(api.RequestKey(request.owner_id, request.request_id), run)
+) -> VerbCall | RefusedVerb:
+    try:
+        return VerbCall(requests.to_key(request.owner_id, request.request_id), run)
+    except ServiceError as error:
+        return RefusedVerb(shown(request.request_id), error)
 
 
 async def _single(caller: Caller) -> AsyncGenerator[api.SequenceOutput, None]:

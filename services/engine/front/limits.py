@@ -56,6 +56,11 @@ def check_name(field: str, value: str) -> None:
         raise BadRequest(f"{field} must have 1 to {MAX_NAME_CHARACTERS} characters, not {len(value)}.")
 
 
+def shown(name: str) -> str:
+    """As much of a name from outside as an answer may hold."""
+    return name[:MAX_NAME_CHARACTERS]
+
+
 def check_salt(value: str) -> None:
     """BadRequest if it is too long."""
     if len(value) > MAX_SALT_CHARACTERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 from services.engine.core.api import RequestKey, StartGenerate
 from services.engine.errors import BadRequest
@@ -23,13 +23,21 @@ class CancelCall:
 
 @dataclass(frozen=True, slots=True)
 class RefusedStart:
-    """A start that was malformed."""
+    """A start that was malformed. The name is not longer than a valid one."""
 
     request_id: str
     error: ServiceError
 
 
-SessionCommand: TypeAlias = StartGenerate | VerbCall | CancelCall | RefusedStart
+@dataclass(frozen=True, slots=True)
+class RefusedVerb:
+    """A PrepRecv or RemoteSend of a malformed name, cut to the length of a valid one."""
+
+    request_id: str
+    error: ServiceError
+
+
+SessionCommand: TypeAlias = StartGenerate | VerbCall | CancelCall | RefusedStart | RefusedVerb
 
 
 async def converse(commands: AsyncIterator[SessionCommand], caller: Caller) -> AsyncGenerator[Taken, None]:
@@ -70,13 +78,17 @@ class _Reader:
         match command:
             case StartGenerate():
                 self._start(command)
+            case VerbCall(key) if self._is_ours(key):
+                self._verbs.begin(command)
             case VerbCall(key):
-                self._verbs.begin(command if self._is_ours(key) else VerbCall(key, self._not_ours))
+                self._verbs.refuse(key.request_id, self._wrong_owner())
             case CancelCall(request_id) if self._owner_id is not None:
                 self._caller.cancel(RequestKey(self._owner_id, request_id))
                 self._verbs.cancel(request_id)
             case RefusedStart(request_id, error):
                 self._caller.refuse(RequestKey("", request_id), error)
+            case RefusedVerb(request_id, error):
+                self._verbs.refuse(request_id, error)
 
     def _start(self, command: StartGenerate) -> None:
         try:
@@ -90,9 +102,6 @@ class _Reader:
         """Calls of a session are told apart by their request ids alone, so they must be of one owner: the first."""
         self._owner_id = self._owner_id or key.owner_id
         return key.owner_id == self._owner_id
-
-    async def _not_ours(self) -> NoReturn:
-        raise self._wrong_owner()
 
     def _wrong_owner(self) -> BadRequest:
         return BadRequest(f"This session belongs to the owner {self._owner_id}.")

@@ -37,14 +37,19 @@ class SessionVerbs:
 
     def begin(self, call: VerbCall) -> None:
         """Begins it; its answer, a refusal too, comes through the caller."""
-        self._caller.begin_verb()
-        if self._caller.num_open_verbs > MAX_OPEN_VERBS:
+        if self._caller.num_open_verbs >= MAX_OPEN_VERBS:
             full = QueueFull(f"{MAX_OPEN_VERBS} calls are open in this session.", retry_delay_s=FULL_RETRY_S)
-            self._caller.answer(VerbAnswer(call.key.request_id, full))
+            self.refuse(call.key.request_id, full)
             return
+        self._caller.begin_verb()
         task = asyncio.create_task(self._carry_out(call))
         self._open.setdefault(call.key.request_id, set()).add(task)
         task.add_done_callback(partial(self._ended, call.key.request_id))
+
+    def refuse(self, request_id: str, error: ServiceError) -> None:
+        """Answers one that is not begun."""
+        self._caller.begin_verb()
+        self._caller.answer(VerbAnswer(request_id, error))
 
     def cancel(self, request_id: str) -> None:
         """Cancels what is open under that name."""

@@ -15,6 +15,7 @@ from services.engine.core import api
 from services.engine.core.api import RequestKey
 from services.engine.errors import NoPages
 from services.engine.front import session_verbs, streams
+from services.engine.front.limits import MAX_NAME_CHARACTERS
 from services.engine.front.streams import Streams, VerbAnswer
 from services.protocol.address import KvShard
 from services.protocol.timing import Timing
@@ -200,6 +201,41 @@ async def test_a_session_has_one_owner(served: Served) -> None:
     await call.write(command(prep(owner_id="somebody else")))
     answer = await answer_of(call)
     assert (answer.error.reason, OWNER in answer.error.message) == ("BAD_REQUEST", True)
+    call.cancel()
+
+
+@pytest.mark.parametrize("name", ["", "o" * 1_000_000], ids=["no owner", "a long owner"])
+async def test_a_malformed_owner_never_becomes_the_sessions(served: Served, name: str) -> None:
+    call = served.stub.Session()
+    for bad in (prep(owner_id=name), send(owner_id=name)):
+        await call.write(command(bad))
+        answer = await answer_of(call)
+        assert (answer.request_id, answer.error.reason) == ("r1", "BAD_REQUEST")
+        assert "owner_id" in answer.error.message
+    await call.write(command(prep()))
+    (await served.engine.next(api.PrepRecv)).reply(RESERVED)
+    assert (await answer_of(call)).HasField("prep_recv")
+    call.cancel()
+
+
+async def test_names_that_are_too_long_do_not_end_the_session(served: Served) -> None:
+    """Their refusals pile up while nobody reads, and would be more than a message holds if each told its name."""
+    call = served.stub.Session()
+    long = "r" * 500_000
+    bad = [command(prep(request_id=long)), command(send(request_id=long))]
+    bad += [pb.SessionRequest(start=start_request(long)), command(prep(request_id="", owner_id="x"))]
+    for message in bad * 4:
+        await call.write(message)
+    await call.write(command(prep(request_id="good")))
+    asked = await served.engine.next(api.PrepRecv)
+    refused: list[pb.VerbAnswer | pb.SequenceOutput] = []
+    while len(refused) < 4 * len(bad):
+        frame = await call.read()
+        refused += [*frame.answers, *frame.outputs]
+    assert {entry.error.reason for entry in refused} == {"BAD_REQUEST"}
+    assert {entry.request_id for entry in refused} == {"", "r" * MAX_NAME_CHARACTERS}
+    asked.reply(RESERVED)
+    assert (await answer_of(call)).request_id == "good"
     call.cancel()
 
 
