@@ -29,7 +29,8 @@ pointer_to: Callable[..., Any] = types.CPointer
 # A kernel of a team computes chunk `chunk` of the job whose arguments, addresses and sizes, are the integers at `job`.
 _KERNEL = types.void(pointer_to(types.int64), types.int64)
 
-# NaN is never read where it could spread, so only a broken model could bring one here, and then only into its own row.
+# Only a fault, of a model or a key that was never written, brings a NaN here, and then only into its own row. In
+# attention it must show, which softmax.py takes care of.
 _FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 
 _kept: list[Any] = []  # machine code whose address was given away must stay

@@ -131,6 +131,34 @@ def test_write_changes_the_named_slots_only(implementation: Callable[[Tensor], A
     assert pool.kv.isfinite().sum() == 2 * key.numel()
 
 
+@pytest.mark.parametrize("form", ["plain", "soft cap"])
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("missing", [0, 19, 64])
+def test_a_key_that_is_missing_shows(
+    implementation: Callable[[Tensor], AttentionBackend], missing: int, rows: int, form: str
+) -> None:
+    """Its value is there: the score alone must tell."""
+    pool = Pool([(rows, 100)], 16)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    pool.kv[:, pool.tables[0, missing // 16], 0, :, missing % 16] = torch.nan
+    assert backend.attend(0, pool.query, pool.batch([0]), FORMS[form]).isnan().all()
+
+
+@pytest.mark.parametrize("form", ["plain", "soft cap"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_row_that_is_not_a_number_shows_and_spoils_no_other(
+    implementation: Callable[[Tensor], AttentionBackend], rows: int, form: str
+) -> None:
+    pool = Pool([(rows, 100)], 16)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    pool.query[rows // 2] = torch.nan
+    result = backend.attend(0, pool.query, pool.batch([0]), FORMS[form])
+    assert [row.isnan().any() for row in result] == [row == rows // 2 for row in range(rows)]
+    assert result[rows // 2].isnan().all()
+
+
 def test_result_does_not_depend_on_the_rest_of_the_batch(implementation: Callable[[Tensor], AttentionBackend]) -> None:
     pool = Pool(MIXED, 8)
     backend = implementation(pool.kv)
