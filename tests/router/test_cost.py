@@ -64,11 +64,11 @@ def step_s(sequences: float) -> float:
 
 
 def measured(
-    *engines: EngineSnapshot, factor: float = 1.0, book: CostBook | None = None, spread: float = 0.05
+    *engines: EngineSnapshot, factor: float = 1.0, book: CostBook | None = None, spread: float = 0.05, seed: int = 1
 ) -> CostBook:
     """A book in which each engine has told of many steps of every kind, `factor` times slower than the above, give or
     take a share of `spread`."""
-    book, source = book or CostBook(), random.Random(1)
+    book, source = book or CostBook(), random.Random(seed)
     done = {engine.address: WorkDone() for engine in engines}
     for _ in range(60):
         for engine in engines:
@@ -201,6 +201,14 @@ def test_equal_engines_stay_equal_however_noisy_their_steps_are() -> None:
     # Without noise every difference is one.
     unlike = measured(other, factor=1.2, spread=0.01, book=measured(one, spread=0.01))
     assert unlike.engine(other) is not unlike.engine(one)
+
+
+@pytest.mark.parametrize("other_work", [False, True])
+def test_equal_engines_are_alike_without_any_noise(other_work: bool) -> None:
+    one, other = snapshot("one"), snapshot("other")
+    book = measured(one, spread=0.0)
+    measured(other, spread=0.0, book=book, seed=2 if other_work else 1)
+    assert book.engine(other) is book.engine(one)
 
 
 def test_an_engine_that_becomes_slower_than_the_others_is_found_out() -> None:

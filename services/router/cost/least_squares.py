@@ -13,6 +13,7 @@ FORGETTING = 0.98  # an observation counts half after 34 others
 RELATIVE_NOISE = 0.1  # times on a busy machine repeat within about a tenth
 LEAST_EXPECTED = 0.1  # share of what came: that next to nothing was expected makes an observation no surer
 OUTLIER = 3.0  # typical deviations beyond which an observation counts less and less
+LEAST_MISFIT = 1e-6  # share of the squares, a thousandth of each time: less is the prior's, or rounding
 UNLIKE = 4.0  # times the noise that a coefficient explains: by chance in fewer than one case of a hundred
 CHANGED_AFTER = 6  # outliers in a row on the same side
 TRUSTED_AFTER = 4  # observations; before that there is no telling what is an outlier
@@ -66,12 +67,13 @@ class LeastSquares:
         return self._is_like
 
     def _misfit(self, coefficients: Sequence[float]) -> float:
-        """The sum of squared errors of those coefficients."""
+        """The sum of squared errors of those coefficients, never as little as nothing."""
         rows = zip(coefficients, self._squares, self._moments, strict=True)
-        return self._energy + sum(
+        found = self._energy + sum(
             each * (sum(value * other for value, other in zip(row, coefficients, strict=True)) - 2 * moment)
             for each, row, moment in rows
         )
+        return max(found, LEAST_MISFIT * self._energy)
 
     def observe(self, x: Sequence[float], y: float) -> None:
         """Takes in one observation, `y` positive."""
