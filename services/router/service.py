@@ -151,15 +151,15 @@ async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:
 
 
 def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
-    # What a client asks for beyond the context it cannot get, and must not count against its class.
-    most = model.max_context - len(request.prompt)
     return Ticket(
         request.model,
         len(request.prompt),
-        min(request.sampling.max_tokens, most),
+        request.sampling.max_tokens,
         Priority(ask.priority) if ask.priority else Priority.NORMAL,
         ask.tenant,
         request.deadline,
+        # What a client asks for beyond the context it cannot get, and must not count against its class.
+        model.max_context - len(request.prompt),
         ask.num_answers,
         follows=bool(ask.beside),
     )

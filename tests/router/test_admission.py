@@ -196,6 +196,15 @@ def test_an_answer_that_nobody_bounds_costs_what_such_answers_had_of_late(num_to
     run(main())
 
 
+def test_an_answer_that_nobody_bounds_is_not_expected_to_leave_the_context() -> None:
+    ticket = Ticket(KEY, 100, room=20)
+    assert ticket.expected_output(256) == 20
+    assert ticket.expected_output(5) == 5
+    assert ticket.expected_output(0) == 1
+    assert replace(ticket, max_tokens=300).expected_output(5) == 20
+    assert ticket.cost(256) == 120
+
+
 def test_choices_of_a_request_that_has_begun_do_not_queue() -> None:
     async def main() -> None:
         admission, done = admission_of(1), []

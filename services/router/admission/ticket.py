@@ -31,6 +31,7 @@ class Ticket:
     priority: Priority = Priority.NORMAL
     tenant: str = ""  # those of one tenant share its part; requests without one share one part together
     deadline: float = float("inf")  # on the event loop's clock
+    room: float = float("inf")  # tokens of an answer that the model's context leaves after the prompt
     num_answers: int = 1  # to the prompt, those that follow included
     follows: bool = False  # part of a request that has begun, so it does not queue
 
@@ -39,8 +40,8 @@ class Ticket:
         return self.num_prompt_tokens + self.num_answers * self.expected_output(usual_output)
 
     def expected_output(self, usual_output: float) -> float:
-        """Tokens that an answer may have, at least 1; `usual_output` of one that is not bounded."""
-        return self.max_tokens or max(1.0, usual_output)
+        """Tokens that an answer may have, at least 1; `usual_output` of one that the client does not bound."""
+        return max(1.0, min(self.max_tokens or usual_output, self.room))
 
 
 @dataclass(frozen=True, slots=True)
