@@ -195,8 +195,15 @@ class Router:
         await self._http_app.drain()
 
     def _member(self, address: str) -> Member:
-        channel = make_channel(address, self.config.engine_tls, max_message_bytes=self.config.max_message_bytes)
-        client = EngineClient(address, channel, self._owner_id, max_buffered=self.config.max_buffered_tokens)
+        limit = self.config.max_message_bytes
+        channel = make_channel(address, self.config.engine_tls, max_message_bytes=limit)
+        client = EngineClient(
+            address,
+            channel,
+            self._owner_id,
+            max_buffered=self.config.max_buffered_tokens,
+            max_message_bytes=limit,
+        )
         return Member(address, client, self._tokenizers, self.registry, self._backoff, self._breaker)
 
     def _publish_health(self) -> None:

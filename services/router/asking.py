@@ -19,6 +19,7 @@ MAX_MESSAGES = 4_096
 MAX_CHOICES = 128
 MAX_DETOKENIZED = 1 << 17
 MAX_STOP_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_LOGPROBS = 1_024, 4_096, 20
+MAX_GUIDE_BYTES = 32 * 1024  # of types.v1.Guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ def check(ask: Ask) -> None:
     _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
     _bounded("logprobs", sampling.logprobs or 0, MAX_LOGPROBS, "alternatives")
     _bounded("prompt_logprobs", sampling.prompt_logprobs or 0, MAX_LOGPROBS, "alternatives")
+    if sampling.guide is not None:
+        _bounded("guide", sum(len(text.encode()) for text in sampling.guide.texts), MAX_GUIDE_BYTES, "bytes")
 
 
 def check_choices(n: int) -> None:

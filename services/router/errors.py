@@ -23,7 +23,7 @@ RouterError
 ├── NoPair                 FAILED_PRECONDITION  there are no two engines to disaggregate over
 ├── EmptyPrompt            INVALID_ARGUMENT
 ├── PromptTooLong          INVALID_ARGUMENT
-├── InvalidRequest         INVALID_ARGUMENT     a field is out of its bounds
+├── InvalidRequest         INVALID_ARGUMENT     a field is out of its bounds, or all of it too large
 ├── ChatTemplateFailed     INVALID_ARGUMENT     the model's template refuses the conversation
 ├── NoChatTemplate         FAILED_PRECONDITION
 ├── BadTokenizer           FAILED_PRECONDITION  an engine's tokenizer cannot be used
@@ -205,7 +205,7 @@ class PromptTooLong(RouterError):
 
 
 class InvalidRequest(RouterError):
-    """A field of a request is out of its bounds; the message names it."""
+    """A field of a request is out of its bounds, or all of it too large for an engine; the message says which."""
 
     code = Code.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"

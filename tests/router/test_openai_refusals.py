@@ -100,6 +100,21 @@ async def test_what_a_completion_is_refused_for(options: dict[str, Any], code: s
         assert suite.first.called("Session") == []
 
 
+async def test_a_guide_that_is_too_long_is_refused() -> None:
+    async with serving() as (suite, client):
+        for schema, is_taken in (({"enum": [1] * 16_000}, True), ({"enum": [1] * 17_000}, False)):
+            wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+            body = {"model": "fake", "messages": USER, "response_format": wanted}
+            if is_taken:
+                await client.post("/chat/completions", body=body, cast_to=object)
+                continue
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.post("/chat/completions", body=body, cast_to=object)
+            assert caught.value.code == "invalid_request"
+            assert "guide" in caught.value.message
+        assert len(suite.first.called("Session")) == 1
+
+
 _SCHEMA = rb'"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": %s}}}'
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 import grpc.aio
 import pytest
+from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.protocol.errors import Code, ServiceError
+from services.router.errors import InvalidRequest
 from services.router.fleet.client import EngineClient
 from services.router.fleet.port import ReservedKv
+from services.router.fleet.session import Session, SessionCall
 from services.router.request import ModelKey, PolicyRequest
-from services.router.values import Sampling
-from services.rpc.channel import make_channel
-from tests.fakes import FakeEngine, FakeError, FakeModel, Fault
+from services.router.values import Guide, Sampling
+from services.rpc.channel import MAX_MESSAGE_BYTES, make_channel
+from tests.fakes import PATIENCE_S, FakeEngine, FakeError, FakeModel, Fault
 from tests.router.vocabularies import byte_level, files
 
 PROMPT = tuple(range(20, 60))
@@ -23,17 +28,24 @@ END = 39
 
 
 @asynccontextmanager
-async def connected(version: str = "1.1") -> AsyncIterator[tuple[FakeEngine, EngineClient, grpc.aio.Channel]]:
-    engine = FakeEngine(FakeModel(files(byte_level())))
+async def connected(
+    version: str = "1.1", *, kind: type[FakeEngine] = FakeEngine, limit: int = MAX_MESSAGE_BYTES, engines_limit: int = 0
+) -> AsyncIterator[tuple[FakeEngine, EngineClient, grpc.aio.Channel]]:
+    """`limit`, of the router's messages; `engines_limit`, of the engine's, 0: the same."""
+    engine = kind(FakeModel(files(byte_level())))
     engine.contract_version = version
-    channel = make_channel(await engine.start())
-    client = EngineClient("a", channel, "router", max_buffered=64)
+    channel = make_channel(await engine.start(max_message_bytes=engines_limit or limit), max_message_bytes=limit)
+    client = EngineClient("a", channel, "router", max_buffered=64, max_message_bytes=limit)
     try:
         await client.get_info()
         yield engine, client, channel
     finally:
         await client.close()
         await engine.stop()
+
+
+def session_with(open_call: Callable[[], SessionCall], limit: int = MAX_MESSAGE_BYTES) -> Session:
+    return Session("a", open_call, pytest.fail, max_buffered=64, max_message_bytes=limit)
 
 
 def request(timeout_s: float = 60.0) -> PolicyRequest:
@@ -117,3 +129,120 @@ async def test_closing_fails_what_is_open() -> None:
         with pytest.raises(ServiceError) as caught:
             await waiting
         assert caught.value.reason == "ENGINE_LOST"
+
+
+async def test_a_verb_that_is_too_large_to_send_fails_alone() -> None:
+    async with connected(limit=10_000) as (engine, client, _):
+        engine.gate.clear()
+        innocent = client.start_generate("innocent", request(), 0, None)
+        guided = replace(request(), sampling=Sampling(guide=Guide("json_schema", ("x" * 10_000,))))
+        with pytest.raises(InvalidRequest):
+            client.start_generate("s", guided, 0, None)
+        with pytest.raises(InvalidRequest):
+            await client.prep_recv("p", replace(request(), prompt=(200,) * 5_000), END, 0.0)
+        engine.gate.set()
+        while await innocent.take() is not None:
+            pass
+
+
+async def test_a_verb_that_is_just_not_too_large_is_sent() -> None:
+    message = engine_pb2.StartGenerateRequest(owner_id="o", request_id="g", prompt_token_ids=100 * PROMPT)
+    limit = engine_pb2.SessionRequest(start=message).ByteSize()
+    async with connected(limit=limit) as (_, _, channel):
+        session = session_with(engine_pb2_grpc.EngineServiceStub(channel).Session, limit)
+        assert await session.start(message).take() is not None
+        await session.close()
+
+
+async def test_what_breaks_the_stream_is_no_single_verbs_error() -> None:
+    async with connected(engines_limit=10_000) as (engine, client, _):
+        engine.faults["PrepRecv"] = fault = Fault()
+        innocent = asyncio.create_task(prep(client))
+        await fault.reached.wait()
+        large = client.start_generate("large", replace(request(), prompt=(20,) * 20_000), 0, None)
+        for ask in (innocent, asyncio.create_task(large.take())):
+            with pytest.raises(ServiceError) as caught:
+                await ask
+            assert (caught.value.code, caught.value.reason) == (Code.UNAVAILABLE, "ENGINE_LOST")
+
+
+async def test_a_stream_is_closed_in_the_turn_that_opened_it() -> None:
+    async with connected() as (_, client, _):
+        sequence = client.start_generate("g", request(), 0, None)
+        async with asyncio.timeout(PATIENCE_S):
+            await client.close()
+        with pytest.raises(ServiceError) as caught:
+            await sequence.take()
+        assert caught.value.reason == "ENGINE_LOST"
+
+
+class HeldCall:
+    """A stream that writes nothing before `gate` is set."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self._call = call
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+
+    def __aiter__(self) -> AsyncIterator[engine_pb2.SessionResponse]:
+        return aiter(self._call)
+
+    async def write(self, command: engine_pb2.SessionRequest) -> None:
+        self.reached.set()
+        await self.gate.wait()
+        await self._call.write(command)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+async def test_who_leaves_before_the_verb_is_written_takes_it_back() -> None:
+    async with connected() as (engine, _, channel):
+        call = HeldCall(engine_pb2_grpc.EngineServiceStub(channel).Session())
+        session = session_with(lambda: call)  # type: ignore[arg-type,return-value]
+
+        def ask(name: str) -> asyncio.Task[engine_pb2.PrepRecvResponse]:
+            message = engine_pb2.PrepRecvRequest(owner_id="o", request_id=name, prompt_token_ids=PROMPT, end=END)
+            return asyncio.create_task(session.prep_recv(message, PATIENCE_S))
+
+        first = ask("first")
+        await call.reached.wait()
+        left = ask("left")
+        await asyncio.sleep(0)  # its turn: it waits behind the first one
+        left.cancel()
+        await asyncio.wait({left})
+        call.gate.set()
+        await first
+        await ask("next")
+        assert [verb.request_id for verb in engine.called("SessionVerb")] == ["first", "next"]
+        assert engine.called("Cancel") == []
+        await session.close()
+
+
+class AnswersAnyway(FakeEngine):
+    """A cancel always reaches it too late, once `asked` is set; it answers when `may_answer` is."""
+
+    def __init__(self, model: FakeModel) -> None:
+        super().__init__(model)
+        self.asked, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def _answer(self, *arguments: Any) -> None:
+        self.asked.set()
+        self.late = asyncio.create_task(self._answer_late(*arguments))
+        await asyncio.shield(self.late)
+
+    async def _answer_late(self, *arguments: Any) -> None:
+        await self.may_answer.wait()
+        await super()._answer(*arguments)
+
+
+async def test_a_reservation_whose_asker_has_left_is_aborted_when_it_comes() -> None:
+    async with connected(kind=AnswersAnyway) as (engine, client, _):
+        assert isinstance(engine, AnswersAnyway)
+        asking = asyncio.create_task(prep(client, "left"))
+        await engine.asked.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+        await client.abort("left", timeout_s=PATIENCE_S)  # as the router does, and too early
+        engine.may_answer.set()
+        await engine.until(lambda: len(engine.called("Abort")) == 2)
+        await engine.idle()

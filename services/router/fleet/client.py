@@ -13,13 +13,16 @@ from microserve.types.v1 import kv_pb2
 
 from services.protocol.ranges import TokenRange
 from services.protocol.timing import Timing
+from services.router.cleanup import Cleanup
 from services.router.errors import IncompatibleEngine
 from services.router.fleet.cached_blocks import KvEvent
 from services.router.fleet.info import EngineInfo, Load, WorkDone
 from services.router.fleet.port import ReservedKv
+from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.session import Sequence, Session
 from services.router.request import ModelKey, PolicyRequest
 from services.router.wire import sampling_to_wire
+from services.rpc.channel import MAX_MESSAGE_BYTES
 from services.rpc.kv_messages import range_message
 from services.rpc.status import remote_errors
 from services.rpc.timing_messages import duration_message, seconds_of, timing_of
@@ -41,17 +44,34 @@ class EngineClient:
     takes them there.
     """
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, owner_id: str, *, max_buffered: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        owner_id: str,
+        *,
+        max_buffered: int,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """`max_message_bytes` is the channel's limit."""
         self._owner_id = owner_id
         self._channel = channel
         self._stub = engine_pb2_grpc.EngineServiceStub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)  # its stubs do not know its methods
         self._session_has_all_verbs = False  # until it is known
-        self._session = Session(address, self._stub.Session, max_buffered)
+        self._cleanup = Cleanup(CALL_TIMEOUT_S)
+        self._session = Session(
+            address,
+            self._stub.Session,
+            self._abort_unheard,
+            max_buffered=max_buffered,
+            max_message_bytes=max_message_bytes,
+        )
 
     async def close(self) -> None:
         """Ends every call and sequence."""
         await self._session.close()
+        await self._cleanup.drain()
         await self._channel.close()
 
     async def prep_recv(self, call_id: str, request: PolicyRequest, end: int, max_wait_s: float) -> ReservedKv:
@@ -133,6 +153,10 @@ class EngineClient:
         message = engine_pb2.AbortRequest(owner_id=self._owner_id, request_id=call_id)
         with remote_errors():
             await self._stub.Abort(message, timeout=timeout_s)
+
+    def _abort_unheard(self, call_id: str) -> None:
+        """Ends a reservation whose asker left before it was told, and whose abort may have come before it was made."""
+        self._cleanup.spawn("abort", self.abort(call_id, timeout_s=CALL_TIMEOUT_S))
 
     async def get_info(self) -> EngineInfo:
         """IncompatibleEngine if it speaks another major version of the contract."""

@@ -13,7 +13,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2
 
 from services.protocol.errors import Code, ServiceError
-from services.router.errors import EngineLost
+from services.router.errors import EngineLost, InvalidRequest
 from services.router.fleet.mailbox import Mailbox
 from services.router.values import Chunk, FinishReason
 from services.router.wire import chunk_from_wire
@@ -55,15 +55,28 @@ class Sequence:
 class Session:
     """Opens the stream with the first verb, and again after a break, which fails what was open on it."""
 
-    def __init__(self, engine: str, open_call: Callable[[], SessionCall], max_buffered: int) -> None:
+    def __init__(
+        self,
+        engine: str,
+        open_call: Callable[[], SessionCall],
+        abort: Callable[[str], None],
+        *,
+        max_buffered: int,
+        max_message_bytes: int,
+    ) -> None:
+        """`abort` is given the request id of a reservation that was made for somebody who has left. `max_message_bytes`
+        is the channel's limit."""
         self._engine = engine
         self._open_call = open_call
+        self._abort = abort
         self._max_buffered = max_buffered
+        self._max_message_bytes = max_message_bytes
         self._stream: _Stream | None = None
 
     def start(self, request: engine_pb2.StartGenerateRequest) -> Sequence:
-        """Begins a sequence; whether the engine takes it shows in take()."""
-        return self._open().start(request, Mailbox(self._max_buffered))
+        """Begins a sequence; whether the engine takes it shows in take(). InvalidRequest if it is too large to send."""
+        command = engine_pb2.SessionRequest(start=request)
+        return self._open_for(command).start(command, Mailbox(self._max_buffered))
 
     async def prep_recv(self, request: engine_pb2.PrepRecvRequest, timeout_s: float) -> engine_pb2.PrepRecvResponse:
         """As the call by itself. Cancelling cancels it on the engine."""
@@ -84,24 +97,28 @@ class Session:
         if self._stream is not None:
             await self._stream.close()
 
-    def _open(self) -> _Stream:
+    def _open_for(self, command: engine_pb2.SessionRequest) -> _Stream:
+        """The stream to put it on. InvalidRequest if it is too large: writing it would end everybody's verbs."""
+        if command.ByteSize() > self._max_message_bytes:
+            message = f"the request is {command.ByteSize()} bytes to an engine, more than {self._max_message_bytes}"
+            raise InvalidRequest(message)
         if self._stream is None or self._stream.ended:
-            self._stream = _Stream(self._engine, self._open_call())
+            self._stream = _Stream(self._engine, self._open_call(), self._abort)
         return self._stream
 
     async def _ask(
         self, request_id: str, command: engine_pb2.SessionRequest, timeout_s: float
     ) -> engine_pb2.VerbAnswer:
-        """The answer to a command. Raises the engine's error, EngineLost, or DEADLINE_EXCEEDED as a call would: the
-        engine keeps the time too, but may have stopped."""
-        stream = self._open()
+        """The answer to a command. Raises the engine's error, EngineLost, InvalidRequest if it is too large to send, or
+        DEADLINE_EXCEEDED as a call would: the engine keeps the time too, but may have stopped."""
+        stream = self._open_for(command)
         answer = stream.ask(request_id, command)
         timer = asyncio.get_running_loop().call_later(timeout_s, self._time_is_over, answer)
         try:
             found = await answer
         finally:
             timer.cancel()
-            stream.leave(request_id)
+            stream.leave(request_id, command)
         if isinstance(found, ServiceError):
             raise found
         return found
@@ -115,10 +132,11 @@ class Session:
 class _Stream:
     """One call of Session: a writer that sends commands in order, a reader that deals outputs to mailboxes."""
 
-    def __init__(self, engine: str, call: SessionCall) -> None:
+    def __init__(self, engine: str, call: SessionCall, abort: Callable[[str], None]) -> None:
         self.ended = False
         self._engine = engine
         self._call = call
+        self._abort = abort
         self._live: dict[str, Mailbox] = {}
         self._asked: dict[str, _Answer] = {}  # verbs that are no sequences
         self._cancelled: set[str] = set()  # of these, the ones that we ended
@@ -128,10 +146,11 @@ class _Stream:
         self._writer = asyncio.create_task(self._write(), name=f"session writer {engine}")
         self._reader = asyncio.create_task(self._read(), name=f"session reader {engine}")
 
-    def start(self, request: engine_pb2.StartGenerateRequest, mailbox: Mailbox) -> Sequence:
-        self._live[request.request_id] = mailbox
-        self._post(engine_pb2.SessionRequest(start=request))
-        return Sequence(request.request_id, mailbox, self._cancel)
+    def start(self, command: engine_pb2.SessionRequest, mailbox: Mailbox) -> Sequence:
+        request_id = command.start.request_id
+        self._live[request_id] = mailbox
+        self._post(command)
+        return Sequence(request_id, mailbox, self._cancel)
 
     def ask(self, request_id: str, command: engine_pb2.SessionRequest) -> _Answer:
         """To be awaited; then leave()."""
@@ -139,12 +158,18 @@ class _Stream:
         self._post(command)
         return answer
 
-    def leave(self, request_id: str) -> None:
-        """Nobody waits for the answer any more; if it has not come, the engine is told."""
-        if self._asked.pop(request_id, None) is not None:
+    def leave(self, request_id: str, command: engine_pb2.SessionRequest) -> None:
+        """Nobody waits for the answer any more; if it has not come, the engine is told, unless it never heard of it."""
+        if self._asked.pop(request_id, None) is None:
+            return
+        try:
+            self._outbox.remove(command)
+        except ValueError:
             self._send_cancel(request_id)
 
     async def close(self) -> None:
+        # Here too, because a task that is cancelled before its first step never comes to its finally.
+        self._end(EngineLost(f"the session with engine {self._engine} was closed"))
         self._reader.cancel()
         await asyncio.wait({self._reader, self._writer})
 
@@ -170,7 +195,7 @@ class _Stream:
                 await self._wake.wait()
 
     async def _read(self) -> None:
-        error: ServiceError = EngineLost(f"engine {self._engine} ended the session")
+        error = EngineLost(f"engine {self._engine} ended the session")
         try:
             async for frame in self._call:
                 for output in frame.outputs:
@@ -178,29 +203,33 @@ class _Stream:
                 for answer in frame.answers:
                     self._settle(answer)
         except grpc.aio.AioRpcError as failure:
-            error = from_rpc_error(failure)
-            if error.code in (Code.UNAVAILABLE, Code.CANCELLED):
-                error = EngineLost(f"engine {self._engine} went away: {error.message}")
-        except asyncio.CancelledError:
-            error = EngineLost(f"the session with engine {self._engine} was closed")
+            # Whatever its code: it is no single verb's error.
+            error = EngineLost(f"the session with engine {self._engine} broke: {from_rpc_error(failure).message}")
         finally:
-            self.ended = True
-            self._writer.cancel()
-            # Leaving the loop over a call does not cancel it.
-            self._call.cancel()
-            for mailbox in self._live.values():
-                mailbox.close(error)
-            self._live.clear()
-            for asked in self._asked.values():
-                if not asked.done():
-                    asked.set_result(error)
-            self._asked.clear()
+            self._end(error)
+
+    def _end(self, error: ServiceError) -> None:
+        """Fails what is open. Only the first counts."""
+        if self.ended:
+            return
+        self.ended = True
+        self._writer.cancel()
+        # Leaving the loop over a call does not cancel it.
+        self._call.cancel()
+        for mailbox in self._live.values():
+            mailbox.close(error)
+        self._live.clear()
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_result(error)
+        self._asked.clear()
 
     def _settle(self, answer: engine_pb2.VerbAnswer) -> None:
         asked = self._asked.pop(answer.request_id, None)
-        if asked is None or asked.done():  # whoever asked has left
-            return
-        asked.set_result(from_error_message(answer.error) if answer.HasField("error") else answer)
+        if asked is not None and not asked.done():
+            asked.set_result(from_error_message(answer.error) if answer.HasField("error") else answer)
+        elif answer.HasField("prep_recv"):  # whoever asked has left, and the cancel came too late
+            self._abort(answer.request_id)
 
     def _deliver(self, output: engine_pb2.SequenceOutput) -> None:
         mailbox = self._live.get(output.request_id)

@@ -247,7 +247,7 @@ def _schema(response_format: Fields) -> str:
         raise bad_value("response_format.json_schema.schema", "must be an object")
     named.end()
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:
         raise bad_value("response_format.json_schema.schema", "has a number that is too large") from None
     return text_of(text, "response_format.json_schema.schema")
