@@ -35,6 +35,7 @@ from services.rpc.timing_messages import duration_message
 
 CONTRACT_VERSION = "1.1"
 MAX_TOKENIZER_PIECE_BYTES = 1 << 20
+_SERVICE = pb.DESCRIPTOR.services_by_name["EngineService"].full_name
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -195,9 +196,12 @@ class EngineServicer(EngineServiceServicer):
                     except ServiceError as error:
                         yield RefusedStart(shown(message.start.request_id), error)
                 case "prep_recv":
-                    yield _verb_call(message.prep_recv, partial(self._prep_recv, message.prep_recv, context))
+                    yield _verb_call(
+                        "PrepRecv", message.prep_recv, partial(self._prep_recv, message.prep_recv, context)
+                    )
                 case "remote_send":
-                    yield _verb_call(message.remote_send, partial(self._remote_send, message.remote_send, context))
+                    send = partial(self._remote_send, message.remote_send, context)
+                    yield _verb_call("RemoteSend", message.remote_send, send)
                 case "cancel":
                     yield CancelCall(message.cancel.request_id)
 
@@ -233,12 +237,15 @@ class EngineServicer(EngineServiceServicer):
 
 
 def _verb_call(
-    request: pb.PrepRecvRequest | pb.RemoteSendRequest, run: Callable[[], Coroutine[Any, Any, api.Reserved | Timing]]
+    name: str,
+    request: pb.PrepRecvRequest | pb.RemoteSendRequest,
+    run: Callable[[], Coroutine[Any, Any, api.Reserved | Timing]],
 ) -> VerbCall | RefusedVerb:
+    method = f"/{_SERVICE}/{name}"
     try:
-        return VerbCall(requests.to_key(request.owner_id, request.request_id), run)
+        return VerbCall(requests.to_key(request.owner_id, request.request_id), method, run)
     except ServiceError as error:
-        return RefusedVerb(shown(request.request_id), error)
+        return RefusedVerb(shown(request.request_id), method, error)
 
 
 async def _single(caller: Caller) -> AsyncGenerator[api.SequenceOutput, None]:

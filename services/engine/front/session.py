@@ -34,6 +34,7 @@ class RefusedVerb:
     """A PrepRecv or RemoteSend of a malformed name, cut to the length of a valid one."""
 
     request_id: str
+    method: str
     error: ServiceError
 
 
@@ -53,9 +54,10 @@ async def converse(commands: AsyncIterator[SessionCommand], caller: Caller) -> A
         if reader.done():
             reader.result()
     finally:
+        # All of it before anything is awaited: another cancellation may end the wait.
         reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
-        await verbs.close()
+        verbs.cancel_all()
+        await asyncio.gather(reader, verbs.ended(), return_exceptions=True)
 
 
 class _Reader:
@@ -80,15 +82,15 @@ class _Reader:
                 self._start(command)
             case VerbCall(key) if self._is_ours(key):
                 self._verbs.begin(command)
-            case VerbCall(key):
-                self._verbs.refuse(key.request_id, self._wrong_owner())
+            case VerbCall(key, method):
+                self._verbs.refuse(key.request_id, method, self._wrong_owner())
             case CancelCall(request_id) if self._owner_id is not None:
                 self._caller.cancel(RequestKey(self._owner_id, request_id))
                 self._verbs.cancel(request_id)
             case RefusedStart(request_id, error):
                 self._caller.refuse(RequestKey("", request_id), error)
-            case RefusedVerb(request_id, error):
-                self._verbs.refuse(request_id, error)
+            case RefusedVerb(request_id, method, error):
+                self._verbs.refuse(request_id, method, error)
 
     def _start(self, command: StartGenerate) -> None:
         try:

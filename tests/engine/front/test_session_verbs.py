@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
 from microserve.engine.v1 import engine_pb2 as pb
+from prometheus_client import REGISTRY
 
 from services.engine.core import api
 from services.engine.core.api import RequestKey
 from services.engine.errors import NoPages
 from services.engine.front import session_verbs, streams
 from services.engine.front.limits import MAX_NAME_CHARACTERS
+from services.engine.front.session import SessionCommand, converse
 from services.engine.front.streams import Streams, VerbAnswer
 from services.protocol.address import KvShard
+from services.protocol.errors import ServiceError
 from services.protocol.timing import Timing
 from services.rpc.status import from_rpc_error
 from tests.e2e.errors import failing
@@ -250,6 +254,83 @@ async def test_a_bug_is_one_verbs_own(served: Served) -> None:
     (await served.engine.next(api.PrepRecv)).reply(RESERVED)
     assert (await answer_of(call)).HasField("prep_recv")
     call.cancel()
+
+
+def counted() -> Counter[tuple[str, str]]:
+    """How many calls the metrics tell of, by method and code."""
+    name = "microserve_rpc_seconds_count"
+    samples = [sample for metric in REGISTRY.collect() for sample in metric.samples if sample.name == name]
+    return Counter({(sample.labels["method"], sample.labels["code"]): int(sample.value) for sample in samples})
+
+
+async def test_the_metrics_count_verbs_as_calls(served: Served) -> None:
+    before, call = counted(), served.stub.Session()
+    requests = [prep(), send(), send(owner_id=""), prep(request_id="r2"), send(owner_id="somebody else")]
+    for request in requests:
+        await call.write(command(request))
+    (await served.engine.next(api.PrepRecv)).reply(NoPages("No pages are free.", retry_delay_s=2.0))
+    (await served.engine.next(api.RemoteSend)).reply(Timing())
+    await call.write(pb.SessionRequest(cancel=pb.CancelCall(request_id="r2")))
+    num_answers = 0
+    while num_answers < len(requests):
+        num_answers += len((await call.read()).answers)
+    prep_recv, remote_send = (f"/microserve.engine.v1.EngineService/{name}" for name in ("PrepRecv", "RemoteSend"))
+    assert counted() - before == {
+        (prep_recv, "RESOURCE_EXHAUSTED"): 1,
+        (prep_recv, "CANCELLED"): 1,
+        (remote_send, "OK"): 1,
+        (remote_send, "INVALID_ARGUMENT"): 2,
+    }
+    call.cancel()
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+async def test_a_cancellation_that_nobody_asked_for_is_a_bug(asked_for: bool) -> None:
+    inner = asyncio.get_running_loop().create_future()
+    waits = asyncio.Event()
+
+    async def run() -> Timing:
+        waits.set()
+        return await inner  # type: ignore[no-any-return]
+
+    with Streams(lambda command: None).caller() as caller:
+        verbs = session_verbs.SessionVerbs(caller)
+        verbs.begin(session_verbs.VerbCall(RequestKey(OWNER, "a"), "/Service/Method", run))
+        await waits.wait()
+        verbs.cancel("a") if asked_for else inner.cancel()
+        (answer,) = (await caller.take()).answers
+        assert isinstance(answer.result, ServiceError)
+        assert answer.result.reason == ("REQUEST_CANCELLED" if asked_for else "INTERNAL")
+
+
+async def test_a_session_that_is_cancelled_twice_leaves_no_verb_running() -> None:
+    """The second time while its reader, which takes long to end, keeps it from its end."""
+    begun, ended, reader_ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run() -> Timing:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async def commands() -> AsyncGenerator[SessionCommand, None]:
+        yield session_verbs.VerbCall(RequestKey(OWNER, "a"), "/Service/Method", run)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            reader_ends.set()
+            await asyncio.Event().wait()
+
+    with Streams(lambda command: None).caller() as caller:
+        session = asyncio.ensure_future(anext(converse(commands(), caller)))
+        await begun.wait()
+        session.cancel()
+        await reader_ends.wait()
+        session.cancel()
+        await asyncio.wait([session])
+        await asyncio.wait_for(ended.wait(), 60)
 
 
 async def test_more_than_a_session_holds_are_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
