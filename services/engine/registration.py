@@ -11,6 +11,7 @@ from microserve.router.v1 import registration_pb2, registration_pb2_grpc
 
 from services.protocol.errors import ServiceError
 from services.rpc.channel import ClientTls, make_channel
+from services.rpc.log import log_failure
 from services.rpc.status import remote_errors
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Registrar:
         self._tasks = [
             asyncio.create_task(self._stay(router), name=f"register at {router}") for router in self._routers
         ]
+        for task in self._tasks:
+            task.add_done_callback(log_failure)
 
     async def leave(self) -> None:
         """Tells the routers that it leaves; waits for those that answer, bounded. Idempotent."""

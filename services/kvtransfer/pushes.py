@@ -27,6 +27,7 @@ from services.kvtransfer.transports.base import Peer, PutRequest
 from services.protocol.address import KvAddress
 from services.protocol.errors import AttemptSuperseded, RangeOverlaps, ReservationGone, ServiceError, StaleEpoch
 from services.protocol.ranges import TokenRange
+from services.rpc.log import log_failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class Pushes:
         outbox = self._outbox(pool)
         for push in outbox.pushes:
             push.stop(EngineGone("the engine that pushed is gone"))
-        outbox.cleanup = asyncio.create_task(self._clean_up(pool, outbox))
+        outbox.cleanup = asyncio.create_task(self._clean_up(pool, outbox), name=f"clean up after {pool.engine_name}")
+        outbox.cleanup.add_done_callback(log_failure)
 
     async def drained(self, pool: Pool, timeout_s: float) -> None:
         """Returns when nothing of the last engine's sending is left. Raises NotDrained."""

@@ -6,13 +6,16 @@ log.info("reservation expired", extra={"fields": {"reservation": id, "age_s": 3.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 import sys
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
 
 LEVELS = ("debug", "info", "warning", "error")
 _OWN = "services"  # what every module of ours is in
@@ -52,6 +55,13 @@ def configure(service: str, *, level: str = "info", stream: TextIO | None = None
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(least, logging.INFO), handlers=[handler], force=True)
     logging.getLogger(_OWN).setLevel(least)
+
+
+def log_failure(task: asyncio.Task[Any]) -> None:
+    """A done-callback for a task whose outcome nobody reads: logs what it failed with. asyncio itself would only when
+    the task is forgotten, and a process may end before."""
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        log.error("task failed", exc_info=failure, extra={"fields": {"task": task.get_name()}})
 
 
 def _value(key: str, value: object) -> str:

@@ -34,6 +34,6 @@ def _leave(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as it is where the descriptor was closed before the start
-            with suppress(OSError):  # its reader may be gone
+            with suppress(OSError, ValueError):  # its reader may be gone, or it is closed
                 stream.flush()
     os._exit(code)

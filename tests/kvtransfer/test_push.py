@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator
 
@@ -13,6 +14,7 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 
 from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.links import Links
 from services.kvtransfer.transports import shm
 from services.protocol.errors import Code, ServiceError
 from tests.kvtransfer.engine import FakeEngine, Shape
@@ -239,3 +241,25 @@ async def test_a_part_that_is_sent_again_counts_anew(pair: PAIR, monkeypatch: py
     assert (await sender.push(last).done()).state == pb.PUSH_STATE_DONE
     assert (await sender.push(first).done()).state == pb.PUSH_STATE_COMMITTED
     np.testing.assert_array_equal(receiver.memory, expected(before, receiver, sender, 0, 8, [1, 2], [4, 5]))
+
+
+async def test_a_cleanup_that_fails_is_logged(pair: PAIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = asyncio.get_running_loop().create_future()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == "task failed":
+                logged.set_result(record.exc_info)
+
+    async def fail(*arguments: object) -> bool:
+        raise RuntimeError("a bug")
+
+    sender, receiver = pair
+    order = sender.order(await receiver.grant("r", 0, 8, [4, 5]), 0, 4, [1])
+    order.attempt_range.end = 8  # so the attempt stays open
+    await sender.push(order).done()
+    monkeypatch.setattr(Links, "end_attempt", fail)
+    monkeypatch.setattr(logging.getLogger("services.rpc.log"), "handlers", [Listener()])
+    sender.close()
+    kind, error, _ = await asyncio.wait_for(logged, PATIENCE_S)
+    assert (kind, str(error)) == (RuntimeError, "a bug")

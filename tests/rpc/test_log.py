@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 from collections.abc import Iterator
@@ -52,6 +53,22 @@ def test_secrets_are_masked_and_bytes_are_hex(stream: io.StringIO) -> None:
     fields = {"secret": b"\x01", "ticket": "t", "api_key": "k", "epoch": b"\xab\xcd", "tokens": 5}
     logging.getLogger("a").info("x", extra={"fields": fields})
     assert "secret=*** ticket=*** api_key=*** epoch=abcd tokens=5" in stream.getvalue()
+
+
+async def test_the_failure_of_a_task_that_nobody_awaits_is_told(stream: io.StringIO) -> None:
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    failed = asyncio.create_task(fail(), name="failed")
+    cancelled = asyncio.create_task(fail(), name="cancelled")
+    cancelled.cancel()
+    well = asyncio.create_task(asyncio.sleep(0), name="well")
+    for task in (failed, cancelled, well):
+        task.add_done_callback(log.log_failure)
+    await asyncio.wait([failed, cancelled, well])
+    (line,) = stream.getvalue().splitlines()
+    assert 'msg="task failed" task=failed' in line
+    assert "a bug" in line
 
 
 def test_exception_stays_on_the_line(stream: io.StringIO) -> None:

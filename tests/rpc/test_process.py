@@ -96,7 +96,7 @@ def test_lifeline_that_is_no_descriptor_is_refused(tiny: type[Tiny]) -> None:
 
 
 PROGRAM = """
-import asyncio, atexit, threading
+import asyncio, atexit, sys, threading
 from services.rpc.main import run_main
 
 atexit.register(print, "last words")
@@ -109,6 +109,11 @@ run_main("program", asyncio.sleep(0))
 def test_output_that_goes_nowhere_keeps_no_service_from_its_end(nowhere: str) -> None:
     shell = ["sh", "-c", f'{nowhere}; exec "$@"', "sh", sys.executable, "-c", PROGRAM]
     assert subprocess.run(shell, cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_output_that_was_closed_keeps_no_service_from_its_end() -> None:
+    program = PROGRAM.replace("run_main(", "sys.stdout.close(); run_main(")
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_the_end_does_what_was_registered_for_it_and_waits_for_no_thread() -> None:
