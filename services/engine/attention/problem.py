@@ -94,20 +94,20 @@ class Problem:
     def _batch(self, rows: Sequence[int], sequences: Sequence[int], device: torch.device | str) -> ForwardBatch:
         """Rows at the ends of the sequences named, one of which may occur several times."""
         chosen = list(sequences)[: len(rows)]
-        return _batch_of(rows, [CONTEXTS[sequence] for sequence in chosen], self._tables[chosen], device)
+        return batch_of(rows, [CONTEXTS[sequence] for sequence in chosen], self._tables[chosen], device)
 
     def _long_batch(self, rows: Sequence[int], device: torch.device) -> ForwardBatch:
         """Rows at the ends of sequences of LONG tokens, all over the pages of the first one."""
         page_size = self.kv.shape[4]
         pages = self._tables[0, : -(-CONTEXTS[0] // page_size)]
         table = pages.repeat(-(-LONG // (len(pages) * page_size)))
-        return _batch_of(rows, [LONG] * len(rows), table.repeat(len(rows), 1), device)
+        return batch_of(rows, [LONG] * len(rows), table.repeat(len(rows), 1), device)
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random)
 
 
-def _batch_of(rows: Sequence[int], contexts: Sequence[int], tables: Tensor, device: torch.device | str) -> ForwardBatch:
+def batch_of(rows: Sequence[int], contexts: Sequence[int], tables: Tensor, device: torch.device | str) -> ForwardBatch:
     """Rows at the ends of sequences."""
     ignored = torch.zeros(sum(rows), dtype=torch.int64, device=device)
     return ForwardBatch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,20 +57,8 @@ class TritonPagedAttention(GatherSdpaAttention):
         if len(parts.rows):
             self._decode(mixed, layer, query, batch, parts, form)
         if parts.others:
-            self.attend_others(mixed, layer, query, batch, parts.others, form)
+            self.attend_into(mixed, layer, query, batch, parts.others, form)
         return mixed
-
-    def attend_others(
-        self,
-        mixed: Tensor,
-        layer: int,
-        query: Tensor,
-        batch: ForwardBatch,
-        sequences: Sequence[int],
-        form: AttentionForm,
-    ) -> None:
-        """Fills the rows of sequences that have several."""
-        self.attend_into(mixed, layer, query, batch, sequences, form)
 
     def _parts(self, batch: ForwardBatch) -> _Parts:
         """Found once a batch: all layers ask for the same."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.engine.attention.form import AttentionForm
+from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.pages import to_device
 from services.engine.attention.triton_paged import LEAST_DOT, UNBOUNDED, TritonPagedAttention
 from services.engine.batch import ForwardBatch
@@ -39,25 +39,26 @@ class TritonPrefillAttention(TritonPagedAttention):
         from services.engine.attention import triton_prefill_kernels
 
         self._prefill_kernels: Any = triton_prefill_kernels
-        self._tiles: tuple[ForwardBatch, Tensor] | None = None
+        self._tiles: tuple[ForwardBatch, Sequence[int], Tensor] | None = None
 
-    def attend_others(
+    def attend_into(
         self,
         mixed: Tensor,
         layer: int,
         query: Tensor,
         batch: ForwardBatch,
         sequences: Sequence[int],
-        form: AttentionForm,
+        form: AttentionForm = PLAIN,
     ) -> None:
-        """See TritonPagedAttention."""
+        """See GatherSdpaAttention."""
         pool, group = self.kv[layer], query.shape[1] // self.kv.shape[3]
         dims = max(LEAST_DOT, self._next_power(self.head_dim))
         shape = FLOAT32 if pool.dtype == torch.float32 else HALF if dims <= WIDE else HALF_WIDE
         rows = max(shape.rows, self._next_power(group))
-        if self._tiles is None or self._tiles[0] is not batch:  # all layers ask for the same
-            self._tiles = batch, to_device(tiles_of(batch, sequences, rows // group), self.kv.device)
-        tiles, tables = self._tiles[1], batch.block_tables.contiguous()
+        known = self._tiles
+        if known is None or known[0] is not batch or known[1] != sequences:  # all layers ask for the same
+            known = self._tiles = batch, sequences, to_device(tiles_of(batch, sequences, rows // group), self.kv.device)
+        tiles, tables = known[2], batch.block_tables.contiguous()
         self._prefill_kernels.attend_tile[(len(tiles), pool.shape[2])](
             query, pool, tables, tiles, mixed,
             form.scale_for(self.head_dim), form.softcap or 1.0, form.window or UNBOUNDED,

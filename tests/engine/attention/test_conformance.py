@@ -13,6 +13,7 @@ from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.oracle import OracleAttention
 from services.engine.attention.paged_numba import PagedNumbaAttention
+from services.engine.attention.problem import batch_of
 from services.engine.batch import ForwardBatch
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], AttentionBackend]] = {
@@ -69,16 +70,8 @@ class Pool:
 
     def batch(self, sequences: Sequence[int], device: str = "cpu") -> ForwardBatch:
         counts = [self.shape[s][0] for s in sequences]
-        ignored = torch.zeros(sum(counts), dtype=torch.int64, device=device)
-        return ForwardBatch(
-            token_ids=ignored,
-            positions=ignored,
-            slots=ignored,
-            query_starts=torch.tensor([0, *counts]).cumsum(0).int(),
-            context_lengths=torch.tensor([self.shape[s][1] for s in sequences], dtype=torch.int32),
-            block_tables=self.tables[list(sequences)].to(device),
-            logits_rows=ignored,
-        )
+        contexts = [self.shape[s][1] for s in sequences]
+        return batch_of(counts, contexts, self.tables[list(sequences)], device)
 
     def query_of(self, sequence: int) -> Tensor:
         start = sum(rows for rows, _ in self.shape[:sequence])
