@@ -55,10 +55,24 @@ async def test_the_link_is_cut_until_the_peer_is_lost(tmp_path: Path) -> None:
             await at_each_boundary(s, fault)
 
 
-async def test_the_link_is_cut_for_a_moment(tmp_path: Path) -> None:
-    """Nobody hears of it: the kernels send again what was lost."""
+async def test_the_link_is_down_when_the_services_would_meet(tmp_path: Path) -> None:
+    """Connecting fails at once: the sender hears of it and may try elsewhere, and later they meet."""
     with two_nodes() as network:
         async with apart(tmp_path, network) as s:
+            prepared = await s.prepare("apart")
+            network.cut()
+            async with undisturbed(s):
+                assert await s.send(prepared, "apart", 20) is CODES.UNAVAILABLE
+            network.heal()
+            await s.check_transfer("together")
+            await s.everything_back()
+
+
+async def test_the_link_is_cut_for_a_moment(tmp_path: Path) -> None:
+    """Nobody whose services have met hears of it: the kernels send again what was lost."""
+    with two_nodes() as network:
+        async with apart(tmp_path, network) as s:
+            await s.check_transfer("meeting")
 
             async def fault(gate: Gate, salt: str) -> None:
                 prepared = await s.prepare(salt)
