@@ -83,7 +83,7 @@ def up_command(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command of sys.argv and exits with its code."""
     # gRPC's core writes lines of its own about lost connections; a failed call says it already.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

@@ -134,8 +134,9 @@ def print_split(split: Split) -> None:
     for arm in split.arms:
         total = sum(arm.requests.values())
         times = (arm.ttft_mean_ms, arm.ttft_p99_ms, arm.tpot_mean_ms, arm.jct_mean_ms, arm.jct_p99_ms)
-        errors = total - arm.requests.get("OK", 0)
-        table.add_row(arm.policy, f"{arm.percent:g}", str(total), str(errors), *(f"{time:.1f}" for time in times))
+        ended_well = arm.requests.get("OK", 0)
+        shown = [f"{time:.1f}" if ended_well else "-" for time in times]
+        table.add_row(arm.policy, f"{arm.percent:g}", str(total), str(total - ended_well), *shown)
     say(table)
 
 

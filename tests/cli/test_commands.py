@@ -101,10 +101,11 @@ def test_policy_rollback_and_split(microserve: Run, router_address: str) -> None
     at = ("--address", router_address)
     assert microserve("policy", "split", *at) == (0, "requests have not been split\n", "")
     assert microserve("policy", "rollback", *at) == (0, "data_parallel: One engine does all.\n", "")
-    code, out, _ = microserve("policy", "split", "balanced:ratio=0.5=12.5", "disaggregated=3", *at)
+    code, out, _ = microserve("policy", "split", "balanced:ratio=0.5=12.5", "disaggregated=3", "adaptive=0.5", *at)
     assert code == 0
     row = next(line.split() for line in out.splitlines() if "balanced" in line)
     assert row[:5] == ["balanced:ratio=0.5", "12.5", "4", "1", "25.0"]
+    assert ["adaptive", "0.5", "0", "0", "-", "-", "-", "-", "-"] in [line.split() for line in out.splitlines()]
     split = json.loads(microserve("policy", "split", "--end", "--json", *at)[1])
     assert (split["active"], split["arms"][1]["requests"]) == (False, {"OK": 3, "ABORTED": 1})
     for wrong, sentence in ((("disaggregated",), "is not POLICY=PERCENT"), (("--end", "x=1"), "takes no shares")):
@@ -250,6 +251,29 @@ def test_an_interrupted_command_exits_with_130(router_address: str) -> None:
         asking.send_signal(signal.SIGINT)
         _, err = asking.communicate(timeout=60)
         assert (asking.returncode, err) == (130, "")
+
+
+# It presses Ctrl-C when the commands import services.cli.up.
+INTERRUPTED_IMPORT = """
+import signal, sys
+from services.cli.__main__ import main
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "services.cli.up":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+main()
+"""
+
+
+@pytest.mark.slow
+def test_interrupted_while_it_imports_it_exits_with_130() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:

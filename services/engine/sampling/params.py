@@ -84,7 +84,7 @@ class SamplingParams:
         _check_float("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_float("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         for token_id, bias in self.logit_bias:
-            _check_int("logit_bias", token_id, 0, vocab_size - 1)
+            _check_token("logit_bias", token_id, vocab_size)
             _check_float("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         if len({token_id for token_id, _ in self.logit_bias}) != len(self.logit_bias):
             raise InvalidSampling("logit_bias", "logit_bias names a token twice.")
@@ -95,7 +95,7 @@ class SamplingParams:
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise InvalidSampling("stop_token_ids", f"At most {MAX_STOP_TOKENS} stop_token_ids may be given.")
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, vocab_size - 1)
+            _check_token("stop_token_ids", token_id, vocab_size)
         _check_int("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -109,6 +109,13 @@ def _check_float(field: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise InvalidSampling(field, f"{field} must be a number from {low:g} to {high:g}, not {value!r}.")
+
+
+def _check_token(field: str, token_id: Any, vocab_size: int) -> None:
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+        raise InvalidSampling(
+            field, f"{field} names {token_id!r}, but token ids are integers from 0 to {vocab_size - 1}."
+        )
 
 
 def _check_int(field: str, value: Any, low: int, high: int) -> None:

@@ -154,8 +154,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Takes in a program that somebody wrote. UploadDisabled, BadPolicy."""
         if not self._take_uploads:
             raise UploadDisabled(
-                "no code is taken here, but at --admin-listen of a router with --allow-policy-upload"
-                " (`microserve up --admin-port PORT` starts one)"
+                "programs are not taken at this address, only at --admin-listen of a router with"
+                " --allow-policy-upload (`microserve up --admin-port PORT` starts one)"
             )
         name, _, params = spec.partition(":")
         program = await load_upload(name, source, library.kind)

@@ -171,7 +171,7 @@ class PolicyRun:
         async with aclosing(program.start(self._recovery.request, self._fleet)) as chunks:
             async for chunk in chunks:
                 if not isinstance(chunk, Chunk):
-                    raise PolicyFailed(f"policy {program.spec} yielded a {type(chunk).__name__}, not a chunk")
+                    raise PolicyFailed(f"policy {program.spec} yielded {type(chunk).__name__}, not a chunk")
                 self._yielded, self._yielded_at = True, self._loop.time()
                 self._recovery.handed_on(chunk)
                 self._mailbox.put(chunk)

@@ -133,8 +133,9 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self.split = admin_pb2.Split(active=bool(request.shares), arms=self.split.arms)
         for share in request.shares:
             arm = self.split.arms.add(policy=share.policy, percent=share.percent)
-            arm.request_count_by_code.update({"OK": 3, "ABORTED": 1})
-            arm.ttft.mean.FromMilliseconds(25)
+            if share.percent >= 1:
+                arm.request_count_by_code.update({"OK": 3, "ABORTED": 1})
+                arm.ttft.mean.FromMilliseconds(25)
         return admin_pb2.SplitPoliciesResponse(split=self.split)
 
     async def StartPlanner(self, request: Any, context: Any) -> admin_pb2.StartPlannerResponse:
