@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 from services.cli.errors import ServiceFailed
 
@@ -59,6 +59,8 @@ class ServiceProcess:
                 process_group=0,
             )
         self.pid = self._process.pid
+        # Several threads wait for the end. Whoever holds this may reap, and nobody signals a group that is reaped.
+        self._reaping = Lock()
         # Readable once the process has ended, however; never reaped by anybody but us, so never somebody else's.
         self._pidfd = os.pidfd_open(self.pid)
         self.ready: Future[Ready] = Future()
@@ -91,7 +93,8 @@ class ServiceProcess:
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs."""
-        return self._process.poll()
+        with self._reaping:
+            return self._process.poll()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Waits for the end and returns the exit code. TimeoutError."""
@@ -99,7 +102,8 @@ class ServiceProcess:
         poller.register(self._pidfd, select.POLLIN)
         if not poller.poll(None if timeout_s is None else timeout_s * 1000):
             raise TimeoutError(f"{self.name} still runs after {timeout_s:g} s")
-        return self._process.wait()
+        with self._reaping:
+            return self._process.wait()
 
     def terminate(self) -> None:
         """Asks it to drain and end (SIGTERM)."""
@@ -144,9 +148,10 @@ class ServiceProcess:
         return ServiceFailed(f"{self.name} ended {how}", tail)
 
     def _signal(self, number: signal.Signals) -> None:
-        # Not yet reaped (poll is None), so the group still is this process's own.
-        if self.poll() is None:
-            os.killpg(self.pid, number)
+        with self._reaping:
+            # Not yet reaped (poll is None), so the group still is this process's own.
+            if self._process.poll() is None:
+                os.killpg(self.pid, number)
 
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -96,6 +97,26 @@ def test_killed_and_paused_processes() -> None:
         second.resume()
         second.terminate()
         assert second.wait(20) == 0
+
+
+def test_a_process_that_ends_while_it_is_told_to_is_not_reaped_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fleet's own threads wait for the end, too, and what is reaped has no group that could be signalled."""
+    kill_group = os.killpg
+
+    def kill_too_late(group: int, number: int) -> None:
+        os.kill(group, signal.SIGKILL)
+        reaper = Thread(target=process.wait)
+        reaper.start()
+        reaper.join(0.2)  # a moment in which it could go wrong
+        kill_group(group, number)
+
+    with Fleet(package=FAKES) as fleet:
+        process = fleet.start_kvtransfer()
+        process.wait_ready()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "killpg", kill_too_late)
+            process.terminate()
+        assert process.wait(60) == -signal.SIGKILL
 
 
 def test_stop_kills_what_does_not_end() -> None:
