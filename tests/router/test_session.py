@@ -218,6 +218,44 @@ async def test_who_leaves_before_the_verb_is_written_takes_it_back() -> None:
         await session.close()
 
 
+class _Recorder:
+    """A call that takes one command for as long as `gate` is shut, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+        self.gate = asyncio.Event()
+
+    async def write(self, command: engine_pb2.SessionRequest) -> None:
+        self.written.append(command.start.request_id)
+        await self.gate.wait()
+
+    def __aiter__(self) -> _Recorder:
+        return self
+
+    async def __anext__(self) -> engine_pb2.SessionResponse:
+        await asyncio.Event().wait()
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self.gate.set()
+
+
+async def test_a_command_is_written_in_the_turn_that_gives_it_and_others_follow_in_order() -> None:
+    call = _Recorder()
+    session = session_with(lambda: call)  # type: ignore[arg-type,return-value]
+    names = ["first", "second", "third"]
+    for name in names:
+        session.start(engine_pb2.StartGenerateRequest(owner_id="o", request_id=name))
+        assert call.written == ["first"]
+    call.gate.set()
+    for _ in range(4):  # turns of the loop, in which nothing else is to be waited for
+        await asyncio.sleep(0)
+    assert call.written == names
+    session.start(engine_pb2.StartGenerateRequest(owner_id="o", request_id="later"))
+    assert call.written == [*names, "later"]
+    await session.close()
+
+
 class AnswersAnyway(FakeEngine):
     """A cancel always reaches it too late, once `asked` is set; it answers when `may_answer` is."""
 

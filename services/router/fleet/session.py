@@ -13,6 +13,7 @@ import grpc.aio
 from microserve.engine.v1 import engine_pb2
 
 from services.protocol.errors import Code, ServiceError
+from services.router.eager import begin
 from services.router.errors import EngineLost, InvalidRequest
 from services.router.fleet.mailbox import Mailbox
 from services.router.values import Chunk, FinishReason
@@ -130,7 +131,7 @@ class Session:
 
 
 class _Stream:
-    """One call of Session: a writer that sends commands in order, a reader that deals outputs to mailboxes."""
+    """One call of Session: commands are written in order, a reader deals outputs to mailboxes."""
 
     def __init__(self, engine: str, call: SessionCall, abort: Callable[[str], None]) -> None:
         self.ended = False
@@ -142,8 +143,8 @@ class _Stream:
         self._cancelled: set[str] = set()  # of these, the ones that we ended
         # Bounded without a limit of its own: a verb puts in at most itself and one cancel.
         self._outbox: deque[engine_pb2.SessionRequest] = deque()
-        self._wake = asyncio.Event()
-        self._writer = asyncio.create_task(self._write(), name=f"session writer {engine}")
+        self._writer: asyncio.Task[None] | None = None  # while it writes, or the last one
+        self._is_writing = False
         self._reader = asyncio.create_task(self._read(), name=f"session reader {engine}")
 
     def start(self, command: engine_pb2.SessionRequest, mailbox: Mailbox) -> Sequence:
@@ -171,7 +172,7 @@ class _Stream:
         # Here too, because a task that is cancelled before its first step never comes to its finally.
         self._end(EngineLost(f"the session with engine {self._engine} was closed"))
         self._reader.cancel()
-        await asyncio.wait({self._reader, self._writer})
+        await asyncio.wait([task for task in (self._reader, self._writer) if task is not None])
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self._live:
@@ -183,16 +184,19 @@ class _Stream:
 
     def _post(self, command: engine_pb2.SessionRequest) -> None:
         self._outbox.append(command)
-        self._wake.set()
+        if not self._is_writing:
+            self._is_writing = True
+            # At once: in the next turn of the loop it would stand behind all that is ready by then.
+            self._writer = begin(self._write(), f"session writer {self._engine}")
 
     async def _write(self) -> None:
-        # A failed write says only that the call is over; the reader learns why.
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
+        try:
+            # A failed write says only that the call is over; the reader learns why.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 while self._outbox:
                     await self._call.write(self._outbox.popleft())
-                self._wake.clear()
-                await self._wake.wait()
+        finally:
+            self._is_writing = False
 
     async def _read(self) -> None:
         error = EngineLost(f"engine {self._engine} ended the session")
@@ -213,7 +217,8 @@ class _Stream:
         if self.ended:
             return
         self.ended = True
-        self._writer.cancel()
+        if self._writer is not None:
+            self._writer.cancel()
         # Leaving the loop over a call does not cancel it.
         self._call.cancel()
         for mailbox in self._live.values():

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from services.protocol.errors import ServiceError
+from services.router.eager import begin
 from services.router.errors import EngineDrained, NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
 from services.router.fleet.legs import Legs
 from services.router.fleet.mailbox import Mailbox
@@ -79,7 +80,7 @@ class PolicyRun:
         self._loop = asyncio.get_running_loop()
         self._yielded_at = self._loop.time()
         self._set_timer()
-        self._task = asyncio.create_task(self._run(), name=f"policy {program.spec}")
+        self._task = begin(self._run(), f"policy {program.spec}")
         self._task.add_done_callback(lambda _: on_end(self))
 
     @property
@@ -203,13 +204,16 @@ class PolicyRun:
         known = _service_error(raised)
         if known is not None:
             return known
-        if not isinstance(raised, asyncio.CancelledError) or not self._cancelled():
+        if not isinstance(raised, asyncio.CancelledError) or not _is_cancelled():
             fields = {"policy": self.served_by.spec, "request": self._request.request_id}
             log.error("policy failed", exc_info=raised, extra={"fields": fields})
         return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
 
-    def _cancelled(self) -> bool:
-        return self._task.cancelling() > 0
+
+def _is_cancelled() -> bool:
+    """Whether somebody ends the program, and it was not itself that raised."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _at(raised: BaseException) -> str:

@@ -1,0 +1,72 @@
+"""Tasks that take their first step at once, as asyncio has them from Python 3.12 on.
+
+A task of asyncio begins in the next turn of the event loop, behind all that is ready by then: a request that passes
+through three tasks on its way to an engine waits for three turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from contextvars import copy_context
+from typing import Any, NoReturn, TypeVar
+
+Result = TypeVar("Result")
+
+
+def begin(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
+    """A task of `work`, which has come as far as it does without waiting. It is the current task meanwhile."""
+    loop, outer, context = asyncio.get_running_loop(), asyncio.current_task(), copy_context()
+    begun = _Begun(work)
+    task = loop.create_task(begun, name=name, context=context)
+    if outer is not None:
+        asyncio.tasks._leave_task(loop, outer)
+    asyncio.tasks._enter_task(loop, task)
+    try:
+        context.run(begun.begin)
+    finally:
+        asyncio.tasks._leave_task(loop, task)
+        if outer is not None:
+            asyncio.tasks._enter_task(loop, outer)
+    return task
+
+
+class _Begun(Coroutine[Any, Any, Result]):
+    """A coroutine that takes its first step in `begin`. The first step of its task learns what came of that."""
+
+    def __init__(self, work: Coroutine[Any, Any, Result]) -> None:
+        self._work = work
+        self._waits_for: asyncio.Future[Any] | None = None  # None, as everywhere in asyncio: for the next turn
+        self._end: BaseException | None = None
+        self._is_told = False
+
+    def begin(self) -> None:
+        """Never raises: how the work ended is its task's outcome."""
+        try:
+            self._waits_for = self._work.send(None)
+        except BaseException as end:  # StopIteration among them, by which coroutines return
+            self._end = end
+
+    def send(self, value: None) -> Any:
+        if self._is_told:
+            return self._work.send(value)
+        self._tell()
+        return self._waits_for
+
+    def throw(self, *error: Any) -> Any:
+        if not self._is_told:
+            self._tell()
+            if self._waits_for is not None:  # the task was cancelled before it knew whom to pass that on to
+                self._waits_for.cancel()
+        return self._work.throw(*error)
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, NoReturn]:
+        raise TypeError("only its task drives it")
+
+    def _tell(self) -> None:
+        self._is_told = True
+        if self._end is not None:
+            raise self._end
