@@ -1,7 +1,10 @@
 // Streams an answer: client ADDRESS PROMPT MAX_TOKENS.
+#include <charconv>
 #include <chrono>
 #include <iostream>
 #include <string>
+#include <string_view>
+#include <system_error>
 
 #include <grpcpp/grpcpp.h>
 
@@ -51,8 +54,15 @@ grpc::Status Run(const std::string& address, const std::string& prompt, unsigned
 
 }  // namespace
 
-int main(int, char** arguments) {
-  const grpc::Status status = Run(arguments[1], arguments[2], std::stoul(arguments[3]));
+int main(int count, char** arguments) {
+  const std::string_view number = count == 4 ? arguments[3] : "";
+  unsigned max_tokens = 0;
+  const auto [end, error] = std::from_chars(number.begin(), number.end(), max_tokens);
+  if (error != std::errc{} || end != number.end()) {
+    std::cerr << "usage: client ADDRESS PROMPT MAX_TOKENS\n";
+    return 2;
+  }
+  const grpc::Status status = Run(arguments[1], arguments[2], max_tokens);
   if (status.ok()) return 0;
   std::cerr << Name(status.error_code()) << ": " << status.error_message() << "\n";
   return 1;

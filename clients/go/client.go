@@ -19,17 +19,25 @@ import (
 const timeout = time.Minute
 
 func main() {
-	if err := run(os.Args[1], os.Args[2], os.Args[3]); err != nil {
+	if len(os.Args) != 4 {
+		usage()
+	}
+	count, err := strconv.ParseUint(os.Args[3], 10, 32)
+	if err != nil {
+		usage()
+	}
+	if err := run(os.Args[1], os.Args[2], uint32(count)); err != nil {
 		fmt.Fprintf(os.Stderr, "%v: %s\n", status.Code(err), status.Convert(err).Message())
 		os.Exit(1)
 	}
 }
 
-func run(address, prompt, maxTokens string) error {
-	count, err := strconv.ParseUint(maxTokens, 10, 32)
-	if err != nil {
-		return err
-	}
+func usage() {
+	fmt.Fprintln(os.Stderr, "usage: client ADDRESS PROMPT MAX_TOKENS")
+	os.Exit(2)
+}
+
+func run(address, prompt string, maxTokens uint32) error {
 	connection, err := grpc.Dial(address, grpc.WithInsecure())
 	if err != nil {
 		return err
@@ -45,7 +53,7 @@ func run(address, prompt, maxTokens string) error {
 	stream, err := client.Generate(ctx, &router.GenerateRequest{
 		Prompt:   &router.GenerateRequest_Text{Text: prompt},
 		Model:    listed.Models[0].Name,
-		Sampling: &types.SamplingParams{MaxTokens: uint32(count)},
+		Sampling: &types.SamplingParams{MaxTokens: maxTokens},
 	})
 	if err != nil {
 		return err

@@ -6,6 +6,10 @@ import { loadSync } from '@grpc/proto-loader';
 const TIMEOUT_MS = 60_000;
 
 const [address, prompt, maxTokens] = process.argv.slice(2);
+if (process.argv.length !== 5 || !/^\d+$/.test(maxTokens)) {
+  console.error('usage: client ADDRESS PROMPT MAX_TOKENS');
+  process.exit(2);
+}
 const definition = loadSync('microserve/router/v1/router.proto', {
   includeDirs: [fileURLToPath(new URL('protos', import.meta.url))],
   enums: String,

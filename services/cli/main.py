@@ -89,7 +89,9 @@ def main() -> None:
     try:
         code = typer.main.get_command(app).main(prog_name="microserve", standalone_mode=False)
     except TyperException as error:
-        print(f"microserve: {' '.join(error.format_message().split())}", file=sys.stderr)
+        said = error.format_message()
+        # A group that was given no command says its help.
+        print(said if said.startswith("Usage: ") else f"microserve: {' '.join(said.split())}", file=sys.stderr)
         code = 2
     except CliError as error:
         print(f"microserve: {error}", file=sys.stderr)

@@ -33,8 +33,8 @@ _SCOPES = ("ENGINE_", "KVTRANSFER_", "ROUTER_")
 _KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP)(_.*)?)$")
 # The command's own.
 _COMMAND = "CLI_"
-# Variables that are read elsewhere and mean the same to every service.
-_SHARED = ("MICROSERVE_CACHE", "MICROSERVE_TESTING")
+# Read elsewhere, and means the same to every service.
+_TESTING = "MICROSERVE_TESTING"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -160,7 +160,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> _Option:
 
 def _from_environment(options: list[_Option], environ: Mapping[str, str], scope: str) -> dict[str, Any]:
     values = {}
-    known = set(_SHARED)
+    known = {_TESTING}
     for option in options:
         names = option.variables(scope)
         known.update(names)
@@ -204,7 +204,7 @@ def _from_command_line(
 def _add(parser: argparse.ArgumentParser, option: _Option, scope: str) -> None:
     metadata = option.field.metadata
     default = option.field.default
-    text = f"{metadata.get('help', '')} [{option.variables(scope)[-1]}]"
+    text = f"{metadata.get('help', '')} [{option.variables(scope)[0]}]"
     if default not in (dataclasses.MISSING, None, ()):
         text += f" (default {default})"
     shown = argparse.SUPPRESS if metadata.get("hidden") else text.strip().replace("%", "%%")

@@ -285,6 +285,11 @@ def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
             assert (code, out, err) == (1, "", f"microserve: 127.0.0.1:{port} is in use by another process\n")
 
 
+@pytest.mark.parametrize("group", [(), ("policy",), ("model",), ("kv",)])
+def test_a_group_alone_says_its_help(microserve: Run, group: tuple[str, ...]) -> None:
+    assert microserve(*group) == (2, "", microserve(*group, "--help")[1])
+
+
 def test_help_lists_the_commands(microserve: Run) -> None:
     code, out, _ = microserve("--help")
     assert code == 0

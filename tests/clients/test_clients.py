@@ -64,9 +64,9 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return out / "client"
 
 
-async def run(client: Path, address: str, prompt: str) -> Outcome:
+async def run(client: Path, *arguments: str) -> Outcome:
     process = await asyncio.create_subprocess_exec(
-        *(client, address, prompt, str(MAX_TOKENS)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        *(client, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     async with asyncio.timeout(90):
         text, errors = await process.communicate()
@@ -79,7 +79,7 @@ async def test_it_streams_what_complete_answers(suite: Suite, client: Path) -> N
     assert suite.router_process is not None
     asked = router_pb2.GenerateRequest(text=PROMPT, sampling=sampling_pb2.SamplingParams(max_tokens=MAX_TOKENS))
     whole = (await suite.router.Complete(router_pb2.CompleteRequest(request=asked), timeout=60)).response
-    outcome = await run(client, suite.router_process.address, PROMPT)
+    outcome = await run(client, suite.router_process.address, PROMPT, str(MAX_TOKENS))
     assert outcome.code == 0, outcome.errors
     assert outcome.text == whole.text
     usage = whole.usage
@@ -88,8 +88,15 @@ async def test_it_streams_what_complete_answers(suite: Suite, client: Path) -> N
 
 async def test_it_tells_why_it_was_refused(suite: Suite, client: Path) -> None:
     assert suite.router_process is not None
-    outcome = await run(client, suite.router_process.address, "")
+    outcome = await run(client, suite.router_process.address, "", str(MAX_TOKENS))
     assert (outcome.code, outcome.text) == (1, "")
     code, _, message = outcome.errors.strip().partition(": ")
     assert code.replace("_", "").lower() == "invalidargument"
     assert "prompt" in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("localhost:1", "Hi"), ("localhost:1", "Hi", "many"), ("localhost:1", "Hi", "1", "2")]
+)
+async def test_it_says_what_it_wants_to_be_told(client: Path, arguments: tuple[str, ...]) -> None:
+    assert await run(client, *arguments) == Outcome(2, "", "usage: client ADDRESS PROMPT MAX_TOKENS\n")

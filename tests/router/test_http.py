@@ -67,6 +67,7 @@ async def test_metrics() -> None:
             'microserve_router_verb_seconds_count{code="OK",verb="start_generate"}',
             'microserve_router_ttft_seconds_count{policy="data_parallel"}',
             'microserve_router_engines{state="healthy"} 1.0',
+            'microserve_router_queued{priority="low"} 0.0',
             'microserve_router_tokens_total{kind="output"}',
             'microserve_router_http_requests_total{path="/v1/models",status="200"}',
         ):

@@ -151,7 +151,7 @@ def test_help_shows_text_default_and_variable_but_nothing_hidden(capsys: pytest.
         parse_config(Example, ["--help"], PROG)
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "50% of it [MICROSERVE_PAGES] (default 10)" in shown
+    assert "50% of it [MICROSERVE_ENGINE_PAGES] (default 10)" in shown
     assert "--fault" not in shown
     assert "lifeline" not in shown
 

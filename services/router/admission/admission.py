@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from services.router.admission.line import Line, Waiter
-from services.router.admission.ticket import AdmissionLimits, Capacity, Ticket
+from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 from services.router.errors import Overloaded, RequestTimeout
 from services.router.metrics import QUEUE_SECONDS, QUEUED, REFUSALS, REQUESTS_IN_FLIGHT
 from services.router.request import ModelKey
@@ -70,6 +70,8 @@ class Admission:
         self._clock = clock
         self._num_requests = 0
         self._lines: dict[ModelKey, Line] = {}
+        for priority in Priority:
+            QUEUED.labels(priority.value)  # shown as 0 before anybody has waited
 
     @contextmanager
     def enter(self) -> Iterator[None]:
