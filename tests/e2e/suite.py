@@ -97,6 +97,7 @@ async def start_suite(
     policy: str | Path | None = "disaggregated",
     engine_options: Sequence[str] = (),
     router_options: Sequence[str] = (),
+    kvtransfer_options_of: dict[int, Sequence[str]] | None = None,
     page_count: int | None = None,
     page_size: int | None = None,
     kv_memory_mib: int = 128,
@@ -109,7 +110,10 @@ async def start_suite(
     """
     os.environ["MICROSERVE_TESTING"] = "1"
     with Fleet() as fleet:
-        transfer, *others = [fleet.start_kvtransfer(f"kvtransfer-{i}") for i in range(num_kvtransfers)]
+        transfer, *others = [
+            fleet.start_kvtransfer(f"kvtransfer-{i}", extra=(kvtransfer_options_of or {}).get(i, ()))
+            for i in range(num_kvtransfers)
+        ]
         processes = [
             fleet.start_engine(
                 f"engine-{i}",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.engine.errors import EngineDraining, StepFailed
-from services.kvtransfer.errors import PushStalled
+from services.kvtransfer.errors import ChecksumMismatch, PushStalled
 from services.protocol.errors import (
     LayoutMismatch,
     PromptMismatch,
@@ -78,6 +78,7 @@ async def until_there_are(num_sequences: int, engines: Sequence[FakeEngine]) -> 
         (UnknownReservation("forgotten"), Remedy.AGAIN),
         (StaleEpoch("restarted"), Remedy.AGAIN),
         (LayoutMismatch("other pages"), Remedy.WITHOUT_TRANSFER),
+        (ChecksumMismatch("a frame"), Remedy.WITHOUT_TRANSFER),
         (PromptMismatch("other tokens"), Remedy.NONE),
         (FakeBug("broken"), Remedy.NONE),
         (SlowConsumer("asleep"), Remedy.NONE),

@@ -46,6 +46,7 @@ _BY_REASON = {
     "NO_KVTRANSFER": Remedy.WITHOUT_TRANSFER,
     "NO_TRANSPORT": Remedy.WITHOUT_TRANSFER,
     "LAYOUT_MISMATCH": Remedy.WITHOUT_TRANSFER,
+    "CHECKSUM_MISMATCH": Remedy.WITHOUT_TRANSFER,  # whatever altered the bytes may do it again
     "NO_PAIR": Remedy.WITHOUT_TRANSFER,
 }
 _BY_CODE = {
