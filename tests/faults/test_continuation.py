@@ -3,7 +3,9 @@ happened."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,24 +31,40 @@ DEATHS = {
 }
 
 
-def params(number: int) -> dict[str, float]:
+# Sums with brackets in brackets, longer than what is asked for.
+SUMS = sampling.Guide(grammar='start: term (/[+*]/ term){90,}\nterm: /[1-9]{1,2}/ | "(" term /[+*]/ term ")"')
+
+
+def params(number: int) -> dict[str, object]:
     """Every other request samples, with penalties that depend on where the output begins."""
     if number % 2:
         return {"temperature": 0.9, "seed": 1000 + number, "presence_penalty": 0.7, "min_tokens": 100}
     return {"repetition_penalty": 1.1}
 
 
-async def stream(suite: Suite, number: int, policy: str, begun: asyncio.Event | None = None) -> Answer:
+def held_to_sums(number: int) -> dict[str, object]:
+    """The same, held to a grammar."""
+    return {**params(number), "guide": SUMS}
+
+
+async def stream(
+    suite: Suite,
+    number: int,
+    policy: str,
+    begun: asyncio.Event | None = None,
+    params_of: Callable[[int], dict[str, object]] = params,
+) -> Answer:
     """One request through the router; `begun` is set with its first token."""
     assert suite.router is not None
     request = router.GenerateRequest(
         tokens=router.TokenIds(ids=PROMPTS[number]),
-        sampling=sampling.SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2, **params(number)),
+        sampling=sampling.SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2, **params_of(number)),
         seed_given=True,
         cache_salt="routed",
     )
     answer = Answer()
     async for message in suite.router.Generate(request, metadata=(("x-microserve-policy", policy),), timeout=120):
+        answer.text += message.text
         answer.token_ids.extend(message.token_ids)
         answer.logprobs.extend(message.logprobs)
         answer.legs.extend(message.legs)
@@ -55,11 +73,11 @@ async def stream(suite: Suite, number: int, policy: str, begun: asyncio.Event | 
     return answer
 
 
-async def expected(suite: Suite) -> list[list[int]]:
+async def expected(suite: Suite, params_of: Callable[[int], dict[str, object]] = params) -> list[list[int]]:
     """What engine-2, which nobody kills, generates for each request alone."""
     alone = await asyncio.gather(
         *(
-            generate(suite, suite.engines[2], prompt, max_tokens=NUM_TOKENS, salt="alone", **params(number))
+            generate(suite, suite.engines[2], prompt, max_tokens=NUM_TOKENS, salt="alone", **params_of(number))
             for number, prompt in enumerate(PROMPTS)
         )
     )
@@ -117,6 +135,29 @@ async def test_an_engine_is_emptied_by_migration(tmp_path: Path) -> None:
             assert sent.timing.transferred_token_count > 0
             assert last.timing.matched_token_count == sent.range.end
             assert sent.timing.computed_token_count <= 2 * PAGE_SIZE  # what its last steps had not published
+
+
+@pytest.mark.parametrize("how", ["migrated", "killed"])
+async def test_streams_go_on_in_their_grammar(tmp_path: Path, how: str) -> None:
+    """On another engine, from where they were in it."""
+    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
+        tokens = await expected(suite, held_to_sums)
+        begun = [asyncio.Event() for _ in PROMPTS]
+        asked = [
+            asyncio.create_task(stream(suite, i, "data_parallel", begun[i], held_to_sums)) for i in range(NUM_STREAMS)
+        ]
+        await asyncio.gather(*(each.wait() for each in begun))
+        left = suite.engines[1]
+        if how == "migrated":
+            await suite.admin.DrainEngine(admin.DrainEngineRequest(address=left.process.address, migrate=True))
+        else:
+            left.process.kill()
+        answers = await asyncio.gather(*asked)
+        await check(suite, answers, tokens, dead=-1 if how == "migrated" else 1)
+        assert any(answer.legs[0].engine == left.name != answer.legs[-1].engine for answer in answers)
+        for answer in answers:
+            text = answer.text + "1" * (answer.text[-1] in "+*(")
+            ast.parse(text + ")" * (text.count("(") - text.count(")")), mode="eval")
 
 
 @pytest.mark.parametrize("death", DEATHS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ from tokenizers import Tokenizer
 
 from services.engine.core import api
 from services.engine.model.loader import LoadedModel, load_model
-from services.engine.sampling.guide import MAX_CHOICES, MAX_GUIDE_BYTES, Guide
+from services.engine.sampling.guide import MAX_CHOICES, MAX_GUIDE_BYTES, Guide, GuideKind
 from services.engine.sampling.params import SamplingParams
 from tests.engine.core.answers import Clock, Stream
 from tests.engine.core.test_torch import OPTIONS, ByteRows, maker, prompt_of
 from tests.engine.core.world import Node, World, ref_of
-from tests.engine.guide.guides import END, HeldGuides, InstantGuides, choice, json_schema, regex
+from tests.engine.guide.guides import END, HeldGuides, InstantGuides, choice, grammar, json_schema, regex
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -34,6 +36,35 @@ SCHEMA = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_pattern": ""},
 }
+COLOURS = "(red|green|blue)(-(red|green|blue)){9,12}"
+TEXTS = tuple(" and then ".join([colour] * 6) for colour in ("red", "green", "blue"))
+# Brackets in brackets, which no regular expression describes.
+SUMS = 'start: term (/[+*]/ term){9,12}\nterm: /[1-9][0-9]?/ | "(" term /[+*]/ term ")"'
+
+
+def _is_person(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        set(value) == {"name", "tags"}
+        and 3 <= len(value["name"]) <= 8
+        and 2 <= len(value["tags"]) <= 4
+        and set(value["tags"]) <= {"red", "green", "blue"}
+    )
+
+
+def _is_sum(text: str) -> bool:
+    ast.parse(text, mode="eval")
+    return re.fullmatch("[0-9+*()]+", text) is not None
+
+
+# A guide of each kind, and whether a text is what it allows.
+KINDS: dict[str, tuple[Guide, Callable[[str], object]]] = {
+    "json_schema": (json_schema(json.dumps(SCHEMA)), _is_person),
+    "regex": (regex(COLOURS), re.compile(COLOURS).fullmatch),
+    "choice": (choice(*TEXTS), TEXTS.__contains__),
+    "grammar": (grammar(SUMS), _is_sum),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +100,19 @@ def guided(
     return SamplingParams(guide=guide, max_tokens=max_tokens, seed=seed, temperature=temperature, **more)
 
 
-def assert_valid(stream: Stream, tokenizer: Tokenizer) -> None:
+def assert_valid(stream: Stream, tokenizer: Tokenizer, kind: str) -> None:
     assert stream.finish_reason == api.FinishReason.STOP
-    value = json.loads(tokenizer.decode(stream.tokens))
-    assert set(value) == {"name", "tags"}
-    assert 3 <= len(value["name"]) <= 8
-    assert 2 <= len(value["tags"]) <= 4
-    assert set(value["tags"]) <= {"red", "green", "blue"}
+    text = tokenizer.decode(stream.tokens)
+    assert KINDS[kind][1](text), text
 
 
-def test_batched_and_preempted_equal_one_by_one(make_node: Any, tokenizer: Tokenizer) -> None:
-    guide = json_schema(json.dumps(SCHEMA))
+def test_every_kind_is_here() -> None:
+    assert {guide.kind for guide, _ in KINDS.values()} == set(GuideKind)
+
+
+@each_kind
+def test_batched_and_preempted_equal_one_by_one(make_node: Any, tokenizer: Tokenizer, kind: str) -> None:
+    guide, _ = KINDS[kind]
     prompts = [prompt_of(length, start=length) for length in (1, 9, 20, 33)]
     params = [guided(guide, seed=seed) for seed in range(len(prompts))]
     expected = []
@@ -87,7 +120,7 @@ def test_batched_and_preempted_equal_one_by_one(make_node: Any, tokenizer: Token
         engine = make_node(max_step_tokens=128, num_pages=64)
         expected.append(engine.generate(prompt, param))
         engine.run()
-        assert_valid(expected[-1], tokenizer)
+        assert_valid(expected[-1], tokenizer, kind)
     engine = make_node(num_pages=18)
     free = engine.generate(prompt_of(12, start=99), SamplingParams(max_tokens=20))
     streams = [engine.generate(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
@@ -98,12 +131,13 @@ def test_batched_and_preempted_equal_one_by_one(make_node: Any, tokenizer: Token
     engine.assert_idle()
 
 
-def test_a_continuation_goes_on_in_the_grammar(make_node: Any, tokenizer: Tokenizer) -> None:
-    param, prompt = guided(json_schema(json.dumps(SCHEMA))), prompt_of(10)
+@each_kind
+def test_a_continuation_goes_on_in_the_grammar(make_node: Any, tokenizer: Tokenizer, kind: str) -> None:
+    param, prompt = guided(KINDS[kind][0]), prompt_of(10)
     engine = make_node(num_pages=64)
     whole = engine.generate(prompt, param)
     engine.run()
-    assert_valid(whole, tokenizer)
+    assert_valid(whole, tokenizer, kind)
     for count in range(1, len(whole.tokens)):
         other = make_node(num_pages=64)
         given = (*prompt, *whole.tokens[:count])
@@ -113,13 +147,16 @@ def test_a_continuation_goes_on_in_the_grammar(make_node: Any, tokenizer: Tokeni
         assert rest.finish_reason == api.FinishReason.STOP
 
 
-def test_disaggregated_equals_single(make_node: Any, model: LoadedModel, folder: Path) -> None:
+@each_kind
+def test_disaggregated_equals_single(
+    make_node: Any, model: LoadedModel, folder: Path, tokenizer: Tokenizer, kind: str
+) -> None:
     pools: list[torch.Tensor] = []
     options = {**OPTIONS, "eos_token_ids": (END,), "make_guides": partial(InstantGuides, folder)}
     world = World(make_runner=maker(model, pools), **options)
     for node, pool in zip(world.nodes, pools, strict=True):
         node.service.memory = ByteRows(pool)  # type: ignore[assignment]
-    prompt, param = prompt_of(40), guided(json_schema(json.dumps(SCHEMA)), max_tokens=40)
+    prompt, param = prompt_of(40), guided(KINDS[kind][0], max_tokens=80)
     single = make_node(num_pages=64)
     expected = single.generate(prompt, param)
     single.run()
@@ -128,6 +165,7 @@ def test_disaggregated_equals_single(make_node: Any, model: LoadedModel, folder:
     sent = world.p.remote_send(prompt, 0, 39, reserved)
     world.run()
     assert sent.value.transferred_tokens == 39
+    assert_valid(stream, tokenizer, kind)
     assert stream.tokens == expected.tokens
     world.assert_idle()
 
