@@ -61,6 +61,7 @@ class FakeDescription(EngineServiceServicer):
         self.gate = asyncio.Event()  # no token while it is clear
         self.gate.set()
         self.contract_version = "1.1"
+        self.max_message_bytes = 0  # not told
         self.sequences: set[str] = set()
         self.running: dict[str, asyncio.Task[None]] = {}  # sequences of the session
         self.num_sends = 0
@@ -83,6 +84,7 @@ class FakeDescription(EngineServiceServicer):
             kvtransfer_endpoint=self.address if self.kvtransfer else "",
             labels=self.labels,
             max_batch_size=self.max_batch_size,
+            max_message_bytes=self.max_message_bytes,
         )
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:

@@ -87,6 +87,7 @@ class Replica:
             labels=self.config.label_map,
             eos_token_ids=tuple(self.model.config.eos_token_ids),
             max_batch_size=self.config.max_batch_size,
+            max_message_bytes=self.config.max_message_bytes,
         )
 
     def private_pool(self) -> torch.Tensor:

@@ -56,6 +56,7 @@ class EngineIdentity:
     labels: dict[str, str]
     eos_token_ids: tuple[int, ...]
     max_batch_size: int
+    max_message_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class EngineServicer(EngineServiceServicer):
             labels=identity.labels,
             eos_token_ids=identity.eos_token_ids,
             max_batch_size=identity.max_batch_size,
+            max_message_bytes=identity.max_message_bytes,
         )
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Context) -> AsyncIterator[pb.WatchLoadResponse]:

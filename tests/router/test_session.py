@@ -29,10 +29,16 @@ END = 39
 
 @asynccontextmanager
 async def connected(
-    version: str = "1.1", *, kind: type[FakeEngine] = FakeEngine, limit: int = MAX_MESSAGE_BYTES, engines_limit: int = 0
+    version: str = "1.1",
+    *,
+    kind: type[FakeEngine] = FakeEngine,
+    limit: int = MAX_MESSAGE_BYTES,
+    engines_limit: int = 0,
+    told: bool = False,
 ) -> AsyncIterator[tuple[FakeEngine, EngineClient, grpc.aio.Channel]]:
-    """`limit`, of the router's messages; `engines_limit`, of the engine's, 0: the same."""
+    """`limit`, of the router's messages; `engines_limit`, of the engine's, 0: the same; `told`, whether it says so."""
     engine = kind(FakeModel(files(byte_level())))
+    engine.max_message_bytes = engines_limit if told else 0
     engine.contract_version = version
     channel = make_channel(await engine.start(max_message_bytes=engines_limit or limit), max_message_bytes=limit)
     client = EngineClient("a", channel, "router", max_buffered=64, max_message_bytes=limit)
@@ -131,8 +137,9 @@ async def test_closing_fails_what_is_open() -> None:
         assert caught.value.reason == "ENGINE_LOST"
 
 
-async def test_a_verb_that_is_too_large_to_send_fails_alone() -> None:
-    async with connected(limit=10_000) as (engine, client, _):
+@pytest.mark.parametrize("limits", [{"limit": 10_000}, {"engines_limit": 10_000, "told": True}])
+async def test_a_verb_that_is_too_large_to_send_fails_alone(limits: dict[str, int]) -> None:
+    async with connected(**limits) as (engine, client, _):
         engine.gate.clear()
         innocent = client.start_generate("innocent", request(), 0, None)
         guided = replace(request(), sampling=Sampling(guide=Guide("json_schema", ("x" * 10_000,))))

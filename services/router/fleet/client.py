@@ -54,6 +54,7 @@ class EngineClient:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """`max_message_bytes` is the channel's limit."""
+        self._max_message_bytes = max_message_bytes
         self._owner_id = owner_id
         self._channel = channel
         self._stub = engine_pb2_grpc.EngineServiceStub(channel)
@@ -165,6 +166,9 @@ class EngineClient:
         major, _, minor = info.contract_version.partition(".")
         # An engine of contract 1.0 would not answer other verbs on a session.
         self._session_has_all_verbs = minor.isdecimal() and int(minor) >= SESSION_VERBS_MINOR
+        self._session.max_message_bytes = min(
+            self._max_message_bytes, info.max_message_bytes or self._max_message_bytes
+        )
         if major != CONTRACT_MAJOR:
             raise IncompatibleEngine(f"the engine speaks contract {info.contract_version}, not {CONTRACT_MAJOR}.x")
         return EngineInfo(

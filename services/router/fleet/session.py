@@ -66,12 +66,12 @@ class Session:
         max_message_bytes: int,
     ) -> None:
         """`abort` is given the request id of a reservation that was made for somebody who has left. `max_message_bytes`
-        is the channel's limit."""
+        is the least of what the channel and the engine let through; it may be set again."""
         self._engine = engine
         self._open_call = open_call
         self._abort = abort
         self._max_buffered = max_buffered
-        self._max_message_bytes = max_message_bytes
+        self.max_message_bytes = max_message_bytes
         self._stream: _Stream | None = None
 
     def start(self, request: engine_pb2.StartGenerateRequest) -> Sequence:
@@ -100,8 +100,8 @@ class Session:
 
     def _open_for(self, command: engine_pb2.SessionRequest) -> _Stream:
         """The stream to put it on. InvalidRequest if it is too large: writing it would end everybody's verbs."""
-        if command.ByteSize() > self._max_message_bytes:
-            message = f"the request is {command.ByteSize()} bytes to an engine, more than {self._max_message_bytes}"
+        if command.ByteSize() > self.max_message_bytes:
+            message = f"the request is {command.ByteSize()} bytes to an engine, more than {self.max_message_bytes}"
             raise InvalidRequest(message)
         if self._stream is None or self._stream.ended:
             self._stream = _Stream(self._engine, self._open_call(), self._abort)

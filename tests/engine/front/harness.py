@@ -93,6 +93,7 @@ async def serve(*, with_kvtransfer: bool = True) -> AsyncIterator[Served]:
         labels={"zone": "a"},
         eos_token_ids=(2,),
         max_batch_size=8,
+        max_message_bytes=4096,
     )
     view = TransferView("127.0.0.1:1", ("shm",))
     servicer = EngineServicer(

@@ -158,6 +158,7 @@ async def test_without_a_transfer_service() -> None:
                 await call
         info = await served.stub.GetInfo(pb.GetInfoRequest())
         assert (info.kvtransfer_endpoint, list(info.transports)) == ("", [])
+        assert (info.max_batch_size, info.max_message_bytes) == (8, 4096)
 
 
 async def test_release_renew_abort_and_list(served: Served) -> None:

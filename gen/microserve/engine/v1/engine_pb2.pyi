@@ -825,6 +825,7 @@ class GetInfoResponse(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     engine_name: _builtins.str
     """Name given at start, stable across restarts."""
     incarnation: _builtins.bytes
@@ -849,6 +850,8 @@ class GetInfoResponse(_message.Message):
     """Device, for instance cpu or cuda:0."""
     max_batch_size: _builtins.int
     """Sequences computed at once at most."""
+    max_message_bytes: _builtins.int
+    """Largest message that it takes, in bytes. A larger one ends the call that it comes on, a Session too. Zero: not told."""
     @_builtins.property
     def layout(self) -> _kv_pb2.PageLayout:
         """Arrangement of the KV pool."""
@@ -884,10 +887,11 @@ class GetInfoResponse(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         max_batch_size: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_version", b"contract_version", "device", b"device", "engine_name", b"engine_name", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kvtransfer_endpoint", b"kvtransfer_endpoint", "labels", b"labels", "layout", b"layout", "max_batch_size", b"max_batch_size", "max_context_length", b"max_context_length", "model", b"model", "model_digest", b"model_digest", "page_count", b"page_count", "tokenizer_digest", b"tokenizer_digest", "transports", b"transports", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_version", b"contract_version", "device", b"device", "engine_name", b"engine_name", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kvtransfer_endpoint", b"kvtransfer_endpoint", "labels", b"labels", "layout", b"layout", "max_batch_size", b"max_batch_size", "max_context_length", b"max_context_length", "max_message_bytes", b"max_message_bytes", "model", b"model", "model_digest", b"model_digest", "page_count", b"page_count", "tokenizer_digest", b"tokenizer_digest", "transports", b"transports", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
