@@ -23,6 +23,7 @@ from services.router.fleet.member import Member
 from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
+from services.router.front.servicer import RouterServicer
 from services.router.http import HttpServer
 from services.router.keys import KeyInterceptor, Keys, read_key
 from services.router.openai.app import HttpApp
@@ -35,7 +36,6 @@ from services.router.programs.program import PLANNER
 from services.router.programs.watchdog import Watchdog
 from services.router.registration import RegistrationServicer
 from services.router.service import GenerationService
-from services.router.servicer import RouterServicer
 from services.router.text.store import TokenizerStore
 from services.router.traces import Traces
 from services.rpc.channel import make_channel
@@ -101,8 +101,8 @@ class Router:
         admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else keys
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
         self.server = Server(config, "router", interceptors=(guard,))
-        front = RouterServicer(service, client_timeout_s=config.client_timeout)
-        router_pb2_grpc.add_RouterServiceServicer_to_server(front, self.server.grpc)
+        self._front = RouterServicer(service, client_timeout_s=config.client_timeout)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self._front, self.server.grpc)
         shown = (self.registry, self.membership, self.catalogue, self.planners, traces)
         admin = AdminServicer(*shown, take_uploads=False)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
@@ -191,6 +191,7 @@ class Router:
 
     async def _drain(self) -> None:
         self._draining = True
+        self._front.drain()
         await self.planners.stop()
         await self._http_app.drain()
 

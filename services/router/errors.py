@@ -29,6 +29,8 @@ RouterError
 ├── BadTokenizer           FAILED_PRECONDITION  an engine's tokenizer cannot be used
 ├── IncompatibleEngine     FAILED_PRECONDITION  an engine speaks another contract
 ├── Overloaded             RESOURCE_EXHAUSTED   the request cannot begin in time
+├── RequestCancelled       CANCELLED            the client ended a request of a session
+├── Draining               UNAVAILABLE          the router is about to stop
 └── SlowConsumer           RESOURCE_EXHAUSTED   a client reads too slowly for the room there is
 """
 
@@ -244,6 +246,20 @@ class Overloaded(RouterError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
+
+
+class RequestCancelled(RouterError):
+    """The client cancelled a request of its session."""
+
+    code = Code.CANCELLED
+    reason = "REQUEST_CANCELLED"
+
+
+class Draining(RouterError):
+    """The router is about to stop and takes no new requests on sessions."""
+
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"
 
 
 class SlowConsumer(RouterError):

@@ -12,6 +12,7 @@ import grpc.aio
 
 from services.router.errors import WrongKey
 from services.rpc.errors import StartError
+from services.rpc.interceptor import with_behaviour
 
 HEADER = "authorization"
 
@@ -79,10 +80,4 @@ def _refusing(handler: grpc.RpcMethodHandler[Any, Any], error: WrongKey) -> grpc
     async def refuse(request: Any, context: Any) -> NoReturn:
         raise error
 
-    make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-    refusing: grpc.RpcMethodHandler[Any, Any] = make(
-        refuse,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
-    return refusing
+    return with_behaviour(handler, refuse)

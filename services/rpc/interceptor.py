@@ -71,14 +71,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrapped(handler: Handler, method: str) -> Handler:
-    name = _kind(handler)
-    make = getattr(grpc, f"{name}_rpc_method_handler")
-    wrapped: Handler = make(
-        _wrap(getattr(handler, name), method),
+    return with_behaviour(handler, _wrap(getattr(handler, _kind(handler)), method))
+
+
+def with_behaviour(handler: Handler, behaviour: Callable[[Any, Context], Any]) -> Handler:
+    """A method of the same kind and messages that does something else."""
+    make = getattr(grpc, f"{_kind(handler)}_rpc_method_handler")
+    changed: Handler = make(
+        behaviour,
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
-    return wrapped
+    return changed
 
 
 def _kind(handler: Handler) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,34 +53,47 @@ async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite
         yield running
 
 
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder with the programs of a language, built afresh but once."""
+
+    @cache
+    def built(language: str) -> Path:
+        for each in NEEDED[language]:
+            if not (Path(each).exists() if each.startswith("/") else shutil.which(each)):
+                pytest.skip(f"needs the {language} tool chain: {each} is absent")
+        out = tmp_path_factory.mktemp(language)
+        command = ["make", "-j2", "-C", CLIENTS / language, f"OUT={out}"]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
+        return out
+
+    return built
+
+
 @pytest.fixture(scope="module", params=sorted(NEEDED))
-def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of one language, built afresh."""
-    for each in NEEDED[request.param]:
-        if not (Path(each).exists() if each.startswith("/") else shutil.which(each)):
-            pytest.skip(f"needs the {request.param} tool chain: {each} is absent")
-    out = tmp_path_factory.mktemp(request.param)
-    build = ["make", "-j2", "-C", CLIENTS / request.param, f"OUT={out}"]
-    built = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
-    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
-    return out / "client"
+def client(request: pytest.FixtureRequest, build: Callable[[str], Path]) -> Path:
+    """The program of one language that streams an answer."""
+    return build(request.param) / "client"
 
 
-async def run(client: Path, *arguments: str) -> Outcome:
-    process = await asyncio.create_subprocess_exec(
-        *(client, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+async def run(program: Path, *arguments: str) -> Outcome:
+    process = await asyncio.create_subprocess_exec(program, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     async with asyncio.timeout(90):
         text, errors = await process.communicate()
     assert process.returncode is not None
     return Outcome(process.returncode, text.decode(), errors.decode())
 
 
-async def test_it_streams_what_complete_answers(suite: Suite, client: Path) -> None:
+async def complete(suite: Suite, prompt: str) -> router_pb2.GenerateResponse:
+    asked = router_pb2.GenerateRequest(text=prompt, sampling=sampling_pb2.SamplingParams(max_tokens=MAX_TOKENS))
     assert suite.router is not None
+    return (await suite.router.Complete(router_pb2.CompleteRequest(request=asked), timeout=60)).response
+
+
+async def test_it_streams_what_complete_answers(suite: Suite, client: Path) -> None:
     assert suite.router_process is not None
-    asked = router_pb2.GenerateRequest(text=PROMPT, sampling=sampling_pb2.SamplingParams(max_tokens=MAX_TOKENS))
-    whole = (await suite.router.Complete(router_pb2.CompleteRequest(request=asked), timeout=60)).response
+    whole = await complete(suite, PROMPT)
     outcome = await run(client, suite.router_process.address, PROMPT, str(MAX_TOKENS))
     assert outcome.code == 0, outcome.errors
     assert outcome.text == whole.text
@@ -100,3 +115,17 @@ async def test_it_tells_why_it_was_refused(suite: Suite, client: Path) -> None:
 )
 async def test_it_says_what_it_wants_to_be_told(client: Path, arguments: tuple[str, ...]) -> None:
     assert await run(client, *arguments) == Outcome(2, "", "usage: client ADDRESS PROMPT MAX_TOKENS\n")
+
+
+async def test_node_asks_many_over_one_stream(suite: Suite, build: Callable[[str], Path]) -> None:
+    assert suite.router_process is not None
+    prompts = [PROMPT, "One two three", ""]
+    outcome = await run(build("node") / "session", suite.router_process.address, str(MAX_TOKENS), *prompts)
+    assert outcome.code == 0, outcome.errors
+    told = {line["prompt"]: line for line in map(json.loads, outcome.text.splitlines())}
+    for prompt in prompts[:2]:
+        assert told[prompt] == {"prompt": prompt, "text": (await complete(suite, prompt)).text}
+    assert told[""]["error"] == "EMPTY_PROMPT"
+    usage = "usage: session ADDRESS MAX_TOKENS PROMPT...\n"
+    for wrong in ((), ("localhost:1", "8"), ("localhost:1", "many", "Hi")):
+        assert await run(build("node") / "session", *wrong) == Outcome(2, "", usage)

@@ -26,6 +26,7 @@ from services.rpc.bind import split_address
 from services.rpc.errors import StartError
 from services.rpc.status import remote_errors
 from tests.router.harness import UPLOAD_KEY, failing, request, running, script
+from tests.router.talk import Talk
 
 RIGHT = (("authorization", "Bearer second"),)
 WRONG = [(), (("authorization", "second"),), (("authorization", "Bearer third"),), (("authorization", "Basic second"),)]
@@ -41,6 +42,8 @@ async def test_calls_without_a_key_are_refused(metadata: tuple[tuple[str, str], 
         with failing("UNAUTHENTICATED", "INVALID_API_KEY"), remote_errors():
             async for _ in suite.stub.Generate(request(), metadata=metadata):
                 pass
+        with failing("UNAUTHENTICATED", "INVALID_API_KEY"):
+            await Talk(suite.stub, metadata).next()
         assert suite.first.called("Session") == []
 
 

@@ -20,7 +20,8 @@ from microserve.router.v1 import router_pb2_grpc
 from services.router.programs.catalogue import FALLBACK
 from services.rpc.channel import make_channel
 from tests.fakes import FakeEngine
-from tests.router.harness import PROMPT, complete, model, request
+from tests.router.harness import PROMPT, complete, failing, model, request
+from tests.router.talk import Talk, tokens
 from tests.router.test_http import get
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +104,36 @@ async def test_a_request_in_flight_outlives_sigterm() -> None:
                 assert (await get(announced["metrics"], "/health"))[0] == 503
                 engine.gate.set()
                 assert list((await asking).token_ids) == model().generate(PROMPT, 8)
+            assert await process.wait() == 0
+        await engine.idle()
+    finally:
+        await engine.stop()
+
+
+async def test_sessions_end_with_what_they_run_when_the_router_is_told_to_stop() -> None:
+    engine = FakeEngine(model(), "a")
+    address = await engine.start()
+    try:
+        async with router("--engine", address) as process:
+            announced = await ready(process)
+            async with make_channel(announced["address"]) as channel:
+                await serving(channel)
+                stub = router_pb2_grpc.RouterServiceStub(channel)
+                engine.gate.clear()
+                busy, idle = Talk(stub), Talk(stub)
+                await idle.ask(1, policy="nope")
+                assert await idle.error(1) == ("NOT_FOUND", "UNKNOWN_POLICY")
+                await busy.ask(1)
+                await engine.until(lambda: engine.sequences)
+                process.send_signal(signal.SIGTERM)
+                with failing("UNAVAILABLE", "DRAINING"):
+                    await idle.next()
+                await busy.ask(2)
+                assert await busy.error(2) == ("UNAVAILABLE", "DRAINING")
+                engine.gate.set()
+                assert tokens(await busy.answer(1)) == model().generate(PROMPT, 8)
+                with failing("UNAVAILABLE", "DRAINING"):
+                    await busy.next()
             assert await process.wait() == 0
         await engine.idle()
     finally:

@@ -9,7 +9,7 @@ import pytest
 from microserve.router.v1 import router_pb2
 from microserve.types.v1 import sampling_pb2
 
-from services.router import servicer
+from services.router.front import wire
 from tests.fakes import TOLD_AT_ONCE, FakeLoss, Fault
 from tests.router.harness import PROMPT, model, request, running, script, verbs
 from tests.router.openai_client import serving
@@ -115,7 +115,7 @@ async def test_one_token_has_nothing_to_tell() -> None:
 
 
 async def test_what_one_message_cannot_hold_comes_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer, "MAX_PROMPT_NUMBERS", 100)  # 20 tokens of five numbers
+    monkeypatch.setattr(wire, "MAX_PROMPT_NUMBERS", 100)  # 20 tokens of five numbers
     async with running() as suite:
         messages = [each async for each in suite.stream(prompt_logprobs=2, echo=True, max_tokens=1, logprobs=0)]
         told = [len(message.prompt_logprobs.logprobs) for message in messages if message.HasField("prompt_logprobs")]

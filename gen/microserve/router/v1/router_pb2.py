@@ -22,48 +22,60 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from microserve.types.v1 import error_pb2 as microserve_dot_types_dot_v1_dot_error__pb2
 from microserve.types.v1 import sampling_pb2 as microserve_dot_types_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!microserve/router/v1/router.proto\x12\x14microserve.router.v1\x1a\"microserve/types/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.microserve.router.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe5\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.microserve.router.v1.TokenIdsH\x00\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.microserve.types.v1.SamplingParams\x12\x12\n\nseed_given\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0c \x01(\x08\x12\x13\n\x0bprompt_only\x18\r \x01(\x08\x42\x08\n\x06prompt\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\"-\n\nPromptEcho\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x96\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.microserve.types.v1.Logprobs\x12\x38\n\rfinish_reason\x18\x04 \x01(\x0e\x32!.microserve.types.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.microserve.router.v1.Usage\x12&\n\x04legs\x18\x06 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\x30\n\x06prompt\x18\n \x01(\x0b\x32 .microserve.router.v1.PromptEcho\x12<\n\x0fprompt_logprobs\x18\x0b \x01(\x0b\x32#.microserve.types.v1.PromptLogprobs\"I\n\x0f\x43ompleteRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32%.microserve.router.v1.GenerateRequest\"\x8b\x01\n\x10\x43ompleteResponse\x12\x38\n\x08response\x18\x01 \x01(\x0b\x32&.microserve.router.v1.GenerateResponse\x12=\n\rother_choices\x18\x02 \x03(\x0b\x32&.microserve.router.v1.GenerateResponse\"m\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_count\x18\x04 \x01(\r\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.microserve.router.v1.ModelInfo2\xe4\x03\n\rRouterService\x12[\n\x08Generate\x12%.microserve.router.v1.GenerateRequest\x1a&.microserve.router.v1.GenerateResponse0\x01\x12Y\n\x08\x43omplete\x12%.microserve.router.v1.CompleteRequest\x1a&.microserve.router.v1.CompleteResponse\x12Y\n\x08Tokenize\x12%.microserve.router.v1.TokenizeRequest\x1a&.microserve.router.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.microserve.router.v1.DetokenizeRequest\x1a(.microserve.router.v1.DetokenizeResponse\x12_\n\nListModels\x12\'.microserve.router.v1.ListModelsRequest\x1a(.microserve.router.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!microserve/router/v1/router.proto\x12\x14microserve.router.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fmicroserve/types/v1/error.proto\x1a\"microserve/types/v1/sampling.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.microserve.router.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe5\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.microserve.router.v1.TokenIdsH\x00\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32#.microserve.types.v1.SamplingParams\x12\x12\n\nseed_given\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x07 \x01(\x08\x12\r\n\x05model\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\t\n\x01n\x18\x0b \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0c \x01(\x08\x12\x13\n\x0bprompt_only\x18\r \x01(\x08\x42\x08\n\x06prompt\"[\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x02 \x01(\r\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\"-\n\nPromptEcho\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x96\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.microserve.types.v1.Logprobs\x12\x38\n\rfinish_reason\x18\x04 \x01(\x0e\x32!.microserve.types.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.microserve.router.v1.Usage\x12&\n\x04legs\x18\x06 \x03(\x0b\x32\x18.microserve.types.v1.Leg\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\x30\n\x06prompt\x18\n \x01(\x0b\x32 .microserve.router.v1.PromptEcho\x12<\n\x0fprompt_logprobs\x18\x0b \x01(\x0b\x32#.microserve.types.v1.PromptLogprobs\"\x87\x01\n\x0eSessionRequest\x12\x36\n\x08generate\x18\x01 \x01(\x0b\x32\".microserve.router.v1.GenerateCallH\x00\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32 .microserve.router.v1.CancelCallH\x00\x42\t\n\x07\x63ommand\"\xb5\x01\n\x0cGenerateCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32%.microserve.router.v1.GenerateRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\"\x1d\n\nCancelCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\"G\n\x0fSessionResponse\x12\x34\n\x07outputs\x18\x01 \x03(\x0b\x32#.microserve.router.v1.SessionOutput\"\xa1\x01\n\rSessionOutput\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12:\n\x08response\x18\x02 \x01(\x0b\x32&.microserve.router.v1.GenerateResponseH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.microserve.types.v1.ErrorH\x00\x12\x0c\n\x04last\x18\x04 \x01(\x08\x42\x08\n\x06result\"I\n\x0f\x43ompleteRequest\x12\x36\n\x07request\x18\x01 \x01(\x0b\x32%.microserve.router.v1.GenerateRequest\"\x8b\x01\n\x10\x43ompleteResponse\x12\x38\n\x08response\x18\x01 \x01(\x0b\x32&.microserve.router.v1.GenerateResponse\x12=\n\rother_choices\x18\x02 \x03(\x0b\x32&.microserve.router.v1.GenerateResponse\"m\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x02 \x01(\x0b\x32\".microserve.router.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"[\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x14\n\x0c\x65ngine_count\x18\x04 \x01(\r\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.microserve.router.v1.ModelInfo2\xc0\x04\n\rRouterService\x12[\n\x08Generate\x12%.microserve.router.v1.GenerateRequest\x1a&.microserve.router.v1.GenerateResponse0\x01\x12Z\n\x07Session\x12$.microserve.router.v1.SessionRequest\x1a%.microserve.router.v1.SessionResponse(\x01\x30\x01\x12Y\n\x08\x43omplete\x12%.microserve.router.v1.CompleteRequest\x1a&.microserve.router.v1.CompleteResponse\x12Y\n\x08Tokenize\x12%.microserve.router.v1.TokenizeRequest\x1a&.microserve.router.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.microserve.router.v1.DetokenizeRequest\x1a(.microserve.router.v1.DetokenizeResponse\x12_\n\nListModels\x12\'.microserve.router.v1.ListModelsRequest\x1a(.microserve.router.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'microserve.router.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATMESSAGE']._serialized_start=95
-  _globals['_CHATMESSAGE']._serialized_end=139
-  _globals['_CHATMESSAGES']._serialized_start=141
-  _globals['_CHATMESSAGES']._serialized_end=208
-  _globals['_TOKENIDS']._serialized_start=210
-  _globals['_TOKENIDS']._serialized_end=233
-  _globals['_GENERATEREQUEST']._serialized_start=236
-  _globals['_GENERATEREQUEST']._serialized_end=593
-  _globals['_USAGE']._serialized_start=595
-  _globals['_USAGE']._serialized_end=686
-  _globals['_PROMPTECHO']._serialized_start=688
-  _globals['_PROMPTECHO']._serialized_end=733
-  _globals['_GENERATERESPONSE']._serialized_start=736
-  _globals['_GENERATERESPONSE']._serialized_end=1142
-  _globals['_COMPLETEREQUEST']._serialized_start=1144
-  _globals['_COMPLETEREQUEST']._serialized_end=1217
-  _globals['_COMPLETERESPONSE']._serialized_start=1220
-  _globals['_COMPLETERESPONSE']._serialized_end=1359
-  _globals['_TOKENIZEREQUEST']._serialized_start=1361
-  _globals['_TOKENIZEREQUEST']._serialized_end=1470
-  _globals['_TOKENIZERESPONSE']._serialized_start=1472
-  _globals['_TOKENIZERESPONSE']._serialized_end=1509
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1511
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1564
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1566
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1600
-  _globals['_LISTMODELSREQUEST']._serialized_start=1602
-  _globals['_LISTMODELSREQUEST']._serialized_end=1621
-  _globals['_MODELINFO']._serialized_start=1623
-  _globals['_MODELINFO']._serialized_end=1714
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1716
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1785
-  _globals['_ROUTERSERVICE']._serialized_start=1788
-  _globals['_ROUTERSERVICE']._serialized_end=2272
+  _globals['_CHATMESSAGE']._serialized_start=160
+  _globals['_CHATMESSAGE']._serialized_end=204
+  _globals['_CHATMESSAGES']._serialized_start=206
+  _globals['_CHATMESSAGES']._serialized_end=273
+  _globals['_TOKENIDS']._serialized_start=275
+  _globals['_TOKENIDS']._serialized_end=298
+  _globals['_GENERATEREQUEST']._serialized_start=301
+  _globals['_GENERATEREQUEST']._serialized_end=658
+  _globals['_USAGE']._serialized_start=660
+  _globals['_USAGE']._serialized_end=751
+  _globals['_PROMPTECHO']._serialized_start=753
+  _globals['_PROMPTECHO']._serialized_end=798
+  _globals['_GENERATERESPONSE']._serialized_start=801
+  _globals['_GENERATERESPONSE']._serialized_end=1207
+  _globals['_SESSIONREQUEST']._serialized_start=1210
+  _globals['_SESSIONREQUEST']._serialized_end=1345
+  _globals['_GENERATECALL']._serialized_start=1348
+  _globals['_GENERATECALL']._serialized_end=1529
+  _globals['_CANCELCALL']._serialized_start=1531
+  _globals['_CANCELCALL']._serialized_end=1560
+  _globals['_SESSIONRESPONSE']._serialized_start=1562
+  _globals['_SESSIONRESPONSE']._serialized_end=1633
+  _globals['_SESSIONOUTPUT']._serialized_start=1636
+  _globals['_SESSIONOUTPUT']._serialized_end=1797
+  _globals['_COMPLETEREQUEST']._serialized_start=1799
+  _globals['_COMPLETEREQUEST']._serialized_end=1872
+  _globals['_COMPLETERESPONSE']._serialized_start=1875
+  _globals['_COMPLETERESPONSE']._serialized_end=2014
+  _globals['_TOKENIZEREQUEST']._serialized_start=2016
+  _globals['_TOKENIZEREQUEST']._serialized_end=2125
+  _globals['_TOKENIZERESPONSE']._serialized_start=2127
+  _globals['_TOKENIZERESPONSE']._serialized_end=2164
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2166
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2219
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2221
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2255
+  _globals['_LISTMODELSREQUEST']._serialized_start=2257
+  _globals['_LISTMODELSREQUEST']._serialized_end=2276
+  _globals['_MODELINFO']._serialized_start=2278
+  _globals['_MODELINFO']._serialized_end=2369
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2371
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2440
+  _globals['_ROUTERSERVICE']._serialized_start=2443
+  _globals['_ROUTERSERVICE']._serialized_end=3019
 # @@protoc_insertion_point(module_scope)

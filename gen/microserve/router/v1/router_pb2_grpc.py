@@ -44,6 +44,11 @@ class RouterServiceStub:
                 request_serializer=microserve_dot_router_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=microserve_dot_router_dot_v1_dot_router__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/microserve.router.v1.RouterService/Session',
+                request_serializer=microserve_dot_router_dot_v1_dot_router__pb2.SessionRequest.SerializeToString,
+                response_deserializer=microserve_dot_router_dot_v1_dot_router__pb2.SessionResponse.FromString,
+                _registered_method=True)
         self.Complete = channel.unary_unary(
                 '/microserve.router.v1.RouterService/Complete',
                 request_serializer=microserve_dot_router_dot_v1_dot_router__pb2.CompleteRequest.SerializeToString,
@@ -86,6 +91,22 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """Session is Generate for many requests over one stream, for gateways and load generators: a message each way on an
+        open stream costs a fraction of a call, above all in the tail. Requests and cancels go in, frames come out with
+        whatever there is of all answers. Meaning and errors are those of Generate, with errors as a field; requests do not
+        wait for one another. The three metadata keys above, given for the stream, count for its requests that say nothing
+        else.
+
+        When no more commands come and the last answer has ended, the stream ends. Its end for another cause ends all its
+        requests: those without a last output have no answer. A reader that takes nothing for a while is cut off
+        (RESOURCE_EXHAUSTED, SLOW_CONSUMER). INVALID_ARGUMENT, once what runs has ended: a command that is none, or a call
+        id that is not larger than all before it. UNAVAILABLE (DRAINING), likewise: the router is about to stop.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Complete(self, request, context):
         """Complete is Generate in one reply.
         """
@@ -121,6 +142,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=microserve_dot_router_dot_v1_dot_router__pb2.GenerateRequest.FromString,
                     response_serializer=microserve_dot_router_dot_v1_dot_router__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=microserve_dot_router_dot_v1_dot_router__pb2.SessionRequest.FromString,
+                    response_serializer=microserve_dot_router_dot_v1_dot_router__pb2.SessionResponse.SerializeToString,
             ),
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
@@ -175,6 +201,33 @@ class RouterService:
             '/microserve.router.v1.RouterService/Generate',
             microserve_dot_router_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
             microserve_dot_router_dot_v1_dot_router__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/microserve.router.v1.RouterService/Session',
+            microserve_dot_router_dot_v1_dot_router__pb2.SessionRequest.SerializeToString,
+            microserve_dot_router_dot_v1_dot_router__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,18 @@ class RouterServiceStub:
     UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
     ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
     """
+    Session: _grpc.StreamStreamMultiCallable[_router_pb2.SessionRequest, _router_pb2.SessionResponse]
+    """Session is Generate for many requests over one stream, for gateways and load generators: a message each way on an
+    open stream costs a fraction of a call, above all in the tail. Requests and cancels go in, frames come out with
+    whatever there is of all answers. Meaning and errors are those of Generate, with errors as a field; requests do not
+    wait for one another. The three metadata keys above, given for the stream, count for its requests that say nothing
+    else.
+
+    When no more commands come and the last answer has ended, the stream ends. Its end for another cause ends all its
+    requests: those without a last output have no answer. A reader that takes nothing for a while is cut off
+    (RESOURCE_EXHAUSTED, SLOW_CONSUMER). INVALID_ARGUMENT, once what runs has ended: a command that is none, or a call
+    id that is not larger than all before it. UNAVAILABLE (DRAINING), likewise: the router is about to stop.
+    """
     Complete: _grpc.UnaryUnaryMultiCallable[_router_pb2.CompleteRequest, _router_pb2.CompleteResponse]
     """Complete is Generate in one reply."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
@@ -72,6 +84,18 @@ class RouterServiceAsyncStub(RouterServiceStub):
     key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
     UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
     ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
+    """
+    Session: _aio.StreamStreamMultiCallable[_router_pb2.SessionRequest, _router_pb2.SessionResponse]  # type: ignore[assignment]
+    """Session is Generate for many requests over one stream, for gateways and load generators: a message each way on an
+    open stream costs a fraction of a call, above all in the tail. Requests and cancels go in, frames come out with
+    whatever there is of all answers. Meaning and errors are those of Generate, with errors as a field; requests do not
+    wait for one another. The three metadata keys above, given for the stream, count for its requests that say nothing
+    else.
+
+    When no more commands come and the last answer has ended, the stream ends. Its end for another cause ends all its
+    requests: those without a last output have no answer. A reader that takes nothing for a while is cut off
+    (RESOURCE_EXHAUSTED, SLOW_CONSUMER). INVALID_ARGUMENT, once what runs has ended: a command that is none, or a call
+    id that is not larger than all before it. UNAVAILABLE (DRAINING), likewise: the router is about to stop.
     """
     Complete: _aio.UnaryUnaryMultiCallable[_router_pb2.CompleteRequest, _router_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete is Generate in one reply."""
@@ -102,6 +126,24 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         key in call metadata authorization, where the router wants one. NOT_FOUND: UNKNOWN_POLICY,
         UNKNOWN_MODEL. UNAVAILABLE (NO_ENGINE): no healthy engine. RESOURCE_EXHAUSTED: overload, with RetryInfo.
         ABORTED (POLICY_FAILED): the policy raised or produced nothing. DEADLINE_EXCEEDED.
+        """
+
+    @_abc_1.abstractmethod
+    def Session(
+        self,
+        request_iterator: _MaybeAsyncIterator[_router_pb2.SessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.SessionResponse], _abc.AsyncIterator[_router_pb2.SessionResponse]]:
+        """Session is Generate for many requests over one stream, for gateways and load generators: a message each way on an
+        open stream costs a fraction of a call, above all in the tail. Requests and cancels go in, frames come out with
+        whatever there is of all answers. Meaning and errors are those of Generate, with errors as a field; requests do not
+        wait for one another. The three metadata keys above, given for the stream, count for its requests that say nothing
+        else.
+
+        When no more commands come and the last answer has ended, the stream ends. Its end for another cause ends all its
+        requests: those without a last output have no answer. A reader that takes nothing for a while is cut off
+        (RESOURCE_EXHAUSTED, SLOW_CONSUMER). INVALID_ARGUMENT, once what runs has ended: a command that is none, or a call
+        id that is not larger than all before it. UNAVAILABLE (DRAINING), likewise: the router is about to stop.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,1 @@
+"""The gRPC front door: messages in, messages out; what is done is GenerationService's."""

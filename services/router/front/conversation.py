@@ -1,0 +1,150 @@
+"""The requests of one stream, and what has come of them and is not yet on its way to the client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from services.protocol.errors import ServiceError
+from services.router.errors import RequestCancelled
+from services.rpc.interceptor import internal_error
+
+# That may wait for a slow client before its requests wait for it: of each one piece more.
+MAX_WAITING_BYTES = 1 << 20
+# Of a frame, unless one output by itself is larger: far below what a message may hold.
+MAX_FRAME_BYTES = 1 << 18
+
+
+class Output(Protocol):
+    """A piece of one answer, as a message."""
+
+    @property
+    def call_id(self) -> int:
+        """The request."""
+        ...
+
+    @property
+    def last(self) -> bool:
+        """Whether it ends the request."""
+        ...
+
+    def ByteSize(self) -> int:
+        """Of the message."""
+        ...
+
+
+OutputT = TypeVar("OutputT", bound=Output)
+
+
+class Conversation(Generic[OutputT]):
+    """Each request is a task of its own, so that none waits for another. Belongs to the running loop."""
+
+    def __init__(self, method: str, failed: Callable[[int, ServiceError], OutputT]) -> None:
+        """`method` as logs name it; `failed` makes the last output of a request out of its error."""
+        self._method = method
+        self._failed = failed
+        self._open: dict[int, asyncio.Task[None]] = {}
+        self._waiting: deque[tuple[OutputT, int]] = deque()  # with their bytes
+        self._waiting_bytes = 0
+        self._ended = False
+        self._end_error: ServiceError | None = None
+        self._ready = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    def begin(self, call_id: int, outputs: AsyncGenerator[OutputT, None]) -> None:
+        """Begins a request, whose number must be new; after end() it fails with what ended the conversation."""
+        if self._end_error is not None:
+            self._put(self._failed(call_id, self._end_error))
+            return
+        task = self._open[call_id] = asyncio.create_task(self._answer(call_id, outputs))
+        task.add_done_callback(partial(self._task_ended, call_id))
+
+    def cancel(self, call_id: int) -> None:
+        """Ends a request as if its client had left. One that is not open is ignored."""
+        task = self._open.get(call_id)
+        if task is not None and not task.cancelling():  # once: what it does then takes its time
+            task.cancel()
+
+    def end(self, error: ServiceError | None = None) -> None:
+        """No request is begun any more; those that are open go on. The first `error` counts."""
+        self._ended = True
+        self._end_error = self._end_error or error
+        self._ready.set()
+
+    async def take(self) -> list[OutputT]:
+        """What has come since, at least one output and as many as make a frame; empty once all is over. Raises what
+        the conversation was ended with."""
+        while not self._waiting:
+            if self._ended and not self._open:
+                if self._end_error is not None:
+                    raise self._end_error
+                return []
+            self._ready.clear()
+            await self._ready.wait()
+        taken, num_bytes = list[OutputT](), 0
+        while self._waiting:
+            output, size = self._waiting[0]
+            if taken and num_bytes + size > MAX_FRAME_BYTES:
+                break
+            self._waiting.popleft()
+            taken.append(output)
+            num_bytes += size
+        self._waiting_bytes -= num_bytes
+        if self._waiting_bytes < MAX_WAITING_BYTES:
+            self._room.set()
+        return taken
+
+    async def wait_for_room(self) -> None:
+        """Waits while too much is waiting for the client."""
+        while self._waiting_bytes >= MAX_WAITING_BYTES:
+            await self._room.wait()
+
+    async def close(self) -> None:
+        """Ends every request; returns when they have."""
+        self._ended = True
+        tasks = tuple(self._open.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, call_id: int, outputs: AsyncGenerator[OutputT, None]) -> None:
+        is_over = False
+        failure: ServiceError
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    await self.wait_for_room()
+                    is_over = output.last
+                    self._put(output)
+        except Exception as error:
+            failure = error if isinstance(error, ServiceError) else internal_error(self._method, error)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                failure = RequestCancelled("the client cancelled the request")
+            else:  # nobody asked for it: somebody cancelled a task that the request was waiting for
+                failure = internal_error(self._method, error)
+        else:
+            return
+        if not is_over:
+            self._put(self._failed(call_id, failure))
+
+    def _task_ended(self, call_id: int, task: asyncio.Task[None]) -> None:
+        del self._open[call_id]
+        if task.cancelled():  # before its first step
+            self._put(self._failed(call_id, RequestCancelled("the client cancelled the request")))
+        if self._ended:
+            self._ready.set()
+
+    def _put(self, output: OutputT) -> None:
+        size = output.ByteSize()
+        self._waiting.append((output, size))
+        self._waiting_bytes += size
+        if self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._room.clear()
+        self._ready.set()

@@ -1,0 +1,185 @@
+"""RouterService on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc.aio
+from microserve.router.v1 import router_pb2, router_pb2_grpc
+
+from services.router.asking import Text, check_choices
+from services.router.choices import generate_choices
+from services.router.errors import Draining, InvalidRequest, SlowConsumer
+from services.router.front.conversation import Conversation
+from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
+from services.router.service import GenerationService
+from services.router.wait_limit import WaitLimit
+from services.rpc.deadline import earlier, time_left
+from services.rpc.timing_messages import seconds_of
+
+POLICY_METADATA = "x-microserve-policy"
+PRIORITY_METADATA = "x-microserve-priority"
+TENANT_METADATA = "x-microserve-tenant"
+_SESSION_METHOD = "/microserve.router.v1.RouterService/Session"  # as logs of failures name it
+
+# Strings: generic in the stubs only.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Session = Conversation[router_pb2.SessionOutput]
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Translates; what is done is GenerationService's."""
+
+    def __init__(self, service: GenerationService, *, client_timeout_s: float) -> None:
+        self._service = service
+        self._client_timeout_s = client_timeout_s
+        self._sessions: set[_Session] = set()
+        self._draining: Draining | None = None
+
+    def drain(self) -> None:
+        """Sessions take no new requests and end with those that run; other calls end by themselves."""
+        self._draining = Draining("the router is about to stop")
+        for session in self._sessions:
+            session.end(self._draining)
+
+    # A coroutine that writes, not a generator: grpc leaves a generator suspended when a call is cancelled during a
+    # write, and the request would then end whenever the garbage collector finds it.
+    async def Generate(  # type: ignore[override]
+        self, request: router_pb2.GenerateRequest, context: Context
+    ) -> None:
+        ask, limit = ask_of(request, _terms(context)), WaitLimit(self._client_timeout_s)
+        spelling = Spelling(self._service, ask, echo=request.echo)
+        try:
+            async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
+                async for choice, answer in answers:
+                    for piece in spelling.pieces(choice, answer):
+                        await self._write(context, piece, limit)
+        finally:
+            limit.stop()
+
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
+    ) -> None:
+        session, limit = _Session(_SESSION_METHOD, failed), WaitLimit(self._client_timeout_s)
+        if self._draining is not None:
+            session.end(self._draining)
+        self._sessions.add(session)
+        reader = asyncio.create_task(self._read(session, request_iterator, context))
+        try:
+            while outputs := await session.take():
+                await self._write(context, router_pb2.SessionResponse(outputs=outputs), limit)
+            reader.result()
+        finally:
+            # All of it before anything is awaited: another cancellation may end the wait.
+            limit.stop()
+            self._sessions.discard(session)
+            reader.cancel()
+            await asyncio.gather(session.close(), reader, return_exceptions=True)
+
+    async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
+        check_choices(request.request.n)
+        ask = ask_of(request.request, _terms(context))
+        spelling = Spelling(self._service, ask, echo=request.request.echo)
+        choices = [router_pb2.GenerateResponse() for _ in range(request.request.n or 1)]
+        texts: list[list[str]] = [[] for _ in choices]
+        async with aclosing(generate_choices(self._service, ask, len(choices))) as answers:
+            async for choice, answer in answers:
+                for piece in spelling.pieces(choice, answer):
+                    texts[choice].append(piece.text)
+                    # Merging appends what is repeated and sets what is set, which each field is once.
+                    choices[choice].MergeFrom(piece)
+        for message, parts in zip(choices, texts, strict=True):
+            message.text = "".join(parts)
+        return router_pb2.CompleteResponse(response=choices[0], other_choices=choices[1:])
+
+    async def Tokenize(self, request: router_pb2.TokenizeRequest, context: Context) -> router_pb2.TokenizeResponse:
+        prompt = chat_of(request.chat) if request.WhichOneof("input") == "chat" else Text(request.text)
+        return router_pb2.TokenizeResponse(token_ids=await self._service.encode(prompt, request.model))
+
+    async def Detokenize(
+        self, request: router_pb2.DetokenizeRequest, context: Context
+    ) -> router_pb2.DetokenizeResponse:
+        return router_pb2.DetokenizeResponse(text=self._service.decode(tuple(request.token_ids), request.model))
+
+    async def ListModels(
+        self, request: router_pb2.ListModelsRequest, context: Context
+    ) -> router_pb2.ListModelsResponse:
+        return router_pb2.ListModelsResponse(
+            models=[
+                router_pb2.ModelInfo(
+                    name=model.key.name,
+                    digest=model.key.digest,
+                    max_context_length=model.max_context,
+                    engine_count=len(model.members),
+                )
+                for model in self._service.models()
+            ]
+        )
+
+    async def _write(self, context: Context, message: object, limit: WaitLimit) -> None:
+        try:
+            await limit.wait(context.write(message))
+        except TimeoutError:
+            raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
+
+    async def _read(
+        self, session: _Session, commands: AsyncIterator[router_pb2.SessionRequest], context: Context
+    ) -> None:
+        """Carries commands out until no more come."""
+        terms, last_id = _terms(context), None
+        try:
+            async for command in commands:
+                match command.WhichOneof("command"):
+                    case "generate":
+                        call = command.generate
+                        if last_id is not None and call.call_id <= last_id:
+                            raise InvalidRequest(f"call_id {call.call_id} comes after {last_id}")
+                        last_id = call.call_id
+                        session.begin(last_id, self._outputs(call, _terms_of(call, terms, time_left(context))))
+                    case "cancel":
+                        session.cancel(command.cancel.call_id)
+                    case None:
+                        raise InvalidRequest("a session request has no command that is known here")
+                await session.wait_for_room()
+        except InvalidRequest as error:
+            session.end(error)
+        finally:
+            session.end()
+
+    async def _outputs(
+        self, call: router_pb2.GenerateCall, terms: Terms
+    ) -> AsyncGenerator[router_pb2.SessionOutput, None]:
+        ask, num_live = ask_of(call.request, terms), call.request.n or 1
+        spelling = Spelling(self._service, ask, echo=call.request.echo)
+        async with aclosing(generate_choices(self._service, ask, num_live)) as answers:
+            async for choice, answer in answers:
+                num_live -= answer.finish is not None
+                *others, piece = spelling.pieces(choice, answer)
+                for other in others:
+                    yield router_pb2.SessionOutput(call_id=call.call_id, response=other)
+                yield router_pb2.SessionOutput(call_id=call.call_id, response=piece, last=not num_live)
+
+
+def _terms(context: Context) -> Terms:
+    """As call metadata says them."""
+    said = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    return Terms(
+        said.get(POLICY_METADATA, ""),
+        said.get(PRIORITY_METADATA, ""),
+        said.get(TENANT_METADATA, ""),
+        time_left(context),
+    )
+
+
+def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None) -> Terms:
+    """Those of a request of a session whose stream has so much time left."""
+    limit_s = seconds_of(call.timeout) if call.HasField("timeout") else None
+    return Terms(
+        call.policy or stream.policy,
+        call.priority or stream.priority,
+        call.tenant or stream.tenant,
+        earlier(left_s, limit_s),
+    )

@@ -1,0 +1,204 @@
+"""Requests of one stream: order, room, and how each of them ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from services.protocol.errors import ServiceError
+from services.router.errors import Draining, NoEngine
+from services.router.front.conversation import MAX_FRAME_BYTES, MAX_WAITING_BYTES, Conversation
+
+
+@dataclass(frozen=True)
+class Said:
+    call_id: int
+    text: str = ""
+    last: bool = False
+    size: int = 10
+
+    def ByteSize(self) -> int:
+        return self.size
+
+
+def failed(call_id: int, error: ServiceError) -> Said:
+    return Said(call_id, f"{error.code.name} {error.reason}", last=True)
+
+
+async def saying(*outputs: Said) -> AsyncGenerator[Said, None]:
+    for output in outputs:
+        yield output
+
+
+@asynccontextmanager
+async def conversation() -> AsyncIterator[Conversation[Said]]:
+    made = Conversation("/service/Session", failed)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def everything(of: Conversation[Said]) -> list[Said]:
+    """What comes until all is over."""
+    said: list[Said] = []
+    while taken := await of.take():
+        said += taken
+    return said
+
+
+class Standing:
+    """A request that says one thing and then stands until it is let go, or for ever."""
+
+    def __init__(self, call_id: int) -> None:
+        self.call_id = call_id
+        self.reached, self.go_on, self.tidied = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def outputs(self) -> AsyncGenerator[Said, None]:
+        try:
+            yield Said(self.call_id, "begun")
+            self.reached.set()
+            await self.go_on.wait()
+            yield Said(self.call_id, "done", last=True)
+        finally:
+            self.tidied.set()
+
+
+async def test_none_waits_for_another_and_all_end_before_the_conversation() -> None:
+    async with conversation() as talk:
+        slow, quick = Standing(1), [Said(2, "a"), Said(2, "b", last=True)]
+        talk.begin(1, slow.outputs())
+        talk.begin(2, saying(*quick))
+        talk.end()
+        got: list[Said] = []
+        while len(got) < 3:
+            got += await talk.take()
+        assert sorted(got, key=lambda said: said.call_id) == [Said(1, "begun"), *quick]
+        slow.go_on.set()
+        assert await everything(talk) == [Said(1, "done", last=True)]
+
+
+async def test_a_frame_is_bounded_but_for_one_large_output() -> None:
+    sizes = [MAX_FRAME_BYTES - 10, 10, 1, 2 * MAX_FRAME_BYTES, 1]
+    async with conversation() as talk:
+        talk.begin(1, saying(*(Said(1, size=size) for size in sizes)))
+        talk.end()
+        await asyncio.sleep(0)  # it says everything in its first turn
+        frames = [[said.size for said in await talk.take()] for _ in range(4)]
+        assert frames == [sizes[:2], [1], [2 * MAX_FRAME_BYTES], [1]]
+        assert await talk.take() == []
+
+
+async def test_requests_wait_while_too_much_is_untaken() -> None:
+    async with conversation() as talk:
+        whole = Said(1, size=MAX_WAITING_BYTES)
+        talk.begin(1, saying(whole, whole, whole))
+        waiting = asyncio.create_task(talk.wait_for_room())
+        for _ in range(3):
+            assert await talk.take() == [whole]
+        await waiting
+        talk.end()
+        assert await everything(talk) == []
+
+
+async def test_one_that_is_cancelled_says_so_tidies_up_and_no_other_is() -> None:
+    async with conversation() as talk:
+        doomed, spared = Standing(1), Standing(2)
+        for each in (doomed, spared):
+            talk.begin(each.call_id, each.outputs())
+            await each.reached.wait()
+        for call_id in (7, 1, 1):
+            talk.cancel(call_id)
+        await doomed.tidied.wait()
+        spared.go_on.set()
+        talk.end()
+        said = await everything(talk)
+        assert [each.text for each in said if each.call_id == 1] == ["begun", "CANCELLED REQUEST_CANCELLED"]
+        assert [each.text for each in said if each.call_id == 2] == ["begun", "done"]
+
+
+async def test_one_that_is_cancelled_before_its_first_turn_says_so_too() -> None:
+    async with conversation() as talk:
+        talk.begin(1, saying(Said(1, "never")))
+        talk.cancel(1)
+        talk.end()
+        assert await everything(talk) == [Said(1, "CANCELLED REQUEST_CANCELLED", last=True)]
+
+
+async def test_nothing_is_said_after_the_last_output() -> None:
+    ending = asyncio.Event()
+
+    async def slow_to_end() -> AsyncGenerator[Said, None]:
+        yield Said(1, "done", last=True)
+        ending.set()
+        await asyncio.Event().wait()
+
+    async def fails_at_its_end() -> AsyncGenerator[Said, None]:
+        yield Said(2, "done", last=True)
+        raise NoEngine("too late")
+
+    async with conversation() as talk:
+        talk.begin(1, slow_to_end())
+        talk.begin(2, fails_at_its_end())
+        await ending.wait()
+        talk.cancel(1)
+        talk.end()
+        assert sorted(await everything(talk), key=lambda said: said.call_id) == [
+            Said(1, "done", last=True),
+            Said(2, "done", last=True),
+        ]
+
+
+async def test_a_failure_is_the_requests_own(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing(error: BaseException) -> AsyncGenerator[Said, None]:
+        raise error
+        yield
+
+    async with conversation() as talk:
+        talk.begin(1, failing(NoEngine("none")))
+        with caplog.at_level(logging.ERROR):
+            talk.begin(2, failing(ZeroDivisionError("a bug")))
+            talk.begin(3, failing(asyncio.CancelledError()))  # of a task that it waited for
+            talk.begin(4, saying(Said(4, "fine", last=True)))
+            talk.end()
+            said = await everything(talk)
+    assert {each.call_id: each.text for each in said} == {
+        1: "UNAVAILABLE NO_ENGINE",
+        2: "INTERNAL INTERNAL",
+        3: "INTERNAL INTERNAL",
+        4: "fine",
+    }
+    assert all(each.last for each in said)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+
+
+async def test_what_comes_after_its_end_is_told_why() -> None:
+    async with conversation() as talk:
+        open_one = Standing(1)
+        talk.begin(1, open_one.outputs())
+        await open_one.reached.wait()
+        talk.end(Draining("soon"))
+        talk.end(NoEngine("a later cause"))
+        talk.begin(2, saying(Said(2, "never")))
+        open_one.go_on.set()
+        said = await talk.take()
+        while len(said) < 3:
+            said += await talk.take()
+        with pytest.raises(Draining):
+            await talk.take()
+        assert {each.text for each in said} == {"begun", "done", "UNAVAILABLE DRAINING"}
+
+
+async def test_closing_ends_every_request() -> None:
+    talk = Conversation("/service/Session", failed)
+    requests = [Standing(number) for number in range(3)]
+    for each in requests:
+        talk.begin(each.call_id, each.outputs())
+        await each.reached.wait()
+    await talk.close()
+    assert all(each.tidied.is_set() for each in requests)
