@@ -107,10 +107,9 @@ class Answering:
         else:
             text += self._output.finish()
         finish = self._output.reason(finish)
-        generation = run.legs.generation()
-        matched = generation.timing.matched_tokens if generation is not None and generation.timing is not None else 0
         num_prompt_tokens = len(self._request.prompt)
-        cached = min(matched, num_prompt_tokens)  # what goes on after a failure finds tokens of the answer cached too
+        # What goes on after a failure finds tokens of the answer cached too.
+        cached = min(run.legs.generation().matched_tokens, num_prompt_tokens)
         usage = Usage(num_prompt_tokens, cached, self._output.num_tokens)
         for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, usage.output_tokens), strict=True):
             counter.inc(number)

@@ -16,7 +16,8 @@ Result = TypeVar("Result")
 
 def begin(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
     """A task of `work`, which has come as far as it does without waiting. It is the current task meanwhile."""
-    loop, outer, context = asyncio.get_running_loop(), asyncio.current_task(), copy_context()
+    loop, context = asyncio.get_running_loop(), copy_context()
+    outer = asyncio.current_task(loop)
     begun = _Begun(work)
     task = loop.create_task(begun, name=name, context=context)
     if outer is not None:

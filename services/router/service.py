@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -117,7 +117,7 @@ class GenerationService:
 
     @contextmanager
     def _recording(self, ask: Ask) -> Iterator[Record]:
-        record, code = Record(ask.request_id or secrets.token_hex(8)), "INTERNAL"
+        record, code = Record(ask.request_id or f"{random.getrandbits(64):016x}"), "INTERNAL"
         try:
             yield record
             code = "OK"

@@ -56,10 +56,8 @@ def _guide_from_wire(message: sampling_pb2.Guide) -> Guide | None:
             return Guide(kind, (getattr(message, kind),))
 
 
-def _guide_to_wire(guide: Guide | None) -> sampling_pb2.Guide | None:
+def _guide_to_wire(guide: Guide) -> sampling_pb2.Guide:
     match guide:
-        case None:
-            return None
         case Guide("choice", texts):
             return sampling_pb2.Guide(choice=sampling_pb2.Choice(texts=texts))
         case Guide(kind, (text,)):
@@ -78,14 +76,14 @@ def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        logit_bias=dict(sampling.logit_bias),
+        logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else None,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
         stop_token_ids=sampling.stop_token_ids,
         min_tokens=sampling.min_tokens,
         max_tokens=sampling.max_tokens,
         ignore_eos=sampling.ignore_eos,
-        guide=_guide_to_wire(sampling.guide),
+        guide=_guide_to_wire(sampling.guide) if sampling.guide is not None else None,
         prompt_logprobs=sampling.prompt_logprobs,
     )
 

@@ -10,9 +10,8 @@ from services.protocol.timing import Timing
 
 def duration_message(seconds: float) -> Duration:
     """Seconds as a message; what is below zero becomes zero."""
-    message = Duration()
-    message.FromNanoseconds(max(0, round(seconds * 1e9)))
-    return message
+    whole, nanos = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
+    return Duration(seconds=whole, nanos=nanos)
 
 
 def seconds_of(message: Duration) -> float:

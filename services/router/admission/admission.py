@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable
 
 from services.router.admission.line import Line, Waiter
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
@@ -23,7 +22,7 @@ class Turn:
     """A request that runs."""
 
     def __init__(self, line: Line, ticket: Ticket, clock: Callable[[], float]) -> None:
-        self._line, self._ticket, self._clock = line, ticket, clock
+        self.line, self._ticket, self._clock = line, ticket, clock
         self._first_token_at: float | None = None
         self._counts_prompt = True
         self._forgetting = asyncio.get_running_loop().call_later(_FORGET_PROMPT_S, self._forget_prompt)
@@ -34,26 +33,26 @@ class Turn:
             self._counts_prompt = False
             self._first_token_at = self._clock()
             self._forgetting.cancel()
-            self._line.first_token(self._ticket)
-            self._line.pump()
+            self.line.first_token(self._ticket)
+            self.line.pump()
 
     def finished(self, num_tokens: int) -> None:
         """It has ended well, with so many tokens; end() follows."""
         if self._first_token_at is not None:
-            self._line.finished(self._ticket, num_tokens, self._clock() - self._first_token_at)
+            self.line.finished(self._ticket, num_tokens, self._clock() - self._first_token_at)
 
     def end(self) -> None:
         """It runs no more."""
         self._forgetting.cancel()
         if self._counts_prompt:
             self._forget_prompt()
-        self._line.end()
-        self._line.pump()
+        self.line.end()
+        self.line.pump()
 
     def _forget_prompt(self) -> None:
         self._counts_prompt = False
-        self._line.forget_prompt(self._ticket)
-        self._line.pump()
+        self.line.forget_prompt(self._ticket)
+        self.line.pump()
 
 
 class Admission:
@@ -73,41 +72,48 @@ class Admission:
         for priority in Priority:
             QUEUED.labels(priority.value)  # shown as 0 before anybody has waited
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
+    def enter(self) -> _Entered:
         """Counts a request for as long as the block runs, before anything is done for it. Overloaded."""
+        return _Entered(self)
+
+    def turn(self, ticket: Ticket) -> _AwaitedTurn:
+        """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not end
+        in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
+        return _AwaitedTurn(self, ticket)
+
+    def count(self) -> None:
+        """One more request. Overloaded."""
         if self._num_requests >= self._limits.max_requests:
             REFUSALS.labels("none", "max_requests").inc()
             what = f"{self._limits.max_requests} requests wait or run, as many as this router takes"
             raise Overloaded(what, retry_delay_s=_RETRY_S)
         self._num_requests += 1
         REQUESTS_IN_FLIGHT.inc()
-        try:
-            yield
-        finally:
-            self._num_requests -= 1
-            REQUESTS_IN_FLIGHT.dec()
 
-    @asynccontextmanager
-    async def turn(self, ticket: Ticket) -> AsyncIterator[Turn]:
-        """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not end
-        in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
+    def uncount(self) -> None:
+        """One that was counted is over."""
+        self._num_requests -= 1
+        REQUESTS_IN_FLIGHT.dec()
+
+    async def begin(self, ticket: Ticket) -> Turn:
+        """What `turn` does when the block begins; end() follows."""
         line = self._lines.get(ticket.model)
         if line is None:
             line = self._lines[ticket.model] = Line(self._limits, lambda: self._capacity(ticket.model), self._clock)
-        try:
-            if ticket.follows or (not line.num_waiting and line.has_room()):
-                line.begin(ticket)
-            else:
-                await self._wait(line, ticket)
-            turn = Turn(line, ticket, self._clock)
+        if ticket.follows or (not line.num_waiting and line.has_room()):
+            line.begin(ticket)
+        else:
             try:
-                yield turn
-            finally:
-                turn.end()
-        finally:
-            if line.idle and self._lines.get(ticket.model) is line and not self._capacity(ticket.model).num_engines:
-                del self._lines[ticket.model]  # a model that is gone; others keep what their speed was
+                await self._wait(line, ticket)
+            except BaseException:
+                self._forget_idle(line, ticket.model)
+                raise
+        return Turn(line, ticket, self._clock)
+
+    def end(self, turn: Turn, model: ModelKey) -> None:
+        """What `turn` does when the block ends."""
+        turn.end()
+        self._forget_idle(turn.line, model)
 
     def pump(self) -> None:
         """The fleet may have more room."""
@@ -118,6 +124,11 @@ class Admission:
     def num_waiting(self) -> int:
         """Requests that wait for their turn."""
         return sum(line.num_waiting for line in self._lines.values())
+
+    def _forget_idle(self, line: Line, model: ModelKey) -> None:
+        """A model that is gone; others keep what their speed was."""
+        if line.idle and self._lines.get(model) is line and not self._capacity(model).num_engines:
+            del self._lines[model]
 
     async def _wait(self, line: Line, ticket: Ticket) -> None:
         """Until `line` has begun the request."""
@@ -175,3 +186,34 @@ class Admission:
     @staticmethod
     def _refused(ticket: Ticket, reason: str) -> None:
         REFUSALS.labels(ticket.priority.value, reason).inc()
+
+
+class _Entered:
+    """See Admission.enter. No generator, for every request enters: making one a context costs three times as much."""
+
+    __slots__ = ("_admission",)
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def __enter__(self) -> None:
+        self._admission.count()
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.uncount()
+
+
+class _AwaitedTurn:
+    """See Admission.turn."""
+
+    __slots__ = ("_admission", "_ticket", "_turn")
+
+    def __init__(self, admission: Admission, ticket: Ticket) -> None:
+        self._admission, self._ticket = admission, ticket
+
+    async def __aenter__(self) -> Turn:
+        self._turn = await self._admission.begin(self._ticket)
+        return self._turn
+
+    async def __aexit__(self, *_: object) -> None:
+        self._admission.end(self._turn, self._ticket.model)

@@ -36,6 +36,7 @@ class Line:
         self._queues: dict[Priority, FairQueue[Waiter]] = {each: FairQueue() for each in Priority}
         self._served = dict.fromkeys(Priority, 0.0)  # virtual time of each class
         self._now = 0.0
+        self.num_waiting = 0  # requests in all queues
         self._num_running = 0
         self._num_prompt_tokens = 0  # of those that run and have no token yet
         self._prompts = Meter(clock)
@@ -47,11 +48,6 @@ class Line:
     def idle(self) -> bool:
         """Whether nobody runs or waits."""
         return not self._num_running and not self.num_waiting
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in all queues."""
-        return sum(map(len, self._queues.values()))
 
     def num_waiting_of(self, priority: Priority) -> int:
         """Requests of a class in its queue."""
@@ -91,12 +87,12 @@ class Line:
         if not self._queues[ticket.priority]:
             self._served[ticket.priority] = max(self._served[ticket.priority], self._now)
         self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), waiter)
-        self._admitted.set_busy(True)
+        self._count_waiting()
 
     def discard(self, waiter: Waiter) -> None:
         """A request waits no more."""
         self._queues[waiter.ticket.priority].discard(waiter)
-        self._admitted.set_busy(bool(self.num_waiting))
+        self._count_waiting()
 
     def pump(self) -> None:
         """Gives turns while there is room."""
@@ -106,7 +102,7 @@ class Line:
             self._now = self._served[priority]
             self._served[priority] += cost / priority.weight
             self._admitted.add(cost)
-            self._admitted.set_busy(bool(self.num_waiting))
+            self._count_waiting()
             self.begin(waiter.ticket)
             waiter.turn.set_result(None)
 
@@ -133,6 +129,10 @@ class Line:
     def end(self) -> None:
         """One that ran runs no more; its prompt was computed, or forgotten."""
         self._num_running -= 1
+
+    def _count_waiting(self) -> None:
+        self.num_waiting = sum(map(len, self._queues.values()))
+        self._admitted.set_busy(bool(self.num_waiting))
 
     def _count_prompt(self, num_tokens: int) -> None:
         self._num_prompt_tokens += num_tokens

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from services.protocol.timing import Timing
-from services.router.clock import now
 from services.router.cost.decision import Decision
 from services.router.metrics import VERB_SECONDS, of
 from services.router.values import Leg, Verb
@@ -17,10 +18,11 @@ from services.router.values import Leg, Verb
 class OpenLeg:
     """A verb under way. As a context it ends with the block if the block has not ended it."""
 
-    def __init__(self, verb: Verb, engine: str, tokens: TokenRange) -> None:
+    def __init__(self, verb: Verb, engine: str, tokens: TokenRange, clock: Callable[[], float]) -> None:
         self.verb, self.engine, self._tokens = verb, engine, tokens
         self.timing: Timing | None = None  # once it has ended, if the engine gave an account
-        self._begin = now()
+        self._clock = clock
+        self._begin = clock()
         self._first_token_s: float | None = None
         self._elapsed_s: float | None = None
 
@@ -36,18 +38,18 @@ class OpenLeg:
     def first_token(self) -> None:
         """A token has come; only the first call counts."""
         if self._first_token_s is None:
-            self._first_token_s = now() - self._begin
+            self._first_token_s = self._clock() - self._begin
 
     def end(self, timing: Timing | None = None, code: str = "OK") -> None:
         """The verb has ended, with the engine's account if it gave one; only the first call counts."""
         if self._elapsed_s is None:
             self.timing = timing
-            self._elapsed_s = now() - self._begin
+            self._elapsed_s = self._clock() - self._begin
             of(VERB_SECONDS, self.verb.value, code).observe(self._elapsed_s)
 
     def leg(self) -> Leg:
         """What is known so far."""
-        elapsed_s = now() - self._begin if self._elapsed_s is None else self._elapsed_s
+        elapsed_s = self._clock() - self._begin if self._elapsed_s is None else self._elapsed_s
         return Leg(self.verb, self.engine, self._tokens, self.timing, elapsed_s, self._first_token_s)
 
 
@@ -57,10 +59,11 @@ class Legs:
     def __init__(self) -> None:
         self.decision: Decision | None = None  # why the request runs where it does, if its program asked
         self._open: list[OpenLeg] = []
+        self._clock = asyncio.get_running_loop().time
 
     def begin(self, verb: Verb, engine: str, tokens: TokenRange) -> OpenLeg:
         """Opens a leg."""
-        leg = OpenLeg(verb, engine, tokens)
+        leg = OpenLeg(verb, engine, tokens, self._clock)
         self._open.append(leg)
         return leg
 
@@ -72,7 +75,9 @@ class Legs:
         """Name of the engine that start_generate was last called on; empty if it was not."""
         return next((leg.engine for leg in reversed(self._open) if leg.verb is Verb.START_GENERATE), "")
 
-    def generation(self) -> Leg | None:
-        """The last start_generate that gave an account."""
-        generations = (leg for leg in reversed(self._open) if leg.verb is Verb.START_GENERATE)
-        return next((leg.leg() for leg in generations if leg.timing is not None), None)
+    def generation(self) -> Timing:
+        """The account of the last start_generate that gave one; zeros if none did."""
+        for leg in reversed(self._open):
+            if leg.verb is Verb.START_GENERATE and leg.timing is not None:
+                return leg.timing
+        return Timing()

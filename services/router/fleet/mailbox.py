@@ -64,6 +64,9 @@ class Mailbox:
                 await self._waiter
             finally:
                 self._waiter = None
+        if len(self._chunks) == 1:
+            self._weight = 0
+            return self._chunks.popleft()
         taken = [self._chunks.popleft()]
         weight = taken[0].weight
         while self._chunks and weight + self._chunks[0].weight <= MAX_MERGED_WEIGHT:

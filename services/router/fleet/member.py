@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from services.protocol.errors import Code, ServiceError
@@ -17,7 +17,7 @@ from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
 from services.router.fleet.port import EnginePort
 from services.router.fleet.session import Sequence
-from services.router.fleet.underway import Answer, Underway
+from services.router.fleet.underway import Answer, Answering, Computing, Underway
 from services.router.text.store import TokenizerStore
 from services.router.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class Member:
         self._excess = (0, 0)  # sequences and prompt tokens of others, by the last report
         self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
-        self._underway = Underway()
+        self._underway = Underway(self._changed)
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
@@ -163,31 +163,13 @@ class Member:
         finally:
             await self._stop_following()
 
-    @contextmanager
-    def answering(self, answer: Answer) -> Iterator[None]:
+    def answering(self, answer: Answer) -> Answering:
         """Counts a sequence: from its reservation on, so that others see it coming while its KV is on the way."""
-        self._underway.answers.add(answer)
-        self._changed()
-        try:
-            yield
-        finally:
-            self._underway.answers.discard(answer)
-            self._changed()
+        return Answering(self._underway, answer)
 
-    @contextmanager
-    def computing(self, num_tokens: int) -> Iterator[Callable[[], None]]:
+    def computing(self, num_tokens: int) -> Computing:
         """Counts tokens of a prompt, until the block ends or what is yielded is called: then they are computed."""
-        prompt = self._underway.begin_prompt(num_tokens)
-        self._changed()
-
-        def computed() -> None:
-            if self._underway.end_prompt(prompt):
-                self._changed()
-
-        try:
-            yield computed
-        finally:
-            computed()
+        return Computing(self._underway, num_tokens)
 
     @property
     def _in_flight(self) -> InFlight:

@@ -45,6 +45,7 @@ class Registry:
         self.block_index = BlockIndex()
         self._rosters: dict[ModelKey, Roster[Member]] = {}  # of those that were asked for since the fleet changed
         self._models: dict[str, Model] = {}
+        self._known: set[str] = set()  # names of models, of engines that are away too
         self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._retiring: dict[Member, asyncio.Task[None]] = {}
         self._retire_s = retire_s
@@ -128,6 +129,7 @@ class Registry:
         ENGINES.labels("healthy").set(len(healthy))
         ENGINES.labels("unhealthy").set(len(self.members) - len(healthy))
         self._models = _models(healthy)
+        self._known = {member.info.model.name for member in self.members.values() if member.info is not None}
         self._rosters.clear()
         self._capacities.clear()
         for listener in self._listeners:
@@ -153,13 +155,12 @@ class Registry:
 
     def capacity(self, key: ModelKey) -> Capacity:
         """What the engines of a model can take in all, counted anew after a moment: fleets may be large."""
-        now = time.monotonic()
-        when, capacity = self._capacities.get(key, (-_COUNT_AGAIN_S, Capacity()))
-        if now - when >= _COUNT_AGAIN_S:
+        now, known = time.monotonic(), self._capacities.get(key)
+        if known is None or now - known[0] >= _COUNT_AGAIN_S:
             model = self._models.get(key.name)
-            capacity = _capacity(model.members if model is not None and model.key == key else ())
-            self._capacities[key] = now, capacity
-        return capacity
+            known = now, _capacity(model.members if model is not None and model.key == key else ())
+            self._capacities[key] = known
+        return known[1]
 
     def models(self) -> list[Model]:
         """What can be served now, by name."""
@@ -170,7 +171,7 @@ class Registry:
         model = self._models.get(name)
         if model is not None:
             return model
-        known = {member.info.model.name for member in self.members.values() if member.info is not None}
+        known = self._known
         if name and known and name not in known:
             raise UnknownModel(f"no engine serves a model named {name[:100]!r}")
         if not name and len(known) > 1:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc.aio
 from microserve.engine.v1 import engine_pb2
@@ -35,12 +35,12 @@ class Sequence:
         self._mailbox = mailbox
         self._send_cancel = send_cancel
 
-    async def take(self) -> Chunk | None:
+    def take(self) -> Coroutine[Any, Any, Chunk | None]:
         """New tokens; the last chunk has `finish`, after it comes None. Raises the sequence's or stream's error.
 
         Cancelling loses nothing and does not end the sequence.
         """
-        return await self._mailbox.take()
+        return self._mailbox.take()
 
     def cancel(self) -> None:
         """Tells the engine to stop, if it has not ended; take() then still gives its last output. Never blocks."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
@@ -160,18 +161,8 @@ class Engine:
         known = request.is_hashed(self.info.page_size)
         return max(1, tokens.end - max(tokens.begin, self.cached_prefix(request) if known else 0))
 
-    @contextmanager
-    def _watched(self) -> Iterator[Callable[[], None]]:
-        """Around every verb: an engine that fails is not chosen again for this request. What is yielded tells of a
-        success that comes before the verb's end."""
-        self._scope.use(self._member)
-        try:
-            with self._member.breaker.call() as succeeded:
-                yield succeeded
-        except ServiceError as error:
-            if remedy(error) is Remedy.ELSEWHERE:
-                self._scope.avoided.add(self.snapshot.address)
-            raise
+    def _watched(self) -> _Watched:
+        return _Watched(self._member, self._scope)
 
     async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float) -> Reservation:
         scope, client, call_id = self._scope, self._member.client, self._scope.next_call_id()
@@ -192,6 +183,34 @@ def _movable(tokens: TokenRange, request: PolicyRequest) -> TokenRange:
     """What of a range may come from another engine."""
     limit = request.num_movable
     return tokens if tokens.end <= limit else TokenRange(min(tokens.begin, limit), limit)
+
+
+class _Watched:
+    """Around every verb: an engine that fails is not chosen again for this request. What its beginning gives is to be
+    called where success shows before the verb's end."""
+
+    __slots__ = ("_call", "_member", "_scope")
+
+    def __init__(self, member: Member, scope: RequestScope) -> None:
+        self._member, self._scope, self._call = member, scope, member.breaker.call()
+
+    def __enter__(self) -> Callable[[], None]:
+        self._scope.use(self._member)
+        try:
+            return self._call.__enter__()
+        except ServiceError as error:
+            self._avoid(error)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call.__exit__(kind, error, trace)
+        self._avoid(error)
+
+    def _avoid(self, error: BaseException | None) -> None:
+        if isinstance(error, ServiceError) and remedy(error) is Remedy.ELSEWHERE:
+            self._scope.avoided.add(self._member.address)
 
 
 class Fleet:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.protocol.errors import ServiceError
 from services.router.eager import begin
@@ -88,10 +89,10 @@ class PolicyRun:
         """The verbs called so far."""
         return self._scope.legs
 
-    async def take(self) -> Chunk | None:
+    def take(self) -> Coroutine[Any, Any, Chunk | None]:
         """The next chunk; the last has `finish`, after it comes None. Raises how the program failed: an engine's
         error with its own code, PolicyFailed, PolicyTimeout, RequestTimeout, SlowConsumer."""
-        return await self._mailbox.take()
+        return self._mailbox.take()
 
     async def stop_early(self) -> None:
         """The answer is complete although the sequence is not: ends it on its engine, and waits for the engine's
