@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from services.router.admission.admission import Turn
 from services.router.errors import PolicyFailed
 from services.router.fleet.legs import Legs
 from services.router.metrics import TOKENS, TTFT_SECONDS, of
@@ -79,32 +81,62 @@ class Record:
 class Answering:
     """The answer of one run, piece by piece. Who began the run closes it."""
 
-    def __init__(self, run: PolicyRun, request: PolicyRequest, output: TextOutput | NoOutput, record: Record) -> None:
+    def __init__(
+        self, run: PolicyRun, request: PolicyRequest, output: TextOutput | NoOutput, record: Record, turn: Turn
+    ) -> None:
         self.ended = False
         self._told: list[PromptLogprobs] = []  # comes in pieces before the first token
-        self._run, self._request, self._output, self._record = run, request, output, record
+        self._cut_off = Piece()  # what the stop string that was completed leaves of its chunk
+        self._run, self._request, self._output, self._record, self._turn = run, request, output, record, turn
 
     async def next(self) -> Answer:
         """New tokens or text, in the end the account. Raises how the program failed."""
-        while True:
-            chunk = await self._run.take()
-            if chunk is None:
-                raise PolicyFailed("the policy ended without a last chunk")
-            if chunk.prompt_logprobs:
-                self._told.append(chunk.prompt_logprobs)
-            piece = self._output.feed(chunk)
-            if chunk.finish is not None or self._output.stopped:
-                return await self._last(chunk, piece)
-            if piece.text or piece.token_ids:
-                return self._answer(piece.text, piece)
+        while (chunk := await self._run.take()) is not None:
+            answer = self._feed(chunk)
+            if answer is not None:
+                return answer
+            if self._output.stopped:
+                return await self._stopped()
+        raise PolicyFailed("the policy ended without a last chunk")
 
-    async def _last(self, chunk: Chunk, piece: Piece) -> Answer:
-        self.ended = True
-        run, text, finish = self._run, piece.text, chunk.finish
+    async def deliver(self, take: Callable[[Answer], bool]) -> None:
+        """Gives `take` the pieces, each in the turn of the event loop in which its tokens came, until the last or until
+        it says False. Raises how the program failed, and what `take` raised."""
+
+        def fed(chunk: Chunk) -> bool:
+            answer = self._feed(chunk)
+            if answer is None:
+                return not self._output.stopped
+            return take(answer) and not self.ended
+
+        if await self._run.each(fed):
+            raise PolicyFailed("the policy ended without a last chunk")
+        if self._output.stopped and not self.ended:
+            take(await self._stopped())
+
+    def _feed(self, chunk: Chunk) -> Answer | None:
+        """What it adds to the answer. None: nothing yet, or a stop string ends the answer before its sequence, and what
+        is left to do takes time."""
+        if chunk.prompt_logprobs:
+            self._told.append(chunk.prompt_logprobs)
+        piece = self._output.feed(chunk)
+        if chunk.finish is not None:
+            return self._last(piece, chunk.finish)
         if self._output.stopped:
-            if finish is None:
-                await run.stop_early()
-        else:
+            self._cut_off = piece
+        elif piece.text or piece.token_ids:
+            return self._answer(piece.text, piece)
+        return None
+
+    async def _stopped(self) -> Answer:
+        """The end of an answer whose sequence has not ended."""
+        await self._run.stop_early()
+        return self._last(self._cut_off, None)
+
+    def _last(self, piece: Piece, finish: FinishReason | None) -> Answer:
+        self.ended = True
+        run, text = self._run, piece.text
+        if not self._output.stopped:
             text += self._output.finish()
         finish = self._output.reason(finish)
         num_prompt_tokens = len(self._request.prompt)
@@ -127,6 +159,7 @@ class Answering:
         record.output_tokens += len(piece.token_ids)
         if record.first_token_s is not None:
             return Answer(text, piece.token_ids, piece.logprobs, finish, usage, legs)
+        self._turn.first_token()
         record.spec, record.first_token_s = run.served_by.spec, record.elapsed_s()
         of(TTFT_SECONDS, record.policy).observe(record.first_token_s)
         return Answer(

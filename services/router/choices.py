@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -39,6 +40,23 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
         async with aclosing(merge([answers, *others])) as pieces:
             async for piece in pieces:
                 yield piece
+
+
+async def deliver_choices(
+    service: GenerationService,
+    ask: Ask,
+    n: int,
+    take: Callable[[int, Answer], bool],
+    wait_for_room: Callable[[], Awaitable[None]],
+) -> None:
+    """As generate_choices, for who need not wait to pass a piece on: see GenerationService.deliver."""
+    if n == 1:
+        await service.deliver(ask, partial(take, 0), wait_for_room)
+        return
+    async with aclosing(generate_choices(service, ask, n)) as answers:
+        async for choice, answer in answers:
+            if not take(choice, answer):
+                await wait_for_room()
 
 
 async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:

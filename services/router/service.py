@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from services.protocol.errors import ServiceError
@@ -59,6 +59,25 @@ class GenerationService:
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """The answer as it comes. Closing the generator, or cancelling its consumer, ends all work for it."""
+        async with self._answering(ask) as answering:
+            while not answering.ended:
+                yield await answering.next()
+
+    async def deliver(
+        self, ask: Ask, take: Callable[[Answer], bool], wait_for_room: Callable[[], Awaitable[None]]
+    ) -> None:
+        """As generate, for who need not wait to pass a piece on: `take` is given each in the turn of the event loop in
+        which its tokens came; after it has said False, the next comes when `wait_for_room` has returned. Cancelling
+        ends all work for it, and so does what `take` raises."""
+        async with self._answering(ask) as answering:
+            await answering.deliver(take)
+            while not answering.ended:
+                await wait_for_room()
+                await answering.deliver(take)
+
+    @asynccontextmanager
+    async def _answering(self, ask: Ask) -> AsyncIterator[Answering]:
+        """The request runs from its turn until the end of the block."""
         with self._recording(ask) as record:
             check(ask)
             with self._admission.enter():
@@ -72,13 +91,8 @@ class GenerationService:
                 async with self._admission.turn(_ticket(ask, request, model)) as turn:
                     run = self._host.run(program, request)
                     record.legs = run.legs
-                    answering = Answering(run, request, output, record)
                     try:
-                        first = await answering.next()
-                        turn.first_token()
-                        yield first
-                        while not answering.ended:
-                            yield await answering.next()
+                        yield Answering(run, request, output, record, turn)
                         turn.finished(record.output_tokens)
                     finally:
                         await run.close()  # all it left on engines has ended then

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 
 from services.protocol.errors import ServiceError
 from services.router.errors import Draining, NoEngine
-from services.router.front.conversation import MAX_FRAME_BYTES, MAX_WAITING_BYTES, Conversation
+from services.router.front.conversation import MAX_FRAME_BYTES, MAX_WAITING_BYTES, Conversation, Say
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,18 @@ def failed(call_id: int, error: ServiceError) -> Said:
     return Said(call_id, f"{error.code.name} {error.reason}", last=True)
 
 
-async def saying(*outputs: Said) -> AsyncGenerator[Said, None]:
-    for output in outputs:
-        yield output
+def saying(talk: Conversation[Said], *outputs: Said) -> Callable[[Say[Said]], Coroutine[Any, Any, None]]:
+    async def answer(say: Say[Said]) -> None:
+        for output in outputs:
+            if not say(output):
+                await talk.wait_for_room()
+
+    return answer
 
 
 @asynccontextmanager
 async def conversation() -> AsyncIterator[Conversation[Said]]:
-    made = Conversation("/service/Session", failed)
+    made = Conversation[Said]("/service/Session", failed)
     try:
         yield made
     finally:
@@ -59,12 +65,12 @@ class Standing:
         self.call_id = call_id
         self.reached, self.go_on, self.tidied = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def outputs(self) -> AsyncGenerator[Said, None]:
+    async def answer(self, say: Say[Said]) -> None:
         try:
-            yield Said(self.call_id, "begun")
+            say(Said(self.call_id, "begun"))
             self.reached.set()
             await self.go_on.wait()
-            yield Said(self.call_id, "done", last=True)
+            say(Said(self.call_id, "done", last=True))
         finally:
             self.tidied.set()
 
@@ -72,8 +78,8 @@ class Standing:
 async def test_none_waits_for_another_and_all_end_before_the_conversation() -> None:
     async with conversation() as talk:
         slow, quick = Standing(1), [Said(2, "a"), Said(2, "b", last=True)]
-        talk.begin(1, slow.outputs())
-        talk.begin(2, saying(*quick))
+        talk.begin(1, slow.answer)
+        talk.begin(2, saying(talk, *quick))
         talk.end()
         got: list[Said] = []
         while len(got) < 3:
@@ -86,7 +92,7 @@ async def test_none_waits_for_another_and_all_end_before_the_conversation() -> N
 async def test_a_frame_is_bounded_but_for_one_large_output() -> None:
     sizes = [MAX_FRAME_BYTES - 10, 10, 1, 2 * MAX_FRAME_BYTES, 1]
     async with conversation() as talk:
-        talk.begin(1, saying(*(Said(1, size=size) for size in sizes)))
+        talk.begin(1, saying(talk, *(Said(1, size=size) for size in sizes)))
         talk.end()
         await asyncio.sleep(0)  # it says everything in its first turn
         frames = [[said.size for said in await talk.take()] for _ in range(4)]
@@ -97,7 +103,7 @@ async def test_a_frame_is_bounded_but_for_one_large_output() -> None:
 async def test_requests_wait_while_too_much_is_untaken() -> None:
     async with conversation() as talk:
         whole = Said(1, size=MAX_WAITING_BYTES)
-        talk.begin(1, saying(whole, whole, whole))
+        talk.begin(1, saying(talk, whole, whole, whole))
         waiting = asyncio.create_task(talk.wait_for_room())
         for _ in range(3):
             assert await talk.take() == [whole]
@@ -110,7 +116,7 @@ async def test_one_that_is_cancelled_says_so_tidies_up_and_no_other_is() -> None
     async with conversation() as talk:
         doomed, spared = Standing(1), Standing(2)
         for each in (doomed, spared):
-            talk.begin(each.call_id, each.outputs())
+            talk.begin(each.call_id, each.answer)
             await each.reached.wait()
         for call_id in (7, 1, 1):
             talk.cancel(call_id)
@@ -122,9 +128,12 @@ async def test_one_that_is_cancelled_says_so_tidies_up_and_no_other_is() -> None
         assert [each.text for each in said if each.call_id == 2] == ["begun", "done"]
 
 
-async def test_one_that_is_cancelled_before_its_first_turn_says_so_too() -> None:
+async def test_one_that_is_cancelled_in_the_turn_that_began_it_says_so_too() -> None:
+    async def answer(say: Say[Said]) -> None:
+        await asyncio.Event().wait()
+
     async with conversation() as talk:
-        talk.begin(1, saying(Said(1, "never")))
+        talk.begin(1, answer)
         talk.cancel(1)
         talk.end()
         assert await everything(talk) == [Said(1, "CANCELLED REQUEST_CANCELLED", last=True)]
@@ -133,18 +142,18 @@ async def test_one_that_is_cancelled_before_its_first_turn_says_so_too() -> None
 async def test_nothing_is_said_after_the_last_output() -> None:
     ending = asyncio.Event()
 
-    async def slow_to_end() -> AsyncGenerator[Said, None]:
-        yield Said(1, "done", last=True)
+    async def slow_to_end(say: Say[Said]) -> None:
+        say(Said(1, "done", last=True))
         ending.set()
         await asyncio.Event().wait()
 
-    async def fails_at_its_end() -> AsyncGenerator[Said, None]:
-        yield Said(2, "done", last=True)
+    async def fails_at_its_end(say: Say[Said]) -> None:
+        say(Said(2, "done", last=True))
         raise NoEngine("too late")
 
     async with conversation() as talk:
-        talk.begin(1, slow_to_end())
-        talk.begin(2, fails_at_its_end())
+        talk.begin(1, slow_to_end)
+        talk.begin(2, fails_at_its_end)
         await ending.wait()
         talk.cancel(1)
         talk.end()
@@ -155,16 +164,15 @@ async def test_nothing_is_said_after_the_last_output() -> None:
 
 
 async def test_a_failure_is_the_requests_own(caplog: pytest.LogCaptureFixture) -> None:
-    async def failing(error: BaseException) -> AsyncGenerator[Said, None]:
+    async def failing(error: BaseException, say: Say[Said]) -> None:
         raise error
-        yield
 
     async with conversation() as talk:
-        talk.begin(1, failing(NoEngine("none")))
+        talk.begin(1, partial(failing, NoEngine("none")))
         with caplog.at_level(logging.ERROR):
-            talk.begin(2, failing(ZeroDivisionError("a bug")))
-            talk.begin(3, failing(asyncio.CancelledError()))  # of a task that it waited for
-            talk.begin(4, saying(Said(4, "fine", last=True)))
+            talk.begin(2, partial(failing, ZeroDivisionError("a bug")))
+            talk.begin(3, partial(failing, asyncio.CancelledError()))  # of a task that it waited for
+            talk.begin(4, saying(talk, Said(4, "fine", last=True)))
             talk.end()
             said = await everything(talk)
     assert {each.call_id: each.text for each in said} == {
@@ -180,11 +188,11 @@ async def test_a_failure_is_the_requests_own(caplog: pytest.LogCaptureFixture) -
 async def test_what_comes_after_its_end_is_told_why() -> None:
     async with conversation() as talk:
         open_one = Standing(1)
-        talk.begin(1, open_one.outputs())
+        talk.begin(1, open_one.answer)
         await open_one.reached.wait()
         talk.end(Draining("soon"))
         talk.end(NoEngine("a later cause"))
-        talk.begin(2, saying(Said(2, "never")))
+        talk.begin(2, saying(talk, Said(2, "never")))
         open_one.go_on.set()
         said = await talk.take()
         while len(said) < 3:
@@ -198,7 +206,7 @@ async def test_closing_ends_every_request() -> None:
     talk = Conversation("/service/Session", failed)
     requests = [Standing(number) for number in range(3)]
     for each in requests:
-        talk.begin(each.call_id, each.outputs())
+        talk.begin(each.call_id, each.answer)
         await each.reached.wait()
     await talk.close()
     assert all(each.tidied.is_set() for each in requests)

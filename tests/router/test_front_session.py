@@ -11,7 +11,7 @@ from microserve.router.v1 import router_pb2, router_pb2_grpc
 from microserve.types.v1 import sampling_pb2
 from tokenizers import Tokenizer
 
-from services.router.front import wire
+from services.router.front import conversation, wire
 from services.rpc.timing_messages import duration_message
 from tests.fakes import FakeError, FakeModel, Fault
 from tests.router.harness import PROMPT, failing, model, policy_metadata, request, running, script
@@ -49,6 +49,18 @@ async def test_many_at_once_and_the_stream_ends_with_the_last() -> None:
             assert tokens(outputs) == model().generate(tuple(range(10, 60 + call_id)), 8)
         with pytest.raises(EOFError):
             await talk.next()
+
+
+async def test_answers_that_wait_for_room_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "MAX_WAITING_BYTES", 1)  # there is none while anything waits
+    async with running(1) as suite:
+        talk = Talk(suite.stub)
+        await talk.ask(1, request(max_tokens=50))
+        await talk.ask(2, request(max_tokens=50, n=2))
+        one, two = await talk.answers(1, 2)
+        expected = model().generate(PROMPT, 50)
+        assert tokens(one) == tokens(two) == tokens(two, choice=1) == expected
+        talk.call.cancel()
 
 
 async def test_one_that_stands_holds_up_no_other_and_can_be_cancelled() -> None:

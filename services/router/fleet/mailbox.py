@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from services.protocol.errors import ServiceError
 from services.router.errors import SlowConsumer
@@ -24,8 +25,9 @@ class Mailbox:
         self._max_weight = max_weight
         self._chunks: deque[Chunk] = deque()
         self._weight = 0
-        self._error: ServiceError | None = None
+        self._error: Exception | None = None
         self._closed = False
+        self._give_to: Callable[[Chunk], bool] | None = None  # while a consumer takes chunks as they are put in
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -37,6 +39,9 @@ class Mailbox:
         """Adds a chunk. It is the last one if it overflows; chunks after the end are dropped."""
         if self._closed:
             return
+        if self._give_to is not None:
+            self._give(chunk, self._give_to)
+            return
         self._chunks.append(chunk)
         self._weight += chunk.weight
         if self._weight > self._max_weight:
@@ -45,6 +50,9 @@ class Mailbox:
 
     def close(self, error: ServiceError | None = None) -> None:
         """Ends it; the consumer gets what is left, then the error, or None. The first close counts."""
+        self._close(error)
+
+    def _close(self, error: Exception | None) -> None:
         if not self._closed:
             self._closed, self._error = True, error
             self._wake()
@@ -55,15 +63,53 @@ class Mailbox:
         Raises what it was closed with. Cancelling loses nothing.
         """
         while not self._chunks:
-            if self._closed:
-                if self._error is not None:
-                    raise self._error
+            if self._has_ended():
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._change()
+        return self._next()
+
+    async def each(self, take: Callable[[Chunk], bool]) -> bool:
+        """Gives `take` what is there, and from then on every chunk as it is put in, by the one who puts it in and with
+        no turn of the event loop in between, until it says False: it has taken that one and wants no more for now.
+        True: nothing more comes.
+
+        Raises what it was closed with, or what `take` raised, which closes it. Cancelling loses nothing.
+        """
+        while self._chunks:
+            if not take(self._next()):
+                return False
+        if self._has_ended():
+            return True
+        self._give_to = take
+        try:
+            await self._change()
+            return self._give_to is not None and self._has_ended()
+        finally:
+            self._give_to = None
+
+    def _give(self, chunk: Chunk, take: Callable[[Chunk], bool]) -> None:
+        try:
+            if not take(chunk):
+                self._give_to = None
+                self._wake()
+        except Exception as error:  # the consumer's, so it is not to be raised here
+            self._close(error)
+
+    def _has_ended(self) -> bool:
+        """Raises what it was closed with."""
+        if self._error is not None:
+            raise self._error
+        return self._closed
+
+    async def _change(self) -> None:
+        """Waits for something to do."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _next(self) -> Chunk:
         if len(self._chunks) == 1:
             self._weight = 0
             return self._chunks.popleft()

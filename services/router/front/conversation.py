@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from services.protocol.errors import ServiceError
+from services.router.eager import begin
 from services.router.errors import RequestCancelled
 from services.rpc.interceptor import internal_error
 
@@ -38,6 +38,8 @@ class Output(Protocol):
 
 
 OutputT = TypeVar("OutputT", bound=Output)
+# Takes a piece of the answer; False: too much is waiting, so wait_for_room() comes before the next.
+Say: TypeAlias = "Callable[[OutputT], bool]"
 
 
 class Conversation(Generic[OutputT]):
@@ -56,12 +58,12 @@ class Conversation(Generic[OutputT]):
         self._room = asyncio.Event()
         self._room.set()
 
-    def begin(self, call_id: int, outputs: AsyncGenerator[OutputT, None]) -> None:
-        """Begins a request, whose number must be new; after end() it fails with what ended the conversation."""
+    def begin(self, call_id: int, answer: Callable[[Say[OutputT]], Coroutine[Any, Any, None]]) -> None:
+        """Begins a request at once, whose number must be new; after end() it fails with what ended the conversation."""
         if self._end_error is not None:
             self._put(self._failed(call_id, self._end_error))
             return
-        task = self._open[call_id] = asyncio.create_task(self._answer(call_id, outputs))
+        task = self._open[call_id] = begin(self._answer(call_id, answer), f"{self._method} {call_id}")
         task.add_done_callback(partial(self._task_ended, call_id))
 
     def cancel(self, call_id: int) -> None:
@@ -112,15 +114,18 @@ class Conversation(Generic[OutputT]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, call_id: int, outputs: AsyncGenerator[OutputT, None]) -> None:
+    async def _answer(self, call_id: int, answer: Callable[[Say[OutputT]], Coroutine[Any, Any, None]]) -> None:
         is_over = False
         failure: ServiceError
+
+        def say(output: OutputT) -> bool:
+            nonlocal is_over
+            is_over = output.last
+            self._put(output)
+            return self._waiting_bytes < MAX_WAITING_BYTES
+
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    await self.wait_for_room()
-                    is_over = output.last
-                    self._put(output)
+            await answer(say)
         except Exception as error:
             failure = error if isinstance(error, ServiceError) else internal_error(self._method, error)
         except asyncio.CancelledError as error:
@@ -134,10 +139,8 @@ class Conversation(Generic[OutputT]):
         if not is_over:
             self._put(self._failed(call_id, failure))
 
-    def _task_ended(self, call_id: int, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, call_id: int, _: asyncio.Task[None]) -> None:
         del self._open[call_id]
-        if task.cancelled():  # before its first step
-            self._put(self._failed(call_id, RequestCancelled("the client cancelled the request")))
         if self._ended:
             self._ready.set()
 

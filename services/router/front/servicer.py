@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc.aio
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
+from services.router.answering import Answer
 from services.router.asking import Text, check_choices
-from services.router.choices import generate_choices
+from services.router.choices import deliver_choices, generate_choices
 from services.router.errors import Draining, InvalidRequest, SlowConsumer
-from services.router.front.conversation import Conversation
+from services.router.front.conversation import Conversation, Say
 from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
 from services.router.service import GenerationService
 from services.router.wait_limit import WaitLimit
@@ -138,7 +140,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                         if last_id is not None and call.call_id <= last_id:
                             raise InvalidRequest(f"call_id {call.call_id} comes after {last_id}")
                         last_id = call.call_id
-                        session.begin(last_id, self._outputs(call, _terms_of(call, terms, time_left(context))))
+                        its_terms = _terms_of(call, terms, time_left(context))
+                        session.begin(last_id, partial(self._answer, session, call, its_terms))
                     case "cancel":
                         session.cancel(command.cancel.call_id)
                     case None:
@@ -149,18 +152,21 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         finally:
             session.end()
 
-    async def _outputs(
-        self, call: router_pb2.GenerateCall, terms: Terms
-    ) -> AsyncGenerator[router_pb2.SessionOutput, None]:
+    async def _answer(
+        self, session: _Session, call: router_pb2.GenerateCall, terms: Terms, say: Say[router_pb2.SessionOutput]
+    ) -> None:
         ask, num_live = ask_of(call.request, terms), call.request.n or 1
         spelling = Spelling(self._service, ask, echo=call.request.echo)
-        async with aclosing(generate_choices(self._service, ask, num_live)) as answers:
-            async for choice, answer in answers:
-                num_live -= answer.finish is not None
-                *others, piece = spelling.pieces(choice, answer)
-                for other in others:
-                    yield router_pb2.SessionOutput(call_id=call.call_id, response=other)
-                yield router_pb2.SessionOutput(call_id=call.call_id, response=piece, last=not num_live)
+
+        def take(choice: int, answer: Answer) -> bool:
+            nonlocal num_live
+            num_live -= answer.finish is not None
+            *others, piece = spelling.pieces(choice, answer)
+            for other in others:
+                say(router_pb2.SessionOutput(call_id=call.call_id, response=other))
+            return say(router_pb2.SessionOutput(call_id=call.call_id, response=piece, last=not num_live))
+
+        await deliver_choices(self._service, ask, num_live, take, session.wait_for_room)
 
 
 def _terms(context: Context) -> Terms:

@@ -94,6 +94,11 @@ class PolicyRun:
         error with its own code, PolicyFailed, PolicyTimeout, RequestTimeout, SlowConsumer."""
         return self._mailbox.take()
 
+    def each(self, take: Callable[[Chunk], bool]) -> Coroutine[Any, Any, bool]:
+        """Gives `take` each chunk in the turn of the event loop in which the program yields it, until it says False;
+        True when nothing more comes. Raises as take() does, and what `take` raises."""
+        return self._mailbox.each(take)
+
     async def stop_early(self) -> None:
         """The answer is complete although the sequence is not: ends it on its engine, and waits for the engine's
         account of it. Bounded; what goes wrong now changes the answer no more."""
