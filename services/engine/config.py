@@ -82,6 +82,7 @@ class EngineConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
+        self.check_message_bytes()
         if not 1 <= len(self.name) <= MAX_NAME_CHARACTERS:
             raise ValueError(f"--name must have 1 to {MAX_NAME_CHARACTERS} characters")
         if self.kvtransfer is not None:

@@ -130,6 +130,7 @@ class RouterConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         ServerConfig.__post_init__(self)
+        self.check_message_bytes()
         self._check_sources()
         if len(set(self.engine)) < len(self.engine):
             raise ValueError("an --engine is named twice")

@@ -9,6 +9,9 @@ from services.rpc.bind import split_address
 from services.rpc.channel import MAX_MESSAGE_BYTES, Options, keepalive_options
 from services.rpc.log import LEVELS
 
+# An engine sends its tokenizer in pieces of 1 MiB: with much less, router and engine cannot meet.
+_LEAST_MESSAGE_BYTES = 2 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -45,6 +48,11 @@ class ServerConfig:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.grace_s < 0:
             raise ValueError("--grace-s is negative")
+
+    def check_message_bytes(self) -> None:
+        """For engines and routers, which could not meet otherwise. ValueError."""
+        if self.max_message_bytes < _LEAST_MESSAGE_BYTES:
+            raise ValueError(f"--max-message-bytes must be at least {_LEAST_MESSAGE_BYTES}")
 
 
 def server_options(config: ServerConfig) -> Options:

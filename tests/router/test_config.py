@@ -40,6 +40,7 @@ def test_engines_from_the_environment() -> None:
         [*ENGINE, *ENGINE],
         ["--engine", "nowhere"],
         [*ENGINE, "--max-requests", "0"],
+        [*ENGINE, "--max-message-bytes", "1048576"],
         [*ENGINE, "--policy-timeout", "-1"],
         [*ENGINE, "--http-listen", "8080"],
         [*ENGINE, "--engine-tls-cert", "x"],

@@ -144,14 +144,15 @@ async def test_bodies_that_are_no_request(body: bytes) -> None:
 
 
 async def test_a_body_that_is_too_large() -> None:
-    async with serving(max_message_bytes=10_000) as (_, client):
+    limit = 2 << 20
+    async with serving(max_message_bytes=limit) as (_, client):
         with pytest.raises(openai.APIStatusError) as caught:
-            await client.completions.create(model="fake", prompt="x" * 10_000)
+            await client.completions.create(model="fake", prompt="x" * limit)
         assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
 
         async def pieces() -> AsyncIterator[bytes]:
             for _ in range(11):
-                yield b"x" * 1000
+                yield b"x" * (limit // 10)
 
         with pytest.raises(openai.APIStatusError) as caught:
             await client.post("/completions", content=pieces(), cast_to=object)

@@ -69,6 +69,7 @@ def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tup
         ("--device", "cuda", "--dtype", "packed16"),
         ("--device", "cpu", "--dtype", "fp8"),
         ("--max-context", "1"),
+        ("--max-message-bytes", "1048576"),
         ("--unheard-of", "1"),
     ],
     ids=" ".join,
