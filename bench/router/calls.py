@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,38 +31,35 @@ class Stream:
     refused: bool = False  # RESOURCE_EXHAUSTED
 
 
+def router_request(num_tokens: int) -> router_pb2.GenerateRequest:
+    """The request as a router takes it."""
+    return router_pb2.GenerateRequest(
+        tokens=router_pb2.TokenIds(ids=PROMPT),
+        sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+    )
+
+
+def engine_request(number: int, num_tokens: int) -> engine_pb2.StartGenerateRequest:
+    """The request as an engine takes it, under a number of its own."""
+    return engine_pb2.StartGenerateRequest(
+        owner_id="bench",
+        request_id=str(number),
+        prompt_token_ids=PROMPT,
+        sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+    )
+
+
 def through(channel: grpc.aio.Channel, timeout_s: float | None = None) -> Open:
     """Generate of a router, with a deadline if one is given."""
     stub = router_pb2_grpc.RouterServiceStub(channel)
-
-    def start(num_tokens: int) -> Any:
-        return stub.Generate(
-            router_pb2.GenerateRequest(
-                tokens=router_pb2.TokenIds(ids=PROMPT),
-                sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
-            ),
-            timeout=timeout_s,
-        )
-
-    return start
+    return lambda num_tokens: stub.Generate(router_request(num_tokens), timeout=timeout_s)
 
 
 def direct(channel: grpc.aio.Channel) -> Open:
     """StartGenerate of an engine."""
     stub = engine_pb2_grpc.EngineServiceStub(channel)
-    numbers = iter(range(1 << 60))
-
-    def start(num_tokens: int) -> Any:
-        return stub.StartGenerate(
-            engine_pb2.StartGenerateRequest(
-                owner_id="bench",
-                request_id=str(next(numbers)),
-                prompt_token_ids=PROMPT,
-                sampling=sampling_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
-            )
-        )
-
-    return start
+    numbers = itertools.count()
+    return lambda num_tokens: stub.StartGenerate(engine_request(next(numbers), num_tokens))
 
 
 async def read(start: Open, num_tokens: int) -> Stream:

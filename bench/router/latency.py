@@ -7,10 +7,13 @@ they say how much two calls differ that meet the same arrivals, which two direct
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
 
 from bench.router.calls import Open, Stream, closed_loop, direct, open_loop, through
 from bench.router.figures import Figure, percentile
-from bench.router.suite import Stopwatch, Stubs
+from bench.router.streams import direct_session, through_session
+from bench.router.suite import Stubs
 from services.cli.client import wait_serving
 from services.rpc.channel import make_channel
 from services.rpc.heap import settle_heap
@@ -21,35 +24,43 @@ PERIOD_S = 1.5  # for which one arm is measured before the other
 
 
 async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
-    """Requests of 16 tokens arrive as a Poisson process, at the router and then, at the same times, at the engine."""
+    """Requests of 16 tokens arrive as a Poisson process, at the router and then, at the same times, at the engine: over
+    one Session each, and then as a call each."""
     stub = stubs.start_stub(step_ms=STEP_MS, name="latency")
     router = stubs.start_roomy_router([stub], name="latency-router")
-    await wait_serving(router.address, 60)
     relay = stubs.start_relay(stub)
-    await wait_serving(relay.address, 60)
-    settle_heap()  # nor may a collection here be taken for the router's
+    for process in (router, relay):
+        await wait_serving(process.address, 60)
     async with (
         make_channel(router.address) as to_router,
         make_channel(relay.address) as to_relay,
         make_channel(stub.address) as to_stub,
+        through_session(to_router) as routed,
+        through_session(to_relay) as relayed,
+        direct_session(to_stub) as plain,
     ):
-        for _ in range(2):
-            with Stopwatch(router.pid) as watch:
-                await closed_loop(through(to_router), NUM_TOKENS, concurrency=64, num_requests=512)
-        full_rate = 512 / watch.cost.wall_s
-        ways = [through(to_router), through(to_relay), direct(to_stub), direct(to_stub)]
-        half = await _in_turn(ways, full_rate / 2, rounds)
-        light = await _in_turn(ways, full_rate / 20, rounds)
+        settle_heap()  # nor may a collection here be taken for the router's
+        over_session = await _compared("", [routed, relayed, plain, plain], rounds)
+        calls = [through(to_router), through(to_relay), direct(to_stub), direct(to_stub)]
+        by_calls = await _compared("calls_", calls, rounds)
     for process in (router, relay, stub):
         process.terminate()
-    routed, relayed, plain, again = half
-    at = f"at {full_rate / 2:.0f} requests/s, half of what it takes"
-    return [
-        Figure("added_ms_p50", f"added to the first token, {at}: median, ms", _added_ms(routed, plain, 0.5), 0.5),
-        Figure("added_ms_p99", "the same, 99th percentile", _added_ms(routed, plain, 0.99), 2.0),
+    return over_session + by_calls
+
+
+async def _compared(prefix: str, ways: list[Open], rounds: int) -> list[Figure]:
+    """Figures of the router, a relay and, twice, an engine. Those without a prefix have aims."""
+    full_rate = await _full_rate(ways[0])
+    routed, relayed, plain, again = await _in_turn(ways, full_rate / 2, rounds)
+    light = await _in_turn(ways[:3], full_rate / 20, rounds)
+    at = f"{'a call a request' if prefix else 'over Session'}, {full_rate / 2:.0f} requests/s, half of what it takes"
+    aims = (None, None) if prefix else (0.5, 2.0)
+    figures = [
+        Figure("added_ms_p50", f"added to the first token, {at}: median, ms", _added_ms(routed, plain, 0.5), aims[0]),
+        Figure("added_ms_p99", "the same, 99th percentile", _added_ms(routed, plain, 0.99), aims[1]),
         Figure("added_pair_ms_p99", "99th percentile of differences of pairs", _pair_ms(routed, plain, 0.99)),
-        Figure("direct_pair_ms_p99", "the same of two direct calls", _pair_ms(again, plain, 0.99)),
-        Figure("direct_ms_p50", "first token of a direct call at that load, median, ms", _ms(plain, 0.5)),
+        Figure("direct_pair_ms_p99", "the same of two direct requests", _pair_ms(again, plain, 0.99)),
+        Figure("direct_ms_p50", "first token of a direct request at that load, median, ms", _ms(plain, 0.5)),
         Figure("direct_ms_p99", "the same, 99th percentile", _ms(plain, 0.99)),
         Figure(
             "relay_added_ms_p50",
@@ -62,8 +73,18 @@ async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
             "added at a twentieth of what it takes, median, ms",
             _added_ms(light[0], light[2], 0.5),
         ),
-        Figure("light_relay_added_ms_p50", "the same of the relay", _added_ms(light[1], light[2], 0.5)),
+        Figure("light_added_ms_p99", "the same, 99th percentile", _added_ms(light[0], light[2], 0.99)),
+        Figure("light_relay_added_ms_p50", "median of the relay", _added_ms(light[1], light[2], 0.5)),
     ]
+    return [replace(figure, key=prefix + figure.key) for figure in figures]
+
+
+async def _full_rate(start: Open) -> float:
+    """Requests/s that so many clients get who ask again and again, once warm."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        await closed_loop(start, NUM_TOKENS, concurrency=64, num_requests=512)
+    return 512 / (time.perf_counter() - begin)
 
 
 async def _in_turn(ways: list[Open], rate: float, rounds: int) -> list[list[Stream]]:

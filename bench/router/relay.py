@@ -8,7 +8,9 @@ import argparse
 import asyncio
 import itertools
 from collections import deque
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 from microserve.router.v1 import router_pb2, router_pb2_grpc
@@ -17,41 +19,70 @@ from services.rpc.channel import make_channel
 from services.rpc.heap import settle_heap
 from services.rpc.server import Server, ServerConfig
 
+Put: TypeAlias = Callable[[engine_pb2.StartGenerateResponse], None]
 SERVICE = "microserve.router.v1.RouterService"
 
 
 class Relay(router_pb2_grpc.RouterServiceServicer):
-    """Generate, and nothing else."""
+    """Generate and Session, and nothing else."""
 
     def __init__(self, engine: str) -> None:
         self._call = engine_pb2_grpc.EngineServiceStub(make_channel(engine)).Session()
         self._numbers = itertools.count()
-        self._outputs: dict[str, asyncio.Queue[engine_pb2.StartGenerateResponse]] = {}
+        self._puts: dict[str, Put] = {}  # by request id
         self._starts: deque[engine_pb2.SessionRequest] = deque()
         self._wake = asyncio.Event()
         self.tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
+        outputs = asyncio.Queue[engine_pb2.StartGenerateResponse]()
+        self._start(request, outputs.put_nowait)
+        finished = False
+        while not finished:
+            output = await outputs.get()
+            finished = bool(output.finish_reason)
+            await context.write(_response(output))
+
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Any
+    ) -> None:
+        waiting, ready = list[router_pb2.SessionOutput](), asyncio.Event()
+
+        def put(call_id: int, output: engine_pb2.StartGenerateResponse) -> None:
+            last = bool(output.finish_reason)
+            waiting.append(router_pb2.SessionOutput(call_id=call_id, response=_response(output), last=last))
+            ready.set()
+
+        async def read() -> None:
+            async for command in request_iterator:
+                self._start(command.generate.request, partial(put, command.generate.call_id))
+
+        reader = asyncio.create_task(read())
+        try:
+            while True:
+                await ready.wait()
+                ready.clear()
+                frame = router_pb2.SessionResponse(outputs=waiting)
+                waiting.clear()
+                await context.write(frame)
+        finally:
+            reader.cancel()
+
+    def _start(self, request: router_pb2.GenerateRequest, put: Put) -> None:
         name = str(next(self._numbers))
-        outputs = self._outputs[name] = asyncio.Queue()
+        self._puts[name] = put
         start = engine_pb2.StartGenerateRequest(
             request_id=name, prompt_token_ids=request.tokens.ids, sampling=request.sampling
         )
         self._starts.append(engine_pb2.SessionRequest(start=start))
         self._wake.set()
-        finished = False
-        while not finished:
-            output = await outputs.get()
-            finished = bool(output.finish_reason)
-            await context.write(
-                router_pb2.GenerateResponse(token_ids=output.token_ids, finish_reason=output.finish_reason)
-            )
-        del self._outputs[name]
 
     async def _read(self) -> None:
         async for frame in self._call:
             for each in frame.outputs:
-                self._outputs[each.request_id].put_nowait(each.output)
+                self._puts[each.request_id](each.output)
+                if each.output.finish_reason:
+                    del self._puts[each.request_id]
 
     async def _write(self) -> None:
         while True:
@@ -59,6 +90,10 @@ class Relay(router_pb2_grpc.RouterServiceServicer):
                 await self._call.write(self._starts.popleft())
             self._wake.clear()
             await self._wake.wait()
+
+
+def _response(output: engine_pb2.StartGenerateResponse) -> router_pb2.GenerateResponse:
+    return router_pb2.GenerateResponse(token_ids=output.token_ids, finish_reason=output.finish_reason)
 
 
 async def serve(options: argparse.Namespace) -> None:

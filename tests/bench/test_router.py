@@ -12,6 +12,7 @@ from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_se
 from bench.router import http_calls, http_stub
 from bench.router.calls import Open, closed_loop, direct, open_loop, read, through
 from bench.router.figures import Figure, Report, percentile
+from bench.router.streams import direct_session, through_session
 from bench.router.stub import SERVICE, Stub
 from services.router.app import Router
 from services.router.config import RouterConfig
@@ -20,8 +21,10 @@ from services.rpc.server import Server, ServerConfig
 
 
 @asynccontextmanager
-async def arms(step_s: float = 0.0, batch: int = 4, tokens: int = 1) -> AsyncIterator[tuple[Open, Open]]:
-    """(through a router, direct) to one stub."""
+async def arms(
+    step_s: float = 0.0, batch: int = 4, tokens: int = 1, *, streams: bool = False
+) -> AsyncIterator[tuple[Open, Open]]:
+    """(through a router, direct) to one stub, by calls or over a stream each."""
     server, stub = (
         Server(ServerConfig(listen="127.0.0.1:0", metrics_port=None), "engine"),
         Stub("a", step_s, batch, tokens),
@@ -37,15 +40,20 @@ async def arms(step_s: float = 0.0, batch: int = 4, tokens: int = 1) -> AsyncIte
     if not router.registry.models():
         await asyncio.wait_for(joined.wait(), 60)
     async with make_channel(router.addresses.grpc) as to_router, make_channel(address) as to_stub:
-        yield through(to_router), direct(to_stub)
+        if streams:
+            async with through_session(to_router) as routed, direct_session(to_stub) as plain:
+                yield routed, plain
+        else:
+            yield through(to_router), direct(to_stub)
     await router.close()
     await server.stop(0)
     steps.cancel()
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8])
-async def test_both_ways_give_every_token_once(tokens: int) -> None:
-    async with arms(tokens=tokens) as both:
+async def test_both_ways_give_every_token_once(tokens: int, streams: bool) -> None:
+    async with arms(tokens=tokens, streams=streams) as both:
         for start in both:
             streams = await closed_loop(start, 37, concurrency=9, num_requests=12)
             assert [stream.num_tokens for stream in streams] == [37] * 12
