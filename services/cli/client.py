@@ -161,7 +161,10 @@ def _explain(address: str, error: RemoteError) -> CliError:
     if error.code is Code.DEADLINE_EXCEEDED and error.reason == Code.DEADLINE_EXCEEDED.name:
         sentence = f"the router at {address} did not answer in time"
     if error.code is Code.UNAUTHENTICATED:
-        sentence += f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE}"
+        sentence += (
+            f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE},"
+            " at 127.0.0.1 the key that `microserve up --admin-port` wrote"
+        )
     name = error.reason if error.reason == error.code.name else f"{error.code.name}, {error.reason}"
     return CliError(f"{sentence} ({name})")
 
