@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -31,6 +32,21 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(planner.app, name="planner")
 app.add_typer(kv.app, name="kv")
 app.add_typer(commands.model_app, name="model")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"microserve {version('microserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command("up")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
@@ -288,6 +289,10 @@ def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
 @pytest.mark.parametrize("group", [(), ("policy",), ("model",), ("kv",)])
 def test_a_group_alone_says_its_help(microserve: Run, group: tuple[str, ...]) -> None:
     assert microserve(*group) == (2, "", microserve(*group, "--help")[1])
+
+
+def test_version(microserve: Run) -> None:
+    assert microserve("--version") == (0, f"microserve {version('microserve')}\n", "")
 
 
 def test_help_lists_the_commands(microserve: Run) -> None:
