@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 import pytest_asyncio
 from microserve.engine.v1 import engine_pb2 as engine
+from microserve.types.v1 import kv_pb2 as kv
 
 from tests.e2e.errors import failing
 from tests.e2e.prompts import mixed_prompts
@@ -21,6 +22,7 @@ from tests.e2e.suite import (
     generate,
     idle,
     load,
+    pool_of,
     prep_recv,
     remote_send,
     start_suite,
@@ -32,6 +34,7 @@ from tests.models import make_tiny_llama
 pytestmark = pytest.mark.slow
 
 PROMPT = mixed_prompts(10, 500, 120)[-1]
+CODES = grpc.StatusCode
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +124,62 @@ async def test_another_prompt_or_model_is_refused(suite: Suite) -> None:
         await wait_for_load(at, idle)
 
 
-async def test_wrong_secret_epoch_and_window(suite: Suite) -> None:
+FORGERIES: dict[str, tuple[Callable[[kv.KvAddress], object], grpc.StatusCode, str]] = {
+    "secret": (lambda a: setattr(a, "secret", bytes(16)), CODES.PERMISSION_DENIED, "WRONG_SECRET"),
+    "epoch": (lambda a: setattr(a, "epoch", bytes(16)), CODES.FAILED_PRECONDITION, "STALE_EPOCH"),
+    "reservation": (lambda a: setattr(a, "reservation_id", "nobody"), CODES.ABORTED, "RESERVATION_GONE"),
+    "pool": (lambda a: setattr(a.shards[0], "pool_id", "0-1"), CODES.FAILED_PRECONDITION, "STALE_EPOCH"),
+    "page": (lambda a: a.shards[0].page_ids.__setitem__(0, 0), CODES.INVALID_ARGUMENT, "INVALID_PAGES"),
+    "page beyond the pool": (
+        lambda a: a.shards[0].page_ids.__setitem__(0, 2**31),
+        CODES.INVALID_ARGUMENT,
+        "INVALID_PAGES",
+    ),
+    "too few pages": (lambda a: a.shards[0].page_ids.pop(), CODES.INVALID_ARGUMENT, "BAD_REQUEST"),
+    "too many pages": (lambda a: a.shards[0].page_ids.append(0), CODES.INVALID_ARGUMENT, "BAD_REQUEST"),
+    "half the layers": (lambda a: setattr(a.shards[0], "layer_end", 2), CODES.FAILED_PRECONDITION, "LAYOUT_MISMATCH"),
+    "page size": (lambda a: setattr(a.layout, "page_size", 32), CODES.INVALID_ARGUMENT, "BAD_REQUEST"),
+    "window": (lambda a: setattr(a.window, "end", 80), CODES.INVALID_ARGUMENT, "BAD_REQUEST"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_forged_address_writes_nothing(suite: Suite, forgery: str) -> None:
+    """Whatever a sender is told that is not so, the receiver's pages stay as they were, and the right address works."""
+    sender, receiver = suite.engines[:2]
+    forge, code, reason = FORGERIES[forgery]
+    prepared = await prep_recv(suite, receiver, PROMPT, 64, cache_salt=forgery)
+    before = await pool_of(suite, receiver)
+    forged = kv.KvAddress()
+    forged.CopyFrom(prepared.address)
+    forge(forged)
+    with failing(code, reason):
+        await remote_send(suite, sender, PROMPT, forged, cache_salt=forgery)
+    assert (await pool_of(suite, receiver)).tobytes() == before.tobytes()
+    await remote_send(suite, sender, PROMPT, prepared.address, attempt=2, cache_salt=forgery)
+    result = await generate(suite, receiver, PROMPT, address=prepared.address, salt=forgery)
+    assert result.timing.transferred_token_count == 64
+    for at in (sender, receiver):
+        await wait_for_load(at, idle)
+
+
+async def test_an_attempt_from_before_moves_nothing(suite: Suite) -> None:
+    """Numbers go up: who comes with a lower one than was used is late."""
+    sender, receiver = suite.engines[:2]
+    prepared = await prep_recv(suite, receiver, PROMPT, 64, cache_salt="attempts")
+    await remote_send(suite, sender, PROMPT, prepared.address, attempt=3, cache_salt="attempts")
+    moved = await suite.transferred_bytes()
+    await remote_send(suite, sender, PROMPT, prepared.address, attempt=2, cache_salt="attempts")
+    assert await suite.transferred_bytes() == moved
+    result = await generate(suite, receiver, PROMPT, address=prepared.address, salt="attempts")
+    assert result.timing.transferred_token_count == 64
+    for at in (sender, receiver):
+        await wait_for_load(at, idle)
+
+
+async def test_wrong_secrets_and_what_is_over(suite: Suite) -> None:
     sender, receiver = suite.engines[:2]
     prepared = await prep_recv(suite, receiver, PROMPT, 64, cache_salt="forged")
-    for field, value, code, reason in [
-        ("secret", bytes(16), grpc.StatusCode.PERMISSION_DENIED, "WRONG_SECRET"),
-        ("epoch", bytes(16), grpc.StatusCode.FAILED_PRECONDITION, "STALE_EPOCH"),
-        ("reservation_id", "nobody", grpc.StatusCode.ABORTED, "RESERVATION_GONE"),
-    ]:
-        forged = engine.RemoteSendRequest().address
-        forged.CopyFrom(prepared.address)
-        setattr(forged, field, value)
-        with failing(code, reason):
-            await remote_send(suite, sender, PROMPT, forged, cache_salt="forged")
     wrong = engine.ReservationRef(reservation_id=prepared.address.reservation_id, secret=bytes(16))
     with failing(grpc.StatusCode.PERMISSION_DENIED, "WRONG_SECRET"):
         await receiver.stub.Release(engine.ReleaseRequest(reservation=wrong))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path: Path, fetch: Fetch, na
         process = fetch(hub, name)
         while sum(path.stat().st_size for path in part_of(tmp_path).glob("*.incomplete")) < 2 * PIECE:
             assert process.poll() is None, process.communicate()
+            time.sleep(0.01)  # a process tells nobody how much it has written
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         hub.send_at_most.clear()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import team_of
+from services.engine.model.linear import trial
 from services.engine.model.linear.block_linear import BlockLinear
 from services.engine.model.linear.blocks import BLOCK, Blocks, blocks_of, stacked
 from services.engine.model.linear.factory import linear_maker
@@ -196,6 +199,19 @@ def test_splits_are_tried_for_every_shape(caplog: pytest.LogCaptureFixture) -> N
     assert {(each["out"], each["rows"]) for each in fields} == {(960, 1), (960, 16), (480, 1), (480, 16)}
     assert all(each["jobs_a_thread"] in SPLITS and each["4_ms"] > 0 for each in fields)
     assert all(torch.equal(layer(rows), value) for layer, value in zip(layers, before, strict=True))
+
+
+def test_a_trial_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a millisecond whenever it is looked at."""
+    maker = linear_maker(torch.device("cpu"), torch.float32, 2, WeightForm.BYTES)
+    shapes = (960, 480, 96)
+    for columns in shapes:
+        maker.make(torch.ones(columns, 64), None)
+    looks = itertools.count()
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 1000))
+    maker.settle()
+    a_round = (2 * len(SPLITS) + 2) / 1000  # one that was begun is finished
+    assert 0 < next(looks) / 1000 <= 0.3 + len(shapes) * len(BatchSize) * a_round
 
 
 def test_weights_are_rounded_by_blocks() -> None:
