@@ -39,7 +39,6 @@ class _Begun(Coroutine[Any, Any, Result]):
         self._work = work
         self._waits_for: asyncio.Future[Any] | None = None  # None, as everywhere in asyncio: for the next turn
         self._end: BaseException | None = None
-        self._is_told = False
 
     def begin(self) -> None:
         """Never raises: how the work ended is its task's outcome."""
@@ -48,17 +47,14 @@ class _Begun(Coroutine[Any, Any, Result]):
         except BaseException as end:  # StopIteration among them, by which coroutines return
             self._end = end
 
-    def send(self, value: None) -> Any:
-        if self._is_told:
-            return self._work.send(value)
+    def send(self, value: Any) -> Any:
         self._tell()
         return self._waits_for
 
     def throw(self, *error: Any) -> Any:
-        if not self._is_told:
-            self._tell()
-            if self._waits_for is not None:  # the task was cancelled before it knew whom to pass that on to
-                self._waits_for.cancel()
+        self._tell()
+        if self._waits_for is not None:  # the task was cancelled before it knew whom to pass that on to
+            self._waits_for.cancel()
         return self._work.throw(*error)
 
     def close(self) -> None:
@@ -68,6 +64,7 @@ class _Begun(Coroutine[Any, Any, Result]):
         raise TypeError("only its task drives it")
 
     def _tell(self) -> None:
-        self._is_told = True
+        """Raises how the work ended, if it has. From now on the task drives the work with nothing in between."""
         if self._end is not None:
             raise self._end
+        self.send, self.throw = self._work.send, self._work.throw  # type: ignore[assignment, method-assign]

@@ -23,6 +23,7 @@ class Mailbox:
 
     def __init__(self, max_weight: int) -> None:
         self._max_weight = max_weight
+        self._loop = asyncio.get_running_loop()
         self._chunks: deque[Chunk] = deque()
         self._weight = 0
         self._error: Exception | None = None
@@ -103,7 +104,7 @@ class Mailbox:
 
     async def _change(self) -> None:
         """Waits for something to do."""
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:

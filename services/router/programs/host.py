@@ -45,11 +45,12 @@ class PolicyHost:
         roster = partial(self._registry.roster, request.model)
         fleet = Fleet(scope, self._registry.member, engines, roster, self.costs, self.homes)
         recovery = Recovery(request, scope, engines, self._limits.retries)
-        run = PolicyRun(
-            program, self._catalogue.fallback, request, fleet, scope, recovery, self._limits, self._runs.discard
-        )
+        run = PolicyRun(program, self._fallback, request, fleet, scope, recovery, self._limits, self._runs.discard)
         self._runs.add(run)
         return run
+
+    def _fallback(self) -> BoundProgram:
+        return self._catalogue.fallback
 
     async def close(self) -> None:
         """Ends every program, and waits for releases and cancels under way, bounded."""

@@ -59,7 +59,7 @@ class PolicyRun:
     def __init__(
         self,
         program: BoundProgram,
-        fallback: BoundProgram,
+        fallback: Callable[[], BoundProgram],
         request: PolicyRequest,
         fleet: Fleet,
         scope: RequestScope,
@@ -172,7 +172,7 @@ class PolicyRun:
         FALLBACKS.labels(self.served_by.name, cause).inc()
         fields = {"policy": self.served_by.spec, "reason": cause, "request": self._request.request_id}
         log.warning("policy replaced by data_parallel", extra={"fields": fields})
-        self.served_by = self._fallback
+        self.served_by = self._fallback()
 
     async def _forward(self, program: BoundProgram) -> None:
         async with aclosing(program.start(self._recovery.request, self._fleet)) as chunks:
