@@ -72,6 +72,18 @@ class Network:
         for node in (self.first, self.second):
             _ip("-n", node.name, "link", "set", "data0", "up")
 
+    @contextmanager
+    def cut_for(self, seconds: float) -> Iterator[None]:
+        """Begins with a link that is cut, and ends with one that has healed. A process of its own does it, which keeps
+        to the time whatever becomes of this one meanwhile."""
+        down, up = (f"ip -n {self.first.name} link set data0 {state}" for state in ("down", "up"))
+        script = f"{down} && echo && sleep {seconds} && {up}"
+        with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            yield
+        assert process.returncode == 0
+
 
 @contextmanager
 def two_nodes(link: Link = Link()) -> Iterator[Network]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -27,6 +28,8 @@ from services.cli.fleet import Fleet
 from services.cli.process import ServiceProcess
 
 OWNER = "test"
+# Of reservations that are not about leases: longer than any test, so that none ends while a process stands still.
+LEASE_S = 500
 
 
 @dataclass
@@ -155,12 +158,20 @@ def channel(address: str) -> grpc.aio.Channel:
 
 
 async def prep_recv(
-    suite: Suite, at: Engine, prompt: Sequence[int], end: int, **fields: object
+    suite: Suite, at: Engine, prompt: Sequence[int], end: int, *, lease_s: float = LEASE_S, **fields: object
 ) -> engine.PrepRecvResponse:
     request = engine.PrepRecvRequest(
         owner_id=OWNER, request_id=suite.new_id(), prompt_token_ids=prompt, end=end, **fields
     )
+    request.lease.FromMilliseconds(round(1000 * lease_s))
     return await at.stub.PrepRecv(request, timeout=60)
+
+
+async def give_up(at: Engine, prepared: engine.PrepRecvResponse) -> None:
+    """Ends a reservation that nobody will use; one that has ended is no error."""
+    address = prepared.address
+    reference = engine.ReservationRef(reservation_id=address.reservation_id, secret=address.secret)
+    await at.stub.Release(engine.ReleaseRequest(reservation=reference), timeout=60)
 
 
 async def remote_send(
@@ -197,9 +208,11 @@ async def generate(
     max_tokens: int = 16,
     forced: Sequence[int] = (),
     salt: str = "",
+    begun: asyncio.Event | None = None,
     **params: object,
 ) -> Generated:
-    """StartGenerate, greedily unless told otherwise, with the two best log-probabilities of every token."""
+    """StartGenerate, greedily unless told otherwise, with the two best log-probabilities of every token. `begun` is
+    set with the first of its output."""
     request = engine.StartGenerateRequest(
         owner_id=OWNER,
         request_id=suite.new_id(),
@@ -214,6 +227,8 @@ async def generate(
         request.reservation.secret = address.secret
     result = Generated()
     async for message in at.stub.StartGenerate(request, timeout=120):
+        if begun is not None:
+            begun.set()
         result.token_ids.extend(message.token_ids)
         result.logprobs.extend(message.logprobs)
         result.prompt_logprobs.MergeFrom(message.prompt_logprobs)

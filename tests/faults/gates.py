@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -19,12 +20,33 @@ class Gate:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._held: int | None = None
+        self._coming: asyncio.Future[int] | None = None
 
     async def reached(self) -> None:
         """Returns when an engine stands here."""
+        await self.reached_before(asyncio.get_running_loop().create_future())
+
+    async def reached_before(self, end: asyncio.Future[Any]) -> bool:
+        """Whether an engine stands here before `end` is done; returns when it is known."""
         if self._held is None:
-            # Blocks until the engine opens its end: that is the event.
-            self._held = await asyncio.to_thread(os.open, self._path, os.O_WRONLY)
+            if self._coming is None:
+                # Blocks until the engine opens its end: that is the event.
+                self._coming = asyncio.ensure_future(asyncio.to_thread(os.open, self._path, os.O_WRONLY))
+            await asyncio.wait({self._coming, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._coming.done():
+                return False
+            self._held, self._coming = self._coming.result(), None
+        return True
+
+    async def with_deadline(self, begin: Callable[[float], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
+        """A call that an engine stands here for when its deadline passes. `begin` makes one with a deadline in so many
+        seconds; where that was too soon to come here, another one with twice as many."""
+        timeout_s = 1.0
+        while True:
+            call = asyncio.ensure_future(begin(timeout_s))
+            if await self.reached_before(call):
+                return call
+            timeout_s *= 2
 
     async def until(self, event: Awaitable[T]) -> T:
         """Lets the engine pass one time after the other until that has happened, and an engine stands here again."""
@@ -38,6 +60,11 @@ class Gate:
 
     def open(self) -> None:
         """Lets it go on, and everybody after it. Again is no error."""
+        if self._coming is not None:
+            # Nobody came. The thread that waits must not wait for ever: with a reader it ends.
+            reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            self._coming.add_done_callback(partial(_close, reader))
+            self._coming = None
         if self._path.is_fifo():
             _put_file(self._path)
         self._let_go()
@@ -86,6 +113,13 @@ class StepGate:
         """Inside, the gate is closed until it is opened."""
         with _closed(self._path) as gate:
             yield gate
+
+
+def _close(reader: int, coming: asyncio.Future[int]) -> None:
+    """Both ends of a FIFO that no engine came to."""
+    os.close(reader)
+    if not coming.cancelled():
+        os.close(coming.result())
 
 
 @contextmanager

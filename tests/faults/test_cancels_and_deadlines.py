@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import itertools
 from pathlib import Path
 
 import grpc
@@ -19,17 +19,20 @@ from tests.e2e.suite import (
     Suite,
     ask,
     generate,
+    give_up,
     idle,
     prep_recv,
     remote_send,
     start_suite,
     wait_for_load,
 )
+from tests.faults.gates import LayerGates
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults
 
 PROMPT = mixed_prompts(10, 500, 300)[-1]
+LAYER_COUNT = 4
 
 
 async def everything_back(suite: Suite) -> None:
@@ -41,7 +44,10 @@ async def everything_back(suite: Suite) -> None:
 
 
 async def test_cancel_at_every_verb(tmp_path: Path) -> None:
-    async with start_suite(make_tiny_llama(tmp_path), options_of={1: ["--lease-default", "2"]}) as suite:
+    model = make_tiny_llama(tmp_path / "model", layers=LAYER_COUNT)
+    gates = LayerGates(tmp_path / "gates", LAYER_COUNT)
+    options = {0: gates.options, 1: ["--lease-default", "2"]}
+    async with start_suite(model, options_of=options) as suite:
         sender, receiver = suite.engines
         for _ in range(5):
             request = engine.PrepRecvRequest(
@@ -53,14 +59,15 @@ async def test_cancel_at_every_verb(tmp_path: Path) -> None:
             assert await outcome(call) in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
         await wait_for_load(receiver, idle)
 
-        for turn in range(5):
-            prepared = await prep_recv(suite, receiver, PROMPT, 299, cache_salt=f"send {turn}")
-            sending = sender.stub.RemoteSend(send_request(suite, prepared, f"send {turn}"))
-            await wait_for_load(sender, lambda report, sending=sending: report.pages.held > 0 or sending.done())
-            sending.cancel()
-            await outcome(sending)
+        for layer in range(LAYER_COUNT):
+            prepared = await prep_recv(suite, receiver, PROMPT, 299, cache_salt=f"send {layer}")
+            with gates.closed(layer) as gate:
+                sending = sender.stub.RemoteSend(send_request(suite, prepared, f"send {layer}"))
+                await gate.reached()
+                sending.cancel()
+                assert await outcome(sending) is grpc.StatusCode.CANCELLED
             await wait_for_load(sender, idle)
-            await receiver.stub.Release(engine.ReleaseRequest(reservation=reference(prepared)))
+            await give_up(receiver, prepared)
             await wait_for_load(receiver, idle)
 
         for waiting in (False, True):
@@ -82,6 +89,10 @@ async def test_cancel_at_every_verb(tmp_path: Path) -> None:
             else:
                 await stream.read()
             stream.cancel()
+            if waiting:
+                # The reservation is there still, for another sequence.
+                await wait_for_load(receiver, lambda report: report.waiting_for_kv_count == 0)
+                await give_up(receiver, prepared)
             await wait_for_load(receiver, idle)
         await everything_back(suite)
 
@@ -101,34 +112,46 @@ async def test_cancel_through_the_router(tmp_path: Path) -> None:
 
 
 async def test_deadlines_pass(tmp_path: Path) -> None:
-    fifo = tmp_path / "go"
-    os.mkfifo(fifo)
-    hold = ["--fault-points", f"send.layer.0=hold:{fifo}"]
-    short = ["--lease-default", "3"]
-    async with start_suite(make_tiny_llama(tmp_path / "m"), options_of={0: hold, 1: short}) as suite:
+    model = make_tiny_llama(tmp_path / "model", layers=LAYER_COUNT)
+    gates = LayerGates(tmp_path / "gates", LAYER_COUNT)
+    async with start_suite(model, options_of={0: gates.options}) as suite:
         sender, receiver = suite.engines
-        prepared = await prep_recv(suite, receiver, PROMPT, 299)
-        with failing(grpc.StatusCode.DEADLINE_EXCEEDED):
-            await sender.stub.RemoteSend(send_request(suite, prepared, ""), timeout=0.5)
-        await let_go(fifo)
+        prepared, attempts = await prep_recv(suite, receiver, PROMPT, 299), itertools.count(1)
+        with gates.closed(0) as gate:
+            sending = await gate.with_deadline(
+                lambda timeout_s: outcome(
+                    sender.stub.RemoteSend(send_request(suite, prepared, "", next(attempts)), timeout=timeout_s)
+                )
+            )
+            assert await sending is grpc.StatusCode.DEADLINE_EXCEEDED
         await wait_for_load(sender, idle)
+        await give_up(receiver, prepared)
+        unsent = await prep_recv(suite, receiver, PROMPT, 299, cache_salt="unsent")
         start = engine.StartGenerateRequest(
-            owner_id=OWNER, request_id="late", prompt_token_ids=PROMPT, begin=299, reservation=reference(prepared)
+            owner_id=OWNER,
+            request_id="late",
+            prompt_token_ids=PROMPT,
+            begin=299,
+            cache_salt="unsent",
+            reservation=reference(unsent),
         )
         start.timeout.FromMilliseconds(300)
         with failing(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"):
             await receiver.stub.StartGenerate(start).read()
-        await wait_for_load(receiver, lambda report: report.pages.held == report.pages.quarantined == 0)
+        await give_up(receiver, unsent)
+        await wait_for_load(receiver, idle)
 
 
 async def test_the_router_is_killed(tmp_path: Path) -> None:
-    async with start_suite(make_tiny_llama(tmp_path), engine_options=["--lease-default", "2"]) as suite:
+    """In the middle of answers that take a minute."""
+    model = make_tiny_llama(tmp_path, max_context=16_384)
+    async with start_suite(model, engine_options=["--lease-default", "2"]) as suite:
         assert suite.router is not None
         assert suite.router_process is not None
         streams = []
         for policy in ("data_parallel", "disaggregated", "balanced:0.5", "context_aware") * 3:
             request = router.GenerateRequest(tokens=router.TokenIds(ids=PROMPT), cache_salt=f"{len(streams)}")
-            request.sampling.max_tokens, request.sampling.ignore_eos = 300, True
+            request.sampling.max_tokens, request.sampling.ignore_eos = 16_000, True
             streams.append(suite.router.Generate(request, metadata=(("x-microserve-policy", policy),)))
         await streams[0].read()
         suite.router_process.kill()
@@ -144,18 +167,13 @@ async def drain(stream: grpc.aio.UnaryStreamCall) -> None:  # type: ignore[type-
         pass
 
 
-async def let_go(fifo: Path) -> None:
-    """Lets an engine that is held at a fault point go on."""
-    descriptor = await asyncio.to_thread(os.open, fifo, os.O_WRONLY)
-    os.write(descriptor, b"go")
-    os.close(descriptor)
-
-
 def reference(prepared: engine.PrepRecvResponse) -> engine.ReservationRef:
     return engine.ReservationRef(reservation_id=prepared.address.reservation_id, secret=prepared.address.secret)
 
 
-def send_request(suite: Suite, prepared: engine.PrepRecvResponse, salt: str) -> engine.RemoteSendRequest:
+def send_request(
+    suite: Suite, prepared: engine.PrepRecvResponse, salt: str, attempt: int = 1
+) -> engine.RemoteSendRequest:
     return engine.RemoteSendRequest(
         owner_id=OWNER,
         request_id=suite.new_id(),
@@ -163,4 +181,5 @@ def send_request(suite: Suite, prepared: engine.PrepRecvResponse, salt: str) -> 
         range=prepared.address.window,
         address=prepared.address,
         cache_salt=salt,
+        attempt=attempt,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Answer, Suite, generate, idle, start_suite, wait_for_load
+from tests.faults.gates import Gate, StepGate
 from tests.faults.test_kills import router_sees
 from tests.models import make_tiny_llama
 
@@ -84,6 +86,40 @@ async def expected(suite: Suite, params_of: Callable[[int], dict[str, object]] =
     return [each.token_ids for each in alone]
 
 
+@asynccontextmanager
+async def start_held(tmp_path: Path, policy: str) -> AsyncIterator[tuple[Suite, StepGate]]:
+    """Three engines, and a gate before the steps of engine-1."""
+    model, steps = make_tiny_llama(tmp_path / "model"), StepGate(tmp_path / "step")
+    async with start_suite(model, num_engines=3, policy=policy, options_of={1: steps.options}) as suite:
+        yield suite, steps
+
+
+async def begin(
+    suite: Suite, policy: str, gate: Gate, params_of: Callable[[int], dict[str, object]] = params
+) -> list[asyncio.Task[Answer]]:
+    """All requests, each of which has a token. Those on engine-1, at whose gate this is, have hardly more."""
+    begun = [asyncio.Event() for _ in PROMPTS]
+    asked = [asyncio.create_task(stream(suite, i, policy, begun[i], params_of)) for i in range(NUM_STREAMS)]
+    await gate.until(asyncio.gather(*(each.wait() for each in begun)))
+    return asked
+
+
+async def empty(suite: Suite) -> None:
+    """Has engine-1, which stands still, emptied by migration: its streams have left it, and one has pages elsewhere."""
+    assert suite.admin is not None
+    address = suite.engines[1].process.address
+    await suite.admin.DrainEngine(admin.DrainEngineRequest(address=address, migrate=True))
+    looking = [
+        asyncio.create_task(wait_for_load(suite.engines[i], lambda report: report.reservation_count)) for i in (0, 2)
+    ]
+    done, others = await asyncio.wait(looking, return_when=asyncio.FIRST_COMPLETED)
+    for task in others:
+        task.cancel()
+    await asyncio.wait(looking)
+    for task in done:
+        task.result()
+
+
 async def check(suite: Suite, answers: list[Answer], tokens: list[list[int]], dead: int) -> None:
     assert [answer.token_ids for answer in answers] == tokens
     for answer in answers:
@@ -95,12 +131,11 @@ async def check(suite: Suite, answers: list[Answer], tokens: list[list[int]], de
 
 @pytest.mark.parametrize("policy", ["data_parallel", "disaggregated"])
 async def test_the_decoding_engine_dies_after_the_first_tokens(tmp_path: Path, policy: str) -> None:
-    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy=policy) as suite:
+    async with start_held(tmp_path, policy) as (suite, steps):
         tokens = await expected(suite)
-        begun = [asyncio.Event() for _ in PROMPTS]
-        asked = [asyncio.create_task(stream(suite, i, policy, begun[i])) for i in range(NUM_STREAMS)]
-        await asyncio.gather(*(each.wait() for each in begun))
-        suite.engines[1].process.kill()
+        with steps.closed() as gate:
+            asked = await begin(suite, policy, gate)
+            suite.engines[1].process.kill()
         answers = await asyncio.gather(*asked)
         await check(suite, answers, tokens, dead=1)
         generations = [[leg for leg in answer.legs if leg.verb == sampling.VERB_START_GENERATE] for answer in answers]
@@ -114,14 +149,12 @@ async def test_the_decoding_engine_dies_after_the_first_tokens(tmp_path: Path, p
 
 async def test_an_engine_is_emptied_by_migration(tmp_path: Path) -> None:
     """Twenty live streams move off an engine with their KV, which is not computed again."""
-    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
+    async with start_held(tmp_path, "data_parallel") as (suite, steps):
         tokens = await expected(suite)
-        begun = [asyncio.Event() for _ in PROMPTS]
-        asked = [asyncio.create_task(stream(suite, i, "data_parallel", begun[i])) for i in range(NUM_STREAMS)]
-        await asyncio.gather(*(each.wait() for each in begun))
         emptied = suite.engines[1]
-        request = admin.DrainEngineRequest(address=emptied.process.address, migrate=True)
-        await suite.admin.DrainEngine(request)
+        with steps.closed() as gate:
+            asked = await begin(suite, "data_parallel", gate)
+            await empty(suite)
         await wait_for_load(emptied, lambda report: not report.running_sequence_count)
         answers = await asyncio.gather(*asked)
         await check(suite, answers, tokens, dead=-1)
@@ -140,18 +173,14 @@ async def test_an_engine_is_emptied_by_migration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["migrated", "killed"])
 async def test_streams_go_on_in_their_grammar(tmp_path: Path, how: str) -> None:
     """On another engine, from where they were in it."""
-    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
-        tokens = await expected(suite, held_to_sums)
-        begun = [asyncio.Event() for _ in PROMPTS]
-        asked = [
-            asyncio.create_task(stream(suite, i, "data_parallel", begun[i], held_to_sums)) for i in range(NUM_STREAMS)
-        ]
-        await asyncio.gather(*(each.wait() for each in begun))
-        left = suite.engines[1]
-        if how == "migrated":
-            await suite.admin.DrainEngine(admin.DrainEngineRequest(address=left.process.address, migrate=True))
-        else:
-            left.process.kill()
+    async with start_held(tmp_path, "data_parallel") as (suite, steps):
+        tokens, left = await expected(suite, held_to_sums), suite.engines[1]
+        with steps.closed() as gate:
+            asked = await begin(suite, "data_parallel", gate, held_to_sums)
+            if how == "migrated":
+                await empty(suite)
+            else:
+                left.process.kill()
         answers = await asyncio.gather(*asked)
         await check(suite, answers, tokens, dead=-1 if how == "migrated" else 1)
         assert any(answer.legs[0].engine == left.name != answer.legs[-1].engine for answer in answers)
@@ -167,20 +196,19 @@ async def test_an_engine_dies_before_the_first_token(tmp_path: Path, death: str)
     async with start_suite(make_tiny_llama(tmp_path), num_engines=3, options_of=options) as suite:
         tokens = await expected(suite)
         answers = await asyncio.gather(*(stream(suite, i, "disaggregated") for i in range(NUM_STREAMS)))
-        suite.engines[dead].process.wait(10)
+        suite.engines[dead].process.wait(60)
         await check(suite, answers, tokens, dead)
 
 
 async def test_an_engine_that_is_told_to_stop_hands_its_streams_over(tmp_path: Path) -> None:
     """Two SIGTERMs, the second of which cuts the grace short."""
-    async with start_suite(make_tiny_llama(tmp_path), num_engines=3, policy="data_parallel") as suite:
+    async with start_held(tmp_path, "data_parallel") as (suite, steps):
         tokens = await expected(suite)
-        begun = [asyncio.Event() for _ in PROMPTS]
-        asked = [asyncio.create_task(stream(suite, i, "data_parallel", begun[i])) for i in range(NUM_STREAMS)]
-        await asyncio.gather(*(each.wait() for each in begun))
-        suite.engines[1].process.terminate()
-        await router_sees(suite, 2)
-        suite.engines[1].process.terminate()
-        answers = await asyncio.gather(*asked)
+        with steps.closed() as gate:
+            asked = await begin(suite, "data_parallel", gate)
+            suite.engines[1].process.terminate()
+            await router_sees(suite, 2)
+            suite.engines[1].process.terminate()
+            answers = await asyncio.gather(*asked)
         await check(suite, answers, tokens, dead=1)
         assert any(len(answer.legs) > 1 for answer in answers)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 import pytest
-from microserve.engine.v1 import engine_pb2 as engine
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
 from microserve.router.v1 import admin_pb2 as admin
 from microserve.router.v1 import router_pb2 as router
 
 from tests.e2e.errors import failing, outcome
 from tests.e2e.prompts import mixed_prompts
-from tests.e2e.suite import Engine, Suite, ask, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
-from tests.faults.test_cancels_and_deadlines import drain, reference, send_request
+from tests.e2e.suite import (
+    Engine,
+    Suite,
+    ask,
+    generate,
+    give_up,
+    idle,
+    prep_recv,
+    remote_send,
+    start_suite,
+    wait_for_load,
+)
+from tests.faults.gates import LayerGates
+from tests.faults.test_cancels_and_deadlines import drain, send_request
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults
@@ -32,7 +42,7 @@ async def test_the_sender_dies_between_verbs(tmp_path: Path) -> None:
         sender.process.kill()
         with failing(grpc.StatusCode.UNAVAILABLE):
             await remote_send(suite, sender, PROMPT, prepared.address)
-        await receiver.stub.Release(engine.ReleaseRequest(reservation=reference(prepared)))
+        await give_up(receiver, prepared)
         await wait_for_load(receiver, idle)
         assert len((await generate(suite, receiver, PROMPT)).token_ids) == 16
 
@@ -42,7 +52,7 @@ async def test_the_receiver_dies_between_verbs(tmp_path: Path) -> None:
         sender, receiver = suite.engines
         prepared = await prep_recv(suite, receiver, PROMPT, 299)
         receiver.process.kill()
-        receiver.process.wait(10)
+        receiver.process.wait(60)
         with failing(grpc.StatusCode.ABORTED, "RESERVATION_GONE"):
             await remote_send(suite, sender, PROMPT, prepared.address)
         await wait_for_load(sender, idle)
@@ -52,17 +62,15 @@ async def test_the_receiver_dies_between_verbs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layer", [0, 2])
 async def test_the_sender_dies_in_the_middle_of_a_send(tmp_path: Path, layer: int) -> None:
     """With a fault point, so that the middle is really the middle."""
-    fifo = tmp_path / "go"
-    os.mkfifo(fifo)
-    hold = ["--fault-points", f"send.layer.{layer}=hold:{fifo}"]
-    async with start_suite(make_tiny_llama(tmp_path / "m"), policy=None, options_of={0: hold}) as suite:
+    gates = LayerGates(tmp_path / "gates", 4)
+    async with start_suite(make_tiny_llama(tmp_path / "m"), policy=None, options_of={0: gates.options}) as suite:
         sender, receiver = suite.engines
         prepared = await prep_recv(suite, receiver, PROMPT, 299)
-        sending = sender.stub.RemoteSend(send_request(suite, prepared, ""))
-        descriptor = await asyncio.to_thread(os.open, fifo, os.O_WRONLY)
-        sender.process.kill()
-        assert await outcome(sending) is grpc.StatusCode.UNAVAILABLE
-        os.close(descriptor)
+        with gates.closed(layer) as gate:
+            sending = sender.stub.RemoteSend(send_request(suite, prepared, ""))
+            await gate.reached()
+            sender.process.kill()
+            assert await outcome(sending) is grpc.StatusCode.UNAVAILABLE
         replacement = await replace(suite, 0, tmp_path / "m")
         await remote_send(suite, replacement, PROMPT, prepared.address, attempt=2)
         result = await generate(suite, receiver, PROMPT, address=prepared.address)
@@ -117,7 +125,7 @@ async def test_the_transfer_service_dies(tmp_path: Path) -> None:
             await wait_for_load(at, idle)
 
 
-async def until_it_works(call, timeout_s: float = 60.0):  # type: ignore[no-untyped-def]
+async def until_it_works(call, timeout_s: float = 120.0):  # type: ignore[no-untyped-def]
     """Repeats a call while it is answered UNAVAILABLE: the engine is reconnecting."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -7,6 +7,7 @@ if nothing were, the tokens that follow are right, and whoever replaces a killed
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +24,19 @@ from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from services.cli.client import wait_serving
 from tests.e2e.errors import failing, outcome
 from tests.e2e.prompts import mixed_prompts
-from tests.e2e.suite import Engine, Suite, ask, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
+from tests.e2e.suite import (
+    LEASE_S,
+    Engine,
+    Suite,
+    ask,
+    generate,
+    give_up,
+    idle,
+    prep_recv,
+    remote_send,
+    start_suite,
+    wait_for_load,
+)
 from tests.faults.gates import Gate, LayerGates
 from tests.faults.test_cancels_and_deadlines import drain
 from tests.faults.test_kills import replace, router_sees, until_it_works
@@ -65,11 +78,15 @@ class Scene:
     def bystander(self) -> Engine:
         return self.suite.engines[2]
 
-    async def prepare(self, salt: str) -> engine.PrepRecvResponse:
+    async def prepare(self, salt: str, lease_s: float = LEASE_S) -> engine.PrepRecvResponse:
         """A reservation for all of the prompt but its last token, once the receiver can reach its service."""
-        return await until_it_works(lambda: prep_recv(self.suite, self.receiver, PROMPT, END, cache_salt=salt))
+        return await until_it_works(
+            lambda: prep_recv(self.suite, self.receiver, PROMPT, END, lease_s=lease_s, cache_salt=salt)
+        )
 
-    def send(self, prepared: engine.PrepRecvResponse, salt: str, timeout_s: float) -> Awaitable[object]:
+    def send(
+        self, prepared: engine.PrepRecvResponse, salt: str, timeout_s: float, attempt: int = 1
+    ) -> asyncio.Future[grpc.StatusCode]:
         request = engine.RemoteSendRequest(
             owner_id="test",
             request_id=self.suite.new_id(),
@@ -77,8 +94,13 @@ class Scene:
             range=prepared.address.window,
             address=prepared.address,
             cache_salt=salt,
+            attempt=attempt,
         )
         return asyncio.ensure_future(outcome(self.sender.stub.RemoteSend(request, timeout=timeout_s)))
+
+    async def give_up(self, prepared: engine.PrepRecvResponse) -> None:
+        """A reservation that failed is not used."""
+        await give_up(self.receiver, prepared)
 
     async def check_receiver(self, prepared: engine.PrepRecvResponse, salt: str) -> None:
         """The reservation is filled with the right KV."""
@@ -132,8 +154,12 @@ async def scene(tmp_path: Path, transport: str, policy: str | None = None) -> As
 @asynccontextmanager
 async def undisturbed(scene: Scene) -> AsyncIterator[None]:
     """A stream of the bystander that begins before the block does its work and must not notice."""
-    streaming = asyncio.create_task(generate(scene.suite, scene.bystander, PROMPT, max_tokens=400, salt="by"))
-    await wait_for_load(scene.bystander, lambda report: report.running_sequence_count > 0)
+    begun = asyncio.Event()
+    streaming = asyncio.create_task(
+        generate(scene.suite, scene.bystander, PROMPT, max_tokens=400, salt="by", begun=begun)
+    )
+    async with asyncio.timeout(120):
+        await begun.wait()
     yield
     result = await streaming
     assert len(result.token_ids) == 400
@@ -173,9 +199,10 @@ async def test_the_sender_stands_still(tmp_path: Path, transport: str) -> None:
     async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
-            prepared = await s.prepare(salt)
-            sending = s.send(prepared, salt, 1)
-            await gate.reached()
+            async def begin(timeout_s: float) -> grpc.StatusCode:
+                return await s.send(await s.prepare(salt, 2 * timeout_s), salt, timeout_s)
+
+            sending = await gate.with_deadline(begin)
             s.sender.process.pause()
             assert await sending is CODES.DEADLINE_EXCEEDED
             again = await s.prepare(f"{salt} again")
@@ -202,7 +229,7 @@ async def test_the_receiver_is_killed(tmp_path: Path, transport: str) -> None:
             sending = s.send(prepared, salt, 20)
             await gate.reached()
             s.receiver.process.kill()
-            s.receiver.process.wait(10)
+            s.receiver.process.wait(60)
             gate.open()
             # The last layer may have been in place before.
             assert await sending in (CODES.ABORTED, CODES.OK)
@@ -245,6 +272,7 @@ async def test_a_transfer_service_is_killed(tmp_path: Path, transport: str, inde
             old.kill()
             gate.open()
             assert await sending in (CODES.UNAVAILABLE, CODES.ABORTED, CODES.OK)
+            await s.give_up(prepared)
             await s.pair_idle()
             new = s.suite.fleet.start_kvtransfer(f"{old.name} {salt}", listen=address)
             new.wait_ready()
@@ -258,9 +286,12 @@ async def test_a_transfer_service_stands_still(tmp_path: Path, transport: str, i
     async with scene(tmp_path, transport) as s:
 
         async def fault(gate: Gate, salt: str) -> None:
-            prepared = await s.prepare(salt)
-            sending = s.send(prepared, salt, 1)
-            await gate.reached()
+            prepared, attempts = await s.prepare(salt), itertools.count(1)
+
+            async def begin(timeout_s: float) -> grpc.StatusCode:
+                return await s.send(prepared, salt, timeout_s, next(attempts))
+
+            sending = await gate.with_deadline(begin)
             s.suite.kvtransfers[index].pause()
             gate.open()
             assert await sending in (CODES.DEADLINE_EXCEEDED, CODES.UNAVAILABLE, CODES.OK)
@@ -269,9 +300,11 @@ async def test_a_transfer_service_stands_still(tmp_path: Path, transport: str, i
             asked = engine.PrepRecvRequest(
                 owner_id="test", request_id=s.suite.new_id(), prompt_token_ids=PROMPT, end=END, cache_salt="stuck"
             )
+            asked.lease.FromSeconds(LEASE_S)
             with failing(CODES.DEADLINE_EXCEEDED):
                 await s.suite.engines[index].stub.PrepRecv(asked, timeout=0.5)
             s.suite.kvtransfers[index].resume()
+            await s.give_up(prepared)
 
         await at_each_boundary(s, fault)
 
@@ -281,7 +314,7 @@ async def test_the_router_is_killed(tmp_path: Path, transport: str) -> None:
     async with scene(tmp_path, transport, "disaggregated") as s:
 
         async def fault(gate: Gate, salt: str) -> None:
-            stream = through_router(s, salt, 20)
+            stream = asyncio.ensure_future(through_router(s, salt, 20))
             await gate.reached()
             suite = s.suite
             assert suite.router_process is not None
@@ -305,8 +338,7 @@ async def test_the_router_stands_still(tmp_path: Path, transport: str) -> None:
     async with scene(tmp_path, transport, "disaggregated") as s:
 
         async def fault(gate: Gate, salt: str) -> None:
-            stream = through_router(s, salt, 1)
-            await gate.reached()
+            stream = await gate.with_deadline(lambda timeout_s: through_router(s, salt, timeout_s))
             assert s.suite.router_process is not None
             s.suite.router_process.pause()
             gate.open()
@@ -319,8 +351,8 @@ async def test_the_router_stands_still(tmp_path: Path, transport: str) -> None:
         await at_each_boundary(s, fault)
 
 
-def through_router(s: Scene, salt: str, timeout_s: float) -> Awaitable[grpc.StatusCode]:
+async def through_router(s: Scene, salt: str, timeout_s: float) -> grpc.StatusCode:
     request = router.GenerateRequest(tokens=router.TokenIds(ids=PROMPT), cache_salt=salt)
     request.sampling.max_tokens = 16
     assert s.suite.router is not None
-    return asyncio.ensure_future(outcome(drain(s.suite.router.Generate(request, timeout=timeout_s))))
+    return await outcome(drain(s.suite.router.Generate(request, timeout=timeout_s)))

@@ -64,8 +64,10 @@ async def test_a_process_runs_out(tmp_path: Path, transport: str, victim: str, k
             assert code in ANSWERS
             if code is CODES.OK:
                 await s.check_receiver(prepared, salt)
+            else:
+                await s.give_up(prepared)
             with exhausted(process, kind):
-                asked = prep_recv(s.suite, s.receiver, PROMPT, END, cache_salt=f"{salt} short")
+                asked = prep_recv(s.suite, s.receiver, PROMPT, END, lease_s=2, cache_salt=f"{salt} short")
                 assert await outcome(asked) in ANSWERS
             assert process.poll() is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ async def test_the_link_is_cut_until_the_peer_is_lost(tmp_path: Path) -> None:
                 gate.open()
                 # The last layer may have been in place before.
                 assert await sending in (CODES.UNAVAILABLE, CODES.OK)
+                await s.give_up(prepared)
                 await s.pair_idle()
                 network.heal()
 
@@ -63,6 +65,7 @@ async def test_the_link_is_down_when_the_services_would_meet(tmp_path: Path) -> 
             network.cut()
             async with undisturbed(s):
                 assert await s.send(prepared, "apart", 20) is CODES.UNAVAILABLE
+            await s.give_up(prepared)
             network.heal()
             await s.check_transfer("together")
             await s.everything_back()
@@ -78,9 +81,8 @@ async def test_the_link_is_cut_for_a_moment(tmp_path: Path) -> None:
                 prepared = await s.prepare(salt)
                 sending = s.send(prepared, salt, 20)
                 await gate.reached()
-                network.cut()
-                gate.open()
-                network.heal()
+                with network.cut_for(0.3):
+                    gate.open()
                 assert await sending is CODES.OK
                 await s.check_receiver(prepared, salt)
 
@@ -88,10 +90,13 @@ async def test_the_link_is_cut_for_a_moment(tmp_path: Path) -> None:
 
 
 async def test_the_link_is_slow(tmp_path: Path) -> None:
-    """It takes its time, and no timeout takes it for a fault."""
-    with two_nodes(Link(bits_per_second=400_000)) as network:
+    """It takes its time, twice as long as the lease, which writes renew; no timeout takes it for a fault."""
+    lease_s = 5.0
+    with two_nodes(Link(bits_per_second=160_000)) as network:
         async with apart(tmp_path, network) as s, undisturbed(s):
-            prepared = await s.prepare("slow")
-            assert await s.send(prepared, "slow", 60) is CODES.OK
+            prepared = await s.prepare("slow", lease_s)
+            begin = time.monotonic()
+            assert await s.send(prepared, "slow", 120) is CODES.OK
+            assert time.monotonic() - begin > lease_s
             await s.check_receiver(prepared, "slow")
             await s.pair_idle()

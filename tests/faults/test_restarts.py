@@ -13,6 +13,7 @@ from services.cli.process import ServiceProcess
 from tests.e2e.errors import failing
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Engine, Suite, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
+from tests.faults.gates import StepGate
 from tests.faults.test_kills import until_it_works
 from tests.models import make_tiny_llama
 
@@ -28,7 +29,7 @@ each_transport = pytest.mark.parametrize("num_kvtransfers", [1, 2], ids=["shm", 
 
 def end(process: ServiceProcess) -> None:
     process.kill()
-    process.wait(10)
+    process.wait(60)
 
 
 def use_engine(suite: Suite, index: int, process: ServiceProcess) -> None:
@@ -58,20 +59,25 @@ async def check_transfer(suite: Suite, salt: str) -> None:
 @each_transport
 async def test_the_service_restarts_and_what_was_whole_survives(tmp_path: Path, num_kvtransfers: int) -> None:
     """Filled reservations, streams and prefix caches go on; what was not filled is gone, and its caller is told."""
-    async with start_suite(make_tiny_llama(tmp_path), policy=None, num_kvtransfers=num_kvtransfers) as suite:
+    model, steps = make_tiny_llama(tmp_path / "model"), StepGate(tmp_path / "step")
+    options = {1: steps.options}
+    async with start_suite(model, policy=None, num_kvtransfers=num_kvtransfers, options_of=options) as suite:
         sender, receiver = suite.engines
         attached = await prep_recv(suite, receiver, PROMPT, END, cache_salt="attached")
         filled = await prep_recv(suite, receiver, PROMPT, END, cache_salt="filled")
         for prepared, salt in ((attached, "attached"), (filled, "filled")):
             await remote_send(suite, sender, PROMPT, prepared.address, cache_salt=salt)
         unfilled = await prep_recv(suite, receiver, OTHER, len(OTHER))
-        waiting = asyncio.create_task(generate(suite, receiver, OTHER, address=unfilled.address))
-        stream = asyncio.create_task(
-            generate(suite, receiver, PROMPT, address=attached.address, max_tokens=400, salt="attached")
-        )
-        await wait_for_load(receiver, lambda now: now.running_sequence_count == now.waiting_for_kv_count == 1)
-        for index in range(num_kvtransfers):
-            end(suite.kvtransfers[index])
+        with steps.closed() as gate:
+            waiting = asyncio.create_task(generate(suite, receiver, OTHER, address=unfilled.address))
+            stream = asyncio.create_task(
+                generate(suite, receiver, PROMPT, address=attached.address, max_tokens=400, salt="attached")
+            )
+            await gate.until(
+                wait_for_load(receiver, lambda now: now.running_sequence_count == now.waiting_for_kv_count == 1)
+            )
+            for index in range(num_kvtransfers):
+                end(suite.kvtransfers[index])
         with failing(CODES.ABORTED, "RESERVATION_GONE"):
             await waiting
         for index in range(num_kvtransfers):
@@ -112,13 +118,16 @@ async def test_an_engine_restarts_and_the_others_keep_all_they_have(tmp_path: Pa
 @pytest.mark.parametrize("index", [0, 1], ids=["sender", "receiver"])
 async def test_an_engine_and_its_service_restart_at_once(tmp_path: Path, num_kvtransfers: int, index: int) -> None:
     """The engine is started before its service, so it must wait for it; the other engine goes on meanwhile."""
-    async with start_suite(make_tiny_llama(tmp_path), policy=None, num_kvtransfers=num_kvtransfers) as suite:
+    model, steps = make_tiny_llama(tmp_path / "model"), StepGate(tmp_path / "step")
+    options = {1 - index: steps.options}
+    async with start_suite(model, policy=None, num_kvtransfers=num_kvtransfers, options_of=options) as suite:
         survivor = suite.engines[1 - index]
         await check_transfer(suite, "before")
-        stream = asyncio.create_task(generate(suite, survivor, PROMPT, max_tokens=400, salt="before"))
-        await wait_for_load(survivor, lambda now: now.running_sequence_count == 1)
-        end(suite.engines[index].process)
-        end(suite.kvtransfers[index % num_kvtransfers])
+        with steps.closed() as gate:
+            stream = asyncio.create_task(generate(suite, survivor, PROMPT, max_tokens=400, salt="before"))
+            await gate.until(wait_for_load(survivor, lambda now: now.running_sequence_count == 1))
+            end(suite.engines[index].process)
+            end(suite.kvtransfers[index % num_kvtransfers])
         process = suite.fleet.start_again(suite.engines[index].process)
         restart_service(suite, index % num_kvtransfers)
         use_engine(suite, index, process)
