@@ -34,7 +34,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_dead(pids: list[int], timeout_s: float = 20.0) -> None:
+def wait_dead(pids: list[int], timeout_s: float = 60.0) -> None:
     """Waits for the end of processes that are not our children."""
     for pid in pids:
         try:

@@ -26,7 +26,7 @@ class Mirror:
     """What a reader of the events knows."""
 
     def __init__(self, at: Engine) -> None:
-        self._call = at.stub.WatchKvEvents(pb.WatchKvEventsRequest(), timeout=60)
+        self._call = at.stub.WatchKvEvents(pb.WatchKvEventsRequest(), timeout=240)
         self.blocks: list[bytes] = []
         self.removed: list[bytes] = []
         self.sequence = 0

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 async def test_list_reservations(suite: Suite) -> None:
     at = suite.engines[1]
     prompt = prompt_of(100, 3)
-    mine = await prep_recv(suite, at, prompt, 100, cache_salt="list")
+    mine = await prep_recv(suite, at, prompt, 100, lease_s=30, cache_salt="list")
     request = pb.PrepRecvRequest(owner_id="other", request_id="theirs", prompt_token_ids=prompt, end=50)
     theirs = await at.stub.PrepRecv(request)
     listed = await reservations(at)
@@ -62,7 +62,7 @@ async def test_list_reservations(suite: Suite) -> None:
 async def test_renew_extends(suite: Suite) -> None:
     at = suite.engines[1]
     request = pb.PrepRecvRequest(owner_id=OWNER, request_id="renewed", prompt_token_ids=prompt_of(40, 4), end=40)
-    request.lease.FromSeconds(5)
+    request.lease.FromSeconds(20)
     prepared = await at.stub.PrepRecv(request)
     renewal = pb.RenewRequest(reservation=ref_of(prepared.address))
     renewal.lease.FromSeconds(60)

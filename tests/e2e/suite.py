@@ -288,6 +288,12 @@ async def load(at: Engine) -> engine.WatchLoadResponse:
     raise AssertionError("no load report")
 
 
+async def arrived(at: Engine) -> None:
+    """Returns when what was asked of the engine before has arrived: round trips on the same connection."""
+    for _ in range(20):
+        await at.stub.GetInfo(engine.GetInfoRequest(), timeout=60)
+
+
 async def wait_for_load(at: Engine, condition: object, timeout_s: float = 120.0) -> engine.WatchLoadResponse:
     """Follows the load until `condition(report)`; checks the page accounts of every report on the way."""
     request = engine.WatchLoadRequest()

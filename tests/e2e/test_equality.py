@@ -19,6 +19,7 @@ from tests.e2e.shared import SharedSuite
 from tests.e2e.suite import (
     Generated,
     Suite,
+    arrived,
     ask,
     generate,
     idle,
@@ -28,6 +29,7 @@ from tests.e2e.suite import (
     start_suite,
     wait_for_load,
 )
+from tests.faults.gates import StepGate
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -176,19 +178,27 @@ async def test_batched_equals_one_by_one(suite: Suite, prompts: list[list[int]],
 
 
 async def test_preempted_equals_undisturbed(
-    suite: Suite, model: Path, model_name: str, prompts: list[list[int]]
+    suite: Suite, model: Path, model_name: str, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    # Several have room to begin and no two have room to end together; answers are so long that some are under way
-    # together however far apart the calls arrive.
+    # Several have room to begin and no two have room to end together. They begin together.
+    steps = StepGate(tmp_path / "step")
     chosen, length = [prompt for prompt in prompts if 14 < len(prompt) < 40][:5], LONG_ANSWER[model_name]
     longest = max(map(len, chosen)) + length
     undisturbed = await alone(suite, chosen, length, "undisturbed")
-    pool = {"page_size": 4, "page_count": longest // 4 + 3, "engine_options": ("--max-context", str(longest))}
+    pool = {
+        "page_size": 4,
+        "page_count": longest // 4 + 3,
+        "engine_options": ("--max-context", str(longest), *steps.options),
+    }
     async with start_suite(model, num_engines=1, policy=None, **pool) as small:
         one = small.engines[0]
-        got = await asyncio.gather(
-            *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
-        )
+        with steps.closed() as gate:
+            asked = asyncio.gather(
+                *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
+            )
+            await gate.reached()
+            await arrived(one)
+        got = await asked
         assert sum(result.timing.preemption_count for result in got) > 0
         for prompt, want, result in zip(chosen, undisturbed, got, strict=True):
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from microserve.engine.v1 import engine_pb2 as engine
 from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 from tokenizers import Tokenizer
 
 from services.engine.model.fetch import fetch_model
 from services.engine.model.gguf.convert import converted_folder
-from tests.e2e.suite import Suite, ask, generate, idle, start_suite, wait_for_load
+from tests.e2e.suite import Suite, arrived, ask, generate, idle, start_suite, wait_for_load
 from tests.faults.gates import StepGate
 
 pytestmark = pytest.mark.slow
@@ -104,8 +103,7 @@ async def test_under_preemption(model: Path, tokenizer: Tokenizer, prompts: list
                 )
             )
             await gate.reached()
-            for _ in range(20):  # round trips on the same connection: all have arrived, and begin together
-                await one.stub.GetInfo(engine.GetInfoRequest())
+            await arrived(one)  # and they begin together
         results = await asked
         assert sum(result.timing.preemption_count for result in results) > 0
         for result in results:

@@ -41,7 +41,7 @@ async def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         num_kvtransfers=request.param,
         policy=FIRST_BY_NAME,
         page_size=PAGE,
-        engine_options=["--lease-default", "2"],
+        engine_options=["--lease-default", "8"],
         router_options=OPTIONS,
     ) as running:
         yield running

@@ -200,9 +200,9 @@ async def test_wrong_secrets_and_what_is_over(suite: Suite) -> None:
 async def test_a_lease_runs_out(suite: Suite) -> None:
     receiver = suite.engines[1]
     request = engine.PrepRecvRequest(owner_id=OWNER, request_id="short", prompt_token_ids=PROMPT, end=100)
-    request.lease.FromMilliseconds(300)
+    request.lease.FromSeconds(3)
     prepared = await receiver.stub.PrepRecv(request)
-    assert 200 < prepared.lease.ToMilliseconds() <= 300
+    assert 2000 < prepared.lease.ToMilliseconds() <= 3000
     await wait_for_load(receiver, idle)
     ref = engine.ReservationRef(reservation_id=prepared.address.reservation_id, secret=prepared.address.secret)
     with failing(grpc.StatusCode.ABORTED, "RESERVATION_GONE"):

@@ -79,7 +79,7 @@ async def test_a_rank_dies(tmp_path: Path) -> None:
     async with start_suite(four_heads(tmp_path), policy=None, options_of=options, kv_memory_mib=32) as suite:
         first, second = suite.engines
         (rank,) = ranks_of(first.process.pid)
-        streaming = asyncio.ensure_future(outcome(generate(suite, first, PROMPTS[-1], max_tokens=1000)))
+        streaming = asyncio.ensure_future(outcome(generate(suite, first, PROMPTS[-1], max_tokens=3800)))
         await wait_for_load(first, lambda report: report.running_sequence_count == 1)
         os.kill(rank, signal.SIGKILL)
         assert await streaming is grpc.StatusCode.UNAVAILABLE

@@ -64,7 +64,7 @@ def launched(folder: Path, *options: str) -> Iterator[Launcher]:
         finally:
             launcher.process.kill()
     wait_dead([endpoint["pid"] for endpoint in launcher.endpoints])
-    assert shared_memory() == before
+    assert shared_memory() <= before
 
 
 def shared_memory() -> set[str]:
@@ -86,7 +86,7 @@ def test_question_is_answered_over_two_engines_and_a_signal_leaves_nothing(tmp_p
         assert send["transferred_bytes"] == end * 30 * 2 * 3 * 64 * 4
         launcher.process.send_signal(signal.SIGTERM)
         launcher.read("stopping")
-        assert launcher.process.wait(30) == 0
+        assert launcher.process.wait(120) == 0
         assert not any(alive(endpoint["pid"]) for endpoint in launcher.endpoints)
     assert list(tmp_path.iterdir()) == []
 
@@ -164,6 +164,6 @@ def test_killed_engine_ends_the_launcher_with_one_line(tmp_path: Path, capfd: py
     with launched(tmp_path, "--ask", "Hello") as launcher:
         pids = {endpoint["name"]: endpoint["pid"] for endpoint in launcher.endpoints}
         os.kill(pids["engine-0"], signal.SIGKILL)
-        assert launcher.process.wait(30) == 1
+        assert launcher.process.wait(120) == 1
         assert not any(alive(pid) for pid in pids.values())
     assert capfd.readouterr().err.startswith("microserve: engine-0 ended by signal 9\n")

@@ -184,7 +184,7 @@ async def mover(suite: Suite, rng: random.Random, end: float, expected: Expected
 async def move(suite: Suite, sender: Engine, receiver: Engine, number: int, salt: str, expected: Expected) -> None:
     """KV of a prompt but its last token goes from one to the other, which then generates from it."""
     prompt = PROMPTS[number]
-    prepared = await prep_recv(suite, receiver, prompt, len(prompt) - 1, cache_salt=salt)
+    prepared = await prep_recv(suite, receiver, prompt, len(prompt) - 1, lease_s=10, cache_salt=salt)
     await remote_send(suite, sender, prompt, prepared.address, cache_salt=salt)
     result = await generate(suite, receiver, prompt, address=prepared.address, max_tokens=NUM_TOKENS, salt=salt)
     check(result.token_ids, [each.chosen.logprob for each in result.logprobs], expected[number])
