@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,8 +102,13 @@ def test_held_out_the_best_static_policy_has_no_luck_of_its_own() -> None:
 
 
 async def test_a_machine_that_is_slow_is_told_and_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, work = Machine(1), iter([0.05, 0.2, 0.2, 0.05])
-    monkeypatch.setattr("bench.policies.machine._job", lambda _: time.sleep(next(work, 0.2)))
+    machine, work, now_s = Machine(1), iter([0.05, 0.2, 0.2, 0.05]), [0.0]
+
+    def job(_: object) -> None:
+        now_s[0] += next(work, 0.2)
+
+    monkeypatch.setattr("bench.policies.machine._job", job)
+    monkeypatch.setattr("bench.policies.machine.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     monkeypatch.setattr("bench.policies.machine.LOOK_EVERY_S", 0.01)
     monkeypatch.setattr("bench.policies.machine.LOOKS", 2)
     assert machine.slowdown() == 1.0

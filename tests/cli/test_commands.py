@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -238,20 +240,30 @@ def test_the_wrong_port_is_told_from_none(microserve: Run) -> None:
     assert "does not speak gRPC" in err
 
 
-def test_a_router_that_dies_meanwhile_is_not_one_that_is_missing(microserve: Run) -> None:
+@contextmanager
+def asking_for_ever(address: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has begun to print an answer, which never ends."""
+    command = [sys.executable, "-m", "services.cli", "ask", "wait", "--address", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        assert asking.stdout.read(8) == "You said"
+        yield asking
+
+
+@pytest.mark.slow
+def test_a_router_that_dies_meanwhile_is_not_one_that_is_missing() -> None:
     with Fleet(package="tests.cli.fakes") as fleet:
-        address = fleet.start_router([], "disaggregated").address
-        code, out, err = microserve("ask", "stuck", "--address", address)
-    assert (code, out, err.count("\n")) == (1, "You said ", 1)
-    assert f"the router at {address} broke off: " in err
+        router = fleet.start_router([], "disaggregated")
+        with asking_for_ever(router.address) as asking:
+            router.kill()
+            _, err = asking.communicate(timeout=60)
+        assert (asking.returncode, err.count("\n")) == (1, 1)
+        assert f"the router at {router.address} broke off: " in err
 
 
 @pytest.mark.slow
 def test_an_interrupted_command_exits_with_130(router_address: str) -> None:
-    command = [sys.executable, "-m", "services.cli", "ask", "wait", "--address", router_address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
-        assert asking.stdout is not None
-        assert asking.stdout.read(8) == "You said"
+    with asking_for_ever(router_address) as asking:
         asking.send_signal(signal.SIGINT)
         _, err = asking.communicate(timeout=60)
         assert (asking.returncode, err) == (130, "")

@@ -74,9 +74,9 @@ async def test_the_routers_own_limit_cuts_off_a_request_without_deadline() -> No
 
 async def test_deadlines_are_passed_on() -> None:
     async with running(policy="disaggregated") as suite:
-        await suite.stub.Complete(router_pb2.CompleteRequest(request=request()), timeout=7)
+        await suite.stub.Complete(router_pb2.CompleteRequest(request=request()), timeout=60)
         [start] = suite.engines[1].called("Session")
-        assert 5 < start.timeout.ToNanoseconds() / 1e9 < 7.5
+        assert 30 < start.timeout.ToNanoseconds() / 1e9 < 60.5
 
 
 async def test_an_engine_that_restarts_is_picked_up_again() -> None:
