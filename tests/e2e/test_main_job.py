@@ -67,7 +67,7 @@ class Up:
     def stop(self, number: signal.Signals) -> int:
         """Sends a signal as a terminal would, and returns the exit code."""
         os.killpg(self.process.pid, number)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def close(self) -> None:
         """Makes sure that it is over."""
@@ -97,7 +97,7 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def gone(pids: list[int], timeout_s: float = 20) -> bool:
+def gone(pids: list[int], timeout_s: float = 60) -> bool:
     """Whether all of the processes have ended, waiting for it."""
     for pid in pids:
         try:
