@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,12 +51,6 @@ class ReadsUnwrittenSlots(GatherSdpaAttention):
 class Raises(GatherSdpaAttention):
     def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
         raise RuntimeError("no kernel image is available")
-
-
-class Slow(GatherSdpaAttention):
-    def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
-        time.sleep(0.02)
-        return super().attend(layer, query, batch, form)
 
 
 class AlsoRight(GatherSdpaAttention):
@@ -107,9 +101,26 @@ def test_one_that_is_not_there_is_no_warning(caplog: pytest.LogCaptureFixture) -
     assert said(caplog)[0] == ("INFO", {"backend": "absent", "why": "its library is not installed"})
 
 
-def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr("services.engine.attention.problem.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+
+    class Quick(GatherSdpaAttention):
+        takes_s = 0.001
+
+        def attend(self, layer: int, query: Tensor, batch: ForwardBatch, form: AttentionForm = PLAIN) -> Tensor:
+            now_s[0] += self.takes_s
+            return super().attend(layer, query, batch, form)
+
+    class Slow(Quick):
+        takes_s = 0.02
+
     caplog.set_level(logging.INFO)
-    assert isinstance(choose({"slow": of(Slow), "right": of(AlsoRight)}, pool(), NUM_HEADS, 1), AlsoRight)
+    chosen = choose({"slow": of(Slow), "right": of(Quick)}, pool(), NUM_HEADS, 1)
+    assert isinstance(chosen, Quick)
+    assert not isinstance(chosen, Slow)
     ((_, fields),) = said(caplog)
     assert fields["why"] == "fastest of those that are right"
     assert fields["slow_ms"] > fields["right_ms"]  # type: ignore[operator]
