@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# Between two passes of an engine.
+_PASS_S = 0.05
 
 
 class Gate:
@@ -49,10 +51,13 @@ class Gate:
             timeout_s *= 2
 
     async def until(self, event: Awaitable[T]) -> T:
-        """Lets the engine pass one time after the other until that has happened, and an engine stands here again."""
+        """Lets the engine pass one time after the other until that has happened, and an engine stands here again.
+
+        In no hurry: where others are slow, for which the event waits too, this one has hardly gone on.
+        """
         waiting = asyncio.ensure_future(event)
         await self.reached()
-        while not waiting.done():
+        while not (await asyncio.wait({waiting}, timeout=_PASS_S))[0]:
             _put_fifo(self._path)  # another one, which the engine has never opened
             self._let_go()
             await self.reached()
