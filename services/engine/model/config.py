@@ -79,7 +79,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The validated ModelConfig of a config.json; `path` is for messages only."""
+    """The validated ModelConfig of a config.json; `path` is for messages, which may name the file beside it, too."""
     architecture = _architecture(config)
     family = FAMILIES[architecture]
     if family.text_config:
@@ -122,7 +122,7 @@ def parse_config(config: Mapping[str, Any], generation: Mapping[str, Any], path:
         embedding_scale=hidden_size**0.5 if family.scales_embedding else 1.0,
         logits_softcap=fields.optional_positive("final_logit_softcapping"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab_size, path),
+        eos_token_ids=_end_tokens(config, generation, vocab_size, path),
     )
 
 
@@ -165,9 +165,14 @@ def _activation(config: Mapping[str, Any], family: Family, architecture: str) ->
     return ACTIVATIONS[name]
 
 
-def _token_ids(value: Any, vocab_size: int, path: Path) -> tuple[int, ...]:
+def _end_tokens(
+    config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int, path: Path
+) -> tuple[int, ...]:
+    name = "eos_token_id"
+    source, path = (generation, path.with_name("generation_config.json")) if name in generation else (config, path)
+    value = source.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise ModelCorrupt(f"{path}: eos_token_id {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
+            raise ModelCorrupt(f"{path}: {name} {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
     return tuple(ids)

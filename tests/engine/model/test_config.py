@@ -56,6 +56,13 @@ def test_end_tokens_of_the_generation_config_win(tmp_path: Path) -> None:
     assert _load(tmp_path, {"eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
 
 
+def test_the_file_of_a_wrong_end_token_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelCorrupt, match=r"/config\.json: eos_token_id 32000 is not in the vocabulary"):
+        _load(tmp_path, eos_token_id=32000)
+    with pytest.raises(ModelCorrupt, match=r"/generation_config\.json: eos_token_id 'x' is not in the vocabulary"):
+        _load(tmp_path, {"eos_token_id": ["x"]})
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
         load_config(tmp_path)
