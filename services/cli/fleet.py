@@ -123,9 +123,11 @@ class Fleet:
         for option, address in (("--listen", said.address), ("--http-listen", said.metrics)):
             if option in command and address is not None:
                 command[command.index(option) + 1] = address
-        self.processes.remove(ended)
+        place = self.processes.index(ended)
         ended.close()
-        return self._launch(ended.service, ended.name, command, threads=1)
+        again = ServiceProcess(ended.service, ended.name, command, ended.log_path, ended.environment, self._lifeline)
+        self.processes[place] = again
+        return again
 
     def stop(self, *, timeout_s: float = _STOP_TIMEOUT_S) -> None:
         """Stops all, users before what they use. What has not ended in time is killed. Exit codes stay readable

@@ -48,13 +48,14 @@ class ServiceProcess:
         self.name = name
         self.log_path = log_path
         self.command = tuple(command)
+        self.environment = dict(environment)
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=dict(environment),
+                env=self.environment,
                 pass_fds=(lifeline,),
                 process_group=0,
             )
@@ -79,6 +80,11 @@ class ServiceProcess:
     def metrics(self) -> str | None:
         """host:port of its /metrics, None if it serves none."""
         return self.wait_ready().metrics
+
+    @property
+    def has_been_ready(self) -> bool:
+        """Whether it came to its READY line."""
+        return self.ready.done() and self.ready.exception() is None
 
     def wait_ready(self, timeout_s: float = 300.0) -> Ready:
         """Waits for the READY line. ServiceFailed if the process ends first or takes too long."""

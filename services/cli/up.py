@@ -20,6 +20,7 @@ from services.cli.fleet import Fleet, core_count
 from services.cli.key_file import HOST, key_path, new_key
 from services.cli.models import fetch, require_engine
 from services.cli.process import Ready, ServiceProcess
+from services.cli.restarts import Restarts
 from services.cli.values import Endpoint, Question
 from services.router.config import RouterConfig
 from services.router.errors import RouterError
@@ -58,7 +59,8 @@ class UpOptions:
 
 
 def up(options: UpOptions) -> None:
-    """Runs until Ctrl-C or SIGTERM. UsageError, CliError if something cannot be had, ServiceFailed if a child dies."""
+    """Runs until Ctrl-C or SIGTERM. UsageError, CliError if something cannot be had, ServiceFailed if a child dies
+    before all serve, or again and again."""
     _check(options)
     model = fetch(options.model, quiet=options.json)
     with ExitStack() as stack:
@@ -128,6 +130,7 @@ class _Launcher:
         self._options = options
         self._model = model
         self._fleet = fleet
+        self._restarts = Restarts()
         self._interrupted = False
         self._served = False
         self._loop = asyncio.get_running_loop()
@@ -237,12 +240,14 @@ class _Launcher:
         return process
 
     def _child_died(self, process: ServiceProcess) -> None:
+        """Starts it again where it was, so that the others find it."""
         self._loop.remove_reader(process)
-        if process.service == "router" and process.poll() == _EXIT_STUCK and process.ready.done():
-            # It holds nothing that engines do not release by themselves.
-            self._say("a program holds the router: starting another", {"event": "restarting", "service": "router"})
-            router = self._watch(self._fleet.start_again(process))
-            asyncio.wrap_future(router.ready).add_done_callback(self._restarted)
+        if self._served and process.has_been_ready and self._restarts.allow(process.name):
+            is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
+            why = "a program holds the router" if is_stuck else escape(str(process.failure()))
+            self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
+            again = self._watch(self._fleet.start_again(process))
+            asyncio.wrap_future(again.ready).add_done_callback(self._restarted)
         elif not self._dead.done():
             self._dead.set_result(process)
 

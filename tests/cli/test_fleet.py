@@ -17,6 +17,7 @@ import pytest
 from services.cli.client import wait_serving
 from services.cli.errors import ServiceFailed
 from services.cli.fleet import Fleet
+from services.cli.restarts import MOST_RESTARTS, PERIOD_S, Restarts
 from services.cli.up import gpu_options
 from services.kvtransfer.config import KvTransferConfig
 from services.rpc.config import read_config
@@ -174,15 +175,53 @@ def test_second_signal_does_not_wait_for_a_stuck_child(tmp_path: Path) -> None:
         assert not any(alive(pid) for pid in pids)
 
 
-def test_up_ends_when_a_child_dies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["kvtransfer", "engine-1", "router"])
+def test_up_starts_a_service_again_where_it_was(tmp_path: Path, microserve: Run, name: str) -> None:
     with start_up(tmp_path, "m") as launcher:
-        pids = {endpoint["name"]: endpoint["pid"] for endpoint in read_event(launcher)["endpoints"]}
+        before = {endpoint["name"]: endpoint for endpoint in read_event(launcher)["endpoints"]}
         read_event(launcher)
-        os.kill(pids["engine-1"], signal.SIGKILL)
+        os.kill(before[name]["pid"], signal.SIGKILL)
+        assert read_event(launcher) == {"event": "restarting", "name": name}
+        ready = read_event(launcher)
+        after = {endpoint["name"]: endpoint for endpoint in ready["endpoints"]}
+        assert list(after) == list(before)
+        assert [each for each in after if after[each]["pid"] != before[each]["pid"]] == [name]
+        assert [each["grpc"] for each in after.values()] == [each["grpc"] for each in before.values()]
+        assert microserve("ask", "Hi", "--address", after["router"]["grpc"])[0] == 0
+        launcher.send_signal(signal.SIGTERM)
+        assert read_event(launcher) == {"event": "stopping"}
+        launcher.communicate(timeout=60)
+        assert launcher.returncode == 0
+        assert not any(alive(endpoint["pid"]) for endpoint in (*before.values(), *after.values()))
+
+
+def test_up_ends_when_a_child_dies_again_and_again(tmp_path: Path) -> None:
+    with start_up(tmp_path, "m") as launcher:
+        event = read_event(launcher)
+        read_event(launcher)
+        for number in range(MOST_RESTARTS + 1):
+            pids = {endpoint["name"]: endpoint["pid"] for endpoint in event["endpoints"]}
+            os.kill(pids["engine-1"], signal.SIGKILL)
+            if number < MOST_RESTARTS:
+                assert read_event(launcher) == {"event": "restarting", "name": "engine-1"}
+                event = read_event(launcher)
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1
         assert err.startswith("microserve: engine-1 ended by signal 9\n")
         assert not any(alive(pid) for pid in pids.values())
+
+
+def test_restarts_are_forgotten_after_a_while() -> None:
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    for _ in range(MOST_RESTARTS):
+        assert restarts.allow("engine-0")
+        now += PERIOD_S / 10
+    assert not restarts.allow("engine-0")
+    assert restarts.allow("engine-1")
+    now = PERIOD_S
+    assert restarts.allow("engine-0")
+    assert not restarts.allow("engine-0")
 
 
 def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, microserve: Run) -> None:
@@ -191,12 +230,10 @@ def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, micro
         read_event(launcher)
         address = ("--address", endpoints["router"]["grpc"])
         assert microserve("ask", "stuck", *address)[0] != 0
-        assert read_event(launcher) == {"event": "restarting", "service": "router"}
-        restarted = read_event(launcher)
-        assert (restarted["event"], restarted["endpoints"][-1]["grpc"]) == ("ready", address[1])
+        assert read_event(launcher) == {"event": "restarting", "name": "router"}
+        assert read_event(launcher)["event"] == "ready"
         assert microserve("ask", "Hi", *address)[0] == 0
         launcher.send_signal(signal.SIGTERM)
-        assert read_event(launcher) == {"event": "stopping"}
         launcher.communicate(timeout=60)
         assert launcher.returncode == 0
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 from microserve.router.v1 import router_pb2 as router
@@ -44,6 +46,13 @@ class Launcher:
         )
         self.endpoints: list[dict[str, Any]] = self.read("ready")["endpoints"]
         self.answer = self.read("answer")
+
+    def killed(self, name: str) -> None:
+        """Kills a service and waits until another has taken its place."""
+        (pid,) = (endpoint["pid"] for endpoint in self.endpoints if endpoint["name"] == name)
+        os.kill(pid, signal.SIGKILL)
+        assert self.read("restarting")["name"] == name
+        self.endpoints = self.read("ready")["endpoints"]
 
     def read(self, event: str) -> dict[str, Any]:
         """The next event, which must be the one named."""
@@ -160,10 +169,53 @@ def test_killed_launcher_leaves_no_process_and_no_shared_memory(tmp_path: Path) 
 
 
 @pytest.mark.faults
-def test_killed_engine_ends_the_launcher_with_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_killed_services_come_back_and_streams_go_on(tmp_path: Path) -> None:
+    """An engine in the middle of a stream, the transfer service, the router: whoever asks afterwards is answered over
+    both engines again."""
     with launched(tmp_path, "--ask", "Hello") as launcher:
-        pids = {endpoint["name"]: endpoint["pid"] for endpoint in launcher.endpoints}
-        os.kill(pids["engine-0"], signal.SIGKILL)
-        assert launcher.process.wait(120) == 1
-        assert not any(alive(pid) for pid in pids.values())
-    assert capfd.readouterr().err.startswith("microserve: engine-0 ended by signal 9\n")
+        (address,) = (endpoint["grpc"] for endpoint in launcher.endpoints if endpoint["name"] == "router")
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = RouterServiceStub(channel)
+            expected = [token async for token in tokens_of(stub, "data_parallel", "whole")]
+            stream = tokens_of(stub, "disaggregated", "broken")
+            got = [await anext(stream)]
+            await asyncio.to_thread(launcher.killed, "engine-0")
+            await asyncio.to_thread(launcher.killed, "engine-1")
+            got += [token async for token in stream]
+            assert got == expected
+            for name in ("kvtransfer", "router"):
+                await asyncio.to_thread(launcher.killed, name)
+                await both_engines(stub)
+                assert [token async for token in tokens_of(stub, "disaggregated", name)] == expected
+        launcher.process.send_signal(signal.SIGTERM)
+        launcher.read("stopping")
+        assert launcher.process.wait(120) == 0
+
+
+async def tokens_of(stub: RouterServiceStub, policy: str, salt: str) -> AsyncIterator[int]:
+    """Of one long answer, as they come."""
+    request = router.GenerateRequest(cache_salt=salt, sampling=sampling.SamplingParams(max_tokens=200, ignore_eos=True))
+    request.chat.messages.add(role="user", content=QUESTION)
+    call = stub.Generate(request, timeout=240, metadata=(("x-microserve-policy", policy),), wait_for_ready=True)
+    async for piece in call:
+        for token in piece.token_ids:
+            yield token
+
+
+async def both_engines(stub: RouterServiceStub) -> None:
+    """Waits until the router has KV moved between the engines."""
+    metadata = (("x-microserve-policy", "disaggregated"),)
+    async with asyncio.timeout(120):
+        for number in itertools.count():
+            request = router.GenerateRequest(text=QUESTION, sampling=sampling.SamplingParams(max_tokens=1))
+            request.cache_salt = f"move {number}"
+            asked = router.CompleteRequest(request=request)
+            try:
+                reply = await stub.Complete(asked, timeout=60, metadata=metadata, wait_for_ready=True)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            else:
+                if len(reply.response.legs) == 3:
+                    return
+            await asyncio.sleep(0.1)
