@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 ROUTER_SERVICE = "microserve.router.v1.RouterService"
 ADMIN_SERVICE = "microserve.router.v1.AdminService"
 REGISTRATION_SERVICE = "microserve.router.v1.RegistrationService"
+# The longest that a router which has just started waits to hear of engines before it serves with those it knows.
+FIRST_LOOK_S = 5.0
 
 
 @dataclass(slots=True)
@@ -127,6 +129,8 @@ class Router:
             tls=config.http_tls,
         )
         self._serving: bool | None = None
+        self._knows_fleet = False
+        self._looking: asyncio.TimerHandle | None = None
         self._draining = False
         self._watchdog = Watchdog(config.watchdog_limits, on_stuck)
 
@@ -159,6 +163,7 @@ class Router:
         self.registry.on_change(self._publish_health)
         if self.config.engine_kubernetes:
             check_installed()
+        self._looking = asyncio.get_running_loop().call_later(FIRST_LOOK_S, self._end_looking)
         self.membership.publish(STATIC, self.config.engine)
         for service in self.config.engine_kubernetes:
             watch = follow_endpoint_slices(ServiceTarget.parse(service), self.membership)
@@ -176,6 +181,8 @@ class Router:
 
     async def close(self) -> None:
         """Ends everything; requests still under way are cut off and released on their engines."""
+        if self._looking is not None:
+            self._looking.cancel()
         for task in self._following:
             task.cancel()
         await asyncio.gather(*self._following, return_exceptions=True)
@@ -207,8 +214,14 @@ class Router:
         )
         return Member(address, client, self._tokenizers, self.registry, self._backoff, self._breaker)
 
+    def _end_looking(self) -> None:
+        self._knows_fleet = True
+        self._publish_health()
+
     def _publish_health(self) -> None:
-        serving = bool(self.registry.models())
+        # The first requests find the whole fleet: with one engine of two, programs that need a pair have none.
+        self._knows_fleet = self._knows_fleet or all(each.is_known for each in self.registry.members.values())
+        serving = self._knows_fleet and bool(self.registry.models())
         if serving != self._serving:
             self._serving = serving
             self.server.set_serving(ROUTER_SERVICE, serving)

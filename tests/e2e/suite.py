@@ -17,6 +17,7 @@ from microserve.engine.v1 import engine_pb2 as engine
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as kvtransfer
 from microserve.kvtransfer.v1.kvtransfer_pb2_grpc import KvTransferServiceStub
+from microserve.router.v1 import admin_pb2
 from microserve.router.v1 import router_pb2 as router
 from microserve.router.v1.admin_pb2_grpc import AdminServiceStub
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
@@ -143,6 +144,7 @@ async def start_suite(
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
             await wait_serving(suite.router_process.address, 120)
+            await router_sees(suite, num_engines)
         try:
             yield suite
         finally:
@@ -152,6 +154,17 @@ async def start_suite(
 
 def channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address)
+
+
+async def router_sees(suite: Suite, num_healthy: int) -> None:
+    """Waits until the router has found as many engines healthy."""
+    assert suite.admin is not None
+    async with asyncio.timeout(120):
+        while True:
+            listed = await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())
+            if sum(status.healthy for status in listed.engines) == num_healthy:
+                return
+            await asyncio.sleep(0.1)
 
 
 # --- verbs by hand ----------------------------------------------------------------------------------------------

@@ -24,7 +24,18 @@ from services.cli.fleet import Fleet
 from tests.e2e.errors import failing
 from tests.e2e.network import Link, Network, Node, two_nodes
 from tests.e2e.prompts import mixed_prompts
-from tests.e2e.suite import Engine, Suite, ask, channel, generate, idle, prep_recv, remote_send, wait_for_load
+from tests.e2e.suite import (
+    Engine,
+    Suite,
+    ask,
+    channel,
+    generate,
+    idle,
+    prep_recv,
+    remote_send,
+    router_sees,
+    wait_for_load,
+)
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -100,6 +111,7 @@ async def start_two(
             front = suite.connect(suite.router_process.address)
             suite.router, suite.admin = RouterServiceStub(front), AdminServiceStub(front)
             await wait_serving(suite.router_process.address, 120)
+            await router_sees(suite, num_engines)
         try:
             yield TwoNodes(suite, transfers[1][1], network)
         finally:

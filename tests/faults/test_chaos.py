@@ -26,9 +26,19 @@ from microserve.types.v1 import sampling_pb2 as sampling
 
 from services.cli.process import ServiceProcess
 from tests.e2e.prompts import mixed_prompts
-from tests.e2e.suite import Engine, Suite, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
+from tests.e2e.suite import (
+    Engine,
+    Suite,
+    generate,
+    idle,
+    prep_recv,
+    remote_send,
+    router_sees,
+    start_suite,
+    wait_for_load,
+)
 from tests.e2e.waiting import until
-from tests.faults.test_kills import router_sees, until_it_works
+from tests.faults.test_kills import until_it_works
 from tests.models import make_tiny_llama
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]

@@ -15,9 +15,8 @@ from microserve.router.v1 import router_pb2 as router
 from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.e2e.prompts import mixed_prompts
-from tests.e2e.suite import Answer, Suite, generate, idle, start_suite, wait_for_load
+from tests.e2e.suite import Answer, Suite, generate, idle, router_sees, start_suite, wait_for_load
 from tests.faults.gates import Gate, StepGate
-from tests.faults.test_kills import router_sees
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults

@@ -9,7 +9,6 @@ from pathlib import Path
 import grpc
 import pytest
 from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
-from microserve.router.v1 import admin_pb2 as admin
 from microserve.router.v1 import router_pb2 as router
 
 from tests.e2e.errors import failing, outcome
@@ -23,6 +22,7 @@ from tests.e2e.suite import (
     idle,
     prep_recv,
     remote_send,
+    router_sees,
     start_suite,
     wait_for_load,
 )
@@ -146,14 +146,3 @@ async def replace(suite: Suite, index: int, model: Path, options: Sequence[str] 
     )
     suite.engines[index] = Engine(process, EngineServiceStub(suite.connect(process.address)))
     return suite.engines[index]
-
-
-async def router_sees(suite: Suite, num_healthy: int) -> None:
-    """Waits until the router has found as many engines healthy."""
-    assert suite.admin is not None
-    async with asyncio.timeout(120):
-        while True:
-            listed = await suite.admin.ListEngines(admin.ListEnginesRequest())
-            if sum(status.healthy for status in listed.engines) == num_healthy:
-                return
-            await asyncio.sleep(0.1)

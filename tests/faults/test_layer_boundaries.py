@@ -34,12 +34,13 @@ from tests.e2e.suite import (
     idle,
     prep_recv,
     remote_send,
+    router_sees,
     start_suite,
     wait_for_load,
 )
 from tests.faults.gates import Gate, LayerGates
 from tests.faults.test_cancels_and_deadlines import drain
-from tests.faults.test_kills import replace, router_sees, until_it_works
+from tests.faults.test_kills import replace, until_it_works
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.faults

@@ -24,6 +24,7 @@ from services.router.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 Event = TypeVar("Event")
+_NOT_CONTACTED, _JOINING = "not contacted yet", "it has restarted"
 
 
 class MemberListener(Protocol):
@@ -64,7 +65,7 @@ class Member:
         self.load = Load()
         self.blocks = CachedBlocks(listener.block_index)
         self.breaker = Breaker(address, breaker, on_open=lambda: listener.moved(self))
-        self.problem = "not contacted yet"  # empty while it is joined
+        self.problem = _NOT_CONTACTED  # empty while it is joined
         self.drained = False  # by an operator
         self.sequences: set[Sequence] = set()  # of this router, that run there
         self._tokenizers = tokenizers
@@ -84,6 +85,11 @@ class Member:
     def healthy(self) -> bool:
         """Whether it takes work."""
         return not self.problem and not self.load.draining and not self.drained
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has joined, or was found unable to."""
+        return self.problem not in (_NOT_CONTACTED, _JOINING)
 
     def label(self, name: str) -> str:
         """A label given to the engine at start; empty if it has none of that name."""
@@ -183,7 +189,7 @@ class Member:
         info = await self.client.get_info()
         if not self.problem and self.info is not None and self.info.incarnation == info.incarnation:
             return
-        await self._leave("it has restarted")
+        await self._leave(_JOINING)
         if self.info is None or self.info.incarnation != info.incarnation:
             self.blocks.clear()
             self.breaker.reset()
