@@ -21,14 +21,14 @@ pytestmark = pytest.mark.faults
 
 ANSWERS = (CODES.OK, CODES.UNAVAILABLE, CODES.ABORTED, CODES.RESOURCE_EXHAUSTED)
 # Transport, and who runs out. The sender's engine opens a file at every gate of these tests, so it is not among them.
-VICTIMS = [("shm", "service"), ("tcp", "receiver's service"), ("tcp", "receiver")]
+VICTIMS = [("shm", "service"), ("tcp", "sender's service"), ("tcp", "receiver's service"), ("tcp", "receiver")]
 
 
 def process_of(s: Scene, victim: str) -> ServiceProcess:
     """The victim's process."""
     if victim == "receiver":
         return s.receiver.process
-    return s.suite.kvtransfer_of(1)
+    return s.suite.kvtransfer_of(0 if victim == "sender's service" else 1)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def exhausted(process: ServiceProcess, kind: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", [resource.RLIMIT_NOFILE, resource.RLIMIT_AS], ids=["descriptors", "memory"])
-@pytest.mark.parametrize(("transport", "victim"), VICTIMS, ids=["shm", "tcp", "receiver"])
+@pytest.mark.parametrize(("transport", "victim"), VICTIMS, ids=["shm", "tcp-sending", "tcp", "receiver"])
 async def test_a_process_runs_out(tmp_path: Path, transport: str, victim: str, kind: int) -> None:
     async with scene(tmp_path, transport) as s:
 
