@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import services.cli.main
+import services.cli.restarts
 import services.cli.up
 from services.cli.fleet import Fleet
 
 if __name__ == "__main__":
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     services.cli.up.Fleet = lambda: Fleet(folder, package="tests.cli.fakes")  # type: ignore
+    services.cli.restarts.PERIOD_S = 3600.0  # "again and again" however slow the machine is
     services.cli.up.fetch = lambda name, quiet: model  # type: ignore
     sys.argv[1:] = ["up", *sys.argv[3:]]
     services.cli.main.main()
