@@ -1,4 +1,4 @@
-"""Tasks that take their first step at once, as asyncio has them from Python 3.12 on.
+"""Tasks that take their first step at once, which asyncio has from Python 3.12 on, and here 3.11 too.
 
 A task of asyncio begins in the next turn of the event loop, behind all that is ready by then: a request that passes
 through three tasks on its way to an engine waits for three turns.
@@ -7,6 +7,7 @@ through three tasks on its way to an engine waits for three turns.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine, Generator
 from contextvars import copy_context
 from typing import Any, NoReturn, TypeVar
@@ -16,7 +17,11 @@ Result = TypeVar("Result")
 
 def begin(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
     """A task of `work`, which has come as far as it does without waiting. It is the current task meanwhile."""
-    loop, context = asyncio.get_running_loop(), copy_context()
+    loop = asyncio.get_running_loop()
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(work, loop=loop, name=name, eager_start=True)
+    # By the functions that asyncio offers to those who write their own tasks.
+    context = copy_context()
     outer = asyncio.current_task(loop)
     begun = _Begun(work)
     task = loop.create_task(begun, name=name, context=context)
@@ -33,7 +38,7 @@ def begin(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
 
 
 class _Begun(Coroutine[Any, Any, Result]):
-    """A coroutine that takes its first step in `begin`. The first step of its task learns what came of that."""
+    """For Python 3.11: work that takes its first step in `begin`; the first step of its task learns what came of it."""
 
     def __init__(self, work: Coroutine[Any, Any, Result]) -> None:
         self._work = work
