@@ -90,8 +90,8 @@ async def test_the_link_is_cut_for_a_moment(tmp_path: Path) -> None:
 
 
 async def test_the_link_is_slow(tmp_path: Path) -> None:
-    """It takes its time, twice as long as the lease, which writes renew; no timeout takes it for a fault."""
-    lease_s = 5.0
+    """It takes longer than the lease, which writes renew in half that time; no timeout takes it for a fault."""
+    lease_s = 8.0
     with two_nodes(Link(bits_per_second=160_000)) as network:
         async with apart(tmp_path, network) as s, undisturbed(s):
             prepared = await s.prepare("slow", lease_s)
