@@ -20,10 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STRUCTURE = (ROOT / "docs/structure.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Every program has --help; then those of pip, of the benchmarks under bench/, and of AIPerf.
-TOOL_FLAGS = {"--help", "--no-deps", "--append", "--minutes", "--policies", "--full", "--servers", "--loads"} | {
-    "--" + name
-    for name in ("url", "endpoint-type", "streaming", "tokenizer", "concurrency", "request-count", "isl", "osl", "ui")
-}
+BENCH_FLAGS = ("append", "minutes", "policies", "full", "servers", "loads", "parts")
+AIPERF_FLAGS = ("url", "endpoint-type", "streaming", "tokenizer", "concurrency", "request-count", "isl", "osl", "ui")
+TOOL_FLAGS = {"--" + name for name in ("help", "no-deps", *BENCH_FLAGS, *AIPERF_FLAGS)}
 SERVICES = ["protocol", "rpc", "engine", "kvtransfer", "router", "cli"]
 
 
