@@ -10,9 +10,10 @@ from microserve.router.v1 import admin_pb2
 
 from services.engine.errors import BadRequest, EngineDraining, NoPages, StepFailed
 from services.engine.errors import DeadlineExceeded as EngineDeadline
-from services.protocol.errors import ReservationGone, ServiceError
+from services.protocol.errors import Code, ReservationGone, ServiceError
 from services.router.errors import BreakerOpen, EngineLost, PolicyFailed, RequestTimeout, SlowConsumer
 from services.router.fleet.breaker import Breaker, BreakerConfig, BreakerState
+from services.rpc.status import RemoteError
 from tests.fakes import FakeBug, FakeError, FakeLoss, Fault
 from tests.router.harness import PROMPT, failing, model, running
 
@@ -157,6 +158,7 @@ def test_failures_of_the_engine_open_it(error: ServiceError) -> None:
         NoPages("full"),
         FakeError("full"),
         EngineDraining("bye"),
+        RemoteError(Code.DATA_LOSS, "CHECKSUM_MISMATCH", "altered on the way"),
         EngineDeadline("late"),
         ReservationGone("expired"),
         RequestTimeout("late"),
