@@ -48,6 +48,7 @@ class Record:
         self.program: BoundProgram | None = None
         self.first_token_s: float | None = None
         self.output_tokens = 0
+        self.is_answered = False  # the last piece was taken
         self.legs = Legs()
         self._begin = time.monotonic()
 

@@ -103,7 +103,9 @@ class Router:
         admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else keys
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
         self.server = Server(config, "router", interceptors=(guard,))
-        self._front = RouterServicer(service, client_timeout_s=config.client_timeout)
+        self._front = RouterServicer(
+            service, client_timeout_s=config.client_timeout, max_message_bytes=config.max_message_bytes
+        )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self._front, self.server.grpc)
         shown = (self.registry, self.membership, self.catalogue, self.planners, traces)
         admin = AdminServicer(*shown, take_uploads=False)

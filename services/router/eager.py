@@ -71,5 +71,9 @@ class _Begun(Coroutine[Any, Any, Result]):
     def _tell(self) -> None:
         """Raises how the work ended, if it has. From now on the task drives the work with nothing in between."""
         if self._end is not None:
-            raise self._end
+            end, self._end = self._end, None
+            try:
+                raise end
+            finally:
+                del end  # whose traceback holds this frame
         self.send, self.throw = self._work.send, self._work.throw  # type: ignore[assignment, method-assign]

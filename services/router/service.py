@@ -93,6 +93,7 @@ class GenerationService:
                     record.legs = run.legs
                     try:
                         yield Answering(run, request, output, record, turn)
+                        record.is_answered = True
                         turn.finished(record.output_tokens)
                     finally:
                         await run.close()  # all it left on engines has ended then
@@ -139,9 +140,10 @@ class GenerationService:
             code = error.code.name
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            # Both a client that goes away and one whose deadline passes look like this.
+            # A client that goes away looks like this, one whose deadline passes, and one that has its answer and does
+            # not wait until all is tidied up.
             late = ask.time_left_s is not None and record.elapsed_s() >= ask.time_left_s
-            code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+            code = "OK" if record.is_answered else "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         finally:
             of(REQUESTS, record.policy, code).inc()

@@ -16,6 +16,8 @@ from services.protocol.errors import ServiceError
 from services.router.errors import Draining, NoEngine
 from services.router.front.conversation import MAX_FRAME_BYTES, MAX_WAITING_BYTES, Conversation, Say
 
+MAX_MESSAGE_BYTES = 4 * MAX_WAITING_BYTES
+
 
 @dataclass(frozen=True)
 class Said:
@@ -43,11 +45,12 @@ def saying(talk: Conversation[Said], *outputs: Said) -> Callable[[Say[Said]], Co
 
 @asynccontextmanager
 async def conversation() -> AsyncIterator[Conversation[Said]]:
-    made = Conversation[Said]("/service/Session", failed)
+    made = Conversation[Said]("/service/Session", failed, max_message_bytes=MAX_MESSAGE_BYTES)
     try:
         yield made
     finally:
-        await made.close()
+        made.cancel_all()
+        await made.over()
 
 
 async def everything(of: Conversation[Said]) -> list[Said]:
@@ -94,22 +97,44 @@ async def test_a_frame_is_bounded_but_for_one_large_output() -> None:
     async with conversation() as talk:
         talk.begin(1, saying(talk, *(Said(1, size=size) for size in sizes)))
         talk.end()
-        await asyncio.sleep(0)  # it says everything in its first turn
         frames = [[said.size for said in await talk.take()] for _ in range(4)]
         assert frames == [sizes[:2], [1], [2 * MAX_FRAME_BYTES], [1]]
         assert await talk.take() == []
 
 
 async def test_requests_wait_while_too_much_is_untaken() -> None:
-    async with conversation() as talk:
-        whole = Said(1, size=MAX_WAITING_BYTES)
-        talk.begin(1, saying(talk, whole, whole, whole))
-        waiting = asyncio.create_task(talk.wait_for_room())
+    num_said = 0
+
+    async def talkative(say: Say[Said]) -> None:
+        nonlocal num_said
         for _ in range(3):
-            assert await talk.take() == [whole]
+            num_said += 1
+            if not say(Said(1, size=MAX_WAITING_BYTES)):
+                await talk.wait_for_room()
+
+    async with conversation() as talk:
+        talk.begin(1, talkative)
+        waiting = asyncio.create_task(talk.wait_for_room())
+        for number in range(1, 4):
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert (num_said, waiting.done()) == (number, False)
+            assert await talk.take() == [Said(1, size=MAX_WAITING_BYTES)]
+            waiting.cancel()
+            waiting = asyncio.create_task(talk.wait_for_room())
         await waiting
         talk.end()
         assert await everything(talk) == []
+
+
+async def test_what_fits_into_no_message_fails_its_request_alone() -> None:
+    async with conversation() as talk:
+        talk.begin(1, saying(talk, Said(1, "begun"), Said(1, size=MAX_MESSAGE_BYTES, last=True)))
+        talk.begin(2, saying(talk, Said(2, size=MAX_MESSAGE_BYTES - 16, last=True)))
+        talk.end()
+        said = await everything(talk)
+        assert [each.text for each in said if each.call_id == 1] == ["begun", "INVALID_ARGUMENT INVALID_REQUEST"]
+        assert [each.size for each in said if each.call_id == 2] == [MAX_MESSAGE_BYTES - 16]
 
 
 async def test_one_that_is_cancelled_says_so_tidies_up_and_no_other_is() -> None:
@@ -202,11 +227,14 @@ async def test_what_comes_after_its_end_is_told_why() -> None:
         assert {each.text for each in said} == {"begun", "done", "UNAVAILABLE DRAINING"}
 
 
-async def test_closing_ends_every_request() -> None:
-    talk = Conversation("/service/Session", failed)
+async def test_all_are_cancelled_at_once() -> None:
+    """Whoever ends the stream may itself be cancelled before it can wait."""
+    talk = Conversation[Said]("/service/Session", failed, max_message_bytes=MAX_MESSAGE_BYTES)
     requests = [Standing(number) for number in range(3)]
     for each in requests:
         talk.begin(each.call_id, each.answer)
         await each.reached.wait()
-    await talk.close()
-    assert all(each.tidied.is_set() for each in requests)
+    talk.cancel_all()
+    for each in requests:
+        await each.tidied.wait()
+    await talk.over()

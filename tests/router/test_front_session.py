@@ -12,6 +12,8 @@ from microserve.types.v1 import sampling_pb2
 from tokenizers import Tokenizer
 
 from services.router.front import conversation, wire
+from services.router.metrics import REQUESTS
+from services.rpc.status import remote_errors
 from services.rpc.timing_messages import duration_message
 from tests.fakes import FakeError, FakeModel, Fault
 from tests.router.harness import PROMPT, failing, model, policy_metadata, request, running, script
@@ -19,6 +21,14 @@ from tests.router.talk import Talk, tokens
 from tests.router.vocabularies import byte_level, files
 
 STOP = sampling_pb2.FINISH_REASON_STOP
+SLOW_END = """
+import asyncio
+
+async def policy(request, fleet):
+    async for chunk in fleet.least_loaded(request).start_generate(request):
+        yield chunk
+    await asyncio.sleep(0.5)
+"""
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/clients.md"
 
 
@@ -164,13 +174,14 @@ async def test_its_time_ends_a_request(of_the_stream: bool) -> None:
     async with running(1) as suite:
         suite.first.gate.clear()
         talk = Talk(suite.stub, timeout_s=3.0 if of_the_stream else None)
-        await talk.ask(1, timeout=duration_message(60 if of_the_stream else 0.05))
         if of_the_stream:
-            # Whichever of the two clocks is first.
-            with failing("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"):
+            # Whichever of the two clocks is first, and however late the request is.
+            with failing("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"), remote_errors():
+                await talk.ask(1, timeout=duration_message(60))
                 await talk.next()
                 await talk.next()
         else:
+            await talk.ask(1, timeout=duration_message(0.05))
             assert await talk.error(1) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
         await suite.idle()
         talk.call.cancel()
@@ -213,6 +224,52 @@ async def test_who_breaks_the_rules_is_told_when_what_runs_has_ended(
         assert tokens(await talk.answer(7)) == model().generate(PROMPT, 8)
         with failing("INVALID_ARGUMENT", "INVALID_REQUEST"):
             await talk.next()
+
+
+async def test_an_answer_that_fits_into_no_message_fails_alone() -> None:
+    wordy = Tokenizer.from_str(byte_level().to_str())
+    wordy.add_tokens(["x" * 2000])
+    long = wordy.token_to_id("x" * 2000)
+    fake = FakeModel(files(wordy), script=(long,) * 8)
+    async with running(1, max_message_bytes=2 << 20, fake_model=fake) as suite:
+        assert (await suite.stub.ListModels(router_pb2.ListModelsRequest())).max_message_bytes == 2 << 20
+        suite.first.gate.clear()
+        talk = Talk(suite.stub)
+        await talk.ask(1)
+        # As ids it is small, as text it is not.
+        await talk.ask(2, request((long,) * 1_100, echo=True))
+        await suite.first.until(lambda: len(suite.first.sequences) == 2)
+        suite.first.gate.set()
+        whole, too_large = await talk.answers(1, 2)
+        assert tokens(whole) == [long] * 8
+        assert (too_large[-1].error.reason, len(too_large)) == ("INVALID_REQUEST", 1)
+        await suite.idle()
+        talk.call.cancel()
+
+
+async def test_bytes_that_are_no_command_end_the_stream_as_the_clients_fault() -> None:
+    async with running(1) as suite:
+        raw = suite.channels[0].stream_stream("/microserve.router.v1.RouterService/Session")
+        call = raw()
+        await call.write(b"\xff\xff\xff")
+        with failing("INVALID_ARGUMENT", "INVALID_REQUEST"), remote_errors():
+            await call.read()
+
+
+async def test_an_answer_is_whole_when_its_client_has_it(tmp_path: Path) -> None:
+    """Whatever its program does after that, and though it is cancelled then."""
+    program = tmp_path / "slow_end.py"
+    program.write_text(SLOW_END)
+    async with running(1, policy="slow_end", policy_file=(program,)) as suite:
+        before = REQUESTS.labels("slow_end", "OK")._value.get()
+        talk = Talk(suite.stub)
+        await talk.ask(1)
+        await talk.answer(1)
+        await talk.cancel(1)
+        await talk.call.done_writing()
+        with pytest.raises(EOFError):
+            await talk.next()
+        assert REQUESTS.labels("slow_end", "OK")._value.get() == before + 1
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ from services.router.metrics import BREAKER_STATE
 log = logging.getLogger(__name__)
 
 _FAULTS = frozenset({Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
-# Answers of an engine that is in order: it is leaving, its node's transfer service is gone and it can generate, or its bytes
-# were altered somewhere on their way to another.
+# Answers of an engine that is in order: it is leaving, its node's transfer service is gone and it can generate, or
+# what it sent was altered on the way.
 _NO_FAULTS = frozenset({"DRAINING", "KVTRANSFER_GONE", "NOT_DRAINED", "CHECKSUM_MISMATCH"})
 
 

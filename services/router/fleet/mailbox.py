@@ -77,7 +77,12 @@ class Mailbox:
         Raises what it was closed with, or what `take` raised, which closes it. Cancelling loses nothing.
         """
         while self._chunks:
-            if not take(self._next()):
+            try:
+                wants_more = take(self._next())
+            except Exception as error:
+                self._close(error)
+                raise
+            if not wants_more:
                 return False
         if self._has_ended():
             return True

@@ -10,13 +10,15 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from services.protocol.errors import ServiceError
 from services.router.eager import begin
-from services.router.errors import RequestCancelled
+from services.router.errors import InvalidRequest, RequestCancelled
 from services.rpc.interceptor import internal_error
 
 # That may wait for a slow client before its requests wait for it: of each one piece more.
 MAX_WAITING_BYTES = 1 << 20
 # Of a frame, unless one output by itself is larger: far below what a message may hold.
 MAX_FRAME_BYTES = 1 << 18
+# What a frame adds to one output.
+_FRAME_BYTES = 16
 
 
 class Output(Protocol):
@@ -45,9 +47,11 @@ Say: TypeAlias = "Callable[[OutputT], bool]"
 class Conversation(Generic[OutputT]):
     """Each request is a task of its own, so that none waits for another. Belongs to the running loop."""
 
-    def __init__(self, method: str, failed: Callable[[int, ServiceError], OutputT]) -> None:
-        """`method` as logs name it; `failed` makes the last output of a request out of its error."""
+    def __init__(self, method: str, failed: Callable[[int, ServiceError], OutputT], *, max_message_bytes: int) -> None:
+        """`method` as logs name it; `failed` makes the last output of a request out of its error. A frame of one output
+        is at most `max_message_bytes` long."""
         self._method = method
+        self._max_output_bytes = max_message_bytes - _FRAME_BYTES
         self._failed = failed
         self._open: dict[int, asyncio.Task[None]] = {}
         self._waiting: deque[tuple[OutputT, int]] = deque()  # with their bytes
@@ -106,13 +110,15 @@ class Conversation(Generic[OutputT]):
         while self._waiting_bytes >= MAX_WAITING_BYTES:
             await self._room.wait()
 
-    async def close(self) -> None:
-        """Ends every request; returns when they have."""
+    def cancel_all(self) -> None:
+        """Ends every request, and begins no more."""
         self._ended = True
-        tasks = tuple(self._open.values())
-        for task in tasks:
+        for task in self._open.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def over(self) -> None:
+        """Returns when all that is open now has ended."""
+        await asyncio.gather(*self._open.values(), return_exceptions=True)
 
     async def _answer(self, call_id: int, answer: Callable[[Say[OutputT]], Coroutine[Any, Any, None]]) -> None:
         is_over = False
@@ -120,6 +126,9 @@ class Conversation(Generic[OutputT]):
 
         def say(output: OutputT) -> bool:
             nonlocal is_over
+            size = output.ByteSize()
+            if size > self._max_output_bytes:  # gRPC would end the stream
+                raise InvalidRequest(f"a piece of the answer has {size} bytes, more than fit into a message")
             is_over = output.last
             self._put(output)
             return self._waiting_bytes < MAX_WAITING_BYTES

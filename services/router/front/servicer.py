@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
 from services.router.answering import Answer
@@ -35,9 +36,10 @@ _Session = Conversation[router_pb2.SessionOutput]
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Translates; what is done is GenerationService's."""
 
-    def __init__(self, service: GenerationService, *, client_timeout_s: float) -> None:
+    def __init__(self, service: GenerationService, *, client_timeout_s: float, max_message_bytes: int) -> None:
         self._service = service
         self._client_timeout_s = client_timeout_s
+        self._max_message_bytes = max_message_bytes
         self._sessions: set[_Session] = set()
         self._draining: Draining | None = None
 
@@ -65,7 +67,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
-        session, limit = _Session(_SESSION_METHOD, failed), WaitLimit(self._client_timeout_s)
+        session = _Session(_SESSION_METHOD, failed, max_message_bytes=self._max_message_bytes)
+        limit = WaitLimit(self._client_timeout_s)
         if self._draining is not None:
             session.end(self._draining)
         self._sessions.add(session)
@@ -79,7 +82,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             limit.stop()
             self._sessions.discard(session)
             reader.cancel()
-            await asyncio.gather(session.close(), reader, return_exceptions=True)
+            session.cancel_all()
+            await asyncio.gather(session.over(), reader, return_exceptions=True)
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         check_choices(request.request.n)
@@ -110,6 +114,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.ListModelsRequest, context: Context
     ) -> router_pb2.ListModelsResponse:
         return router_pb2.ListModelsResponse(
+            max_message_bytes=self._max_message_bytes,
             models=[
                 router_pb2.ModelInfo(
                     name=model.key.name,
@@ -118,7 +123,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     engine_count=len(model.members),
                 )
                 for model in self._service.models()
-            ]
+            ],
         )
 
     async def _write(self, context: Context, message: object, limit: WaitLimit) -> None:
@@ -147,6 +152,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     case None:
                         raise InvalidRequest("a session request has no command that is known here")
                 await session.wait_for_room()
+        except DecodeError:
+            session.end(InvalidRequest("a session request is no message of this contract"))
         except InvalidRequest as error:
             session.end(error)
         finally:

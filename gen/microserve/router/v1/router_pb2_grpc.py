@@ -100,8 +100,11 @@ class RouterServiceServicer:
 
         When no more commands come and the last answer has ended, the stream ends. Its end for another cause ends all its
         requests: those without a last output have no answer. A reader that takes nothing for a while is cut off
-        (RESOURCE_EXHAUSTED, SLOW_CONSUMER). INVALID_ARGUMENT, once what runs has ended: a command that is none, or a call
-        id that is not larger than all before it. UNAVAILABLE (DRAINING), likewise: the router is about to stop.
+        (RESOURCE_EXHAUSTED, SLOW_CONSUMER), and while it is behind, its commands are not read either: whoever writes many
+        must read meanwhile. A command larger than ListModelsResponse.max_message_bytes ends the stream at once.
+
+        INVALID_ARGUMENT: a command that is none, or a call id that is not larger than all before it. UNAVAILABLE
+        (DRAINING): the router is about to stop. Either comes once what runs has ended; commands after it count no more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
