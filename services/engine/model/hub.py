@@ -1,53 +1,42 @@
-"""Models of the Hugging Face hub, in the cache of its library; a file goes on where an earlier process stopped.
-
-The library keeps the whole files of an interrupted download, but begins the one under way anew. So large files are laid
-into its cache here, as its guide to the cache describes that (huggingface.co/docs/huggingface_hub/guides/manage-cache):
-blobs/SHA256 is the content of one. All else is the library's.
-"""
+"""Models of the Hugging Face hub, in the cache of its library; a file goes on where an earlier process stopped."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from services.engine.model.cache import cache_root, locked
-from services.engine.model.errors import ModelCorrupt, ModelNotFound
-from services.engine.model.progress import DownloadProgress, download_progress
+from services.engine.model.blobs import LargeFile, lay_blobs
+from services.engine.model.errors import ModelCorrupt, ModelError, ModelNotFound
+from services.engine.model.progress import download_progress
 
 _FILES = ["*.safetensors", "*.json", "*.jinja"]
 _IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 _ANSWER_S = 10.0
-_MAX_HTTP_BYTES = 50_000_000_000  # the hub hands out larger files by another protocol, which the library knows
 
 
 @dataclass(frozen=True, slots=True)
-class _LargeFile:
-    """A file that the hub keeps outside of git."""
+class _Listing:
+    """What a model is at this moment: its commit, and its large files that are wanted."""
 
-    model: str
     commit: str
-    name: str
-    num_bytes: int
-    sha256: str
-    blob: Path
+    large: list[LargeFile]
 
 
 def fetch_from_hub(name: str, file: str | None, show_progress: bool) -> Path:
     """The folder of a hub model, or one GGUF file of it; what is in the library's cache needs no hub.
 
-    Raises ModelNotFound with the reason, and ModelCorrupt for a file that arrived altered.
+    Raises ModelNotFound with the reason, ModelCorrupt for a file that arrived altered or a listing that cannot be, and
+    ModelError for a cache that cannot be written.
     """
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
         raise ModelNotFound(f"To fetch {name} from the Hugging Face hub, install huggingface_hub.") from error
-    disable_progress_bars()  # ours says how far the large files are
 
     def get(**options: Any) -> Path:
         if file is not None:
@@ -56,14 +45,17 @@ def fetch_from_hub(name: str, file: str | None, show_progress: bool) -> Path:
 
     try:
         try:
-            missing = [each for each in _large_files(name, file) if not each.blob.exists()]
+            listing = _listing(name, file)
+        except ModelCorrupt:
+            raise
         except Exception as error:  # the library's own, its HTTP client's, or OSError: the hub cannot be asked
             return _cached_or(error, get)
+        missing = [each for each in listing.large if not each.blob.exists()]
         if missing:
-            with download_progress(f"Downloading {name}", show_progress) as progress:
-                _lay_blobs(missing, progress)
-        return get()
-    except ModelCorrupt:
+            with _bars_hidden(), download_progress(f"Downloading {name}", show_progress) as progress:
+                lay_blobs(missing, progress)
+        return _rest(name, listing.commit, get, show_progress)
+    except ModelError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -73,95 +65,90 @@ def fetch_from_hub(name: str, file: str | None, show_progress: bool) -> Path:
 def _cached_or(error: Exception, get: Callable[..., Path]) -> Path:
     """What was fetched before, whole; `error` if it was not."""
     try:
-        return get(local_files_only=True)
+        path = get(local_files_only=True)
     except Exception:
         raise error from None
+    # The library knows what a snapshot lacks only where it has fetched one; single files make a folder too.
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise error
+    return path
 
 
-def _large_files(name: str, file: str | None) -> list[_LargeFile]:
+def _rest(name: str, commit: str, get: Callable[..., Path], show_progress: bool) -> Path:
+    """The library's part: small files, those above the limit of plain HTTP, and the links to what is there."""
+    if show_progress:
+        path = get(revision=commit)
+    else:
+        with _bars_hidden():
+            path = get(revision=commit)
+    # A commit named leaves the library's note of the newest one as it is, which serves without the hub.
+    note = _storage(name) / "refs" / "main"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = note.with_name(f".main.{os.getpid()}")
+    unfinished.write_text(commit)
+    unfinished.replace(note)
+    return path
+
+
+def _listing(name: str, file: str | None) -> _Listing:
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import filter_repo_objects
 
     info = HfApi().model_info(name, files_metadata=True, timeout=_ANSWER_S)
     large = {each.rfilename: each.lfs for each in info.siblings or () if each.lfs is not None}
     if file is None:
-        wanted = [each for each in large if _matches(each, _FILES) and not _matches(each, _IGNORED)]
+        wanted = list(filter_repo_objects(large, allow_patterns=_FILES, ignore_patterns=_IGNORED))
     else:
         wanted = [file] if file in large else []
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
-    found = [(each, large[each]) for each in wanted]
-    return [
-        _LargeFile(name, str(info.sha), each, lfs.size, lfs.sha256, blobs / lfs.sha256)
-        for each, lfs in found
-        if lfs.size <= _MAX_HTTP_BYTES
-    ]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _lay_blobs(files: Sequence[_LargeFile], progress: DownloadProgress) -> None:
-    total, before = sum(file.num_bytes for file in files), 0
-    for file in files:
-
-        def report(num_bytes: int, before: int = before) -> None:
-            progress.update(before + num_bytes, total)
-
-        _lay_blob(file, report, lambda: progress.note("another process is downloading it"))
-        before += file.num_bytes
-
-
-def _lay_blob(file: _LargeFile, report: Callable[[int], None], on_wait: Callable[[], None]) -> None:
-    """One process at a time downloads a file; the others find it there."""
-    lock = cache_root() / "hub" / f"{file.sha256}.lock"
-    for folder in (file.blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(lock, on_wait):
-        if file.blob.exists():
-            return
-        part = file.blob.with_name(f"{file.sha256}.incomplete")
-        _download_rest(file, part, report)
-        if _sha256(part) != file.sha256:
-            part.unlink()
-            raise ModelCorrupt(f"{file.name} of {file.model} arrived altered: its SHA-256 differs. Try again.")
-        part.rename(file.blob)
-
-
-def _download_rest(file: _LargeFile, part: Path, report: Callable[[int], None]) -> None:
-    from huggingface_hub import get_token, hf_hub_url
-    from huggingface_hub.file_download import http_get
-
-    token = get_token()
-    with io.BufferedWriter(_Growing(part, report)) as output:
-        if output.tell() > file.num_bytes:
-            output.truncate(0)
-            output.seek(0)
-        report(output.tell())
-        http_get(
-            hf_hub_url(file.model, file.name, revision=file.commit),
-            output,
-            resume_size=output.tell(),
-            headers={"authorization": f"Bearer {token}"} if token else {},
-            expected_size=file.num_bytes,
-            displayed_filename=file.name,
+    commit = str(info.sha)
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ModelCorrupt(f"The hub tells a commit of {name} that is none: {commit!r:.80}.")
+    for each in wanted:
+        _check(name, each, large[each].sha256, large[each].size)
+    storage = _storage(name)
+    locks = storage.parent / ".locks" / storage.name
+    files = {  # one of each content
+        large[each].sha256: LargeFile(
+            name,
+            commit,
+            each,
+            large[each].size,
+            large[each].sha256,
+            storage / "blobs" / large[each].sha256,
+            locks / f"{large[each].sha256}.lock",
         )
+        for each in wanted
+        if 0 < large[each].size <= constants.MAX_HTTP_DOWNLOAD_SIZE  # the library has another protocol for the others
+    }
+    return _Listing(commit, list(files.values()))
 
 
-class _Growing(io.FileIO):
-    """A file that is written at its end, and tells how long it is."""
-
-    def __init__(self, path: Path, report: Callable[[int], None]) -> None:
-        super().__init__(path, "a")
-        self.seek(0, io.SEEK_END)
-        self._report = report
-
-    def write(self, data: Any, /) -> int:
-        """See io.FileIO."""
-        count = super().write(data)
-        self._report(self.tell())
-        return count
+def _check(model: str, file: str, sha256: object, num_bytes: object) -> None:
+    """The hash becomes a path, and the size bounds what is written: neither is taken on trust."""
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ModelCorrupt(f"The hub tells a SHA-256 of {file} of {model} that is none: {sha256!r:.80}.")
+    if type(num_bytes) is not int or num_bytes < 0:
+        raise ModelCorrupt(f"The hub tells a size of {file} of {model} that is none: {num_bytes!r:.80}.")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _storage(name: str) -> Path:
+    """The model's folder in the library's cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / str(repo_folder_name(repo_id=name, repo_type="model"))
+
+
+@contextmanager
+def _bars_hidden() -> Iterator[None]:
+    """Without the library's own bars."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

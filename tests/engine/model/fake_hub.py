@@ -27,6 +27,12 @@ class FakeHub(ThreadingHTTPServer):
         self.silent = False  # takes connections and answers nothing
         self.send_at_most: dict[str, int] = {}  # bytes of a file after which the sending stands still
         self.ranges: list[tuple[str, int]] = []  # of every GET of a file: its first byte
+        self.authorizations: list[str | None] = []  # and the token it came with
+        self.told: dict[str, dict[str, object]] = {}  # a file's LFS facts that the list tells wrongly
+        self.knows_ranges = True
+        self.endless: set[str] = set()  # files whose sending goes on as long as anybody listens
+        self.together: threading.Barrier | None = None  # at which the GETs of files wait for each other
+        self.other: FakeHub | None = None  # where large files are
         self.closing = threading.Event()
 
     @property
@@ -47,7 +53,8 @@ class FakeHub(ThreadingHTTPServer):
         entry = self.entry(name)
         sibling = {"rfilename": name, "size": entry["size"], "blobId": entry["oid"]}
         if name.endswith(_LARGE):
-            sibling["lfs"] = {"sha256": self.sha256(name), "size": entry["size"], "pointerSize": 134}
+            facts = {"sha256": self.sha256(name), "size": entry["size"], "pointerSize": 134}
+            sibling["lfs"] = {**facts, **self.told.get(name, {})}
         return sibling
 
     def sha256(self, name: str) -> str:
@@ -92,8 +99,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif path in (f"/api/models/{REPOSITORY}", f"/api/models/{REPOSITORY}/revision/main"):
             facts = {"id": REPOSITORY, "sha": COMMIT, "siblings": [hub.sibling(name) for name in hub.files]}
             self._say(json.dumps(facts).encode())
-        elif path.startswith(f"/{REPOSITORY}/resolve/") and (name := path.rpartition("/")[2]) in hub.files:
-            self._send_file(name, with_body)
+        elif (name := _file_of(path)) in hub.files:
+            if hub.other is not None and name.endswith(_LARGE):
+                self._redirect(name, hub.other)
+            else:
+                self._send_file(name, with_body)
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -107,10 +117,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _redirect(self, name: str, other: FakeHub) -> None:
+        self.send_response(302)
+        self.send_header("Location", other.url + self.path)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Linked-Etag", f'"{other.sha256(name)}"')
+        self.send_header("X-Linked-Size", str(len(other.files[name])))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        if self.command == "GET":
+            self.server.authorizations.append(self.headers.get("Authorization"))
+
     def _send_file(self, name: str, with_body: bool) -> None:
         hub = self.server
         content, begin = hub.files[name], 0
-        if asked := self.headers.get("Range"):
+        asked = self.headers.get("Range") if hub.knows_ranges else None
+        if asked:
             begin = int(asked.removeprefix("bytes=").partition("-")[0])
         rest = content[begin:]
         self.send_response(206 if asked else 200)
@@ -119,16 +141,30 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         if asked:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(rest)))
+        if name in hub.endless:
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         if not with_body:
             return
         hub.ranges.append((name, begin))
+        hub.authorizations.append(self.headers.get("Authorization"))
+        if hub.together is not None:
+            hub.together.wait(timeout=60)
         limit = hub.send_at_most.get(name)
         try:
             self.wfile.write(rest if limit is None else rest[:limit])
             if limit is not None:
                 self.wfile.flush()
                 hub.closing.wait()
+            while name in hub.endless and not hub.closing.is_set():
+                self.wfile.write(bytes(1 << 20))
         except ConnectionError:  # the client was killed
             self.close_connection = True
+
+
+def _file_of(path: str) -> str:
+    """The file that /some/model/resolve/REVISION/FILE names, of the one revision there is; else nothing."""
+    revision, _, name = path.removeprefix(f"/{REPOSITORY}/resolve/").partition("/")
+    return name if revision in ("main", COMMIT) else ""
