@@ -29,6 +29,7 @@ class FakeHub(ThreadingHTTPServer):
         self.ranges: list[tuple[str, int]] = []  # of every GET of a file: its first byte
         self.authorizations: list[str | None] = []  # and the token it came with
         self.told: dict[str, dict[str, object]] = {}  # a file's LFS facts that the list tells wrongly
+        self.revisions: set[str] = set()  # of which the tree or a file was asked for
         self.knows_ranges = True
         self.endless: set[str] = set()  # files whose sending goes on as long as anybody listens
         self.together: threading.Barrier | None = None  # at which the GETs of files wait for each other
@@ -95,11 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
             hub.closing.wait()
             self.close_connection = True
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+            hub.revisions.add(path.rpartition("/")[2])
             self._say(json.dumps([hub.entry(name) for name in hub.files]).encode())
         elif path in (f"/api/models/{REPOSITORY}", f"/api/models/{REPOSITORY}/revision/main"):
             facts = {"id": REPOSITORY, "sha": COMMIT, "siblings": [hub.sibling(name) for name in hub.files]}
             self._say(json.dumps(facts).encode())
         elif (name := _file_of(path)) in hub.files:
+            hub.revisions.add(path.split("/")[4])
             if hub.other is not None and name.endswith(_LARGE):
                 self._redirect(name, hub.other)
             else:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from services.engine.model.loader import load_model
-from tests.engine.model.fake_hub import FakeHub, hub_of
+from tests.engine.model.fake_hub import COMMIT, FakeHub, hub_of
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,10 @@ LARGE = os.urandom(3 * PIECE + 1000)
 MODEL, FILE = "some/model", "some/model/tiny.gguf"
 CODE = """
 import sys
+from services.engine.model import hub
 from services.engine.model.errors import ModelError
 from services.engine.model.fetch import fetch_model
+hub._ANSWER_S = float(sys.argv[3])
 try:
     print(fetch_model(sys.argv[1], show_progress=sys.argv[2] == "shown"))
 except ModelError as error:
@@ -47,7 +49,7 @@ def fetch(tmp_path: Path) -> Fetch:
     """
 
     def start(
-        hub: FakeHub | None, name: str, *, shown: bool = False, first: str = "", **more: str
+        hub: FakeHub | None, name: str, *, shown: bool = False, first: str = "", answer_s: float = 100, **more: str
     ) -> subprocess.Popen[str]:
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))},
@@ -56,9 +58,10 @@ def fetch(tmp_path: Path) -> Fetch:
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
             "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "100",  # a slow machine is not asked twice
+            "HF_HUB_ETAG_TIMEOUT": "100",
             **more,
         }
-        command = [sys.executable, "-c", f"{first}\n{CODE}", name, "shown" if shown else "hidden"]
+        command = [sys.executable, "-c", f"{first}\n{CODE}", name, "shown" if shown else "hidden", str(answer_s)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -100,6 +103,7 @@ def test_a_folder_is_fetched_and_serves_without_the_hub(tmp_path: Path, fetch: F
         }
         ours, theirs = (load_model(path, device="cpu", dtype=torch.float32) for path in (folder, tmp_path / "tiny"))
         assert ours.digest == theirs.digest
+        assert hub.revisions == {COMMIT}  # a push meanwhile changes nothing
         fetched = len(hub.ranges)
         again, shown = ended(fetch(hub, MODEL))
         assert (again, len(hub.ranges)) == (folder, fetched)
@@ -278,6 +282,35 @@ def test_half_a_folder_is_no_model_without_the_hub(fetch: Fetch) -> None:
     assert "could not be fetched" in refused(fetch(None, MODEL))
 
 
+def test_a_folder_that_lacks_a_file_is_no_model_without_the_hub(fetch: Fetch) -> None:
+    with hub_of({"model.safetensors": LARGE, "config.json": b"{}"}) as hub:
+        folder, _ = ended(fetch(hub, MODEL))
+    assert ended(fetch(None, MODEL, HF_HUB_OFFLINE="1"))[0] == folder
+    (folder / "model.safetensors").unlink()
+    assert "could not be fetched" in refused(fetch(None, MODEL))
+
+
+def test_an_empty_file_is_the_library_s(fetch: Fetch) -> None:
+    with hub_of({"tiny.gguf": b""}) as hub:
+        assert ended(fetch(hub, FILE))[0].read_bytes() == b""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_library_shows_what_it_fetches_itself(fetch: Fetch, shown: bool) -> None:
+    told = """
+import sys
+import huggingface_hub
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+real = huggingface_hub.snapshot_download
+def snapshot_download(*arguments, **options):
+    print("hidden:", are_progress_bars_disabled(), file=sys.stderr)
+    return real(*arguments, **options)
+huggingface_hub.snapshot_download = snapshot_download
+"""
+    with hub_of({"model.safetensors": LARGE, "config.json": b"{}"}) as hub:
+        assert f"hidden: {not shown}" in ended(fetch(hub, MODEL, shown=shown, first=told))[1]
+
+
 def test_two_processes_share_one_download(tmp_path: Path, fetch: Fetch) -> None:
     with hub_of({"tiny.gguf": LARGE}) as hub:
         processes = [fetch(hub, FILE) for _ in range(2)]
@@ -296,5 +329,4 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path: Path, fetch: Fetch) -> Non
 def test_a_hub_that_never_answers_is_given_up(tmp_path: Path, fetch: Fetch) -> None:
     with hub_of({}) as hub:
         hub.silent = True
-        soon = "import services.engine.model.hub; services.engine.model.hub._ANSWER_S = 0.2"
-        assert "timed out" in refused(fetch(hub, MODEL, first=soon))
+        assert "timed out" in refused(fetch(hub, MODEL, answer_s=0.2))
