@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from services.engine.model.blobs import LargeFile, lay_blobs
 from services.engine.model.errors import ModelCorrupt, ModelError, ModelNotFound
@@ -81,13 +81,18 @@ def _rest(name: str, commit: str, get: Callable[..., Path], show_progress: bool)
     else:
         with _bars_hidden():
             path = get(revision=commit)
-    # A commit named leaves the library's note of the newest one as it is, which serves without the hub.
-    note = _storage(name) / "refs" / "main"
+    _note_newest(_storage(name) / "refs" / "main", commit)
+    return path
+
+
+def _note_newest(note: Path, commit: str) -> None:
+    """The library's note of the commit that serves without the hub, which it does not take when a commit is named."""
+    if note.is_file() and note.read_text() == commit:
+        return  # a cache that is whole need not be writable
     note.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = note.with_name(f".main.{os.getpid()}")
+    unfinished = note.with_name(f".main.{uuid4().hex}")  # containers that share the cache share process ids too
     unfinished.write_text(commit)
     unfinished.replace(note)
-    return path
 
 
 def _listing(name: str, file: str | None) -> _Listing:

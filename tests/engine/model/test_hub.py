@@ -104,10 +104,14 @@ def test_a_folder_is_fetched_and_serves_without_the_hub(tmp_path: Path, fetch: F
         ours, theirs = (load_model(path, device="cpu", dtype=torch.float32) for path in (folder, tmp_path / "tiny"))
         assert ours.digest == theirs.digest
         assert hub.revisions == {COMMIT}  # a push meanwhile changes nothing
+        note = part_of(tmp_path).parent / "refs" / "main"
+        assert note.read_text() == COMMIT
+        noted = note.stat()
         fetched = len(hub.ranges)
         again, shown = ended(fetch(hub, MODEL))
         assert (again, len(hub.ranges)) == (folder, fetched)
         assert not shown
+        assert os.path.samestat(note.stat(), noted)  # a whole cache is not written to
     assert ended(fetch(None, MODEL))[0] == folder
 
 
