@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
+
 T = TypeVar("T")
 # Between two passes of an engine.
 _PASS_S = 0.05
+# As long may an engine take to come to a gate: one that is dead, or has nothing to do, never comes.
+_COME_S = 120.0
+# Deadlines of calls, the last of which is long enough on any machine.
+_DEADLINES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class Gate:
@@ -25,8 +31,8 @@ class Gate:
         self._coming: asyncio.Future[int] | None = None
 
     async def reached(self) -> None:
-        """Returns when an engine stands here."""
-        await self.reached_before(asyncio.get_running_loop().create_future())
+        """Returns when an engine stands here. TimeoutError if none comes."""
+        await self._stands_before(asyncio.get_running_loop().create_future())
 
     async def reached_before(self, end: asyncio.Future[Any]) -> bool:
         """Whether an engine stands here before `end` is done; returns when it is known."""
@@ -40,28 +46,43 @@ class Gate:
             self._held, self._coming = self._coming.result(), None
         return True
 
-    async def with_deadline(self, begin: Callable[[float], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
+    async def with_deadline(
+        self,
+        begin: Callable[[float], Coroutine[Any, Any, grpc.StatusCode]],
+        too_soon: Collection[grpc.StatusCode] = (grpc.StatusCode.DEADLINE_EXCEEDED,),
+    ) -> asyncio.Future[grpc.StatusCode]:
         """A call that an engine stands here for when its deadline passes. `begin` makes one with a deadline in so many
-        seconds; where that was too soon to come here, another one with twice as many."""
-        timeout_s = 1.0
-        while True:
+        seconds; where that was too soon to come here, another one with twice as many. AssertionError if a call ends
+        otherwise before an engine stands here, or if none ever does."""
+        for timeout_s in _DEADLINES_S:
             call = asyncio.ensure_future(begin(timeout_s))
             if await self.reached_before(call):
                 return call
-            timeout_s *= 2
+            code = await call
+            assert code in too_soon, f"{code} before an engine came to the gate"
+        raise AssertionError(f"no engine came to the gate in {timeout_s:g} s")
 
     async def until(self, event: Awaitable[T]) -> T:
         """Lets the engine pass one time after the other until that has happened, and an engine stands here again.
 
-        In no hurry: where others are slow, for which the event waits too, this one has hardly gone on.
+        In no hurry: where others are slow, for which the event waits too, this one has hardly gone on. Raises what the
+        event raises, and TimeoutError if neither it nor an engine comes.
         """
         waiting = asyncio.ensure_future(event)
+        try:
+            while await self._stands_before(waiting) and not (await asyncio.wait({waiting}, timeout=_PASS_S))[0]:
+                _put_fifo(self._path)  # another one, which the engine has never opened
+                self._let_go()
+            result = await waiting
+        finally:
+            waiting.cancel()
         await self.reached()
-        while not (await asyncio.wait({waiting}, timeout=_PASS_S))[0]:
-            _put_fifo(self._path)  # another one, which the engine has never opened
-            self._let_go()
-            await self.reached()
-        return await waiting
+        return result
+
+    async def _stands_before(self, end: asyncio.Future[Any]) -> bool:
+        """As reached_before, within the time that an engine may take. TimeoutError."""
+        async with asyncio.timeout(_COME_S):
+            return await self.reached_before(end)
 
     def open(self) -> None:
         """Lets it go on, and everybody after it. Again is no error."""

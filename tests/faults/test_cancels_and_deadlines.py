@@ -16,7 +16,9 @@ from tests.e2e.errors import failing, outcome
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import (
     OWNER,
+    Engine,
     Suite,
+    arrived,
     ask,
     generate,
     give_up,
@@ -26,6 +28,7 @@ from tests.e2e.suite import (
     start_suite,
     wait_for_load,
 )
+from tests.e2e.waiting import until
 from tests.faults.gates import LayerGates
 from tests.models import make_tiny_llama
 
@@ -46,7 +49,8 @@ async def everything_back(suite: Suite) -> None:
 async def test_cancel_at_every_verb(tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model", layers=LAYER_COUNT)
     gates = LayerGates(tmp_path / "gates", LAYER_COUNT)
-    options = {0: gates.options, 1: ["--lease-default", "2"]}
+    # A prompt is sent in several pieces, and a cancel is heard between two of them.
+    options = {0: [*gates.options, "--max-step-tokens", "128"], 1: ["--lease-default", "2"]}
     async with start_suite(model, options_of=options) as suite:
         sender, receiver = suite.engines
         for _ in range(5):
@@ -66,7 +70,10 @@ async def test_cancel_at_every_verb(tmp_path: Path) -> None:
                 await gate.reached()
                 sending.cancel()
                 assert await outcome(sending) is grpc.StatusCode.CANCELLED
+                await arrived(sender)
             await wait_for_load(sender, idle)
+            # The attempt is over, and what it brought is not the whole.
+            await until(lambda: states(receiver), [engine.RESERVATION_STATE_RESERVED])
             await give_up(receiver, prepared)
             await wait_for_load(receiver, idle)
 
@@ -124,21 +131,19 @@ async def test_deadlines_pass(tmp_path: Path) -> None:
                 )
             )
             assert await sending is grpc.StatusCode.DEADLINE_EXCEEDED
+            # The sender stands at its first layer still: what this waits for cannot come.
+            start = engine.StartGenerateRequest(
+                owner_id=OWNER,
+                request_id="late",
+                prompt_token_ids=PROMPT,
+                begin=299,
+                reservation=reference(prepared),
+            )
+            start.timeout.FromMilliseconds(300)
+            with failing(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"):
+                await receiver.stub.StartGenerate(start).read()
         await wait_for_load(sender, idle)
         await give_up(receiver, prepared)
-        unsent = await prep_recv(suite, receiver, PROMPT, 299, cache_salt="unsent")
-        start = engine.StartGenerateRequest(
-            owner_id=OWNER,
-            request_id="late",
-            prompt_token_ids=PROMPT,
-            begin=299,
-            cache_salt="unsent",
-            reservation=reference(unsent),
-        )
-        start.timeout.FromMilliseconds(300)
-        with failing(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"):
-            await receiver.stub.StartGenerate(start).read()
-        await give_up(receiver, unsent)
         await wait_for_load(receiver, idle)
 
 
@@ -160,6 +165,12 @@ async def test_the_router_is_killed(tmp_path: Path) -> None:
         for at in suite.engines:
             await wait_for_load(at, idle)
             assert len((await generate(suite, at, PROMPT[:20])).token_ids) == 16
+
+
+async def states(at: Engine) -> list[engine.ReservationState.ValueType]:
+    """Of all reservations there, the oldest first."""
+    listed = await at.stub.ListReservations(engine.ListReservationsRequest(), timeout=60)
+    return [info.state for info in listed.reservations]
 
 
 async def drain(stream: grpc.aio.UnaryStreamCall) -> None:  # type: ignore[type-arg]
