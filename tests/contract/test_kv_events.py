@@ -102,7 +102,7 @@ async def test_kv_events_tell_of_evictions(suite: Suite) -> None:
     mirror.close()
     assert mirror.removed, "24 pages cannot hold eight prompts"
     assert set(mirror.blocks) == set(fresh.blocks)
-    assert len(fresh.blocks) == (await load(at)).pages.cached
+    assert len(fresh.blocks) == (await load(at.stub)).pages.cached
     assert (await generate(suite, at, prompt_of(100, 100), max_tokens=2)).timing.matched_token_count == 0
 
 

@@ -290,9 +290,9 @@ class Answer:
 # --- looking inside ---------------------------------------------------------------------------------------------
 
 
-async def load(at: Engine) -> engine.WatchLoadResponse:
+async def load(at: EngineServiceStub) -> engine.WatchLoadResponse:
     """The engine's present load."""
-    call = at.stub.WatchLoad(engine.WatchLoadRequest())
+    call = at.WatchLoad(engine.WatchLoadRequest())
     try:
         async for report in call:
             return report

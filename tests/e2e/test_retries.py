@@ -60,7 +60,7 @@ async def test_prep_recv_again_is_the_same_reservation(suite: Suite) -> None:
     held = (await wait_for_load(at, lambda report: report.reservation_count == 1)).pages.held
     second = await at.stub.PrepRecv(request)
     assert second.address == first.address
-    assert (await load(at)).pages.held == held
+    assert (await load(at.stub)).pages.held == held
     with failing(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED"):
         await at.stub.PrepRecv(
             engine.PrepRecvRequest(owner_id=OWNER, request_id="again", prompt_token_ids=PROMPT, end=99)

@@ -9,19 +9,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from microserve.engine.v1.engine_pb2_grpc import EngineServiceStub
 from microserve.router.v1 import router_pb2 as router
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.cli.test_fleet import alive, wait_dead
+from tests.e2e.suite import load
+from tests.faults.gates import StepGate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,10 +50,13 @@ class Launcher:
         self.endpoints: list[dict[str, Any]] = self.read("ready")["endpoints"]
         self.answer = self.read("answer")
 
-    def killed(self, name: str) -> None:
-        """Kills a service and waits until another has taken its place."""
+    def kill(self, name: str) -> None:
+        """Kills a service."""
         (pid,) = (endpoint["pid"] for endpoint in self.endpoints if endpoint["name"] == name)
         os.kill(pid, signal.SIGKILL)
+
+    def replaced(self, name: str) -> None:
+        """Returns when another has taken the place of a killed service."""
         assert self.read("restarting")["name"] == name
         self.endpoints = self.read("ready")["endpoints"]
 
@@ -169,37 +175,77 @@ def test_killed_launcher_leaves_no_process_and_no_shared_memory(tmp_path: Path) 
 
 
 @pytest.mark.faults
-async def test_killed_services_come_back_and_streams_go_on(tmp_path: Path) -> None:
-    """An engine in the middle of a stream, the transfer service, the router: whoever asks afterwards is answered over
-    both engines again."""
+async def test_killed_services_come_back_and_streams_go_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine that decodes in the middle of a stream, the transfer service, the router: whoever asks afterwards is
+    answered over both engines again."""
+    # Before the steps of both engines, of which one steps at a time.
+    steps = StepGate(tmp_path_factory.mktemp("gates") / "step")
+    monkeypatch.setenv("MICROSERVE_TESTING", "1")
+    monkeypatch.setenv("MICROSERVE_ENGINE_FAULT_POINTS", steps.options[1])
     with launched(tmp_path, "--ask", "Hello") as launcher:
         (address,) = (endpoint["grpc"] for endpoint in launcher.endpoints if endpoint["name"] == "router")
         async with grpc.aio.insecure_channel(address) as channel:
             stub = RouterServiceStub(channel)
-            expected = [token async for token in tokens_of(stub, "data_parallel", "whole")]
-            stream = tokens_of(stub, "disaggregated", "broken")
-            got = [await anext(stream)]
-            await asyncio.to_thread(launcher.killed, "engine-0")
-            await asyncio.to_thread(launcher.killed, "engine-1")
-            got += [token async for token in stream]
-            assert got == expected
+            expected, _ = await answer_of(pieces_of(stub, "data_parallel", "whole"))
+            with steps.closed() as gate:
+                pieces = pieces_of(stub, "disaggregated", "broken")
+                first = await gate.until(anext(pieces))
+                name = await gate.until(running(launcher))
+                launcher.kill(name)
+            await asyncio.to_thread(launcher.replaced, name)
+            rest, legs = await answer_of(pieces)
+            assert [*first.token_ids, *rest] == expected
+            generated = [leg.engine for leg in legs if leg.verb == sampling.VERB_START_GENERATE]
+            assert generated == [name, *({"engine-0", "engine-1"} - {name})]
             for name in ("kvtransfer", "router"):
-                await asyncio.to_thread(launcher.killed, name)
+                launcher.kill(name)
+                await asyncio.to_thread(launcher.replaced, name)
                 await both_engines(stub)
-                assert [token async for token in tokens_of(stub, "disaggregated", name)] == expected
+                assert (await answer_of(pieces_of(stub, "disaggregated", name)))[0] == expected
         launcher.process.send_signal(signal.SIGTERM)
         launcher.read("stopping")
         assert launcher.process.wait(120) == 0
 
 
-async def tokens_of(stub: RouterServiceStub, policy: str, salt: str) -> AsyncIterator[int]:
-    """Of one long answer, as they come."""
+async def pieces_of(stub: RouterServiceStub, policy: str, salt: str) -> AsyncGenerator[router.GenerateResponse, None]:
+    """Of one long answer, as they come, from the first with a token on."""
     request = router.GenerateRequest(cache_salt=salt, sampling=sampling.SamplingParams(max_tokens=200, ignore_eos=True))
     request.chat.messages.add(role="user", content=QUESTION)
     call = stub.Generate(request, timeout=240, metadata=(("x-microserve-policy", policy),), wait_for_ready=True)
+    has_begun = False
     async for piece in call:
-        for token in piece.token_ids:
-            yield token
+        has_begun |= bool(piece.token_ids)
+        if has_begun:
+            yield piece
+
+
+async def answer_of(pieces: AsyncGenerator[router.GenerateResponse, None]) -> tuple[list[int], list[sampling.Leg]]:
+    """Its tokens and what the router called for it."""
+    tokens: list[int] = []
+    legs: list[sampling.Leg] = []
+    async for piece in pieces:
+        tokens.extend(piece.token_ids)
+        legs.extend(piece.legs)
+    return tokens, legs
+
+
+async def running(launcher: Launcher) -> str:
+    """Name of the engine that runs a sequence, once the other runs none."""
+    async with AsyncExitStack() as stack:
+        engines = {
+            endpoint["name"]: EngineServiceStub(
+                await stack.enter_async_context(grpc.aio.insecure_channel(endpoint["grpc"]))
+            )
+            for endpoint in launcher.endpoints
+            if endpoint["name"].startswith("engine-")
+        }
+        while True:
+            busy = [name for name, stub in engines.items() if (await load(stub)).running_sequence_count]
+            if len(busy) == 1:
+                return busy[0]
+            await asyncio.sleep(0.05)
 
 
 async def both_engines(stub: RouterServiceStub) -> None:

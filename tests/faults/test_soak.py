@@ -66,5 +66,5 @@ async def client(suite: Suite, rng: random.Random, end: float, counts: dict[str,
 async def watch(suite: Suite, index: int, clients: list[asyncio.Task[None]]) -> None:
     """The page accounts add up throughout."""
     while not all(task.done() for task in clients):
-        check_pages((await load(suite.engines[index])).pages)
+        check_pages((await load(suite.engines[index].stub)).pages)
         await asyncio.wait(clients, timeout=0.5)
