@@ -118,15 +118,17 @@ class Fleet:
         return self._start("router", name, [*options, *extra])
 
     def start_again(self, ended: ServiceProcess) -> ServiceProcess:
-        """Starts a service that has ended once more, with the same options, at the addresses it had."""
-        said, command = ended.wait_ready(), list(ended.command)
-        for option, address in (("--listen", said.address), ("--http-listen", said.metrics)):
-            if option in command and address is not None:
-                command[command.index(option) + 1] = address
-        place = self.processes.index(ended)
-        ended.close()
+        """Starts a service that has ended once more, with the same options, at the addresses it had. It takes its
+        place; closing `ended`, which may take a moment, is the caller's from then on. OSError: nothing has changed."""
+        command = list(ended.command)
+        # One that never was ready has told of no addresses; those of its own start hold.
+        if ended.has_been_ready:
+            said = ended.wait_ready()
+            for option, address in (("--listen", said.address), ("--http-listen", said.metrics)):
+                if option in command and address is not None:
+                    command[command.index(option) + 1] = address
         again = ServiceProcess(ended.service, ended.name, command, ended.log_path, ended.environment, self._lifeline)
-        self.processes[place] = again
+        self.processes[self.processes.index(ended)] = again
         return again
 
     def stop(self, *, timeout_s: float = _STOP_TIMEOUT_S) -> None:

@@ -17,6 +17,8 @@ from threading import Lock, Thread
 from services.cli.errors import ServiceFailed
 
 _TAIL_BYTES = 16_384
+# A process that has left the group may hold the pipe for ever; all others have been killed.
+_LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class ServiceProcess:
     """A started service. `address` and `metrics` wait for READY; everything else answers at once.
 
     The process leads a group of its own, so that Ctrl-C reaches only the launcher, and holds the read end of the
-    launcher's lifeline.
+    launcher's lifeline. What it started and left in that group ends with it.
     """
 
     def __init__(
@@ -100,15 +102,19 @@ class ServiceProcess:
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs."""
         with self._reaping:
-            return self._process.poll()
+            return self._reap()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Waits for the end and returns the exit code. TimeoutError."""
+        code = self.poll()
+        if code is not None:
+            return code
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
         if not poller.poll(None if timeout_s is None else timeout_s * 1000):
             raise TimeoutError(f"{self.name} still runs after {timeout_s:g} s")
         with self._reaping:
+            self._reap()
             return self._process.wait()
 
     def terminate(self) -> None:
@@ -128,19 +134,21 @@ class ServiceProcess:
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Frees what the launcher holds of a process that has ended."""
-        self._reader.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        """Frees what the launcher holds of a process that has ended. Takes a moment: not for an event loop."""
+        self.wait()
+        self._reader.join(_LAST_WORDS_S)
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of its log."""
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
-            text = log.read().decode(errors="replace")
+        """The last lines of its log; none if somebody removed it."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+                text = log.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
         return "\n".join(text.splitlines()[-lines:])
 
     def failure(self) -> ServiceFailed:
@@ -156,15 +164,25 @@ class ServiceProcess:
     def _signal(self, number: signal.Signals) -> None:
         with self._reaping:
             # Not yet reaped (poll is None), so the group still is this process's own.
-            if self._process.poll() is None:
+            if self._reap() is None:
                 os.killpg(self.pid, number)
+
+    def _reap(self) -> int | None:
+        """Exit code, None while it runs. Called with `_reaping` held."""
+        if self._process.returncode is None:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return None
+            # Dead but not reaped, so the group still is its own: nothing that it leaves there may hold pipe or port.
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._process.poll()
 
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            word, _, rest = line.partition(b" ")
-            if word == b"READY" and not self.ready.done():
-                said = json.loads(rest)
-                self.ready.set_result(Ready(said["service"], said["address"], said.get("metrics")))
+        with self._process.stdout as lines:
+            for line in lines:
+                word, _, rest = line.partition(b" ")
+                if word == b"READY" and not self.ready.done():
+                    said = json.loads(rest)
+                    self.ready.set_result(Ready(said["service"], said["address"], said.get("metrics")))
         if not self.ready.done():
             self.ready.set_exception(self.failure())

@@ -19,8 +19,8 @@ from services.cli.errors import CliError, Interrupted, UsageError
 from services.cli.fleet import Fleet, core_count
 from services.cli.key_file import HOST, key_path, new_key
 from services.cli.models import fetch, require_engine
-from services.cli.process import Ready, ServiceProcess
-from services.cli.restarts import Restarts
+from services.cli.process import ServiceProcess
+from services.cli.supervisor import Supervisor
 from services.cli.values import Endpoint, Question
 from services.router.config import RouterConfig
 from services.router.errors import RouterError
@@ -130,11 +130,10 @@ class _Launcher:
         self._options = options
         self._model = model
         self._fleet = fleet
-        self._restarts = Restarts()
         self._interrupted = False
         self._served = False
         self._loop = asyncio.get_running_loop()
-        self._dead: asyncio.Future[ServiceProcess] = self._loop.create_future()
+        self._supervisor = Supervisor(fleet, self._show_death, self._show_endpoints, _START_TIMEOUT_S)
         self._serving = self._loop.create_task(self._serve())
 
     async def run(self) -> None:
@@ -143,14 +142,13 @@ class _Launcher:
             self._loop.add_signal_handler(number, self._interrupt)
         failure = None
         try:
-            either: set[asyncio.Future[Any]] = {self._serving, self._dead}
+            either: set[asyncio.Future[Any]] = {self._serving, self._supervisor.failed}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             failure = self._failure()
         finally:
             self._serving.cancel()
             await asyncio.wait({self._serving})
-            for process in self._fleet.processes:
-                self._loop.remove_reader(process)
+            await self._supervisor.close()
             with suppress(BrokenPipeError):
                 self._say("stopping", {"event": "stopping"})
             # In a thread, so that a second Ctrl-C is heard.
@@ -170,19 +168,21 @@ class _Launcher:
         if options.question:
             await self._ask(router.address)
         self._say(f"serving gRPC at {router.address} and OpenAI's API at http://{router.metrics}/v1; Ctrl-C stops it")
-        self._served = True
+        self._served = self._supervisor.restarting = True
         await asyncio.Event().wait()
 
     async def _start(self) -> ServiceProcess:
         """The router, once all are ready. Engines load their model at the same time."""
         options, fleet = self._options, self._fleet
         # Pools take memory as they fill: allocating all of it first may take longer than everything else here.
-        kvtransfer = self._watch(fleet.start_kvtransfer(extra=["--no-prefault", *gpu_options(options.device)]))
+        kvtransfer = self._supervisor.watch(
+            fleet.start_kvtransfer(extra=["--no-prefault", *gpu_options(options.device)])
+        )
         await asyncio.wrap_future(kvtransfer.ready)
         threads = max(1, core_count() // options.engine_count)
         engines = []
         for number, port in enumerate(options.engine_ports):
-            engine = self._watch(
+            engine = self._supervisor.watch(
                 fleet.start_engine(
                     f"engine-{number}",
                     self._model,
@@ -198,7 +198,7 @@ class _Launcher:
                 # Each takes half of the GPU's memory that it finds free: two at once would take all of it.
                 await asyncio.wrap_future(engine.ready)
         await asyncio.gather(*(asyncio.wrap_future(engine.ready) for engine in engines))
-        router = self._watch(
+        router = self._supervisor.watch(
             fleet.start_router(
                 engines,
                 options.policy,
@@ -234,40 +234,24 @@ class _Launcher:
                 address = f"{HOST}:{self._options.admin_port}"
                 self._say(f"programs: microserve policy set FILE.py --address {address}")
 
-    def _watch(self, process: ServiceProcess) -> ServiceProcess:
-        """Hears of its death from now on."""
-        self._loop.add_reader(process, self._child_died, process)
-        return process
-
-    def _child_died(self, process: ServiceProcess) -> None:
-        """Starts it again where it was, so that the others find it."""
-        self._loop.remove_reader(process)
-        if self._served and process.has_been_ready and self._restarts.allow(process.name):
-            is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
-            why = "a program holds the router" if is_stuck else escape(str(process.failure()))
-            self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
-            again = self._watch(self._fleet.start_again(process))
-            asyncio.wrap_future(again.ready).add_done_callback(self._restarted)
-        elif not self._dead.done():
-            self._dead.set_result(process)
-
-    def _restarted(self, ready: asyncio.Future[Ready]) -> None:
-        # One that could not start has died, which is heard of by itself.
-        if ready.exception() is None:
-            self._show_endpoints()
+    def _show_death(self, process: ServiceProcess) -> None:
+        is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
+        why = "a program holds the router" if is_stuck else escape(str(process.failure()))
+        self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
 
     def _interrupt(self) -> None:
         if self._interrupted:
             self._fleet.kill()
         self._interrupted = True
+        self._supervisor.stop()
         self._serving.cancel()
 
     def _failure(self) -> BaseException | None:
         """Why it ended, if not because somebody wanted it when it served."""
         if self._interrupted:
             return None if self._served else Interrupted()
-        if self._dead.done():
-            return self._dead.result().failure()
+        if self._supervisor.failed.done():
+            return self._supervisor.failed.result()
         error = self._serving.exception()
         if isinstance(error, TimeoutError):
             return CliError(f"the services were not ready within {_START_TIMEOUT_S:g} s")
