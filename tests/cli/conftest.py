@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,16 +35,3 @@ def microserve(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         return caught.value.code, out, err
 
     return run
-
-
-def start_up(folder: Path, model: str, *options: str) -> subprocess.Popen[str]:
-    """`microserve up` over fake services, with free ports and JSON events."""
-    flags = ["--grpc-port", "0", "--http-port", "0", "--json", *options]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.fakes.up", str(folder), model, *flags],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )

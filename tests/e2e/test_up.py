@@ -22,7 +22,7 @@ from microserve.router.v1 import router_pb2 as router
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
 from microserve.types.v1 import sampling_pb2 as sampling
 
-from tests.cli.test_fleet import alive, wait_dead
+from tests.cli.launched import alive, wait_dead
 from tests.e2e.suite import load
 from tests.faults.gates import StepGate
 
