@@ -20,8 +20,9 @@ _BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 @dataclass(slots=True)
 class TransportCounters:
-    """Sums over the pushes that a transport carried, since the service began."""
+    """Sums over the pushes that a transport carried, since the service began. `note`: Capabilities.note."""
 
+    note: str = ""
     pushes: int = 0
     num_bytes: int = 0
     failures: int = 0
@@ -59,7 +60,8 @@ class Books:
     """A PushObserver that keeps counters, by transport."""
 
     def __init__(self, links: Links, registry: CollectorRegistry) -> None:
-        self.transports = {transport.capabilities.name: TransportCounters() for transport in links.transports}
+        capabilities = [transport.capabilities for transport in links.transports]
+        self.transports = {each.name: TransportCounters(each.note) for each in capabilities}
         self.refused_pushes = 0
         self._links = links
         self._push_seconds = Histogram(

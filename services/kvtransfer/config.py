@@ -62,6 +62,10 @@ class KvTransferConfig(ServerConfig):
     cuda_device: int | None = field(
         default=None, metadata={"help": "number of the GPU whose memory holds the pools of GPU engines; none: no such"}
     )
+    copy_kernel: bool = field(
+        default=True,
+        metadata={"help": "copy scattered pages on the GPU by one kernel, if its trial at the start is right"},
+    )
     nccl_library: str | None = field(
         default=None,
         metadata={
@@ -89,8 +93,6 @@ class KvTransferConfig(ServerConfig):
             raise ValueError("--cuda-device counts from 0")
         if self.nccl_library is not None and self.cuda_device is None:
             raise ValueError("--nccl-library needs --cuda-device")
-        if self.checksums and self.cuda_device is not None:
-            raise ValueError("--checksums covers pools in host memory only: leave out --cuda-device, or it")
         if self.nccl_timeout_s <= 0:
             raise ValueError("--nccl-timeout-s is more than 0")
         if (self.peer_tls_cert is None) != (self.peer_tls_key is None):

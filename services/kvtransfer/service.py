@@ -77,7 +77,7 @@ class KvTransfer:
         within = (landings, self._copier, self.epoch, config.max_copy_bytes)
         transports: list[Transport] = [ShmTransport(*within, checked=config.checksums)]
         if gpu is not None:
-            transports.append(CudaIpcTransport(*within, gpu.streams))
+            transports.append(CudaIpcTransport(*within, gpu, checked=config.checksums))
         transports += self._pulling.transports
         if config.data_listen is not None:
             transports.append(TcpTransport(landings, self.epoch, endpoint, _tcp_config(config, config.data_listen)))

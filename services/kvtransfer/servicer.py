@@ -156,6 +156,7 @@ def _stats(stats: Stats) -> pb.GetStatsResponse:
             bytes=counters.num_bytes,
             failure_count=counters.failures,
             busy=duration_message(counters.busy_s),
+            note=counters.note,
         )
     for link in stats.links:
         speeds = [

@@ -33,10 +33,11 @@ class Reach(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a transport can do, known before any put."""
+    """What a transport can do, known before any put. `note`: how it does so on this machine, for people."""
 
     name: str
     reach: Reach
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

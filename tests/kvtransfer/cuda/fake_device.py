@@ -28,6 +28,11 @@ class FakeStream:
         for copy in copies:
             self.queue(lambda copy=copy: ctypes.memmove(copy.target, copy.source, copy.num_bytes))
 
+    def read_back(self, copies: Sequence[Copy]) -> None:
+        self.log.append(f"read {sum(copy.num_bytes for copy in copies)}")
+        for copy in copies:
+            self.queue(lambda copy=copy: ctypes.memmove(copy.target, copy.source, copy.num_bytes))
+
     def queue(self, work: Callable[[], object]) -> None:
         self._queued.append(lambda: work() and None)
         self._run()
@@ -68,5 +73,11 @@ class FakeDevice:
         self.memory[memory.ctypes.data] = memory
         return memory.ctypes.data
 
+    def allocate_host(self, num_bytes: int) -> int:
+        return self.allocate(num_bytes)
+
     def free(self, address: int) -> None:
         del self.memory[address]
+
+    def free_host(self, address: int) -> None:
+        self.free(address)

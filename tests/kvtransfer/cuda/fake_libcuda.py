@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.kvtransfer.cuda.ptx import Ptx
+
 _LIBC = ctypes.CDLL(None)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -23,20 +25,34 @@ _MAP_FIXED = 0x10
 
 GRANULARITY = 4096
 UUID = bytes(range(1, 17))
-INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, NOT_READY = 1, 2, 100, 600
+INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, NOT_READY, ILLEGAL_ADDRESS = 1, 2, 100, 600, 700
+
+
+class IllegalAddress(Exception):
+    """A kernel reached for what is not there."""
 
 
 def _value(argument: Any) -> int:
     return int(argument.value if hasattr(argument, "value") else argument)
 
 
+def _memory(size: int, places: dict[int, NDArray[np.uint8]]) -> int:
+    """Address of new memory, aligned as the driver's is; kept in `places`."""
+    memory = np.zeros(size + 256, np.uint8)
+    begin = -memory.ctypes.data % 256
+    places[memory.ctypes.data + begin] = memory[begin : begin + size]
+    return memory.ctypes.data + begin
+
+
 class FakeLibcuda:
-    """One GPU of number 0. `failing` names calls that return an error; `busy` streams are never idle."""
+    """One GPU of number 0. `failing` names calls that return an error; `busy` streams are never idle; copies within
+    the GPU are `altered` by a bit each."""
 
     def __init__(self, *, memory_bytes: int = 1 << 30) -> None:
         self.log: list[str] = []
         self.failing: dict[str, int] = {}
         self.busy = False
+        self.altered = False
         self._left_bytes = memory_bytes
         # Descriptor by handle; sizes by address; addresses that may be read and written.
         self._handles: dict[int, int] = {}
@@ -44,6 +60,8 @@ class FakeLibcuda:
         self._mapped: dict[int, int] = {}
         self._accessible: set[int] = set()
         self._allocated: dict[int, NDArray[np.uint8]] = {}
+        self._pinned: dict[int, NDArray[np.uint8]] = {}
+        self._modules: dict[int, Ptx] = {}
         self._next = 1
         self._current = threading.local()
 
@@ -71,6 +89,15 @@ class FakeLibcuda:
     def handles(self) -> int:
         """Allocations that are named by a handle."""
         return len(self._handles)
+
+    @property
+    def allocations(self) -> tuple[int, int]:
+        """Allocations of this process on the GPU, and of pinned host memory."""
+        return len(self._allocated), len(self._pinned)
+
+    def memory(self, address: int) -> NDArray[np.uint8]:
+        """What an address of cuMemAlloc stands for."""
+        return self._allocated[address]
 
     def do_cuInit(self, flags: int) -> None: ...
 
@@ -109,7 +136,18 @@ class FakeLibcuda:
         if not (self._reachable(target, num_bytes) and self._reachable(source, num_bytes)):
             return INVALID_VALUE
         ctypes.memmove(target, source, num_bytes)
+        if self.altered:
+            ctypes.memset(target, ctypes.string_at(target, 1)[0] ^ 1, 1)
         return 0
+
+    def do_cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
+        if not (self._reachable(source, num_bytes) and self._is_pinned(target, num_bytes)):
+            return INVALID_VALUE
+        ctypes.memmove(target, source, num_bytes)
+        return 0
+
+    def do_cuMemHostAlloc(self, address: Any, size: int, flags: int) -> None:
+        address._obj.value = _memory(size, self._pinned)
 
     def do_cuMemGetAllocationGranularity(self, granularity: Any, properties: Any, option: int) -> None:
         self._check(properties._obj)
@@ -162,13 +200,52 @@ class FakeLibcuda:
         self._mapped[address] = size
         return 0
 
-    def do_cuMemAlloc_v2(self, address: Any, size: int) -> None:
-        memory = np.zeros(size, np.uint8)
-        address._obj.value = memory.ctypes.data
-        self._allocated[memory.ctypes.data] = memory
+    def do_cuMemcpyHtoDAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
+        if not (self._reachable(target, num_bytes) and self._is_pinned(source, num_bytes)):
+            return INVALID_VALUE
+        ctypes.memmove(target, source, num_bytes)
+        return 0
+
+    def do_cuMemFreeHost(self, address: int) -> None:
+        del self._pinned[address]
 
     def do_cuMemFree_v2(self, address: int) -> None:
         del self._allocated[address]
+
+    def do_cuModuleLoadData(self, module: Any, image: bytes) -> None:
+        module._obj.value = self._new()
+        self._modules[module._obj.value] = Ptx(image.decode())
+
+    def do_cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> None:
+        assert self._modules[module.value].name == name.decode()
+        function._obj.value = module.value
+
+    def do_cuLaunchKernel(self, function: Any, *arguments: Any) -> int:
+        blocks, grid_y, grid_z, threads, block_y, block_z, shared_bytes, _, places, extra = arguments
+        assert (grid_y, grid_z, block_y, block_z, shared_bytes, extra) == (1, 1, 1, 1, 0, None)
+        values = [ctypes.c_uint64.from_address(place).value for place in places]
+        try:
+            self._modules[function.value].run(values, blocks, threads, self)
+        except IllegalAddress:
+            return ILLEGAL_ADDRESS
+        return 0
+
+    def load(self, address: int, num_bytes: int) -> bytes:
+        """For kernels. Raises IllegalAddress."""
+        if not self._reachable(address, num_bytes):
+            raise IllegalAddress
+        return ctypes.string_at(address, num_bytes)
+
+    def store(self, address: int, data: bytes) -> None:
+        """For kernels. Raises IllegalAddress."""
+        if not self._reachable(address, len(data)):
+            raise IllegalAddress
+        if self.altered:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        ctypes.memmove(address, data, len(data))
+
+    def do_cuMemAlloc_v2(self, address: Any, size: int) -> None:
+        address._obj.value = _memory(size, self._allocated)
 
     def do_cuMemSetAccess(self, address: int, size: int, access: Any, count: int) -> None:
         assert (access._obj.location.type, access._obj.location.id, access._obj.flags, count) == (1, 0, 3, 1)
@@ -188,6 +265,10 @@ class FakeLibcuda:
         places = [(begin, self._mapped[begin]) for begin in self._accessible]
         places += [(begin, memory.nbytes) for begin, memory in self._allocated.items()]
         return any(begin <= address and address + num_bytes <= begin + size for begin, size in places)
+
+    def _is_pinned(self, address: int, num_bytes: int) -> bool:
+        places = self._pinned.items()
+        return any(begin <= address and address + num_bytes <= begin + memory.nbytes for begin, memory in places)
 
     def _new(self) -> int:
         self._next += 1

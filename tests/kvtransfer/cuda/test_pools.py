@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from numpy.typing import NDArray
 
 from services.kvtransfer.transports.cuda_ipc import gpu
-from services.protocol.errors import ServiceError
+from services.protocol.errors import Code, ServiceError
+from services.protocol.ranges import TokenRange
 from services.rpc.cuda_driver import CudaDriver
 from services.rpc.errors import StartError
 from services.rpc.pool_client import PoolAttachError, adopt, attach_pool
@@ -53,8 +55,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibcuda:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def port(library: FakeLibcuda) -> AsyncIterator[DirectPort]:
-    port = DirectPort(cuda_device=0)
+async def port(library: FakeLibcuda, request: pytest.FixtureRequest) -> AsyncIterator[DirectPort]:
+    port = DirectPort(cuda_device=0, **getattr(request, "param", {}))
     yield port
     await port.close()
     assert (library.mapped, library.handles) == (0, 0)
@@ -76,10 +78,17 @@ CASES = {
 }
 
 
+# How pages are copied, and the call of the driver that copies them so.
+WAYS = {"by_the_kernel": ({}, "cuLaunchKernel"), "run_by_run": ({"copy_kernel": False}, "cuMemcpyDtoDAsync_v2")}
+BOTH_WAYS = pytest.mark.parametrize(("port", "call"), WAYS.values(), ids=WAYS, indirect=["port"])
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 async def test_pages_arrive_layer_by_layer(
-    pair: tuple[GpuEngine, GpuEngine], case: tuple[int, int, list[int], list[int]]
+    pair: tuple[GpuEngine, GpuEngine], case: tuple[int, int, list[int], list[int]], library: FakeLibcuda, call: str
 ) -> None:
+    library.log.clear()
     sender, receiver = pair
     begin, end, from_pages, to_pages = case
     before = receiver.memory.copy()
@@ -91,6 +100,81 @@ async def test_pages_arrive_layer_by_layer(
         wanted = expected(before, receiver, sender, begin, end, from_pages, to_pages, layers=layers)
         np.testing.assert_array_equal(receiver.memory, wanted)
     assert (await push.done()).transport == "cuda_ipc"
+    assert set(library.log) & {"cuLaunchKernel", "cuMemcpyDtoDAsync_v2"} == {call}
+
+
+async def test_how_pages_are_copied_is_told(port: DirectPort) -> None:
+    async def note(at: DirectPort) -> str:
+        transports = (await at.call("GetStats", pb.GetStatsRequest())).transports
+        return next(str(each.note) for each in transports if each.name == "cuda_ipc")
+
+    assert await note(port) == "by the kernel"
+    without = DirectPort(cuda_device=0, copy_kernel=False)
+    assert await note(without) == "run by run: --no-copy-kernel"
+    await without.close()
+
+
+CHECKSUMS = pytest.mark.parametrize("port", [{"checksums": True}], indirect=True)
+
+
+CHECKED_WAYS = [({**options, "checksums": True}, call) for options, call in WAYS.values()]
+CHECKED_BOTH_WAYS = pytest.mark.parametrize(("port", "call"), CHECKED_WAYS, ids=WAYS, indirect=["port"])
+
+
+@CHECKSUMS
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+async def test_checksums_of_what_arrived_whole(
+    pair: tuple[GpuEngine, GpuEngine], case: tuple[int, int, list[int], list[int]]
+) -> None:
+    sender, receiver = pair
+    begin, end, from_pages, to_pages = case
+    before = receiver.memory.copy()
+    address = await receiver.grant("r", begin, end, to_pages)
+    assert (await sender.push(sender.order(address, begin, end, from_pages)).done()).state == pb.PUSH_STATE_COMMITTED
+    wanted = expected(before, receiver, sender, begin, end, from_pages, to_pages)
+    np.testing.assert_array_equal(receiver.memory, wanted)
+
+
+@CHECKED_BOTH_WAYS
+async def test_a_byte_that_arrives_otherwise_is_data_loss_and_fills_nothing(
+    port: DirectPort, pair: tuple[GpuEngine, GpuEngine], library: FakeLibcuda, call: str
+) -> None:
+    sender, receiver = pair
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    library.altered = True
+    with pytest.raises(ServiceError) as caught:
+        await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    assert (caught.value.code, caught.value.reason) == (Code.DATA_LOSS, "CHECKSUM_MISMATCH")
+    library.altered = False
+    assert call in library.log
+    # The attempt did not count: the reservation is filled by the next one alone.
+    (grant,) = port.service._gate.statuses(receiver.pool_id)
+    assert grant.committed.ranges == ()
+    again = await sender.push(sender.order(address, 0, 8, [1, 2], attempt=2)).done()
+    assert again.state == pb.PUSH_STATE_COMMITTED
+    (grant,) = port.service._gate.statuses(receiver.pool_id)
+    assert grant.committed.ranges == (TokenRange(0, 8),)
+
+
+@CHECKSUMS
+async def test_memory_that_cannot_be_read_back_fails_the_push(
+    pair: tuple[GpuEngine, GpuEngine], library: FakeLibcuda
+) -> None:
+    sender, receiver = pair
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    library.failing["cuMemcpyDtoHAsync_v2"] = 700
+    with pytest.raises(ServiceError, match="cuMemcpyDtoHAsync_v2: fake error 700") as caught:
+        await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    assert caught.value.reason == "DEVICE_FAILED"
+    await receiver.revoke("r")
+
+
+async def test_a_gpu_that_has_no_memory_for_the_service_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibcuda()
+    library.failing["cuMemHostAlloc"] = 2
+    monkeypatch.setattr(gpu, "CudaDriver", lambda ordinal: CudaDriver(ordinal, library))
+    with pytest.raises(StartError, match=r"--cuda-device 0: cuMemHostAlloc: fake error 2"):
+        DirectPort(cuda_device=0)
 
 
 async def test_every_copy_is_checked(pair: tuple[GpuEngine, GpuEngine]) -> None:
@@ -108,15 +192,16 @@ async def test_every_copy_is_checked(pair: tuple[GpuEngine, GpuEngine]) -> None:
     np.testing.assert_array_equal(receiver.memory, settled)
 
 
+@BOTH_WAYS
 async def test_a_copy_that_the_driver_refuses_fails_the_push(
-    pair: tuple[GpuEngine, GpuEngine], library: FakeLibcuda
+    pair: tuple[GpuEngine, GpuEngine], library: FakeLibcuda, call: str
 ) -> None:
     sender, receiver = pair
     before = receiver.memory.copy()
     address = await receiver.grant("r", 0, 8, [4, 5])
-    library.failing["cuMemcpyDtoDAsync_v2"] = 700
+    library.failing[call] = 700
     library.log.clear()
-    with pytest.raises(ServiceError, match="cuMemcpyDtoDAsync_v2: fake error 700") as caught:
+    with pytest.raises(ServiceError, match=f"{call}: fake error 700") as caught:
         await sender.push(sender.order(address, 0, 8, [1, 2])).done()
     assert caught.value.reason == "DEVICE_FAILED"
     # What was queued before it is waited for, or the grant would be drained too early.

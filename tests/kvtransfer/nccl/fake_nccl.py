@@ -25,6 +25,8 @@ class FakeNccl:
         self.failing: set[str] = set()
         # An asynchronous error that every communicator has from now on.
         self.broken = False
+        # From now on bytes arrive otherwise than they were sent.
+        self.altered = False
         self._device = device
         self._ids = count(1)
         self._handles = count(100)
@@ -89,6 +91,8 @@ class FakeNccl:
             data, (address, num_bytes) = pair.sent.pop(0), pair.wanted.pop(0)
             assert len(data) == num_bytes, "both sides name the same number of bytes"
             ctypes.memmove(address, data, num_bytes)
+            if self.altered:
+                ctypes.memset(address, data[0] ^ 1, 1)
 
     def _note(self, call: str) -> None:
         self.log.append(call)

@@ -5,34 +5,38 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import pytest_asyncio
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 
 from services.kvtransfer.convert import to_address
 from services.kvtransfer.errors import PeerLost, TransportFailed
 from services.kvtransfer.landing import Claim, Landings
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Peer, PutRequest
-from services.kvtransfer.transports.cuda_ipc.copies import ThreadStreams
+from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
+from services.kvtransfer.transports.cuda_ipc.staging import Staging
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
 from services.kvtransfer.transports.nccl.link import Link
 from services.kvtransfer.transports.nccl.sink import NcclSink
 from services.kvtransfer.transports.nccl.source import NcclSource
+from services.kvtransfer.transports.pull.fetching import Extent
 from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
 from services.kvtransfer.transports.pull.session import Answer, PullOpen, PullSessions, Said
 from services.protocol.address import KvAddress
-from services.protocol.errors import ReservationGone, ServiceError
+from services.protocol.errors import Code, ReservationGone, ServiceError
 from services.protocol.ranges import TokenRange
 from tests.kvtransfer.cuda.fake_device import FakeDevice
 from tests.kvtransfer.engine import FakeEngine
 from tests.kvtransfer.nccl.fake_nccl import FakeNccl
 from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.port import PATIENCE_S, DirectPort
+from tests.kvtransfer.streams import Watching
 
 PAGES, TARGET = [1, 2], [4, 5]
 BUFFER_BYTES = 1 << 16
@@ -66,16 +70,19 @@ class Scene:
         self.timeout_s = PATIENCE_S
         self.source_pool = near.service._pools.find(sender.pool_id)
         self.before = receiver.memory.copy()
-        buffers = Buffers(self.device, BUFFER_BYTES)
-        self.source = NcclSource(buffers, self.nccl.unique_id, self._link)
-        self.sink = NcclSink(Buffers(self.device, BUFFER_BYTES), ThreadStreams(self.device), self._link)
+        buffers, staging = Buffers(self.device, BUFFER_BYTES), Staging(self.device, 100)
+        self.source = NcclSource(buffers, staging, self.nccl.unique_id, self._link)
+        copier = RunCopier(self.device, 2, None)
+        self.sink = NcclSink(Buffers(self.device, BUFFER_BYTES), copier, staging, self._link)
         self.copiers = ThreadPoolExecutor(2)
         landings = Landings(far.service._gate, far.service._pools.find)
         # A buffer's worth at a time, so that a layer takes several sends.
         sessions = PullSessions(landings, {"nccl": self.sink}, self.copiers, 256, PATIENCE_S)
-        self.transport = PullTransport(self.source, Caller(sessions), b"near", "nccl 2.30.0")
+        caller = Caller(sessions)
+        self.transport = PullTransport(self.source, caller, b"near", "nccl 2.30.0")
+        self.checked = PullTransport(self.source, caller, b"near", "nccl 2.30.0", checksums=True)
 
-    async def open(self, reservation: str = "r", attempt: int = 1) -> PullLane:
+    async def open(self, reservation: str = "r", attempt: int = 1, *, checksums: bool = False) -> PullLane:
         address = to_address(await self.receiver.grant(reservation, 0, 8, TARGET))
         part = TokenRange(0, 8)
         request = PutRequest(
@@ -87,7 +94,8 @@ class Scene:
             Claim(part, attempt, "w"),
         )
         self.changed = asyncio.Event()
-        lane = await self.transport.open(request, self.changed.set)
+        transport = self.checked if checksums else self.transport
+        lane = await transport.open(request, self.changed.set)
         assert isinstance(lane, PullLane)
         return lane
 
@@ -145,6 +153,73 @@ async def test_pages_arrive_layer_by_layer_and_the_communicator_is_used_again(sc
     calls = [call.split()[0] for call in scene.nccl.log]
     assert (calls.count("unique_id"), calls.count("init"), calls.count("abort")) == (1, 2, 0)
     assert calls.count("send") == calls.count("receive") == calls.count("group_start") / 2 > 6
+
+
+async def test_checksums_of_what_arrived_whole(scene: Scene) -> None:
+    lane = await scene.open(checksums=True)
+    lane.post(3)
+    await scene.layers(lane, 3)
+    assert await lane.finish() is True
+    await lane.close()
+    # The communicator is as good as before.
+    lane = await scene.open("s", 2)
+    await lane.close()
+    assert scene.nccl.log.count("unique_id") == 1
+
+
+async def test_a_byte_that_arrives_otherwise_is_data_loss_and_fills_nothing(scene: Scene) -> None:
+    watching = Watching(scene.receiver.watch())
+    lane = await scene.open(checksums=True)
+    lane.post(2)
+    await scene.layers(lane, 2)
+    scene.nccl.altered = True
+    lane.post(3)
+    await scene.layers(lane, 3)
+    with pytest.raises(ServiceError) as caught:
+        await lane.finish()
+    assert (caught.value.code, caught.value.reason) == (Code.DATA_LOSS, "CHECKSUM_MISMATCH")
+    await lane.close()
+    await watching.until(lambda grants: grants["r"].state == pb.GRANT_STATE_OPEN and not grants["r"].committed)
+    scene.nccl.altered = False
+    await scene.receiver.revoke("r")
+    again = await scene.open("again", checksums=True)
+    again.post(3)
+    await scene.layers(again, 3)
+    assert await again.finish() is True
+    await again.close()
+    wanted = expected(scene.before, scene.receiver, scene.sender, 0, 8, PAGES, TARGET)
+    np.testing.assert_array_equal(scene.receiver.memory, wanted)
+    await watching.close()
+
+
+async def test_a_revoke_waits_for_the_layer_that_is_hashed_and_the_next_one_is_left_alone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages in other hands, or a pool that is unmapped, must not be read: on a GPU that ends the service."""
+    reading, may_read, read = threading.Event(), threading.Event(), list[int]()
+    checksum = scene.sink.checksum
+
+    def held(pool: Pool, extents: Sequence[Extent]) -> int:
+        read.append(len(extents))
+        reading.set()
+        assert may_read.wait(PATIENCE_S)
+        return checksum(pool, extents)
+
+    monkeypatch.setattr(scene.sink, "checksum", held)
+    lane = await scene.open(checksums=True)
+    lane.post(3)
+    await scene.layers(lane, 3)
+    finishing = asyncio.create_task(lane.finish())
+    assert await asyncio.to_thread(reading.wait, PATIENCE_S)
+    revoking = asyncio.create_task(scene.receiver.revoke("r"))
+    await asyncio.sleep(0)  # it fences before it waits
+    assert not revoking.done()
+    may_read.set()
+    await asyncio.wait_for(revoking, PATIENCE_S)
+    with pytest.raises(ReservationGone):
+        await finishing
+    assert len(read) == 1
+    await lane.close()
 
 
 async def test_a_revoke_in_the_middle_lets_nothing_in_and_costs_the_communicator(scene: Scene) -> None:

@@ -16,7 +16,7 @@ from services.kvtransfer.convert import to_address
 from services.kvtransfer.landing import Claim
 from services.kvtransfer.transports.nixl.library import ReadState, Span
 from services.kvtransfer.transports.nixl.source import Offer
-from services.kvtransfer.transports.pull.checksums import layer_checksums
+from services.kvtransfer.transports.pull.checksums import host_checksum, layer_checksums
 from services.kvtransfer.transports.pull.fetching import SourcePool
 from services.kvtransfer.transports.pull.puller import PullState
 from services.kvtransfer.transports.pull.session import (
@@ -232,9 +232,8 @@ async def test_finish_before_the_last_layer_commits_nothing(scene: Scene) -> Non
 
 def sums(scene: Scene, opening: PullOpen) -> tuple[int, ...]:
     """What an honest sender says."""
-    layout, shape = opening.source.layout, scene.sender.shape
-    pages = scene.sender.memory.reshape(shape.layers, shape.pages, layout.layer_page_bytes)
-    return layer_checksums(pages, layout, opening.source_page_ids, opening.part)
+    pool = scene.port.service._pools.find(scene.sender.pool_id)
+    return tuple(layer_checksums(host_checksum, pool, opening.source_page_ids, opening.part))
 
 
 @pytest.mark.parametrize("part", [TokenRange(0, 8), TokenRange(1, 7), TokenRange(2, 3)])

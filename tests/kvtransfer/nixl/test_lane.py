@@ -15,6 +15,7 @@ from services.kvtransfer.landing import Claim
 from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.transports.base import Peer, PutProgress, PutRequest, Unsupported
 from services.kvtransfer.transports.pull import lane as lane_module
+from services.kvtransfer.transports.pull.checksums import host_checksum
 from services.kvtransfer.transports.pull.fetching import Extent, Fetch
 from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
 from services.kvtransfer.transports.pull.probing import make_probe_memory
@@ -101,6 +102,9 @@ class Side:
 
     def refuses(self, source: Pool) -> None:
         return None
+
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        return host_checksum(pool, extents)
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[Side, None]:

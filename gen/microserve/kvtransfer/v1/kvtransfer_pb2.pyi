@@ -829,6 +829,7 @@ class TransportStats(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     FAILURE_COUNT_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, for instance shm."""
     push_count: _builtins.int
@@ -837,6 +838,8 @@ class TransportStats(_message.Message):
     """Bytes moved."""
     failure_count: _builtins.int
     """Pushes that failed."""
+    note: _builtins.str
+    """How it works on this machine, for people: for instance how cuda_ipc copies, and why so. Empty: nothing to say."""
     @_builtins.property
     def busy(self) -> _duration_pb2.Duration:
         """Time spent copying, summed over pushes."""
@@ -849,10 +852,11 @@ class TransportStats(_message.Message):
         bytes: _builtins.int = ...,
         failure_count: _builtins.int = ...,
         busy: _duration_pb2.Duration | None = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes", b"bytes", "failure_count", b"failure_count", "name", b"name", "push_count", b"push_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "bytes", b"bytes", "failure_count", b"failure_count", "name", b"name", "note", b"note", "push_count", b"push_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

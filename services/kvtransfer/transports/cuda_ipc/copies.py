@@ -1,71 +1,52 @@
-"""Copies in device memory, and the streams that threads make them on."""
+"""Copies in device memory, on streams beside each other: by a kernel, or run by run."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import queue
 from dataclasses import dataclass
 
 from services.kvtransfer.errors import DeviceFailed
-from services.kvtransfer.plan import Run, spans
 from services.kvtransfer.transports.cuda_ipc.device import Copy, Device, Stream
-from services.protocol.layout import PageLayout
+from services.kvtransfer.transports.cuda_ipc.kernel import CopyKernel, KernelStream
+from services.kvtransfer.transports.cuda_ipc.runs import RunList
 from services.rpc.cuda_driver import CudaFailed
 
 
 @dataclass(frozen=True, slots=True)
-class PoolPlace:
-    """A layer of a pool in device memory."""
+class _Way:
+    """A stream. `listed`: with the kernel; None: without."""
 
-    address: int
-    page_count: int
-    layer: int
+    stream: Stream
+    listed: KernelStream | None
+
+    def queue(self, runs: RunList, target: int, source: int) -> None:
+        if self.listed is not None:
+            self.listed.copy(runs, target, source)
+            return
+        self.stream.copy([Copy(target + to, source + begin, num_bytes) for to, begin, num_bytes in runs.runs.tolist()])
 
 
-class ThreadStreams:
-    """A stream of its own for each thread, so that copies of one do not wait for those of another."""
+class RunCopier:
+    """Copies for any thread. What it needs of the GPU is made at the start, so that no copy fails for want of it."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._local = threading.local()
+    def __init__(self, device: Device, num_streams: int, kernel: CopyKernel | None) -> None:
+        """`num_streams`: calls of copy at once, others wait; `kernel`: None to copy run by run. Raises CudaFailed."""
+        self._free: queue.SimpleQueue[_Way] = queue.SimpleQueue()
+        for _ in range(num_streams):
+            stream = device.new_stream()
+            self._free.put(_Way(stream, None if kernel is None else KernelStream(kernel, device, stream)))
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Returns when none is under way any more. Raises DeviceFailed unless all were made."""
+    def copy(self, runs: RunList, target: int, source: int) -> None:
+        """Copies runs behind two addresses; returns when none is under way any more. Raises DeviceFailed unless all
+        were made."""
+        way = self._free.get()
         try:
-            stream = self._stream()
             try:
-                stream.copy(copies)
+                way.queue(runs, target, source)
             finally:
                 # Also those that were queued before one was refused.
-                stream.synchronize()
+                way.stream.synchronize()
         except CudaFailed as error:
             raise DeviceFailed(str(error)) from None
-
-    def _stream(self) -> Stream:
-        stream: Stream | None = getattr(self._local, "stream", None)
-        if stream is None:
-            stream = self._local.stream = self._device.new_stream()
-        return stream
-
-
-def scatter_copies(
-    buffer: int, pool: int, layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int
-) -> list[Copy]:
-    """From a buffer, filled in the order of extents_of, to the target side of `runs` in a pool. Both are addresses."""
-    copies = []
-    for run in runs:
-        for offset, num_bytes in spans(layer, run.target_pages, run.target_tokens, layout, page_count):
-            copies.append(Copy(pool + offset, buffer, num_bytes))
-            buffer += num_bytes
-    return copies
-
-
-def pool_copies(source: PoolPlace, target: PoolPlace, runs: Sequence[Run], layout: PageLayout) -> list[Copy]:
-    """From the source side of `runs` in one pool to the target side in another, page by page alike."""
-    copies = []
-    for run in runs:
-        sources = spans(source.layer, run.source_pages, run.source_tokens, layout, source.page_count)
-        targets = spans(target.layer, run.target_pages, run.target_tokens, layout, target.page_count)
-        for (from_offset, num_bytes), (to_offset, _) in zip(sources, targets, strict=True):
-            copies.append(Copy(target.address + to_offset, source.address + from_offset, num_bytes))
-    return copies
+        finally:
+            self._free.put(way)

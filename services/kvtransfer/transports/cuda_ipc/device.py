@@ -32,6 +32,9 @@ class Stream(Protocol):
     def copy(self, copies: Sequence[Copy]) -> None:
         """Queues copies; returns at once. Raises CudaFailed."""
 
+    def read_back(self, copies: Sequence[Copy]) -> None:
+        """As `copy`, to targets in memory of allocate_host."""
+
     def is_idle(self) -> bool:
         """Whether everything queued has ended. Raises CudaFailed if some of it failed."""
 
@@ -51,8 +54,14 @@ class Device(Protocol):
     def allocate(self, num_bytes: int) -> int:
         """Address of new memory, of undefined contents. Raises CudaFailed."""
 
+    def allocate_host(self, num_bytes: int) -> int:
+        """Address of new host memory that the GPU reads and writes by itself. Raises CudaFailed."""
+
     def free(self, address: int) -> None:
-        """Gives it back."""
+        """Gives memory of `allocate` back. Raises CudaFailed."""
+
+    def free_host(self, address: int) -> None:
+        """Gives memory of `allocate_host` back. Raises CudaFailed."""
 
 
 class CudaDevice:
@@ -71,9 +80,20 @@ class CudaDevice:
         self._driver.call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
         return address.value
 
+    def allocate_host(self, num_bytes: int) -> int:
+        """See Device."""
+        address = ctypes.c_void_p()
+        self._driver.call("cuMemHostAlloc", ctypes.byref(address), num_bytes, 0)
+        assert address.value is not None
+        return address.value
+
     def free(self, address: int) -> None:
         """See Device."""
         self._driver.call("cuMemFree_v2", address)
+
+    def free_host(self, address: int) -> None:
+        """See Device."""
+        self._driver.call("cuMemFreeHost", address)
 
 
 class CudaStream:
@@ -91,6 +111,11 @@ class CudaStream:
         """See Stream."""
         for copy in copies:
             self._driver.call("cuMemcpyDtoDAsync_v2", copy.target, copy.source, copy.num_bytes, self.handle)
+
+    def read_back(self, copies: Sequence[Copy]) -> None:
+        """See Stream."""
+        for copy in copies:
+            self._driver.call("cuMemcpyDtoHAsync_v2", copy.target, copy.source, copy.num_bytes, self.handle)
 
     def is_idle(self) -> bool:
         """See Stream."""

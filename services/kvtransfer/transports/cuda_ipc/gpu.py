@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+
 from services.kvtransfer.config import KvTransferConfig
-from services.kvtransfer.transports.cuda_ipc.copies import ThreadStreams
+from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.device import CudaDevice, Device
-from services.rpc.cuda_driver import CudaDriver, CudaMissing
+from services.kvtransfer.transports.cuda_ipc.kernel_trial import choose_kernel
+from services.kvtransfer.transports.cuda_ipc.staging import Staging
+from services.rpc.cuda_driver import CudaDriver, CudaFailed, CudaMissing
 from services.rpc.errors import StartError
+
+log = logging.getLogger(__name__)
 
 
 class Gpu:
-    """The driver, and what is made with it."""
+    """The driver, and what is made with it. `way`: how pages are copied on it, for people."""
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, num_streams: int, *, copy_kernel: bool) -> None:
+        """`num_streams`: threads that copy. Raises CudaFailed."""
         self.driver = driver
         self.device: Device = CudaDevice(driver)
-        self.streams = ThreadStreams(self.device)
+        kernel, self.way = choose_kernel(driver) if copy_kernel else (None, "run by run: --no-copy-kernel")
+        self.copier = RunCopier(self.device, num_streams, kernel)
+        # Always there: whether bytes are to be checked is also the other service's to say.
+        self.staging = Staging(self.device)
+        log.info("gpu opened", extra={"fields": {"device": driver.ordinal, "copies": self.way}})
 
 
 def open_gpu(config: KvTransferConfig) -> Gpu | None:
@@ -23,6 +34,7 @@ def open_gpu(config: KvTransferConfig) -> Gpu | None:
     if config.cuda_device is None:
         return None
     try:
-        return Gpu(CudaDriver(config.cuda_device))
-    except CudaMissing as error:
+        # Those that copy within the service, and those that place what was fetched.
+        return Gpu(CudaDriver(config.cuda_device), 2 * config.copy_threads, copy_kernel=config.copy_kernel)
+    except (CudaMissing, CudaFailed) as error:
         raise StartError(f"--cuda-device {config.cuda_device}: {error}") from None

@@ -16,12 +16,14 @@ from services.kvtransfer.errors import TransportFailed
 from services.kvtransfer.plan import Piece, Run
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Unsupported
-from services.kvtransfer.transports.cuda_ipc.copies import ThreadStreams, scatter_copies
+from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
+from services.kvtransfer.transports.cuda_ipc.runs import scatter_runs
+from services.kvtransfer.transports.cuda_ipc.staging import Staging
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import CommunicatorLost
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
-from services.kvtransfer.transports.nccl.source import refuses_host
-from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool
+from services.kvtransfer.transports.nccl.source import places_of, refuses_host
+from services.kvtransfer.transports.pull.fetching import Extent, Fetch, SourcePool
 
 # Links that stay connected between pushes; the one used longest ago goes first.
 MAX_IDLE = 64
@@ -32,10 +34,13 @@ class NcclSink:
 
     name = NAME
 
-    def __init__(self, buffers: Buffers, streams: ThreadStreams, make_link: Callable[[bytes, int], Link]) -> None:
+    def __init__(
+        self, buffers: Buffers, copier: RunCopier, staging: Staging, make_link: Callable[[bytes, int], Link]
+    ) -> None:
         """`make_link(unique_id, rank)` begins to connect."""
         self._buffers = buffers
-        self._streams = streams
+        self._copier = copier
+        self._staging = staging
         self._make_link = make_link
         self._idle: OrderedDict[bytes, Link] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
@@ -49,6 +54,10 @@ class NcclSink:
         """See SinkSide.refuses."""
         return refuses_host(target)
 
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """See SinkSide.checksum."""
+        return self._staging.checksum(places_of(pool, extents))
+
     @asynccontextmanager
     async def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AsyncGenerator[NcclFetcher, None]:
         """See SinkSide.connect. Raises TransportFailed for an offer that is none, too."""
@@ -58,7 +67,7 @@ class NcclSink:
             link = self._link(Offer.decode(source.offer))
         except ValueError as error:
             raise TransportFailed(str(error)) from None
-        fetcher = NcclFetcher(self._buffers, self._streams, link, ask)
+        fetcher = NcclFetcher(self._buffers, self._copier, link, ask)
         try:
             await link.connected()
             yield fetcher
@@ -97,9 +106,9 @@ class NcclSink:
 class NcclFetcher:
     """A Fetcher over a link of its own."""
 
-    def __init__(self, buffers: Buffers, streams: ThreadStreams, link: Link, ask: Callable[[Fetch], None]) -> None:
+    def __init__(self, buffers: Buffers, copier: RunCopier, link: Link, ask: Callable[[Fetch], None]) -> None:
         self.is_kept = False
-        self._buffers, self._streams, self._link, self._ask = buffers, streams, link, ask
+        self._buffers, self._copier, self._link, self._ask = buffers, copier, link, ask
 
     @asynccontextmanager
     async def fetch(self, layer: int, piece: Piece) -> AsyncGenerator[NcclFetched, None]:
@@ -111,7 +120,7 @@ class NcclFetcher:
             return self._link.run(lambda communicator: communicator.receive(buffer, piece.num_bytes))
 
         async with self._buffers.used_by(start) as buffer:
-            yield NcclFetched(buffer, self._streams)
+            yield NcclFetched(buffer, self._copier)
 
     def keep(self) -> None:
         """See Fetcher.keep."""
@@ -123,10 +132,10 @@ class NcclFetched:
     """Fetched bytes in a buffer on the GPU."""
 
     buffer: int
-    streams: ThreadStreams
+    copier: RunCopier
 
     def place(self, pool: Pool, layer: int, runs: Sequence[Run]) -> None:
         """See Fetched.place."""
         shape, address = pool.shape, pool.device_address
         assert address is not None
-        self.streams.copy(scatter_copies(self.buffer, address, layer, runs, shape.layout, shape.page_count))
+        self.copier.copy(scatter_runs(layer, runs, shape.layout, shape.page_count), address, self.buffer)

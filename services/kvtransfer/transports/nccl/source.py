@@ -12,6 +12,7 @@ from services.kvtransfer.errors import TransportFailed
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.cuda_ipc.device import Copy
+from services.kvtransfer.transports.cuda_ipc.staging import Staging
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator
 from services.kvtransfer.transports.nccl.library import NcclFailed
@@ -27,9 +28,16 @@ class NcclSource:
 
     name = NAME
 
-    def __init__(self, buffers: Buffers, new_id: Callable[[], bytes], make_link: Callable[[bytes, int], Link]) -> None:
+    def __init__(
+        self,
+        buffers: Buffers,
+        staging: Staging,
+        new_id: Callable[[], bytes],
+        make_link: Callable[[bytes, int], Link],
+    ) -> None:
         """`new_id` raises NcclFailed. `make_link(unique_id, rank)` begins to connect."""
         self._buffers = buffers
+        self._staging = staging
         self._new_id = new_id
         self._make_link = make_link
         self._idle: defaultdict[str, list[Link]] = defaultdict(list)
@@ -38,6 +46,10 @@ class NcclSource:
     def refuses(self, source: Pool) -> Unsupported | None:
         """See SourceSide.refuses."""
         return refuses_host(source)
+
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """See SinkSide.checksum."""
+        return self._staging.checksum(places_of(pool, extents))
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NcclServed, None]:
@@ -98,6 +110,13 @@ class NcclServed:
             copies.append(Copy(end, self._pool_address + extent.offset, extent.num_bytes))
             end += extent.num_bytes
         communicator.send(copies, buffer, end - buffer)
+
+
+def places_of(pool: Pool, extents: Sequence[Extent]) -> list[tuple[int, int]]:
+    """Address and length of bytes of a pool on the GPU."""
+    begin = pool.device_address
+    assert begin is not None
+    return [(begin + extent.offset, extent.num_bytes) for extent in extents]
 
 
 def refuses_host(pool: Pool) -> Unsupported | None:

@@ -25,7 +25,8 @@ from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlMissing, Read, ReadState, Span
 from services.kvtransfer.transports.nixl.poller import Poller
 from services.kvtransfer.transports.nixl.source import NAME, Offer, refuses_gpu
-from services.kvtransfer.transports.pull.fetching import Fetch, SourcePool, extents_of
+from services.kvtransfer.transports.pull.checksums import host_checksum
+from services.kvtransfer.transports.pull.fetching import Extent, Fetch, SourcePool, extents_of
 from services.kvtransfer.transports.pull.slots import Slots
 
 Buffer = NDArray[np.uint8]  # (buffer_bytes,)
@@ -67,6 +68,10 @@ class NixlSink:
     def refuses(self, target: Pool) -> Unsupported | None:
         """See SinkSide.refuses."""
         return refuses_gpu(target)
+
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """See SinkSide.checksum."""
+        return host_checksum(pool, extents)
 
     @asynccontextmanager
     async def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AsyncGenerator[NixlFetcher, None]:

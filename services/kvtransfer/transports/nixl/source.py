@@ -14,6 +14,7 @@ from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlMissing, Span
 from services.kvtransfer.transports.nixl.poller import Poller
+from services.kvtransfer.transports.pull.checksums import host_checksum
 from services.kvtransfer.transports.pull.fetching import Extent
 
 NAME = "nixl"
@@ -76,6 +77,10 @@ class NixlSource:
     def refuses(self, source: Pool) -> Unsupported | None:
         """See SourceSide.refuses."""
         return refuses_gpu(source)
+
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """See SinkSide.checksum."""
+        return host_checksum(pool, extents)
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NixlServed, None]:

@@ -73,6 +73,10 @@ class SinkSide(Protocol):
     def refuses(self, target: Pool) -> Unsupported | None:
         """Why it cannot bring anything into this pool, or None if it can."""
 
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """XXH3 of bytes of a pool that is not refused, in the order given. Blocks while it reads; any thread. Raises
+        DeviceFailed."""
+
     def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AbstractAsyncContextManager[Fetcher]:
         """Inside, the source can be fetched from; `ask` reaches Served.send. Raises TransportFailed."""
 
@@ -100,6 +104,9 @@ class SourceSide(Protocol):
 
     def refuses(self, source: Pool) -> Unsupported | None:
         """Why nothing can be fetched from this pool, or None if it can."""
+
+    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+        """As SinkSide.checksum."""
 
     def serve(self, pool: Pool, endpoint: str) -> AbstractAsyncContextManager[Served]:
         """Inside, the service at `endpoint` can fetch from the pool. Raises TransportFailed."""

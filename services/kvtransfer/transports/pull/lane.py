@@ -13,9 +13,9 @@ from services.kvtransfer.landing import Claim
 from services.kvtransfer.plan import PageTable, plan_pieces
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
-from services.kvtransfer.transports.pull.checksums import layer_checksums
+from services.kvtransfer.transports.pull.checksums import Checksum, layer_checksums
 from services.kvtransfer.transports.pull.fetching import Fetch, Served, SourcePool, SourceSide, extents_of
-from services.kvtransfer.transports.pull.puller import PullState
+from services.kvtransfer.transports.pull.puller import PullState, to_the_end
 from services.kvtransfer.transports.pull.session import (
     Answer,
     Checksums,
@@ -112,7 +112,7 @@ class PullTransport:
                 self.capabilities.name,
                 self._checksums,
             )
-            lane = PullLane(self._caller, request, opening, served, on_change)
+            lane = PullLane(self._caller, request, opening, served, self._side.checksum, on_change)
             stack.push_async_callback(lane.close)
             try:
                 committed = await lane.opened()
@@ -137,13 +137,20 @@ class PullLane:
     """A put under way."""
 
     def __init__(
-        self, caller: PullCaller, request: PutRequest, opening: PullOpen, served: Served, on_change: Callable[[], None]
+        self,
+        caller: PullCaller,
+        request: PutRequest,
+        opening: PullOpen,
+        served: Served,
+        checksum: Checksum,
+        on_change: Callable[[], None],
     ) -> None:
         self._served = served
         self._posted = 0
         self._sending: set[asyncio.Task[None]] = set()
         self._source = request.source
         self._opening = opening
+        self._checksum = checksum
         self._owes_checksums = False
         self._on_change = on_change
         self._to_say: asyncio.Queue[Said] = asyncio.Queue()
@@ -184,11 +191,12 @@ class PullLane:
         return PutProgress(self._state.layers_done, self._state.num_bytes)
 
     async def finish(self) -> bool:
-        """See Lane.finish. Raises PeerLost when the receiver does not answer: it may have committed then."""
+        """See Lane.finish. Raises PeerLost when the receiver does not answer: it may have committed then; DeviceFailed.
+        One who is cancelled leaves when the source is read no more."""
         if self._owes_checksums:
-            layout, page_ids = self._opening.source.layout, self._opening.source_page_ids
-            arguments = (self._source.pages, layout, page_ids, self._opening.part)
-            self._to_say.put_nowait(Checksums(await asyncio.to_thread(layer_checksums, *arguments)))
+            sums = layer_checksums(self._checksum, self._source, self._opening.source_page_ids, self._opening.part)
+            reading = asyncio.ensure_future(asyncio.to_thread(tuple, sums))
+            self._to_say.put_nowait(Checksums(await to_the_end(reading)))
         self._to_say.put_nowait(Last.FINISH)
         try:
             async with asyncio.timeout(_FINISH_TIMEOUT_S):

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 from services.kvtransfer.errors import ChecksumMismatch, InvalidRequest
 from services.kvtransfer.landing import Landing
 from services.kvtransfer.plan import Piece
-from services.kvtransfer.transports.pull.checksums import layer_checksums
+from services.kvtransfer.transports.pull.checksums import Checksum, layer_checksums
 from services.kvtransfer.transports.pull.fetching import Fetched, Fetcher
+
+T = TypeVar("T")
 
 # Pieces of one push that are fetched or copied at once: enough that the network never waits for a copy.
 WINDOW = 4
@@ -39,9 +42,10 @@ class Puller:
         copiers: Executor,
         on_change: Callable[[], None],
         *,
-        checksums: bool = False,
+        checksum: Checksum | None = None,
     ) -> None:
-        self.checksums = checksums
+        """`checksum`: how pages are read for what arrived to be checked; None: it is not."""
+        self._checksum = checksum
         self._wanted: tuple[int, ...] = ()
         self._landing = landing
         self._pieces = pieces
@@ -84,11 +88,14 @@ class Puller:
 
     async def finish(self) -> bool:
         """After the last layer is in place: as Landing.mark_in_place. Raises InvalidRequest before, and
-        ChecksumMismatch."""
+        ChecksumMismatch and DeviceFailed. One who is cancelled leaves when no page is read any more."""
         if self._layers_done < self._layout.layer_count:
             raise InvalidRequest("`finish` comes after the last layer")
-        if self.checksums:
-            await self._compare()
+        if self._checksum is not None:
+            if len(self._wanted) != self._layout.layer_count:
+                raise InvalidRequest("`finish` comes after a checksum of every layer")
+            loop = asyncio.get_running_loop()
+            await to_the_end(loop.run_in_executor(self._copiers, self._compare, self._checksum))
         committed = self._landing.mark_in_place()
         self._fetcher.keep()
         return committed
@@ -100,18 +107,17 @@ class Puller:
         self._task.cancel()
         await asyncio.wait([self._task])
 
-    async def _compare(self) -> None:
+    def _compare(self, checksum: Checksum) -> None:
         """What lies in the pages, with what the sender says of its own."""
-        if len(self._wanted) != self._layout.layer_count:
-            raise InvalidRequest("`finish` comes after a checksum of every layer")
         shard, part = self._shard, self._landing.part
-        loop, arguments = asyncio.get_running_loop(), (shard.pool.pages, self._layout, shard.page_ids, part)
-        found = await loop.run_in_executor(self._copiers, layer_checksums, *arguments)
-        # Pages that were fenced meanwhile may be in other hands: then that is what there is to tell.
-        refusal = self._landing.refusal()
-        if refusal is not None:
-            raise refusal
-        for layer, (here, there) in enumerate(zip(found, self._wanted, strict=True)):
+        found = layer_checksums(checksum, shard.pool, shard.page_ids, part)
+        for layer, there in enumerate(self._wanted):
+            # As a write: nobody gets a page, nor unmaps the pool, while a layer of it is read.
+            self._landing.begin_write(part)
+            try:
+                here = next(found)
+            finally:
+                self._landing.end_write(shard.pool, 0)
             if here != there:
                 raise ChecksumMismatch(f"layer {layer}, tokens {part}")
 
@@ -139,7 +145,7 @@ class Puller:
         begin_s = time.perf_counter()
         async with self._fetcher.fetch(layer, piece) as fetched:
             copy = asyncio.get_running_loop().run_in_executor(self._copiers, self._copy, layer, piece, fetched)
-            await _to_the_end(copy)
+            await to_the_end(copy)
         self._busy_s += time.perf_counter() - begin_s
         self._num_bytes += piece.num_bytes
         self._left_of_layer[layer] -= 1
@@ -158,10 +164,10 @@ class Puller:
             self._landing.end_write(self._pool, num_bytes)
 
 
-async def _to_the_end(copy: asyncio.Future[None]) -> None:
-    """Awaits a copy that cannot be stopped: a cancelled caller leaves when it has ended."""
+async def to_the_end(copy: asyncio.Future[T]) -> T:
+    """Awaits what a thread copies or reads, which cannot be stopped: a cancelled caller leaves when it has ended."""
     try:
-        await asyncio.shield(copy)
+        return await asyncio.shield(copy)
     except asyncio.CancelledError:
         await asyncio.wait([copy])
         if not copy.cancelled():

@@ -110,8 +110,8 @@ class Pulling:
 
             return Link(unique_id, connect)
 
-        sink = NcclSink(Buffers(gpu.device, config.max_copy_bytes), gpu.streams, make_link)
-        source = NcclSource(Buffers(gpu.device, config.max_copy_bytes), library.unique_id, make_link)
+        sink = NcclSink(Buffers(gpu.device, config.max_copy_bytes), gpu.copier, gpu.staging, make_link)
+        source = NcclSource(Buffers(gpu.device, config.max_copy_bytes), gpu.staging, library.unique_id, make_link)
         self._closing.push_async_callback(sink.close)
         self._closing.push_async_callback(source.close)
         # NCCL refuses to pair two versions, so services of two versions do not try.

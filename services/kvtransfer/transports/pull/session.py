@@ -98,7 +98,7 @@ class PullSessions:
         """Answers of one stream. A stream that breaks, or is closed before its last word, ends the attempt.
 
         Raises what Landings.open raises, LayoutMismatch, InvalidRequest, InvalidPages, NoTransport, PeerLost,
-        PushStalled, ChecksumMismatch.
+        PushStalled, ChecksumMismatch, DeviceFailed.
         """
         sink = self._sinks.get(opening.transport)
         if sink is None:
@@ -122,18 +122,26 @@ class PullSessions:
             token_bytes = layout.layer_page_bytes // layout.page_size
             pieces = plan_pieces(opening.part, source, target, token_bytes, max_bytes)
             checksums = opening.checksums or self._checksums
-            puller = Puller(landing, pieces, fetcher, self._copiers, news.set, checksums=checksums)
-            async with contextlib.aclosing(self._follow(landing, puller, said, news, asked)) as answers:
+            checksum = sink.checksum if checksums else None
+            puller = Puller(landing, pieces, fetcher, self._copiers, news.set, checksum=checksum)
+            opened = Opened(committed=False, checksums=checksums)
+            async with contextlib.aclosing(self._follow(landing, puller, opened, said, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
 
     async def _follow(
-        self, landing: Landing, puller: Puller, said: AsyncIterator[Said], news: asyncio.Event, asked: deque[Fetch]
+        self,
+        landing: Landing,
+        puller: Puller,
+        opened: Opened,
+        said: AsyncIterator[Said],
+        news: asyncio.Event,
+        asked: deque[Fetch],
     ) -> AsyncGenerator[Answer, None]:
         listener = asyncio.create_task(_listen(said, puller, news.set))
         keeps = False
         try:
-            yield Opened(committed=False, checksums=puller.checksums)
+            yield opened
             async with contextlib.aclosing(self._progress(puller, listener, news, asked)) as answers:
                 async for answer in answers:
                     yield answer
