@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from bench.gpu.clock import median_s
+from bench.gpu.copies import Pools, copy_figures
 from bench.gpu.engine import Decoding, Engine, make_pool
 from bench.gpu.shapes import Shapes, random_model
 from services.engine.attention.factory import make_attention
@@ -17,6 +18,7 @@ from services.engine.batch import ForwardBatch
 from services.engine.model.decoder import Decoder
 from services.engine.model.linear.form import NEEDED, WeightForm
 from services.engine.model.linear.rounded_choice import rounded_maker
+from services.rpc.cuda_driver import CudaDriver
 
 Figures = dict[str, float]
 NUM_STEPS = 40
@@ -131,6 +133,18 @@ class Bench:
         moved = shapes.prompt * shapes.kv_bytes_per_token
         return {"kv_copy_gb_per_s": moved / seconds / 1e9, "kv_copy_share": 2 * moved / seconds / self.bytes_per_s}
 
+    def service_copy(self) -> Figures:
+        """The same by the transfer service's own code, where there is a driver to call."""
+        if self.device.type != "cuda":
+            return {}
+        shapes = self.shapes
+        source, target = (make_pool(shapes, shapes.prompt, self.device) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        layers, pages = source.shape[:2]
+        page_bytes = source[0, 0].numel() * source.element_size()
+        pools = Pools(source.data_ptr(), target.data_ptr(), layers, pages, page_bytes)
+        return copy_figures(CudaDriver(self.device.index), pools, self.bytes_per_s)
+
     def _batch_of(self, num_sequences: int, context: int, name: str) -> Figures:
         shapes = self.shapes
         engine = Engine(self.model, shapes, num_sequences * (context + NUM_STEPS + 64), num_sequences)
@@ -155,6 +169,7 @@ class Bench:
             "one stream": self.one_stream,
             "prefill": self.prefill,
             "KV copy": self.kv_copy,
+            "service copy": self.service_copy,
             "batch": self.batch,
             "large batch": self.large_batch,
             "rounded weights": self.rounded,

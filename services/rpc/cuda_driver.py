@@ -12,6 +12,9 @@ _FILE = "libcuda.so.1"
 _NOT_READY = 600
 _PINNED, _POSIX_DESCRIPTOR, _ON_DEVICE, _READ_WRITE = 1, 1, 1, 3
 
+# Mapping memory at chosen addresses, and passing it on as POSIX descriptors: some virtual GPUs do not.
+_NEEDED_ATTRIBUTES = (102, 103)
+
 _UINT, _SIZE, _POINTER = ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 _ADDRESS, _HANDLE = ctypes.c_uint64, ctypes.c_uint64
 
@@ -55,6 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDriverGetVersion": (_to(ctypes.c_int),),
     "cuDeviceGet": (_to(ctypes.c_int), ctypes.c_int),
     "cuDeviceGetUuid_v2": (_to(ctypes.c_char), ctypes.c_int),
+    "cuDeviceGetAttribute": (_to(ctypes.c_int), ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_to(_POINTER), ctypes.c_int),
     "cuCtxSetCurrent": (_POINTER,),
     "cuStreamCreate": (_to(_POINTER), _UINT),
@@ -99,6 +103,11 @@ class CudaDriver:
             self.call("cuDriverGetVersion", ctypes.byref(version))
             self.call("cuDeviceGet", ctypes.byref(device), ordinal)
             self.call("cuDeviceGetUuid_v2", uuid, device.value)
+            for attribute in _NEEDED_ATTRIBUTES:
+                has = ctypes.c_int()
+                self.call("cuDeviceGetAttribute", ctypes.byref(has), attribute, device.value)
+                if not has.value:
+                    raise CudaMissing("the GPU cannot share its memory with other processes by descriptors")
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.value)
         except CudaFailed as error:
             raise CudaMissing(str(error)) from None

@@ -7,9 +7,12 @@ maps it or holds a descriptor of it, so neither side's death takes it from the o
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 
 from services.rpc.cuda_driver import CudaDriver, CudaFailed
+
+log = logging.getLogger(__name__)
 
 _POSIX_DESCRIPTOR = 1
 _MINIMUM_GRANULARITY = 0
@@ -23,9 +26,9 @@ class DeviceSegment:
         self.descriptor = descriptor
         self.size_bytes = size_bytes
         self._driver = driver
-        self._mapped_bytes = padded_bytes(driver, size_bytes)
         address = ctypes.c_uint64()
         try:
+            self._mapped_bytes = padded_bytes(driver, size_bytes)
             driver.call("cuMemAddressReserve", ctypes.byref(address), self._mapped_bytes, 0, 0, 0)
             try:
                 driver.call("cuMemMap", address.value, self._mapped_bytes, 0, handle, 0)
@@ -59,7 +62,7 @@ class DeviceSegment:
     @classmethod
     def adopt(cls, driver: CudaDriver, descriptor: int, size_bytes: int) -> DeviceSegment:
         """Memory that another process made, by its descriptor. Takes the descriptor over, also when it raises
-        CudaFailed because it is none of this GPU's, or smaller."""
+        CudaFailed because it is no such memory, or smaller."""
         handle = ctypes.c_uint64()
         try:
             # By value: the driver takes the number itself where a pointer is declared.
@@ -70,13 +73,17 @@ class DeviceSegment:
         return _own(driver, handle, descriptor, size_bytes)
 
     def close(self) -> None:
-        """Unmaps it; what is queued on the GPU must have ended. Again is no error."""
+        """Unmaps it; what is queued on the GPU must have ended. Again is no error. What a GPU that failed refuses to
+        unmap stays mapped for as long as the process lives: whoever lets go of more than this goes on."""
         if self.descriptor < 0:
             return
         os.close(self.descriptor)
         self.descriptor = -1
-        self._driver.call("cuMemUnmap", self.address, self._mapped_bytes)
-        self._driver.call("cuMemAddressFree", self.address, self._mapped_bytes)
+        try:
+            self._driver.call("cuMemUnmap", self.address, self._mapped_bytes)
+            self._driver.call("cuMemAddressFree", self.address, self._mapped_bytes)
+        except CudaFailed as error:
+            log.warning("memory of the GPU stays mapped", extra={"fields": {"why": str(error)}})
 
 
 def padded_bytes(driver: CudaDriver, size_bytes: int) -> int:

@@ -121,16 +121,17 @@ class AttachedPool:
         self._pool_descriptor, self._control_descriptor, self.ready_eventfd = message.descriptors
         if handover.gpu != (gpu.uuid if gpu is not None else b""):
             raise PoolAttachError("the pool is in other memory than was asked for")
+        control_bytes = handover.slot_count * SLOT_BYTES
+        self.control = slot_view(map_shared(self._control_descriptor, control_bytes, prefault=True))
         self.device: DeviceSegment | None = None
         self.memory = np.empty(0, np.uint8)
         if gpu is None:
             prefault = is_allocated(self._pool_descriptor, handover.pool_bytes)
             self.memory = map_shared(self._pool_descriptor, handover.pool_bytes, prefault=prefault)
         else:
-            # A descriptor of its own: the pool's stays for the service's next incarnation.
+            # Last, because nobody would unmap it if what follows failed. A descriptor of its own: the pool's stays for
+            # the service's next incarnation.
             self.device = DeviceSegment.adopt(gpu, os.dup(self._pool_descriptor), handover.pool_bytes)
-        control_bytes = handover.slot_count * SLOT_BYTES
-        self.control = slot_view(map_shared(self._control_descriptor, control_bytes, prefault=True))
         self._order = threading.Lock()
 
     @property

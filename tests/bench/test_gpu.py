@@ -7,15 +7,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from bench.gpu.__main__ import TARGETS, main, run
+from bench.gpu.copies import Pools, copy_figures
 from bench.gpu.engine import make_pool
 from bench.gpu.gaps import MarkedGraphs, Marks
 from bench.gpu.parts import Bench, Figures, decoding_batch
 from bench.gpu.shapes import full, random_model, tiny
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.kvtransfer.transports.cuda_ipc.device import CudaDevice
+from services.rpc.cuda_driver import CudaDriver
+from tests.kvtransfer.cuda.fake_libcuda import FakeLibcuda
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,25 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr("sys.argv", ["bench.gpu"])
     main()
     assert capsys.readouterr().out == "There is no GPU that torch can use here: nothing is measured.\n"
+
+
+@pytest.mark.parametrize("image", [None, 218])
+def test_copies_of_the_transfer_service_are_measured_with_and_without_its_kernel(image: int | None) -> None:
+    library = FakeLibcuda()
+    if image is not None:
+        library.failing["cuModuleLoadData"] = image
+    driver = CudaDriver(0, library)
+    device = CudaDevice(driver)
+    source, target = device.allocate(2 * 6 * 64), device.allocate(2 * 6 * 64)
+    library.memory(source)[:] = np.arange(2 * 6 * 64) % 251
+    figures = copy_figures(driver, Pools(source, target, 2, 6, 64), 1e12, repeats=1)
+    ways = ("runs", "plain") if image else ("runs", "plain", "kernel")
+    assert set(figures) == {f"kv_copy_{way}_{unit}" for way in ways for unit in ("gb_per_s", "share")}
+    assert all(value > 0 for value in figures.values())
+    # What was copied last: page for page somewhere else, or all of it alike.
+    pages = [library.memory(at).reshape(2, 6, 64)[1].tolist() for at in (source, target)]
+    assert (pages[0] == pages[1]) == (image is not None)
+    assert sorted(pages[0]) == sorted(pages[1])
 
 
 def test_the_shapes_are_those_of_llama_8b() -> None:

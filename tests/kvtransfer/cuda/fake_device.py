@@ -16,12 +16,13 @@ from services.rpc.cuda_driver import CudaFailed
 class FakeStream:
     """See device.Stream. While it is held nothing that is queued happens."""
 
-    def __init__(self, handle: int, log: list[str]) -> None:
+    def __init__(self, handle: int, log: list[str], stuck: threading.Event) -> None:
         self.handle = handle
         self.log = log
+        self._stuck = stuck
         self.held = False
         self.fails = False
-        self._queued: list[Callable[[], None]] = []
+        self.queued: list[Callable[[], None]] = []
 
     def copy(self, copies: Sequence[Copy]) -> None:
         self.log.append(f"copy {sum(copy.num_bytes for copy in copies)}")
@@ -34,14 +35,16 @@ class FakeStream:
             self.queue(lambda copy=copy: ctypes.memmove(copy.target, copy.source, copy.num_bytes))
 
     def queue(self, work: Callable[[], object]) -> None:
-        self._queued.append(lambda: work() and None)
+        self.queued.append(lambda: work() and None)
+        if self.held:
+            self._stuck.set()
         self._run()
 
     def is_idle(self) -> bool:
         if self.fails:
             raise CudaFailed("the stream failed")
         self._run()
-        return not self._queued
+        return not self.queued
 
     def synchronize(self) -> None:
         assert self.is_idle(), "a test that holds a stream does not wait for it"
@@ -50,28 +53,39 @@ class FakeStream:
         self.log.append("close stream")
 
     def _run(self) -> None:
-        while self._queued and not self.held:
-            self._queued.pop(0)()
+        while self.queued and not self.held:
+            self.queued.pop(0)()
 
 
 class FakeDevice:
-    """See device.Device."""
+    """See device.Device. What `failing` names raises; `allocating` are names of threads that allocated."""
 
     def __init__(self) -> None:
+        self.failing: set[str] = set()
+        self.allocating: set[str] = set()
+        # Set when something was queued on a stream that is held.
+        self.stuck = threading.Event()
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.streams: list[FakeStream] = []
         self.log: list[str] = []
         self._lock = threading.Lock()
 
     def new_stream(self) -> FakeStream:
+        self._refuse("new_stream")
         with self._lock:
-            self.streams.append(FakeStream(len(self.streams) + 1, self.log))
+            self.streams.append(FakeStream(len(self.streams) + 1, self.log, self.stuck))
             return self.streams[-1]
 
     def allocate(self, num_bytes: int) -> int:
+        self._refuse("allocate")
+        self.allocating.add(threading.current_thread().name)
         memory = np.zeros(num_bytes, np.uint8)
         self.memory[memory.ctypes.data] = memory
         return memory.ctypes.data
+
+    def _refuse(self, call: str) -> None:
+        if call in self.failing:
+            raise CudaFailed(f"{call} failed")
 
     def allocate_host(self, num_bytes: int) -> int:
         return self.allocate(num_bytes)

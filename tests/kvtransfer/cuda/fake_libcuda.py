@@ -53,6 +53,7 @@ class FakeLibcuda:
         self.failing: dict[str, int] = {}
         self.busy = False
         self.altered = False
+        self.shares_memory = True
         self._left_bytes = memory_bytes
         # Descriptor by handle; sizes by address; addresses that may be read and written.
         self._handles: dict[int, int] = {}
@@ -110,6 +111,9 @@ class FakeLibcuda:
 
     def do_cuDeviceGetUuid_v2(self, uuid: Any, device: int) -> None:
         uuid.raw = UUID
+
+    def do_cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
+        value._obj.value = attribute in (102, 103) and self.shares_memory
 
     def do_cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
         context._obj.value = 77

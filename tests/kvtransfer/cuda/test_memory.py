@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 
 import pytest
@@ -26,6 +27,27 @@ def test_what_is_known_of_a_gpu() -> None:
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(CudaMissing, match="fake error 100"):
         CudaDriver(1, FakeLibcuda())
+
+
+def test_a_gpu_that_shares_no_memory() -> None:
+    library = FakeLibcuda()
+    library.shares_memory = False
+    with pytest.raises(CudaMissing, match="cannot share its memory"):
+        CudaDriver(0, library)
+
+
+def test_memory_that_cannot_be_unmapped_stops_nobody_from_letting_go_of_the_rest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    library = FakeLibcuda()
+    before = _descriptors()
+    segment = DeviceSegment.create(CudaDriver(0, library), GRANULARITY)
+    library.failing["cuMemUnmap"] = 700
+    with caplog.at_level(logging.WARNING):
+        segment.close()
+        segment.close()
+    assert caplog.messages == ["memory of the GPU stays mapped"]
+    assert _descriptors() == before
 
 
 def test_two_processes_see_the_same_bytes() -> None:
@@ -63,7 +85,7 @@ def test_nothing_is_left_of_a_segment_that_could_not_be_made(call: str) -> None:
     assert (library.mapped, library.handles, _descriptors()) == (0, 0, before)
 
 
-@pytest.mark.parametrize("call", ["cuMemImportFromShareableHandle", *VMM_CALLS])
+@pytest.mark.parametrize("call", ["cuMemImportFromShareableHandle", "cuMemGetAllocationGranularity", *VMM_CALLS])
 def test_nothing_is_left_of_a_segment_that_could_not_be_adopted(call: str) -> None:
     mine = DeviceSegment.create(CudaDriver(0, FakeLibcuda()), GRANULARITY)
     library = FakeLibcuda()

@@ -80,6 +80,10 @@ class FakeNccl:
         with self._lock:
             self._communicators[communicator][0].wanted.append((address, num_bytes))
 
+    def rank(self, communicator: int) -> int:
+        """Which end it is."""
+        return self._communicators[communicator][1]
+
     def abort(self, communicator: int) -> None:
         self._note("abort")
         with self._lock:

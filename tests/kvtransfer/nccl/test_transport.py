@@ -20,6 +20,7 @@ from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Peer, PutRequest
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.staging import Staging
+from services.kvtransfer.transports.nccl import communicator
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
 from services.kvtransfer.transports.nccl.link import Link
@@ -117,7 +118,7 @@ class Scene:
 
         def connect(stopped: threading.Event) -> Communicator:
             patience = Patience(clock, lambda: stopped.wait(0.0005) and None, timeout_s)
-            return Communicator(self.nccl, self.device.new_stream(), unique_id, rank, patience, stopped)
+            return communicator.connect(self.nccl, self.device, unique_id, rank, patience, stopped)
 
         return Link(unique_id, connect)
 
@@ -292,6 +293,63 @@ async def test_a_receiver_that_lost_the_communicator_sends_the_push_elsewhere(sc
     again.post(3)
     await scene.layers(again, 3)
     await again.close()
+
+
+async def test_a_gpu_that_gives_no_stream_sends_the_push_elsewhere(scene: Scene) -> None:
+    scene.device.failing.add("new_stream")
+    with pytest.raises(TransportFailed, match="new_stream failed"):
+        await scene.open()
+    scene.device.failing.clear()
+
+
+async def test_buffers_are_allocated_on_the_threads_of_links(scene: Scene) -> None:
+    """An allocation may wait for what runs on the GPU, a kernel that waits for its peer for instance."""
+    scene.device.allocating.clear()
+    lane = await scene.open()
+    lane.post(1)
+    await scene.layers(lane, 1)
+    assert scene.device.allocating == {"nccl_0"}
+    await lane.close()
+
+
+async def test_a_gpu_that_gives_no_buffer_fails_the_push(scene: Scene) -> None:
+    lane = await scene.open()
+    scene.device.failing.add("allocate")
+    lane.post(1)
+    failure = await scene.fails(lane)
+    assert isinstance(failure, PeerLost)
+    assert "allocate failed" in failure.message
+    await lane.close()
+    scene.device.failing.clear()
+    await scene.receiver.revoke("r")
+    again = await scene.open("again")
+    again.post(3)
+    await scene.layers(again, 3)
+    assert await again.finish() is True
+    await again.close()
+
+
+async def test_a_lane_is_closed_when_its_source_is_read_no_more(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that is unmapped under a copy ends the service."""
+    aborted, abort = list[int](), scene.nccl.abort
+
+    def abort_and_let_go(communicator: int) -> None:
+        aborted.append(scene.nccl.rank(communicator))
+        abort(communicator)
+        for stream in scene.device.streams:
+            stream.held = False
+
+    monkeypatch.setattr(scene.nccl, "abort", abort_and_let_go)
+    lane = await scene.open()
+    lane.post(1)
+    await scene.layers(lane, 1)
+    for stream in scene.device.streams:
+        stream.held = True
+    lane.post(3)
+    assert await asyncio.to_thread(scene.device.stuck.wait, PATIENCE_S)
+    await asyncio.wait_for(lane.close(), PATIENCE_S)
+    assert 0 in aborted
+    assert not any(stream.queued for stream in scene.device.streams)
 
 
 async def test_another_version_is_not_within_reach(scene: Scene) -> None:

@@ -10,10 +10,26 @@ from services.kvtransfer.errors import PeerLost
 from services.kvtransfer.transports.cuda_ipc.device import Device
 from services.kvtransfer.transports.nccl.communicator import CommunicatorLost
 from services.kvtransfer.transports.pull.slots import Slots
-from services.rpc.cuda_driver import CudaFailed
 
 # In all; made as they are needed. One that a stuck stream may still touch is lost.
 NUM_BUFFERS = 32
+
+
+class Buffer:
+    """Memory on the GPU. Belongs to whoever took it."""
+
+    def __init__(self, device: Device, num_bytes: int) -> None:
+        self._device, self._num_bytes = device, num_bytes
+        self._address: int | None = None
+
+    def address(self) -> int:
+        """Where it is; allocated the first time, which may wait for all that runs on the GPU: not for the loop.
+
+        Raises CudaFailed.
+        """
+        if self._address is None:
+            self._address = self._device.allocate(self._num_bytes)
+        return self._address
 
 
 class Buffers:
@@ -21,7 +37,7 @@ class Buffers:
 
     def __init__(self, device: Device, buffer_bytes: int) -> None:
         self.buffer_bytes = buffer_bytes
-        self._slots: Slots[int] = Slots(lambda: device.allocate(buffer_bytes), NUM_BUFFERS)
+        self._slots: Slots[Buffer] = Slots(lambda: Buffer(device, buffer_bytes), NUM_BUFFERS)
 
     @property
     def are_spent(self) -> bool:
@@ -29,26 +45,23 @@ class Buffers:
         return self._slots.are_spent
 
     @asynccontextmanager
-    async def used_by(self, start: Callable[[int], asyncio.Future[None]]) -> AsyncGenerator[int, None]:
-        """Inside, a buffer's address, after the call that `start` began on it has ended well. Raises PeerLost.
+    async def used_by(self, start: Callable[[Buffer], asyncio.Future[None]]) -> AsyncGenerator[Buffer, None]:
+        """Inside, a buffer, after the call that `start` began on it has ended well. Raises PeerLost.
 
         Cancelling leaves the buffer with the call until that ends.
         """
-        try:
-            buffer = await self._slots.take()
-        except CudaFailed as error:
-            raise PeerLost(f"no memory for a transfer buffer: {error}") from None
+        buffer = await self._slots.take()
         calling = start(buffer)
         try:
             await asyncio.wait([calling])
             lost = calling.exception()
             if lost is not None:
-                raise PeerLost(f"the NCCL communicator is lost: {lost}")
+                raise PeerLost(f"a transfer over NCCL failed: {lost}")
             yield buffer
         finally:
             calling.add_done_callback(lambda _: self._ended(buffer, calling))
 
-    def _ended(self, buffer: int, calling: asyncio.Future[None]) -> None:
+    def _ended(self, buffer: Buffer, calling: asyncio.Future[None]) -> None:
         error = calling.exception()
         if isinstance(error, CommunicatorLost) and not error.drained:
             self._slots.lose(buffer)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from services.kvtransfer.transports.cuda_ipc.device import Copy, Stream
+from services.kvtransfer.transports.cuda_ipc.device import Copy, Device, Stream
 from services.kvtransfer.transports.nccl.library import CommunicatorState, Nccl, NcclFailed
 from services.rpc.cuda_driver import CudaFailed
 
@@ -83,6 +83,9 @@ class Communicator:
         if self._why_lost is not None:
             raise self._why_lost
         assert self._handle is not None
+        if self._stopped.is_set():
+            # The pages are not this push's any more.
+            raise self._lose("stopped")
         try:
             self._stream.copy(copies)
             self._nccl.group_start()
@@ -129,3 +132,15 @@ class Communicator:
             self._stream.close()
         self._why_lost = CommunicatorLost(why, drained=drained)
         return self._why_lost
+
+
+def connect(
+    nccl: Nccl, device: Device, unique_id: bytes, rank: int, patience: Patience, stopped: threading.Event
+) -> Communicator:
+    """A communicator on a stream of its own, on the thread that calls it from then on: NCCL takes the GPU whose context
+    is the thread's, and making a stream sets that. Raises CommunicatorLost."""
+    try:
+        stream = device.new_stream()
+    except CudaFailed as error:
+        raise CommunicatorLost(str(error), drained=True) from None
+    return Communicator(nccl, stream, unique_id, rank, patience, stopped)

@@ -19,7 +19,7 @@ from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.runs import scatter_runs
 from services.kvtransfer.transports.cuda_ipc.staging import Staging
-from services.kvtransfer.transports.nccl.buffers import Buffers
+from services.kvtransfer.transports.nccl.buffers import Buffer, Buffers
 from services.kvtransfer.transports.nccl.communicator import CommunicatorLost
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
 from services.kvtransfer.transports.nccl.source import places_of, refuses_host
@@ -114,13 +114,13 @@ class NcclFetcher:
     async def fetch(self, layer: int, piece: Piece) -> AsyncGenerator[NcclFetched, None]:
         """See Fetcher.fetch."""
 
-        def start(buffer: int) -> asyncio.Future[None]:
+        def start(buffer: Buffer) -> asyncio.Future[None]:
             # Together, so that both sides take the pieces in one order.
             self._ask(Fetch(layer, piece.part))
-            return self._link.run(lambda communicator: communicator.receive(buffer, piece.num_bytes))
+            return self._link.run(lambda communicator: communicator.receive(buffer.address(), piece.num_bytes))
 
         async with self._buffers.used_by(start) as buffer:
-            yield NcclFetched(buffer, self._copier)
+            yield NcclFetched(buffer.address(), self._copier)
 
     def keep(self) -> None:
         """See Fetcher.keep."""

@@ -13,7 +13,7 @@ from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.cuda_ipc.device import Copy
 from services.kvtransfer.transports.cuda_ipc.staging import Staging
-from services.kvtransfer.transports.nccl.buffers import Buffers
+from services.kvtransfer.transports.nccl.buffers import Buffer, Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator
 from services.kvtransfer.transports.nccl.library import NcclFailed
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
@@ -21,6 +21,8 @@ from services.kvtransfer.transports.pull.fetching import Extent
 
 # Links to one service that stay connected between pushes.
 MAX_IDLE = 4
+# How long the end of a push waits for an abort. Beyond that the GPU is stuck, and so is what is on it.
+_CLOSE_TIMEOUT_S = 30.0
 
 
 class NcclSource:
@@ -55,9 +57,10 @@ class NcclSource:
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NcclServed, None]:
         """See SourceSide.serve."""
         idle = self._idle[endpoint]
+        fresh = not idle
         try:
-            fresh = not idle
-            link = self._make_link(self._new_id(), 0) if fresh else idle.pop()
+            # On a thread: the first one brings the library's network up.
+            link = self._make_link(await asyncio.to_thread(self._new_id), 0) if fresh else idle.pop()
         except NcclFailed as error:
             raise TransportFailed(str(error)) from None
         assert pool.device_address is not None
@@ -71,6 +74,8 @@ class NcclSource:
                 task = asyncio.create_task(link.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+                # A call that is under way may read the pool until it is aborted.
+                await asyncio.wait([task], timeout=_CLOSE_TIMEOUT_S)
 
     async def close(self) -> None:
         """Aborts every link."""
@@ -94,7 +99,7 @@ class NcclServed:
     async def send(self, extents: Sequence[Extent]) -> None:
         """See Served.send."""
 
-        def start(buffer: int) -> asyncio.Future[None]:
+        def start(buffer: Buffer) -> asyncio.Future[None]:
             return self._link.run(partial(self._send, extents, buffer))
 
         async with self._in_order, self._buffers.used_by(start):
@@ -104,12 +109,13 @@ class NcclServed:
         """See Served.keep."""
         self.is_kept = True
 
-    def _send(self, extents: Sequence[Extent], buffer: int, communicator: Communicator) -> None:
-        copies, end = [], buffer
+    def _send(self, extents: Sequence[Extent], buffer: Buffer, communicator: Communicator) -> None:
+        begin = end = buffer.address()
+        copies = []
         for extent in extents:
             copies.append(Copy(end, self._pool_address + extent.offset, extent.num_bytes))
             end += extent.num_bytes
-        communicator.send(copies, buffer, end - buffer)
+        communicator.send(copies, begin, end - begin)
 
 
 def places_of(pool: Pool, extents: Sequence[Extent]) -> list[tuple[int, int]]:

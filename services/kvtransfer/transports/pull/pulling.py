@@ -12,6 +12,7 @@ from services.kvtransfer.landing import Landings
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Transport
 from services.kvtransfer.transports.cuda_ipc.gpu import Gpu
+from services.kvtransfer.transports.nccl import communicator
 from services.kvtransfer.transports.nccl import library as nccl
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
@@ -106,7 +107,7 @@ class Pulling:
         def make_link(unique_id: bytes, rank: int) -> Link:
             def connect(stopped: threading.Event) -> Communicator:
                 patience = Patience(time.monotonic, lambda: time.sleep(_PAUSE_S), config.nccl_timeout_s)
-                return Communicator(library, gpu.device.new_stream(), unique_id, rank, patience, stopped)
+                return communicator.connect(library, gpu.device, unique_id, rank, patience, stopped)
 
             return Link(unique_id, connect)
 
