@@ -47,6 +47,7 @@ class Scene:
         self.world, self.port, self.sender, self.receiver = world, port, sender, receiver
         self.source = FakeAgent(world, "source")
         self.before = receiver.memory.copy()
+        self._pulls: list[Pull] = []
 
     @property
     def reader(self) -> FakeAgent:
@@ -64,7 +65,14 @@ class Scene:
         return dataclasses.replace(opening, **changes)
 
     def pull(self, opening: PullOpen) -> Pull:
-        return Pull(self, opening)
+        self._pulls.append(Pull(self, opening))
+        return self._pulls[-1]
+
+    async def close(self) -> None:
+        """Ends the streams that are left: they would fail a minute later, in the middle of another test."""
+        for pull in self._pulls:
+            pull.task.cancel()
+        await asyncio.gather(*(pull.task for pull in self._pulls), return_exceptions=True)
 
     def moved(self) -> Any:
         return expected(self.before, self.receiver, self.sender, 0, 8, PAGES, TARGET)
@@ -118,7 +126,9 @@ async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     world = make_world(monkeypatch)
     port = DirectPort(nixl_devices="lo")
     sender, receiver = FakeEngine(port, "p"), FakeEngine(port, "d")
-    yield Scene(world, port, await sender.start(seed=1), await receiver.start())
+    scene = Scene(world, port, await sender.start(seed=1), await receiver.start())
+    yield scene
+    await scene.close()
     sender.close()
     receiver.close()
     await port.close()
