@@ -50,11 +50,11 @@ def test_flags_of_the_readme_exist(row: str, config: type) -> None:
 
 def test_flags_of_the_documents_exist() -> None:
     """Of whatever command: those of tools that are not ours are listed here."""
-    known = {
-        "--" + field.name.replace("_", "-")
-        for config in (RouterConfig, EngineConfig, KvTransferConfig)
-        for field in dataclasses.fields(config)
-    }
+    fields = [
+        field for config in (RouterConfig, EngineConfig, KvTransferConfig) for field in dataclasses.fields(config)
+    ]
+    known = {"--" + field.name.replace("_", "-") for field in fields}
+    known |= {"--no-" + field.name.replace("_", "-") for field in fields if field.type == "bool"}
     known |= set(_options(typer.main.get_command(app))) | TOOL_FLAGS
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"--\w+(, \w+)* *-->", "", document.read_text())))
