@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+
+from services.kvtransfer.transports.tcp.channel import Channel
 from services.kvtransfer.transports.tcp.heartbeat import BEAT_INTERVAL_S, SILENCE_LIMIT_S, Heartbeat
 
 
@@ -62,3 +65,43 @@ def test_a_stranger_has_no_longer_than_the_limit() -> None:
     clock.now_s += SILENCE_LIMIT_S
     heartbeat.heard()
     assert heartbeat.lost
+
+
+def test_our_own_standing_still_is_no_silence() -> None:
+    """The peer may have stood still with us, and comes only after us."""
+    clock = Clock()
+    heartbeat = Heartbeat(clock)
+    clock.now_s += 3 * SILENCE_LIMIT_S
+    heartbeat.look()
+    assert not heartbeat.lost
+    for _ in range(int(SILENCE_LIMIT_S / BEAT_INTERVAL_S) - 1):
+        assert not heartbeat.lost
+        clock.now_s += BEAT_INTERVAL_S
+        heartbeat.look()
+    assert heartbeat.lost
+
+
+def test_silence_begins_when_something_was_heard() -> None:
+    """Also after a long time without a look, in which much was heard."""
+    clock = Clock()
+    heartbeat = Heartbeat(clock)
+    heartbeat.introduced()
+    clock.now_s += 3 * SILENCE_LIMIT_S
+    heartbeat.heard()
+    heartbeat.look()
+    assert heartbeat.wait_s <= BEAT_INTERVAL_S
+    clock.now_s += SILENCE_LIMIT_S
+    assert heartbeat.lost
+
+
+def test_a_connection_outlives_a_stop_of_the_whole_machine() -> None:
+    clock, far = Clock(), socket.socket()
+    with socket.create_server(("127.0.0.1", 0)) as listener, far:
+        far.connect(listener.getsockname())
+        channel = Channel(listener.accept()[0], clock)
+        channel.introduced()
+        far.sendall(b"x")
+        clock.now_s += 3 * SILENCE_LIMIT_S
+        channel.wait(to_send=False)
+        assert channel.receive([memoryview(bytearray(2))]) == 1
+        channel.close()

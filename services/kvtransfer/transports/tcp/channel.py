@@ -52,6 +52,7 @@ class Channel:
     def wait(self, *, to_send: bool) -> bool:
         """Until there is something to receive, room to send if that is wanted, a wake or a time to beat. Returns
         whether it is time to beat; only who is not in the middle of a frame may."""
+        self._heartbeat.look()
         self._require_peer()
         if self._tls is not None and self._tls.pending():
             return self._heartbeat.due

@@ -15,7 +15,15 @@ class Heartbeat:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._introduced = False
-        self._heard_s = self._said_s = now()
+        self._heard_s = self._said_s = self._looked_s = now()
+
+    def look(self) -> None:
+        """We listen. Nobody waits longer than an interval between two looks: for the rest of the time since the last
+        one we stood still ourselves, perhaps with the whole machine and the peer, and that was no silence."""
+        now = self._now()
+        stood_still_s = max(0.0, now - self._looked_s - BEAT_INTERVAL_S)
+        self._heard_s = min(now, self._heard_s + stood_still_s)
+        self._looked_s = now
 
     def heard(self) -> None:
         """Something came, whatever it was. Of a stranger it does not count."""
