@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import grpc
 
 T = TypeVar("T")
-# Between two passes of an engine.
-_PASS_S = 0.05
+# Between two passes of an engine, the first time, and how much longer every other time: where others are slow, a
+# hundred steps of this one must not come too soon for them.
+_PASS_S, _LONGER = 0.05, 1.2
 # As long may an engine take to come to a gate: one that is dead, or has nothing to do, never comes.
 _COME_S = 120.0
 # Deadlines of calls, the last of which is long enough on any machine.
@@ -68,9 +69,10 @@ class Gate:
         In no hurry: where others are slow, for which the event waits too, this one has hardly gone on. Raises what the
         event raises, and TimeoutError if neither it nor an engine comes.
         """
-        waiting = asyncio.ensure_future(event)
+        waiting, pass_s = asyncio.ensure_future(event), _PASS_S
         try:
-            while await self._stands_before(waiting) and not (await asyncio.wait({waiting}, timeout=_PASS_S))[0]:
+            while await self._stands_before(waiting) and not (await asyncio.wait({waiting}, timeout=pass_s))[0]:
+                pass_s *= _LONGER
                 _put_fifo(self._path)  # another one, which the engine has never opened
                 self._let_go()
             result = await waiting

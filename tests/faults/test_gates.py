@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import grpc
 import pytest
 
+from services.engine.core.faults import ScriptedFaults
 from tests.faults import gates
 from tests.faults.gates import StepGate
 
@@ -122,3 +124,17 @@ async def test_a_gate_that_nobody_came_to_keeps_no_thread(tmp_path: Path) -> Non
         assert not waiting.done()
     await asyncio.wait_for(waiting, 60)
     assert (tmp_path / "gate").read_bytes() == b""
+
+
+async def test_an_engine_goes_on_when_the_gate_where_it_stands_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "gate"
+    engine = ScriptedFaults({"step.begin": f"hold:{path}"})
+    with StepGate(path).closed():
+        passing = asyncio.create_task(asyncio.to_thread(engine.reach, "step.begin"))
+        # Somebody whom the gate does not know has it stand here, for as long as he likes.
+        other = await asyncio.to_thread(os.open, path, os.O_WRONLY)
+        assert not passing.done()
+    try:
+        await asyncio.wait_for(passing, 60)
+    finally:
+        os.close(other)

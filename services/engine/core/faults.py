@@ -9,9 +9,12 @@ step.begin, step.end                                         around every step
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Mapping
 from typing import Protocol
+
+_LOOK_EVERY_MS = 100
 
 
 class FaultPoints(Protocol):
@@ -35,7 +38,8 @@ class InjectedFault(Exception):
 class ScriptedFaults:
     """Does what a test wrote down: POINT=ACTION pairs separated by commas.
 
-    hold:PATH   block until somebody opens the FIFO at PATH for writing and closes it, each time
+    hold:PATH   block until somebody opens the FIFO at PATH for writing and writes or closes it, each time, or until
+                something else is at PATH
     raise       raise InjectedFault
     die         SIGKILL this process
 
@@ -62,5 +66,23 @@ class ScriptedFaults:
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif action is not None:
-            with open(action.removeprefix("hold:"), "rb") as fifo:
-                fifo.read()
+            _stand_at(action.removeprefix("hold:"))
+
+
+def _stand_at(path: str) -> None:
+    """Opening it does not wait: whoever waited there for a writer would never hear that the FIFO was replaced."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        while not poller.poll(_LOOK_EVERY_MS) and _is_at(path, descriptor):
+            pass
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
