@@ -143,6 +143,11 @@ class FakeKv:
             reservation.changed.set()
             self._on_change()
 
+    def expire(self, reservation: FakeReservation) -> None:
+        """Its lease is over."""
+        if not reservation.attached:
+            self.end(reservation, "expired")
+
     def close(self) -> None:
         for timer in self._leases.values():
             timer.cancel()
@@ -150,9 +155,5 @@ class FakeKv:
     def _renew(self, reservation: FakeReservation) -> None:
         if reservation.reservation_id in self._leases:
             self._leases[reservation.reservation_id].cancel()
-        timer = asyncio.get_running_loop().call_later(self.lease_s, self._expire, reservation)
+        timer = asyncio.get_running_loop().call_later(self.lease_s, self.expire, reservation)
         self._leases[reservation.reservation_id] = timer
-
-    def _expire(self, reservation: FakeReservation) -> None:
-        if not reservation.attached:
-            self.end(reservation, "expired")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import threading
 from pathlib import Path
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.rpc.status import from_rpc_error
-from tests.fakes import FakeBug, FakeEngine, Fault
+from tests.fakes import PATIENCE_S, FakeBug, FakeEngine, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running
 
 UPLOADED = '''"""Everything on the last engine."""
@@ -166,13 +167,17 @@ async def test_programs_that_cannot_be_loaded_change_nothing(name: str, source: 
 
 async def test_code_that_never_finishes_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.programs.loader.LOAD_TIMEOUT_S", 0.1)
-    source = "import threading\ngo = threading.Event()\nimport builtins\nbuiltins.waiting_policy = go\ngo.wait()\n"
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(builtins, "loading", (begun, go, ended), raising=False)
+    source = "begun, go, ended = loading\nbegun.set()\ngo.wait()\nended.set()\n"
     async with running(takes_uploads=True) as suite:
         with failing("INVALID_ARGUMENT", "BAD_POLICY") as caught:
             await use(suite, "mine", source)
         assert "did not finish" in caught.value.message
-        builtins.waiting_policy.set()  # type: ignore[attr-defined]
-        del builtins.waiting_policy  # type: ignore[attr-defined]
+        # It may begin later than it was waited for.
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+        go.set()
+        assert await asyncio.to_thread(ended.wait, PATIENCE_S)
 
 
 async def test_files_are_at_hand_by_their_name(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ async def test_too_many_choices_are_refused(n: int) -> None:
 
 async def test_a_cancelled_call_ends_every_choice() -> None:
     async with running(1) as suite:
-        call = suite.stream(n=3, max_tokens=3000)
+        suite.first.faults["StartGenerate"] = Fault(after_tokens=3)  # each stands then, and does not end
+        call = suite.stream(n=3)
         async for piece in call:
             if piece.choice == 2:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Collection
 
 import pytest
@@ -62,9 +63,16 @@ def test_a_name_is_asked_for_again_and_failures_change_nothing(caplog: pytest.Lo
 
 
 async def test_a_name_that_is_none_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    published = Published()
-    following = asyncio.create_task(follow_dns("a..b:1", published, 0.01))  # type: ignore[arg-type]
-    await asyncio.wait({following}, timeout=0.1)
+    published, looks, several = Published(), itertools.count(1), asyncio.Event()
+
+    async def look_up(host: str, port: int) -> list[str]:
+        if next(looks) > 3:
+            several.set()
+        return await resolve(host, port)
+
+    following = asyncio.create_task(follow_dns("a..b:1", published, 0.01, look_up))  # type: ignore[arg-type]
+    async with asyncio.timeout(PATIENCE_S):
+        await several.wait()
     assert not following.done()
     following.cancel()
     assert caplog.text.count("name not resolved") == 1

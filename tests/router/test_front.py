@@ -69,7 +69,8 @@ async def test_a_stop_string_ends_the_text_and_the_sequence(include_stop: bool) 
 
 
 async def test_a_stop_string_cancels_on_the_engine() -> None:
-    async with running(1, fake_model=script(STORY * 20)) as suite:
+    async with running(1, fake_model=script(STORY)) as suite:
+        suite.first.faults["StartGenerate"] = Fault(after_tokens=len("the quick"))  # it stands then, and does not end
         answer = await suite.generate(text="x", max_tokens=0, stop=["quick"])
         assert (answer.text, answer.finish_reason) == ("the ", STOP)
         assert suite.first.called("Cancel")

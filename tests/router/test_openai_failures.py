@@ -64,8 +64,11 @@ async def test_a_client_that_leaves_ends_its_work(stream: bool) -> None:
 
 async def test_a_reader_that_leaves_in_the_middle_ends_its_work() -> None:
     async with serving() as (suite, client):
-        stream = await client.completions.create(model="fake", prompt="x", max_tokens=3000, n=2, stream=True)
-        await anext(aiter(stream))
+        suite.first.faults["StartGenerate"] = Fault(after_tokens=3)  # each stands then, and does not end
+        stream = await client.completions.create(model="fake", prompt="x", n=2, stream=True)
+        pieces = aiter(stream)
+        while (await anext(pieces)).choices[0].index != 1:
+            pass
         await stream.close()
         await suite.idle()
         assert len(suite.first.called("Cancel")) == 2

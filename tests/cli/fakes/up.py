@@ -1,4 +1,7 @@
-"""`microserve up` with the fake services: python -m tests.cli.fakes.up FOLDER MODEL [options of up]."""
+"""`microserve up` with the fake services: python -m tests.cli.fakes.up FOLDER MODEL [options of up].
+
+With the model named "patient" it kills nobody by itself who does not end.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,18 @@ import services.cli.restarts
 import services.cli.up
 from services.cli.fleet import Fleet
 
+
+class PatientFleet(Fleet):
+    """Its services have an hour to end."""
+
+    def stop(self, *, timeout_s: float = 3600.0) -> None:
+        super().stop(timeout_s=timeout_s)
+
+
 if __name__ == "__main__":
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
-    services.cli.up.Fleet = lambda: Fleet(folder, package="tests.cli.fakes")  # type: ignore
+    kind = PatientFleet if model.name == "patient" else Fleet
+    services.cli.up.Fleet = lambda: kind(folder, package="tests.cli.fakes")  # type: ignore
     services.cli.restarts.PERIOD_S = 3600.0  # "again and again" however slow the machine is
     services.cli.up.fetch = lambda name, quiet: model  # type: ignore
     sys.argv[1:] = ["up", *sys.argv[3:]]

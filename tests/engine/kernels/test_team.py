@@ -87,7 +87,7 @@ def test_a_helper_that_sleeps_wakes_while_another_thread_has_the_gil() -> None:
         until = time.monotonic() + 0.005
         while time.monotonic() < until:  # the other thread wakes up, and gets the GIL when the team computes
             pass
-        team.run(meet, addresses(words, words[8:], 500_000_000), 2)
+        team.run(meet, addresses(words, words[8:], 5_000_000_000), 2)
     finally:
         sys.setswitchinterval(interval)
     other.join(60)

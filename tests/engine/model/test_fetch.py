@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
@@ -149,10 +151,12 @@ def _stand_in_for_python(path: Path, script: str) -> Path:
     return path
 
 
-def _fetching_process(code: str) -> subprocess.Popen[str]:
+def _fetching_process(code: str, errors: Path | None = None) -> subprocess.Popen[str]:
+    """What it says on stderr goes to that file, or else into a pipe."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with nullcontext(subprocess.PIPE) if errors is None else errors.open("w") as target:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=target, text=True, env=environment)
 
 
 @pytest.mark.slow
@@ -181,7 +185,9 @@ fetch_model("smollm2-135m")
 @pytest.mark.slow
 @pytest.mark.usefixtures("model")
 def test_two_processes_share_one_download(tmp_path: Path) -> None:
-    count = f'echo run >> {tmp_path}/runs; sleep 0.5; exec {sys.executable} "$@"'
+    may_go_on = tmp_path / "may_go_on"
+    os.mkfifo(may_go_on)
+    count = f'echo run >> {tmp_path}/runs; read word < {may_go_on}; exec {sys.executable} "$@"'
     code = f"""
 import sys
 from pathlib import Path
@@ -191,12 +197,21 @@ catalogue.CATALOGUE["tiny"] = entry_of(next(Path({str(tmp_path / "index")!r}).it
 sys.executable = {str(_stand_in_for_python(tmp_path / "counting", count))!r}
 print(fetch.fetch_model("tiny"))
 """
-    processes = [_fetching_process(code) for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert results[0][0] == results[1][0]
+    said = [tmp_path / f"said by {number}" for number in range(2)]
+    processes = [_fetching_process(code, errors=path) for path in said]
+
+    def waiting() -> list[bool]:
+        return ["another process" in path.read_text() for path in said]
+
+    while not any(waiting()):
+        assert not any(process.poll() for process in processes), [path.read_text() for path in said]
+        time.sleep(0.01)  # a file tells nobody that there is more in it
+    may_go_on.write_text("\n")
+    folders = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [path.read_text() for path in said]
+    assert folders[0] == folders[1]
     assert (tmp_path / "runs").read_text().split() == ["run"]
-    assert sum("another process" in errors for _, errors in results) == 1
+    assert sum(waiting()) == 1
 
 
 def test_paths(tmp_path: Path, cache: Path) -> None:
