@@ -183,48 +183,6 @@ async def test_a_stream_is_closed_in_the_turn_that_opened_it() -> None:
         assert caught.value.reason == "ENGINE_LOST"
 
 
-class HeldCall:
-    """A stream that writes nothing before `gate` is set."""
-
-    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
-        self._call = call
-        self.reached, self.gate = asyncio.Event(), asyncio.Event()
-
-    def __aiter__(self) -> AsyncIterator[engine_pb2.SessionResponse]:
-        return aiter(self._call)
-
-    async def write(self, command: engine_pb2.SessionRequest) -> None:
-        self.reached.set()
-        await self.gate.wait()
-        await self._call.write(command)
-
-    def cancel(self) -> None:
-        self._call.cancel()
-
-
-async def test_who_leaves_before_the_verb_is_written_takes_it_back() -> None:
-    async with connected() as (engine, _, channel):
-        call = HeldCall(engine_pb2_grpc.EngineServiceStub(channel).Session())
-        session = session_with(lambda: call)  # type: ignore[arg-type,return-value]
-
-        def ask(name: str) -> asyncio.Task[engine_pb2.PrepRecvResponse]:
-            message = engine_pb2.PrepRecvRequest(owner_id="o", request_id=name, prompt_token_ids=PROMPT, end=END)
-            return asyncio.create_task(session.prep_recv(message, PATIENCE_S))
-
-        first = ask("first")
-        await call.reached.wait()
-        left = ask("left")
-        await asyncio.sleep(0)  # its turn: it waits behind the first one
-        left.cancel()
-        await asyncio.wait({left})
-        call.gate.set()
-        await first
-        await ask("next")
-        assert [verb.request_id for verb in engine.called("SessionVerb")] == ["first", "next"]
-        assert engine.called("Cancel") == []
-        await session.close()
-
-
 class _Recorder:
     """A call that takes one command for as long as `gate` is shut, and answers nothing."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -43,14 +43,16 @@ class Sequence:
         return self._mailbox.take()
 
     def cancel(self) -> None:
-        """Tells the engine to stop, if it has not ended; take() then still gives its last output. Never blocks."""
+        """Tells the engine to stop, if it has not ended; take() then still gives its last output, which has no account
+        if the engine never heard of it. Never blocks."""
         if not self._mailbox.closed:
             self._send_cancel(self.request_id)
 
     def take_away(self, error: ServiceError) -> None:
         """Ends it at once: take() gives what has come, then raises `error`. The engine is told to stop."""
-        self.cancel()
-        self._mailbox.close(error)
+        if not self._mailbox.closed:
+            self._mailbox.close(error)
+            self._send_cancel(self.request_id)
 
 
 class Session:
@@ -119,7 +121,7 @@ class Session:
             found = await answer
         finally:
             timer.cancel()
-            stream.leave(request_id, command)
+            stream.leave(request_id)
         if isinstance(found, ServiceError):
             raise found
         return found
@@ -141,8 +143,9 @@ class _Stream:
         self._live: dict[str, Mailbox] = {}
         self._asked: dict[str, _Answer] = {}  # verbs that are no sequences
         self._cancelled: set[str] = set()  # of these, the ones that we ended
-        # Bounded without a limit of its own: a verb puts in at most itself and one cancel.
-        self._outbox: deque[engine_pb2.SessionRequest] = deque()
+        # By request id: a verb that somebody waits for, or the cancel of one that the engine has been told of. So what
+        # waits for an engine that stands still is bounded by what is open and by what it had been sent before.
+        self._outbox: OrderedDict[str, engine_pb2.SessionRequest] = OrderedDict()
         self._writer: asyncio.Task[None] | None = None  # while it writes, or the last one
         self._is_writing = False
         self._reader = asyncio.create_task(self._read(), name=f"session reader {engine}")
@@ -150,22 +153,18 @@ class _Stream:
     def start(self, command: engine_pb2.SessionRequest, mailbox: Mailbox) -> Sequence:
         request_id = command.start.request_id
         self._live[request_id] = mailbox
-        self._post(command)
+        self._post(request_id, command)
         return Sequence(request_id, mailbox, self._cancel)
 
     def ask(self, request_id: str, command: engine_pb2.SessionRequest) -> _Answer:
         """To be awaited; then leave()."""
         answer = self._asked[request_id] = asyncio.get_running_loop().create_future()
-        self._post(command)
+        self._post(request_id, command)
         return answer
 
-    def leave(self, request_id: str, command: engine_pb2.SessionRequest) -> None:
+    def leave(self, request_id: str) -> None:
         """Nobody waits for the answer any more; if it has not come, the engine is told, unless it never heard of it."""
-        if self._asked.pop(request_id, None) is None:
-            return
-        try:
-            self._outbox.remove(command)
-        except ValueError:
+        if self._asked.pop(request_id, None) is not None and not self._take_back(request_id):
             self._send_cancel(request_id)
 
     async def close(self) -> None:
@@ -175,15 +174,29 @@ class _Stream:
         await asyncio.wait([task for task in (self._reader, self._writer) if task is not None])
 
     def _cancel(self, request_id: str) -> None:
-        if request_id in self._live:
+        if request_id not in self._live:
+            return
+        if self._take_back(request_id):
+            mailbox = self._live.pop(request_id)
+            mailbox.put(Chunk(finish=FinishReason.CANCELLED))
+            mailbox.close()
+        else:
             self._cancelled.add(request_id)
             self._send_cancel(request_id)
 
-    def _send_cancel(self, request_id: str) -> None:
-        self._post(engine_pb2.SessionRequest(cancel=engine_pb2.CancelCall(request_id=request_id)))
+    def _take_back(self, request_id: str) -> bool:
+        """Whether the verb is not written yet; then it never is."""
+        command = self._outbox.get(request_id)
+        if command is None or command.HasField("cancel"):
+            return False
+        del self._outbox[request_id]
+        return True
 
-    def _post(self, command: engine_pb2.SessionRequest) -> None:
-        self._outbox.append(command)
+    def _send_cancel(self, request_id: str) -> None:
+        self._post(request_id, engine_pb2.SessionRequest(cancel=engine_pb2.CancelCall(request_id=request_id)))
+
+    def _post(self, request_id: str, command: engine_pb2.SessionRequest) -> None:
+        self._outbox[request_id] = command
         if not self._is_writing:
             self._is_writing = True
             # At once: in the next turn of the loop it would stand behind all that is ready by then.
@@ -194,7 +207,7 @@ class _Stream:
             # A failed write says only that the call is over; the reader learns why.
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 while self._outbox:
-                    await self._call.write(self._outbox.popleft())
+                    await self._call.write(self._outbox.popitem(last=False)[1])
         finally:
             self._is_writing = False
 
@@ -221,6 +234,7 @@ class _Stream:
             self._writer.cancel()
         # Leaving the loop over a call does not cancel it.
         self._call.cancel()
+        self._outbox.clear()
         for mailbox in self._live.values():
             mailbox.close(error)
         self._live.clear()

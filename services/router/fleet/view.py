@@ -144,7 +144,7 @@ class Engine:
                     if chunk.finish is not None:
                         # Before the chunk is handed on: whoever gets it may ask for the account at once.
                         leg.end(chunk.timing)
-                        if kv is not None:
+                        if kv is not None and chunk.timing is not None:  # else the engine never heard of it
                             kv.used_up()
                         if chunk.finish is not FinishReason.CANCELLED and chunk.timing is not None:
                             self._costs.answered(chunk.timing.generated_tokens)
