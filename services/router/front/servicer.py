@@ -27,6 +27,7 @@ POLICY_METADATA = "x-microserve-policy"
 PRIORITY_METADATA = "x-microserve-priority"
 TENANT_METADATA = "x-microserve-tenant"
 _SESSION_METHOD = "/microserve.router.v1.RouterService/Session"  # as logs of failures name it
+READER = f"{_SESSION_METHOD} reader"  # the task's name
 
 # Strings: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -72,7 +73,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if self._draining is not None:
             session.end(self._draining)
         self._sessions.add(session)
-        reader = asyncio.create_task(self._read(session, request_iterator, context))
+        reader = asyncio.create_task(self._read(session, request_iterator, context), name=READER)
         try:
             while outputs := await session.take():
                 await self._write(context, router_pb2.SessionResponse(outputs=outputs), limit)
