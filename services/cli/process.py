@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -28,6 +29,7 @@ class Ready:
     service: str
     address: str
     metrics: str | None
+    after_s: float  # from its start
 
 
 class ServiceProcess:
@@ -51,6 +53,7 @@ class ServiceProcess:
         self.log_path = log_path
         self.command = tuple(command)
         self.environment = dict(environment)
+        self._started_at = time.monotonic()
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -183,6 +186,7 @@ class ServiceProcess:
                 word, _, rest = line.partition(b" ")
                 if word == b"READY" and not self.ready.done():
                     said = json.loads(rest)
-                    self.ready.set_result(Ready(said["service"], said["address"], said.get("metrics")))
+                    after_s = time.monotonic() - self._started_at
+                    self.ready.set_result(Ready(said["service"], said["address"], said.get("metrics"), after_s))
         if not self.ready.done():
             self.ready.set_exception(self.failure())

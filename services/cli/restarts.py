@@ -8,6 +8,14 @@ from collections.abc import Callable
 
 MOST_RESTARTS = 3
 PERIOD_S = 60.0
+# A start that takes longer than both hangs, and is tried again.
+_SHORTEST_START_S = 60.0
+_TIMES_FIRST_START = 10.0
+
+
+def start_limit_s(first_start_s: float, longest_s: float) -> float:
+    """How long a service may take to be ready again that took `first_start_s` at first; at most `longest_s`."""
+    return min(longest_s, max(_SHORTEST_START_S, _TIMES_FIRST_START * first_start_s))
 
 
 class Restarts:
@@ -17,10 +25,11 @@ class Restarts:
         self._clock = clock
         self._times: defaultdict[str, deque[float]] = defaultdict(deque)
 
-    def allow(self, name: str) -> bool:
-        """Whether the service may be started again; then this counts as one. MOST_RESTARTS within PERIOD_S may."""
+    def allow(self, name: str, was_ready: bool) -> bool:
+        """Whether the service may be started again, that died after it `was_ready` or before; then this counts as one.
+        MOST_RESTARTS within PERIOD_S may, and as many in a row that never were ready, however long each took."""
         now, times = self._clock(), self._times[name]
-        while times and now - times[0] >= PERIOD_S:
+        while was_ready and times and now - times[0] >= PERIOD_S:
             times.popleft()
         if len(times) == MOST_RESTARTS:
             return False

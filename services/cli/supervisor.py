@@ -10,14 +10,19 @@ from services.cli.client import wait_serving
 from services.cli.errors import CliError
 from services.cli.fleet import Fleet
 from services.cli.process import ServiceProcess
-from services.cli.restarts import Restarts
+from services.cli.restarts import Restarts, start_limit_s
+
+# A service that is ready and does not serve for so long is told of.
+_SLOW_S = 30.0
+_PAUSE_S = 1.0
 
 
 class Supervisor:
     """Hears of deaths. Once `restarting` is set, it starts what died again where it was, so that the others find it.
 
     `failed` is done, with the reason, when a death is to end everything. `on_death` hears of each that is started
-    again, `on_ready` once all are ready and serve again. Nothing here blocks the loop.
+    again, `on_ready` once all are ready and serve again, however late that is, and `on_slow` of each that is ready and
+    does not serve meanwhile. Nothing here blocks the loop.
     """
 
     def __init__(
@@ -25,16 +30,18 @@ class Supervisor:
         fleet: Fleet,
         on_death: Callable[[ServiceProcess], None],
         on_ready: Callable[[], None],
-        start_timeout_s: float,
+        on_slow: Callable[[ServiceProcess], None],
+        longest_start_s: float,
     ) -> None:
-        """A service that is started again and is not ready after `start_timeout_s` is killed, which counts as its
-        death."""
+        """A service that is started again and is not ready in the time that its first start allows it, at most
+        `longest_start_s`, is killed, which counts as its death."""
         self.restarting = False
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._fleet = fleet
         self._on_death = on_death
         self._on_ready = on_ready
-        self._start_timeout_s = start_timeout_s
+        self._on_slow = on_slow
+        self._longest_start_s = longest_start_s
         self._restarts = Restarts()
         self._away: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,15 +76,17 @@ class Supervisor:
 
     async def _keep(self, process: ServiceProcess) -> None:
         """Raises when it has died and may not be started again."""
+        first = process
         await _end(process)
-        while self.restarting and self._restarts.allow(process.name):
+        while self.restarting and self._restarts.allow(process.name, process.has_been_ready):
             self._away.add(process.name)
             if self._announcement is not None:
                 self._announcement.cancel()
             self._on_death(process)
             dead, process = process, self._start_again(process)
             await asyncio.to_thread(dead.close)
-            await self._follow(process)
+            # All have been ready before anything is started again.
+            await self._follow(process, start_limit_s(first.wait_ready().after_s, self._longest_start_s))
         raise process.failure()
 
     def _start_again(self, dead: ServiceProcess) -> ServiceProcess:
@@ -86,13 +95,13 @@ class Supervisor:
         except OSError as error:
             raise CliError(f"{dead.name} could not be started again: {error}") from None
 
-    async def _follow(self, process: ServiceProcess) -> None:
+    async def _follow(self, process: ServiceProcess, limit_s: float) -> None:
         """From its start to its end."""
         end = self._run(_end(process))
         # Gathered, so that who is not ready because it died has died, and raises nothing.
         ready = asyncio.gather(asyncio.wrap_future(process.ready), return_exceptions=True)
         either: set[asyncio.Future[Any]] = {ready, end}
-        await asyncio.wait(either, timeout=self._start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if process.has_been_ready:
             self._away.discard(process.name)
             if not self._away:
@@ -103,13 +112,28 @@ class Supervisor:
 
     async def _announce(self) -> None:
         """Says that all are ready when they serve, as at the first start: until then the router may know no engine."""
-        waits = [wait_serving(process.address, self._start_timeout_s) for process in self._fleet.processes]
-        try:
-            await asyncio.gather(*waits)
-        except CliError:
-            # It died, which is heard of by itself, or it serves nothing now: then there is nothing to announce.
-            return
+        await asyncio.gather(*map(self._serves, self._fleet.processes))
         self._on_ready()
+
+    async def _serves(self, process: ServiceProcess) -> None:
+        """Comes when it serves. One that dies meanwhile is heard of by itself, which ends this."""
+        serving = asyncio.ensure_future(_serves(process.address, self._longest_start_s))
+        try:
+            await asyncio.wait({serving}, timeout=_SLOW_S)
+            if not serving.done():
+                self._on_slow(process)
+            await serving
+        finally:
+            serving.cancel()
+
+
+async def _serves(address: str, timeout_s: float) -> None:
+    """Comes when it serves, which is asked for again where the answer breaks off or takes too long."""
+    while True:
+        try:
+            return await wait_serving(address, timeout_s)
+        except CliError:
+            await asyncio.sleep(_PAUSE_S)
 
 
 async def _end(process: ServiceProcess) -> None:

@@ -133,7 +133,9 @@ class _Launcher:
         self._interrupted = False
         self._served = False
         self._loop = asyncio.get_running_loop()
-        self._supervisor = Supervisor(fleet, self._show_death, self._show_endpoints, _START_TIMEOUT_S)
+        self._supervisor = Supervisor(
+            fleet, self._show_death, self._show_endpoints, self._show_slow, longest_start_s=_START_TIMEOUT_S
+        )
         self._serving = self._loop.create_task(self._serve())
 
     async def run(self) -> None:
@@ -238,6 +240,10 @@ class _Launcher:
         is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
         why = "a program holds the router" if is_stuck else escape(str(process.failure()))
         self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
+
+    def _show_slow(self, process: ServiceProcess) -> None:
+        why = f"{process.name} is ready and does not serve yet; what it says is in {escape(str(process.log_path))}"
+        self._say(why, {"event": "waiting", "name": process.name})
 
     def _interrupt(self) -> None:
         if self._interrupted:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from services.cli import restarts
+from services.cli import restarts, supervisor
 from services.cli.client import wait_serving
+from services.cli.errors import CliError
 from services.cli.fleet import Fleet
-from services.cli.restarts import MOST_RESTARTS, PERIOD_S, Restarts
+from services.cli.process import ServiceProcess
+from services.cli.restarts import MOST_RESTARTS, PERIOD_S, Restarts, start_limit_s
 from services.cli.supervisor import Supervisor
 from tests.cli.conftest import Run
 from tests.cli.launched import (
@@ -134,37 +136,102 @@ def test_up_starts_again_what_failed_to_start_again(tmp_path: Path) -> None:
         stop_and_hear(launcher)
 
 
-async def test_what_is_not_ready_in_time_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "PERIOD_S", 3600.0)
-    deaths: list[int] = []
-    said: list[str] = []
+class Heard:
+    """What a supervisor of `fleet` says."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.deaths: list[int] = []
+        self.is_ready, self.is_slow = asyncio.Event(), asyncio.Event()
+        self.supervisor = Supervisor(fleet, self._died, self.is_ready.set, self._slow, longest_start_s=600.0)
+
+    def _died(self, process: ServiceProcess) -> None:
+        self.deaths.append(process.wait(0))
+
+    def _slow(self, process: ServiceProcess) -> None:
+        assert process.name == "engine-0"
+        self.is_slow.set()
+
+
+async def test_what_hangs_before_it_is_ready_has_died_and_ends_up_however_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "_SHORTEST_START_S", 0.1)
+    monkeypatch.setattr(restarts, "_TIMES_FIRST_START", 0.0)
+    monkeypatch.setattr(restarts, "PERIOD_S", 0.0)
     with Fleet(package=FAKES) as fleet:
-        supervisor = Supervisor(
-            fleet, lambda process: deaths.append(process.wait(0)), lambda: said.append("ready"), start_timeout_s=0.1
-        )
-        process = supervisor.watch(fleet.start_engine("engine-0", tmp_path, None))
+        heard = Heard(fleet)
+        process = heard.supervisor.watch(fleet.start_engine("engine-0", tmp_path, None))
         await asyncio.wrap_future(process.ready)
         os.mkfifo(tmp_path / "engine-0.before_ready")
-        supervisor.restarting = True
+        heard.supervisor.restarting = True
         process.kill()
-        error = await asyncio.wait_for(supervisor.failed, 120)
-        await supervisor.close()
+        error = await asyncio.wait_for(heard.supervisor.failed, 120)
+        await heard.supervisor.close()
     assert str(error) == "engine-0 ended by signal 9"
-    assert deaths == [-signal.SIGKILL] * MOST_RESTARTS
-    assert said == []
+    assert heard.deaths == [-signal.SIGKILL] * MOST_RESTARTS
+    assert not heard.is_ready.is_set()
+
+
+async def test_all_are_announced_however_late_they_serve_and_who_is_late_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_SLOW_S", 0.1)
+    pipe = tmp_path / "engine-0.before_serving"
+    with Fleet(package=FAKES) as fleet:
+        heard = Heard(fleet)
+        process = heard.supervisor.watch(fleet.start_engine("engine-0", tmp_path, None))
+        await asyncio.wrap_future(process.ready)
+        os.mkfifo(pipe)
+        heard.supervisor.restarting = True
+        process.kill()
+        await asyncio.wait_for(heard.is_slow.wait(), 120)
+        assert not heard.is_ready.is_set()
+        with pipe.open("w") as waiting:
+            waiting.write("go on")
+        await asyncio.wait_for(heard.is_ready.wait(), 120)
+        await heard.supervisor.close()
+
+
+async def test_a_look_at_who_serves_that_breaks_off_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    async def look(address: str, timeout_s: float) -> None:
+        looks.append(address)
+        if len(looks) < 3:
+            raise CliError("it broke off")
+
+    monkeypatch.setattr(supervisor, "wait_serving", look)
+    monkeypatch.setattr(supervisor, "_PAUSE_S", 0.0)
+    with Fleet(package=FAKES) as fleet:
+        heard = Heard(fleet)
+        process = heard.supervisor.watch(fleet.start_engine("engine-0", tmp_path, None))
+        await asyncio.wrap_future(process.ready)
+        heard.supervisor.restarting = True
+        process.kill()
+        await asyncio.wait_for(heard.is_ready.wait(), 120)
+        assert looks == [process.address] * 3
+        await heard.supervisor.close()
+
+
+@pytest.mark.parametrize(("first_s", "limit_s"), [(1.0, 60.0), (20.0, 200.0), (90.0, 600.0)])
+def test_a_start_has_time_by_what_the_first_one_took(first_s: float, limit_s: float) -> None:
+    assert start_limit_s(first_s, 600.0) == limit_s
 
 
 def test_restarts_are_forgotten_after_a_while() -> None:
     now = 0.0
     restarts = Restarts(lambda: now)
     for _ in range(MOST_RESTARTS):
-        assert restarts.allow("engine-0")
+        assert restarts.allow("engine-0", was_ready=True)
         now += PERIOD_S / 10
-    assert not restarts.allow("engine-0")
-    assert restarts.allow("engine-1")
+    assert not restarts.allow("engine-0", was_ready=True)
+    assert restarts.allow("engine-1", was_ready=True)
     now = PERIOD_S
-    assert restarts.allow("engine-0")
-    assert not restarts.allow("engine-0")
+    assert not restarts.allow("engine-0", was_ready=False)
+    assert restarts.allow("engine-0", was_ready=True)
+    assert not restarts.allow("engine-0", was_ready=True)
 
 
 def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, microserve: Run) -> None:
