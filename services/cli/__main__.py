@@ -1,18 +1,13 @@
-"""The entry of `microserve`: Ctrl-C ends it quietly while it is still importing the rest, which takes a second."""
+"""The entry of `microserve`, also as `python -m services.cli`."""
 
 from __future__ import annotations
 
-import sys
+from services.rpc.entry import enter
 
 
 def main() -> None:
-    """The console script, and python -m services.cli."""
-    try:
-        from services.cli.main import main as run
-
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """The console script."""
+    enter("services.cli.main")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from services.cli.errors import CliError, ServiceFailed
 from services.cli.simulate import simulate
 from services.cli.up import UpOptions, up
 from services.engine.model.catalogue import DEFAULT_MODEL
+from services.rpc.entry import raise_interrupts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,6 +101,7 @@ def up_command(
 
 def main() -> None:
     """Runs the command of sys.argv and exits with its code."""
+    raise_interrupts()
     # gRPC's core writes lines of its own about lost connections; a failed call says it already.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

@@ -23,7 +23,7 @@ def run_main(prog: str, main: Coroutine[Any, Any, None]) -> NoReturn:
         print(f"{prog}: {error}", file=sys.stderr)
         _leave(2)
     except KeyboardInterrupt:
-        # Ctrl-C before the signal handlers were in place.
+        # Ctrl-C once the signal handlers are gone again.
         raise SystemExit(130) from None
     _leave(0)
 

@@ -269,29 +269,6 @@ def test_an_interrupted_command_exits_with_130(router_address: str) -> None:
         assert (asking.returncode, err) == (130, "")
 
 
-# It presses Ctrl-C when the commands import services.cli.up.
-INTERRUPTED_IMPORT = """
-import signal, sys
-from services.cli.__main__ import main
-
-class Interrupting:
-    def find_spec(self, name, path=None, target=None):
-        if name == "services.cli.up":
-            signal.raise_signal(signal.SIGINT)
-
-sys.meta_path.insert(0, Interrupting())
-main()
-"""
-
-
-@pytest.mark.slow
-def test_interrupted_while_it_imports_it_exits_with_130() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_IMPORT], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
-
-
 def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

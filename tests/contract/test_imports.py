@@ -28,7 +28,7 @@ WIRE = [
     "rpc/status.py",
     "rpc/kv_messages.py",
     "rpc/timing_messages.py",
-    "*/__main__.py",
+    "*/process.py",
     "*/servicer.py",
     "*/convert.py",
     "*/wire.py",
@@ -96,6 +96,6 @@ def test_only_the_wire_knows_messages() -> None:
 @pytest.mark.parametrize("service", ["router", "kvtransfer", "engine"])
 def test_services_without_torch_load_none(service: str) -> None:
     """Neither by themselves nor through a library; an engine's process not before it has set torch's threads."""
-    code = f"import sys, services.{service}.__main__; print('torch' in sys.modules)"
+    code = f"import sys, services.{service}.process; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout == "False\n"

@@ -187,6 +187,6 @@ async def test_what_it_cannot_start_with_is_one_line(options: list[str], sentenc
 
 
 async def test_it_imports_without_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import services.router.__main__"
+    code = "import sys; sys.modules['torch'] = None; import services.router.process"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=ENVIRONMENT, cwd=ROOT)
     assert await process.wait() == 0

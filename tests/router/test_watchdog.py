@@ -132,7 +132,7 @@ async def test_a_program_that_cannot_be_interrupted_ends_the_process(tmp_path: P
     engine = FakeEngine(model(), "a")
     address = await engine.start()
     launcher = (
-        "import services.router.config as config, services.router.__main__ as main\n"
+        "import services.router.config as config, services.router.process as main\n"
         "config.GIVE_UP_TIMEOUT_S = 4.0\nmain.main()\n"
     )
     options = ("--engine", address, "--policy", str(path), "--policy-block-timeout", "0.2")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from services.engine.__main__ import serve
 from services.engine.config import EngineConfig
 from services.engine.loading import check_capability
 from services.engine.model.linear.form import WeightForm
+from services.engine.process import serve
 from services.rpc.config import ConfigError, read_config
 from services.rpc.errors import PortInUse, StartError
 
