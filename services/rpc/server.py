@@ -21,8 +21,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from services.rpc import reflection
 from services.rpc.bind import advertised_address, bind, check_free, server_credentials, split_address
 from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_PLUMBING = (health.SERVICE_NAME, reflection.SERVICE_NAME)
+_PLUMBING = (health.SERVICE_NAME, *reflection.NAMES)
 
 
 class Server:
@@ -92,7 +92,7 @@ class Server:
         """
         own = tuple(self._names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        reflection.enable_server_reflection((*own, *_PLUMBING), self.grpc)
+        reflection.add_reflection((*own, health.SERVICE_NAME), self.grpc)
         for name in ("", *own):
             await self._health.set(name, _NOT_SERVING)
         config = self.config

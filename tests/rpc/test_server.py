@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 
 from services.rpc.bind import split_address
@@ -41,22 +40,6 @@ async def test_health_follows_set_serving_for_service_and_server(serve: Serve) -
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await status("no.such.Service")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_reflection_lists_services_and_describes_ours(serve: Serve) -> None:
-    running = await serve()
-    stub = reflection_pb2_grpc.ServerReflectionStub(running.channel)
-    requests = [
-        reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
-    ]
-    names, description = [reply async for reply in stub.ServerReflectionInfo(iter(requests))]
-    assert {service.name for service in names.list_services_response.service} == {
-        SERVICE,
-        "grpc.health.v1.Health",
-        "grpc.reflection.v1alpha.ServerReflection",
-    }
-    assert description.file_descriptor_response.file_descriptor_proto
 
 
 async def test_port_in_use_and_foreign_address_are_named(serve: Serve) -> None:
