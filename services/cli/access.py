@@ -12,6 +12,8 @@ from services.cli.errors import UsageError
 from services.cli.key_file import find_key
 from services.rpc.bind import split_address
 from services.rpc.channel import ClientTls, make_channel
+from services.rpc.errors import StartError
+from services.rpc.tls import check_client
 
 # The router's own options, so that one variable serves `microserve up` and the commands beside it.
 KEY_VARIABLE = "MICROSERVE_ROUTER_API_KEY"
@@ -25,17 +27,14 @@ _ADMIN_METHODS = "/microserve.router.v1.AdminService/"
 
 def router_channel(address: str) -> grpc.aio.Channel:
     """A channel to the router; the caller closes it. UsageError if the address is none, or a certificate cannot be
-    read."""
+    used."""
     try:
         split_address(address)
     except ValueError as error:
         raise UsageError(f"--address {error}") from None
     client_key = _first(KEY_VARIABLE)
     operator_key = _first(ADMIN_KEY_VARIABLE) or find_key(address) or client_key
-    try:
-        return make_channel(address, _tls(), interceptors=showing(client_key, operator_key))
-    except OSError as error:
-        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
+    return make_channel(address, _tls(), interceptors=showing(client_key, operator_key))
 
 
 def _tls() -> ClientTls | None:
@@ -49,7 +48,12 @@ def _tls() -> ClientTls | None:
         if certificate is not None:
             raise UsageError(f"{CERTIFICATE_VARIABLE} needs {CA_VARIABLE}")
         return None
-    return ClientTls(ca, certificate, key)
+    tls = ClientTls(ca, certificate, key)
+    try:
+        check_client(tls)
+    except StartError as error:
+        raise UsageError(str(error)) from None
+    return tls
 
 
 def showing(client_key: str, operator_key: str) -> tuple[grpc.aio.ClientInterceptor, ...]:

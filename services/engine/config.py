@@ -139,6 +139,11 @@ class EngineConfig(ServerConfig):
         return self.threads or len(os.sched_getaffinity(0))
 
     @property
+    def kvtransfer_tls(self) -> ClientTls | None:
+        """How to reach the KV transfer service; the engine shows its own certificate. None: in clear text."""
+        return ClientTls(self.kvtransfer_ca, self.tls_cert, self.tls_key) if self.kvtransfer_ca is not None else None
+
+    @property
     def register_tls(self) -> ClientTls | None:
         """How to reach routers; the engine shows its own certificate. None: in clear text."""
         return ClientTls(self.register_ca, self.tls_cert, self.tls_key) if self.register_ca is not None else None

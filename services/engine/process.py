@@ -19,12 +19,13 @@ from services.engine.kvlink.link import KvLink
 from services.engine.metrics import LoadCollector
 from services.engine.registration import Registrar
 from services.engine.servicer import EngineServicer, TransferView
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.config import describe, parse_config
 from services.rpc.errors import StartError
 from services.rpc.log import configure
 from services.rpc.main import run_main
 from services.rpc.server import Server
+from services.rpc.tls import check_client
 
 PROG = "microserve-engine"
 SERVICE = "microserve.engine.v1.EngineService"
@@ -44,7 +45,10 @@ async def serve(config: EngineConfig) -> None:
 
     server = Server(config, "engine")
     server.watch_launcher()
-    server.check()  # before a minute of loading
+    # Before a minute of loading.
+    server.check()
+    for tls in (config.kvtransfer_tls, config.register_tls):
+        check_client(tls)
     replica = await asyncio.to_thread(load_replica, config)
     failed = False
 
@@ -70,10 +74,7 @@ async def serve(config: EngineConfig) -> None:
     link: KvLink | None = None
     channel: grpc.aio.Channel | None = None
     if config.kvtransfer is not None:
-        # The engine's own certificate proves it to a KV transfer service that asks for one.
-        ca = config.kvtransfer_ca
-        tls = ClientTls(ca, config.tls_cert, config.tls_key) if ca is not None else None
-        channel = make_channel(config.kvtransfer, tls)
+        channel = make_channel(config.kvtransfer, config.kvtransfer_tls)
         client = TransferClient(channel, replica.incarnation)
         link = KvLink(client, replica.pool_plan, lambda error: front.on_fatal(error))
     kv = replica.attached_pool(await link.start()) if link is not None else replica.private_pool()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from services.engine.attention.backend import AttentionBackend
-from services.engine.attention.factory import make_attention
+from services.engine.attention.factory import check_name, make_attention
 from services.engine.config import EngineConfig
 from services.engine.core.config import CoreConfig
 from services.engine.core.core import EngineCore
@@ -174,6 +174,10 @@ class Replica:
 
 def load_replica(config: EngineConfig) -> Replica:
     """Reads the weights, on all ranks, and sizes the pool. Raises StartError with a sentence if either cannot be."""
+    try:
+        check_name(config.attention)
+    except ValueError as error:
+        raise StartError(f"--attention: {error}") from None
     set_torch_threads(config)
     device = torch_device(config)
     gpu = _shared_gpu(config, device)

@@ -40,6 +40,7 @@ from services.router.text.store import TokenizerStore
 from services.router.traces import Traces
 from services.rpc.channel import make_channel
 from services.rpc.server import Server, ServerConfig
+from services.rpc.tls import check_client
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,11 @@ class Router:
         backoff: BackoffConfig | None = None,
         on_stuck: Callable[[], None] | None = None,
     ) -> None:
-        """BadPolicy if a program of the configuration cannot be loaded, StartError if a key cannot.
+        """BadPolicy if a program of the configuration cannot be loaded, StartError if a key or a certificate cannot.
 
         `on_stuck` is called from another thread when a program holds the event loop and cannot be interrupted.
         """
+        check_client(config.engine_tls)
         self.config = config
         self.addresses = Addresses()
         self.registry = Registry(retire_s=config.request_timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -55,16 +54,6 @@ def bind(
         return join_address(host, server.add_secure_port(listen, credentials))
     except RuntimeError as error:
         raise StartError(f"cannot listen on {listen}: {error}") from None
-
-
-def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Reads PEM files. With `client_ca` only clients signed by it get in. StartError if one is missing."""
-    try:
-        roots = client_ca.read_bytes() if client_ca else None
-        pairs = [(key.read_bytes(), cert.read_bytes())]
-    except OSError as error:
-        raise StartError(f"cannot read {error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials(pairs, root_certificates=roots, require_client_auth=roots is not None)
 
 
 def check_free(host: str, port: int) -> None:

@@ -23,12 +23,13 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.rpc import reflection
-from services.rpc.bind import advertised_address, bind, check_free, server_credentials, split_address
+from services.rpc.bind import advertised_address, bind, check_free, split_address
 from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
 from services.rpc.lifeline import Lifeline
 from services.rpc.metrics import MetricsServer
 from services.rpc.server_config import ServerConfig, server_options
+from services.rpc.tls import server_credentials
 
 __all__ = ["Server", "ServerConfig", "announce_ready"]
 

@@ -176,6 +176,7 @@ async def test_the_launchers_death_stops_it() -> None:
         (["--engine", "127.0.0.1:1", "--policy", "nope"], "no policy named 'nope'"),
         (["--engine", "127.0.0.1:1", "--policy", "missing.py"], "cannot read missing.py"),
         (["--policy", FALLBACK], "no engine can join"),
+        (["--engine", "127.0.0.1:1", "--engine-tls-ca", "/nowhere.pem"], "cannot read /nowhere.pem"),
     ],
 )
 async def test_what_it_cannot_start_with_is_one_line(options: list[str], sentence: str) -> None:

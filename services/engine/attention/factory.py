@@ -68,6 +68,12 @@ BACKENDS: dict[str, Factory] = {
 }
 
 
+def check_name(name: str | None) -> None:
+    """ValueError for a name that no backend has."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
+
+
 def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads: int = 1) -> AttentionBackend:
     """The named backend over the pool `kv`; None tries those for its device and dtype and takes the fastest.
 
@@ -79,8 +85,7 @@ def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads
     if name is None:
         candidates = {name: BACKENDS[name] for name in _candidates(kv)}
         return choose(candidates, kv, config.num_heads, num_threads)
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
+    check_name(name)
     return BACKENDS[name](kv, num_threads)
 
 

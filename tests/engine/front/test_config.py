@@ -94,3 +94,18 @@ async def test_a_taken_port_is_found_before_the_model_is_loaded(tmp_path: Path) 
         config = read("--model", str(tmp_path / "none"), "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(PortInUse):
             await serve(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--kvtransfer", "127.0.0.1:1", "--kvtransfer-ca", "/nowhere.pem"), "cannot read /nowhere.pem"),
+        (("--register", "127.0.0.1:1", "--register-ca", "/nowhere.pem"), "cannot read /nowhere.pem"),
+        (("--attention", "nope"), "--attention: unknown attention backend 'nope'"),
+    ],
+)
+async def test_what_is_wrong_is_found_before_the_model_is_loaded(
+    tmp_path: Path, options: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(StartError, match=why):
+        await serve(read("--listen", "127.0.0.1:0", "--model", str(tmp_path / "none"), *options))
