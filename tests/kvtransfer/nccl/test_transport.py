@@ -21,6 +21,7 @@ from services.kvtransfer.transports.base import Peer, PutRequest
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.staging import Staging
 from services.kvtransfer.transports.nccl import communicator
+from services.kvtransfer.transports.nccl import source as source_module
 from services.kvtransfer.transports.nccl.buffers import Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
 from services.kvtransfer.transports.nccl.link import Link
@@ -69,6 +70,7 @@ class Scene:
         self.device = FakeDevice()
         self.nccl = FakeNccl(self.device)
         self.timeout_s = PATIENCE_S
+        self.changed = asyncio.Event()
         self.source_pool = near.service._pools.find(sender.pool_id)
         self.before = receiver.memory.copy()
         buffers, staging = Buffers(self.device, BUFFER_BYTES), Staging(self.device, 100)
@@ -83,18 +85,20 @@ class Scene:
         self.transport = PullTransport(self.source, caller, b"near", "nccl 2.30.0")
         self.checked = PullTransport(self.source, caller, b"near", "nccl 2.30.0", checksums=True)
 
-    async def open(self, reservation: str = "r", attempt: int = 1, *, checksums: bool = False) -> PullLane:
-        address = to_address(await self.receiver.grant(reservation, 0, 8, TARGET))
+    async def open(
+        self, reservation: str = "r", attempt: int = 1, *, checksums: bool = False, endpoint: str = "far:1"
+    ) -> PullLane:
+        target = [4, 5] if reservation != "other" else [6, 7]
+        address = to_address(await self.receiver.grant(reservation, 0, 8, target))
         part = TokenRange(0, 8)
         request = PutRequest(
-            Peer("far:1", b"far", {"nccl": "nccl 2.30.0"}),
+            Peer(endpoint, b"far", {"nccl": "nccl 2.30.0"}),
             self.source_pool,
             tuple(PAGES),
             part,
             address,
             Claim(part, attempt, "w"),
         )
-        self.changed = asyncio.Event()
         transport = self.checked if checksums else self.transport
         lane = await transport.open(request, self.changed.set)
         assert isinstance(lane, PullLane)
@@ -350,6 +354,34 @@ async def test_a_lane_is_closed_when_its_source_is_read_no_more(scene: Scene, mo
     await asyncio.wait_for(lane.close(), PATIENCE_S)
     assert 0 in aborted
     assert not any(stream.queued for stream in scene.device.streams)
+
+
+async def _move(scene: Scene, *lanes: PullLane) -> None:
+    for lane in lanes:
+        lane.post(3)
+        await scene.layers(lane, 3)
+        assert await lane.finish() is True
+        await lane.close()
+
+
+async def test_a_receiver_that_was_replaced_costs_one_push_and_not_one_for_each_link(scene: Scene) -> None:
+    await _move(scene, await scene.open("r"), await scene.open("other"))
+    # As after a restart of the receiving service.
+    await scene.sink.close()
+    with pytest.raises(TransportFailed, match="of an earlier push is gone"):
+        await scene.open("s")
+    await scene.receiver.revoke("s")
+    await _move(scene, await scene.open("t"))
+
+
+async def test_links_to_services_that_come_and_go_are_bounded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "MAX_IDLE", 2)
+    for index in range(4):
+        await _move(scene, await scene.open(f"r{index}", endpoint=f"far:{index}"))
+    # The newest two are used again, the one used longest ago is not.
+    for index in (3, 2, 0):
+        await _move(scene, await scene.open(f"s{index}", endpoint=f"far:{index}"))
+    assert scene.nccl.log.count("unique_id") == 5
 
 
 async def test_another_version_is_not_within_reach(scene: Scene) -> None:

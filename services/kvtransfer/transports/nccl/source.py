@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,8 +19,8 @@ from services.kvtransfer.transports.nccl.library import NcclFailed
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
 from services.kvtransfer.transports.pull.fetching import Extent
 
-# Links to one service that stay connected between pushes.
-MAX_IDLE = 4
+# Links that stay connected between pushes, in all and to one service; the service used longest ago loses one first.
+MAX_IDLE, MAX_IDLE_OF_ONE = 64, 4
 # How long the end of a push waits for an abort. Beyond that the GPU is stuck, and so is what is on it.
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -42,7 +42,7 @@ class NcclSource:
         self._staging = staging
         self._new_id = new_id
         self._make_link = make_link
-        self._idle: defaultdict[str, list[Link]] = defaultdict(list)
+        self._idle: OrderedDict[str, list[Link]] = OrderedDict()  # by endpoint
         self._closing: set[asyncio.Task[None]] = set()
 
     def refuses(self, source: Pool) -> Unsupported | None:
@@ -56,32 +56,56 @@ class NcclSource:
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NcclServed, None]:
         """See SourceSide.serve."""
-        idle = self._idle[endpoint]
-        fresh = not idle
+        kept = self._take(endpoint)
         try:
             # On a thread: the first one brings the library's network up.
-            link = self._make_link(await asyncio.to_thread(self._new_id), 0) if fresh else idle.pop()
+            link = kept or self._make_link(await asyncio.to_thread(self._new_id), 0)
         except NcclFailed as error:
             raise TransportFailed(str(error)) from None
         assert pool.device_address is not None
-        served = NcclServed(self._buffers, link, pool.device_address, Offer(link.unique_id, fresh).encode())
+        served = NcclServed(self._buffers, link, pool.device_address, Offer(link.unique_id, kept is None).encode())
         try:
             yield served
+        except TransportFailed:
+            # The receiver may have been replaced: then it knows none of the others either.
+            for other in self._idle.pop(endpoint, []):
+                self._close(other)
+            raise
         finally:
-            if served.is_kept and len(idle) < MAX_IDLE:
-                idle.append(link)
+            if served.is_kept and len(self._idle.get(endpoint, ())) < MAX_IDLE_OF_ONE:
+                self._keep(endpoint, link)
             else:
-                task = asyncio.create_task(link.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
                 # A call that is under way may read the pool until it is aborted.
-                await asyncio.wait([task], timeout=_CLOSE_TIMEOUT_S)
+                await asyncio.wait([self._close(link)], timeout=_CLOSE_TIMEOUT_S)
 
     async def close(self) -> None:
         """Aborts every link."""
         links = [link for links in self._idle.values() for link in links]
         self._idle.clear()
         await asyncio.gather(*self._closing, *(link.close() for link in links))
+
+    def _take(self, endpoint: str) -> Link | None:
+        links = self._idle.pop(endpoint, [])
+        link = links.pop() if links else None
+        if links:
+            self._idle[endpoint] = links
+        return link
+
+    def _keep(self, endpoint: str, link: Link) -> None:
+        self._idle.setdefault(endpoint, []).append(link)
+        self._idle.move_to_end(endpoint)
+        if sum(len(links) for links in self._idle.values()) > MAX_IDLE:
+            oldest = next(iter(self._idle))
+            other = self._idle[oldest].pop(0)
+            if not self._idle[oldest]:
+                del self._idle[oldest]
+            self._close(other)
+
+    def _close(self, link: Link) -> asyncio.Task[None]:
+        task = asyncio.create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        return task
 
 
 class NcclServed:
