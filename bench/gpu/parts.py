@@ -12,6 +12,7 @@ import torch
 from bench.gpu.clock import median_s
 from bench.gpu.copies import Pools, copy_figures
 from bench.gpu.engine import Decoding, Engine, make_pool
+from bench.gpu.neighbour import busy_neighbour
 from bench.gpu.shapes import Shapes, random_model
 from services.engine.attention.factory import make_attention
 from services.engine.batch import ForwardBatch
@@ -134,7 +135,8 @@ class Bench:
         return {"kv_copy_gb_per_s": moved / seconds / 1e9, "kv_copy_share": 2 * moved / seconds / self.bytes_per_s}
 
     def service_copy(self) -> Figures:
-        """The same by the transfer service's own code, where there is a driver to call."""
+        """The same by the transfer service's own code, where there is a driver to call: with the GPU to itself, and
+        beside a process that computes, as beside an engine."""
         if self.device.type != "cuda":
             return {}
         shapes = self.shapes
@@ -143,7 +145,11 @@ class Bench:
         layers, pages = source.shape[:2]
         page_bytes = source[0, 0].numel() * source.element_size()
         pools = Pools(source.data_ptr(), target.data_ptr(), layers, pages, page_bytes)
-        return copy_figures(CudaDriver(self.device.index), pools, self.bytes_per_s)
+        driver = CudaDriver(self.device.index)
+        figures = copy_figures(driver, pools, self.bytes_per_s)
+        with busy_neighbour(self.device):
+            beside = copy_figures(driver, pools, self.bytes_per_s, repeats=3)
+        return figures | {key.replace("kv_copy_", "kv_copy_beside_"): value for key, value in beside.items()}
 
     def _batch_of(self, num_sequences: int, context: int, name: str) -> Figures:
         shapes = self.shapes

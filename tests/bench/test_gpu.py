@@ -15,6 +15,7 @@ from bench.gpu.__main__ import TARGETS, main, run
 from bench.gpu.copies import Pools, copy_figures
 from bench.gpu.engine import make_pool
 from bench.gpu.gaps import MarkedGraphs, Marks
+from bench.gpu.neighbour import busy_neighbour
 from bench.gpu.parts import Bench, Figures, decoding_batch
 from bench.gpu.shapes import full, random_model, tiny
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
@@ -84,6 +85,14 @@ def test_copies_of_the_transfer_service_are_measured_with_and_without_its_kernel
     pages = [library.memory(at).reshape(2, 6, 64)[1].tolist() for at in (source, target)]
     assert (pages[0] == pages[1]) == (image is not None)
     assert sorted(pages[0]) == sorted(pages[1])
+
+
+@pytest.mark.slow
+def test_a_neighbour_computes_until_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with busy_neighbour(torch.device("cpu")) as process:
+        assert process.poll() is None
+    assert process.returncode == 0
 
 
 def test_the_shapes_are_those_of_llama_8b() -> None:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 for name in ("google.rpc", "grpc_health", "grpc_reflection", "prometheus_client", "xxhash"):
     pytest.importorskip(name)  # what a transfer service needs
 
+from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
+
 from services.rpc.cuda_driver import CudaDriver
 from services.rpc.pool_client import attach_pool
 from tests.kvtransfer import process
@@ -118,13 +120,31 @@ async def _move(sender: TorchEngine, receiver: TorchEngine, reservation: str) ->
     return transport
 
 
-def test_cuda_ipc(loop: asyncio.Runner, stack: ExitStack, start: Callable[..., TorchEngine]) -> None:
-    service = ServiceProcess("--cuda-device", "0")
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ((), "by the kernel"),
+        (("--no-copy-kernel",), "run by run: --no-copy-kernel"),
+        (("--checksums",), "by the kernel"),
+    ],
+    ids=["by_the_kernel", "run_by_run", "checksums"],
+)
+def test_cuda_ipc(
+    loop: asyncio.Runner,
+    stack: ExitStack,
+    start: Callable[..., TorchEngine],
+    options: tuple[str, ...],
+    way: str,
+) -> None:
+    service = ServiceProcess("--cuda-device", "0", *options)
     stack.callback(service.kill)
     sender, receiver = start(service, "p", seed=1), start(service, "d")
     assert loop.run(_move(sender, receiver, "r")) == "cuda_ipc"
+    stats = loop.run(sender.port.call("GetStats", pb.GetStatsRequest()))
+    assert [each.note for each in stats.transports if each.name == "cuda_ipc"] == [way]
 
 
+@pytest.mark.parametrize("options", [(), ("--checksums",)], ids=["plain", "checksums"])
 @pytest.mark.parametrize("way", ["one_host", "two_hosts"])
 def test_nccl(
     loop: asyncio.Runner,
@@ -132,6 +152,7 @@ def test_nccl(
     start: Callable[..., TorchEngine],
     monkeypatch: pytest.MonkeyPatch,
     way: str,
+    options: tuple[str, ...],
 ) -> None:
     """Two ranks on one GPU: as NCCL 2.30 allows where it is told to, or as two hosts that talk over sockets."""
     services = []
@@ -141,7 +162,7 @@ def test_nccl(
         else:
             monkeypatch.setitem(process.ENVIRONMENT, "NCCL_HOSTID", node)
         monkeypatch.setitem(process.ENVIRONMENT, "NCCL_SOCKET_IFNAME", "lo")
-        services.append(ServiceProcess("--cuda-device", "0", "--nccl-library", "auto"))
+        services.append(ServiceProcess("--cuda-device", "0", "--nccl-library", "auto", *options))
         stack.callback(services[-1].kill)
     sender, receiver = start(services[0], "p", seed=1), start(services[1], "d")
     # The second time over the same communicator.
