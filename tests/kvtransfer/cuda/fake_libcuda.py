@@ -54,6 +54,9 @@ class FakeLibcuda:
         self.busy = False
         self.altered = False
         self.shares_memory = True
+        # Set when somebody waits for a stream, and what that waits for.
+        self.waited_for, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
         self._left_bytes = memory_bytes
         # Descriptor by handle; sizes by address; addresses that may be read and written.
         self._handles: dict[int, int] = {}
@@ -134,7 +137,9 @@ class FakeLibcuda:
     def do_cuStreamQuery(self, stream: int) -> int:
         return NOT_READY if self.busy else 0
 
-    def do_cuStreamSynchronize(self, stream: int) -> None: ...
+    def do_cuStreamSynchronize(self, stream: int) -> None:
+        self.waited_for.set()
+        assert self.may_end.wait(60)
 
     def do_cuMemcpyDtoDAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
         if not (self._reachable(target, num_bytes) and self._reachable(source, num_bytes)):

@@ -22,7 +22,7 @@ from services.rpc.pool_client import PoolAttachError, adopt, attach_pool
 from tests.kvtransfer.cuda.fake_libcuda import UUID, FakeLibcuda
 from tests.kvtransfer.engine import FakeEngine, Shape
 from tests.kvtransfer.oracle import expected
-from tests.kvtransfer.port import DirectPort
+from tests.kvtransfer.port import PATIENCE_S, DirectPort
 
 
 class GpuEngine(FakeEngine):
@@ -189,6 +189,33 @@ async def test_every_copy_is_checked(pair: tuple[GpuEngine, GpuEngine]) -> None:
     with pytest.raises(ServiceError) as caught:
         await push.done()
     assert caught.value.reason == "RESERVATION_GONE"
+    np.testing.assert_array_equal(receiver.memory, settled)
+
+
+@BOTH_WAYS
+async def test_a_revoke_waits_for_what_is_queued_and_nothing_comes_after_it(
+    pair: tuple[GpuEngine, GpuEngine], library: FakeLibcuda, call: str
+) -> None:
+    sender, receiver = pair
+    address = await receiver.grant("r", 0, 8, [4, 5])
+    push = sender.push(sender.order(address, 0, 8, [1, 2], ready_slot=0))
+    library.waited_for.clear()
+    library.may_end.clear()
+    sender.pool.raise_ready(0, 1)
+    assert await asyncio.to_thread(library.waited_for.wait, PATIENCE_S)
+    assert call in library.log
+    revoking = asyncio.create_task(receiver.revoke("r"))
+    await asyncio.sleep(0)  # it fences before it waits
+    assert not revoking.done()
+    library.may_end.set()
+    await asyncio.wait_for(revoking, PATIENCE_S)
+    settled = receiver.memory.copy()
+    library.log.clear()
+    sender.pool.raise_ready(0, 3)
+    with pytest.raises(ServiceError) as caught:
+        await push.done()
+    assert caught.value.reason == "RESERVATION_GONE"
+    assert call not in library.log
     np.testing.assert_array_equal(receiver.memory, settled)
 
 
