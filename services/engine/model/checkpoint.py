@@ -37,19 +37,24 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 
+    def require(self, name: str, shape: Sequence[int]) -> None:
+        """Raises ModelCorrupt, naming file and tensor, unless there is one of that shape. To be asked before memory is
+        taken for it: a configuration may claim any size."""
+        if name not in self._handles:
+            raise ModelCorrupt(f"{self._folder} lacks the tensor {name}.")
+        path, handle = self._handles[name]
+        there = tuple(handle.get_slice(name).get_shape())
+        if there != tuple(shape):
+            raise ModelCorrupt(f"{path}: the tensor {name} has shape {there} where {tuple(shape)} is needed.")
+
     def read_into(self, name: str, target: Tensor, shape: Sequence[int], part: tuple[slice, ...] = ()) -> None:
         """Copies `part` of a tensor of `shape` into `target`, converting dtype and device.
 
         Raises ModelCorrupt naming file and tensor.
         """
-        if name not in self._handles:
-            raise ModelCorrupt(f"{self._folder} lacks the tensor {name}.")
+        self.require(name, shape)
         path, handle = self._handles[name]
         tensor = _tensor(path, handle, name)
-        if tensor.shape != tuple(shape):
-            raise ModelCorrupt(
-                f"{path}: the tensor {name} has shape {tuple(tensor.shape)} where {tuple(shape)} is needed."
-            )
         if not tensor.is_floating_point():
             raise UnsupportedModel(f"{path}: the tensor {name} holds {tensor.dtype}, which this engine does not read.")
         self._unread.discard(name)
@@ -104,7 +109,9 @@ class Checkpoint:
 
     def _identify(self, name: str, tensor: Tensor) -> None:
         self._identity.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        content = tensor.contiguous().view(torch.uint8).flatten().numpy()
+        content = (
+            tensor.flatten().view(torch.uint8).numpy()
+        )  # flat first: a number by itself has no bytes to be seen as
         if content.size <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
             self._identity.update(content.tobytes())
             return
@@ -162,7 +169,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     if not isinstance(weight_map, dict):
         raise ModelCorrupt(f"{index} has no weight_map.")
     for name, file_name in weight_map.items():
-        if Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise ModelCorrupt(f"{index}: the shard {file_name!r} is not a file name.")
         shards.setdefault(folder / file_name, set()).add(name)
     for path in shards:

@@ -13,6 +13,7 @@ from services.engine.model.families import FAMILIES, FULL, SLIDING, Family
 from services.engine.model.json_fields import Fields, read_json
 from services.engine.model.rope_config import RopeConfig, rope_by_layer_type
 
+MAX_LAYERS = 4096  # far above any model, and no work to list
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -138,7 +139,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _layers(config: Mapping[str, Any], family: Family, max_context: int, path: Path) -> tuple[LayerConfig, ...]:
     """Window and positions of every layer; layer_types says which windows slide, or else the family."""
     fields = Fields(config, path)
-    num_layers = fields.count("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers", most=MAX_LAYERS)
     types = config.get("layer_types")
     if types is None:
         types = [SLIDING if family.slides(fields, layer) else FULL for layer in range(num_layers)]
@@ -160,7 +161,7 @@ def _activation(config: Mapping[str, Any], family: Family, architecture: str) ->
     """The first Gemma says "gelu" under another name and means its approximation, which is the family's default."""
     name = config.get("hidden_activation") or family.defaults.get("hidden_activation") or config.get("hidden_act")
     name = name or "silu"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModel(f"{architecture} with activation {name} is not supported.")
     return ACTIVATIONS[name]
 
@@ -170,9 +171,13 @@ def _end_tokens(
 ) -> tuple[int, ...]:
     name = "eos_token_id"
     source, path = (generation, path.with_name("generation_config.json")) if name in generation else (config, path)
-    value = source.get(name)
+    return end_tokens(source.get(name), vocab_size, str(path))
+
+
+def end_tokens(value: Any, vocab_size: int, place: str) -> tuple[int, ...]:
+    """What an eos_token_id says: null, a token or several. Raises ModelCorrupt, naming the place, for what is none."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise ModelCorrupt(f"{path}: {name} {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
+            raise ModelCorrupt(f"{place}: eos_token_id {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
     return tuple(ids)

@@ -41,17 +41,21 @@ class _Reader:
     shard: Shard
 
     def tensor(self, name: str, *shape: int) -> Tensor:
+        self.checkpoint.require(name, shape)
         target = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.checkpoint.read_into(name, target, shape)
         return target
 
     def norm(self, name: str, size: int) -> Tensor:
+        self.checkpoint.require(f"{name}.weight", (size,))
         target = torch.empty(size, dtype=torch.float32, device=self.device)
         self.checkpoint.read_into(f"{name}.weight", target, (size,))
         return target.add_(self.norm_offset)
 
     def stacked(self, prefix: str, parts: Sequence[tuple[str, int]], suffix: str, *columns: int) -> Tensor:
         """This rank's rows of several (rows, *columns) tensors, one under the other."""
+        for name, rows in parts:
+            self.checkpoint.require(f"{prefix}{name}.{suffix}", (rows, *columns))
         own = [(name, rows, self.shard.part(rows)) for name, rows in parts]
         num_rows = sum(part.stop - part.start for _, _, part in own)
         target = torch.empty((num_rows, *columns), dtype=self.dtype, device=self.device)
@@ -85,6 +89,7 @@ class _Reader:
         has_whole_blocks = part.start % BLOCK == part.stop % BLOCK == 0
         if self.maker.make_packed is not None and has_whole_blocks and self.checkpoint.is_packed([name]):
             return self.maker.make_packed(self.checkpoint.read_packed(name, (rows, columns)).inputs(part), bias)
+        self.checkpoint.require(name, (rows, columns))
         weight = torch.empty((rows, part.stop - part.start), dtype=self.dtype, device=self.device)
         self.checkpoint.read_into(name, weight, (rows, columns), (slice(None), part))
         return self.maker.make(weight, bias)

@@ -11,6 +11,14 @@ from typing import Any
 from services.engine.model.errors import ModelCorrupt
 
 
+def read_text(path: Path) -> str:
+    """The text in `path`. Raises ModelCorrupt naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelCorrupt(f"{path} cannot be read as text: {error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ModelCorrupt naming it."""
     try:
@@ -29,11 +37,11 @@ class Fields:
     values: Mapping[str, Any]
     path: Path
 
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
         """An integer, positive unless `least` is 0; null counts as missing."""
         value = self.values.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             kind = "a positive integer" if least else "an integer of at least 0"
             raise ModelCorrupt(f"{self.path}: {name} must be {kind}, not {value!r}.")
         return value
@@ -60,3 +68,10 @@ class Fields:
         if value is not None and not isinstance(value, dict):
             raise ModelCorrupt(f"{self.path}: {name} must be an object, not {value!r}.")
         return dict(value or {})
+
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """A list of JSON objects, empty if it is missing or null."""
+        value = self.values.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+            raise ModelCorrupt(f"{self.path}: {name} must be a list of objects.")
+        return list(value or ())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from services.engine.model.errors import ModelNotFound, UnsupportedModel
-from services.engine.model.json_fields import read_json
+from services.engine.model.json_fields import Fields, read_json, read_text
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -66,9 +64,9 @@ def load_tokenizer_files(folder: Path, eos_token_ids: tuple[int, ...]) -> Tokeni
         if (folder / "tokenizer.model").is_file():
             raise UnsupportedModel(f"{folder} has a tokenizer.model but no {TOKENIZER_FILE}, which this engine needs.")
         raise ModelNotFound(f"{folder} holds no {TOKENIZER_FILE}.")
-    tokenizer = read_json(path)
+    tokenizer = Fields(read_json(path), path)
     config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = Fields(read_json(config_path) if config_path.is_file() else {}, config_path)
     bos_token = _token_text(config, "bos_token")
     return TokenizerFiles(
         tokenizer_json=path.read_bytes(),
@@ -82,29 +80,30 @@ def load_tokenizer_files(folder: Path, eos_token_ids: tuple[int, ...]) -> Tokeni
     )
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(folder: Path, config: Fields) -> str | None:
     """A file of its own wins over tokenizer_config.json, which holds a text or a list of named ones."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+        return read_text(path)
+    template = config.values.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {str(entry.get("name")): entry.get("template") for entry in config.objects("chat_template")}
         template = named.get("default")
     return template if isinstance(template, str) else None
 
 
-def _token_text(config: Mapping[str, Any], name: str) -> str | None:
+def _token_text(config: Fields, name: str) -> str | None:
     """A special token is a text, or an object that holds it as `content`."""
-    token = config.get(name)
+    token = config.values.get(name)
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
-def _token_id(tokenizer: Mapping[str, Any], text: str) -> int | None:
-    for token in tokenizer.get("added_tokens") or []:
-        if token["content"] == text:
-            return int(token["id"])
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    found = vocabulary.get(text) if isinstance(vocabulary, dict) else None
-    return None if found is None else int(found)
+def _token_id(tokenizer: Fields, text: str) -> int | None:
+    for token in tokenizer.objects("added_tokens"):
+        if token.get("content") == text:
+            return Fields(token, tokenizer.path).count("id", least=0)
+    vocabulary = tokenizer.part("model").get("vocab")
+    if not isinstance(vocabulary, dict) or text not in vocabulary:
+        return None
+    return Fields(vocabulary, tokenizer.path).count(text, least=0)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -120,6 +121,26 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         _load(tmp_path)
     save_file({**weights, name: weights[name][1:].copy()}, path, metadata={"format": "pt"})
     with pytest.raises(ModelCorrupt, match=r"another shape|cannot be loaded"):
+        _load(tmp_path)
+
+
+def test_numbers_by_themselves_among_the_weights(tmp_path: Path) -> None:
+    """Pythia's files, for one, hold the masked_bias of each layer, a tensor without dimensions."""
+    save_random(tmp_path, *MODELS["gpt-neox"])
+    plain = _load(tmp_path)
+    path = tmp_path / "model.safetensors"
+    name = "gpt_neox.layers.0.attention.masked_bias"
+    save_file({**load_file(path), name: np.array(-1e9, dtype=np.float32)}, path, metadata={"format": "pt"})
+    assert _load(tmp_path).digest != plain.digest
+
+
+@pytest.mark.parametrize("token", [300, -1, "x"])
+def test_end_tokens_are_in_the_vocabulary(tmp_path: Path, token: object) -> None:
+    """One that is not would fail every step in which a request of min_tokens holds it back."""
+    save_random(tmp_path, *MODELS["olmo2"])
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, token]}))
+    with pytest.raises(ModelCorrupt, match=f"Olmo2ForCausalLM: eos_token_id {token!r} is not in the vocabulary of 300"):
         _load(tmp_path)
 
 

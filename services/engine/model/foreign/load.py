@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from services.engine.model.config import end_tokens
 from services.engine.model.errors import ModelCorrupt, ModelError, UnsupportedModel
 from services.engine.model.foreign.interface import NAME, AttentionCall, ProbeStep, computing, register
 from services.engine.model.foreign.model import ForeignConfig, ForeignModel
@@ -91,7 +92,7 @@ def _shape(model: Any, config: Any) -> ForeignConfig:
     with computing(probe):
         getattr(model, model.base_model_prefix)(input_ids=ids, position_ids=ids, use_cache=False)
     name, calls = _name(config), probe.calls
-    text = config.get_text_config()
+    text, vocab_size = config.get_text_config(), model.get_output_embeddings().weight.shape[0]
     if not calls:
         raise UnsupportedModel(f"{name} has no attention that can be replaced by one over pages.")
     if len(calls) != text.num_hidden_layers:
@@ -105,23 +106,18 @@ def _shape(model: Any, config: Any) -> ForeignConfig:
         raise UnsupportedModel(f"{name} has values and keys of different size.")
     return ForeignConfig(
         architecture=name,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         max_context=int(getattr(text, "max_position_embeddings", 2048)),
         num_layers=len(calls),
         num_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_dim,
-        eos_token_ids=_end_tokens(model),
+        eos_token_ids=end_tokens(model.generation_config.eos_token_id, vocab_size, name),
     )
 
 
 def _kv_shape(call: AttentionCall) -> tuple[int, int, int]:
     return call.num_kv_heads, call.head_dim, call.value_dim
-
-
-def _end_tokens(model: Any) -> tuple[int, ...]:
-    ends = model.generation_config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (int(ends),)
 
 
 def _name(config: Any) -> str:

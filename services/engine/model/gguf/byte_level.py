@@ -51,7 +51,7 @@ def byte_level_tokenizer(file: GgufFile, tokens: list[str]) -> Tokenizer:
     """The tokenizer without its added tokens. Raises UnsupportedModel naming an unknown splitting."""
     splitting = _splitting(file)
     merges = []
-    for merge in file.values("tokenizer.ggml.merges"):
+    for merge in file.texts("tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     try:

@@ -34,7 +34,7 @@ def transformers_config(file: GgufFile) -> dict[str, Any]:
     config = {
         "architectures": [architecture.transformers_name],
         "model_type": architecture.model_type,
-        "vocab_size": len(file.values("tokenizer.ggml.tokens")),
+        "vocab_size": len(file.texts("tokenizer.ggml.tokens")),
         "hidden_size": hidden,
         "intermediate_size": file.count(file.own("feed_forward_length")),
         "num_hidden_layers": file.count(file.own("block_count")),
@@ -70,7 +70,7 @@ def _gemma(file: GgufFile, architecture: GgufArchitecture, hidden: int, heads: i
         return gemma
     is_large = file.count(file.own("block_count")) == architecture.large_scale_layers
     return gemma | {
-        "query_pre_attn_scalar": hidden // heads if is_large else head_dim,
+        "query_pre_attn_scalar": hidden // max(1, heads) if is_large else head_dim,
         "sliding_window": file.count(file.own("attention.sliding_window")),
         "sliding_window_pattern": architecture.window_period,
         "rope_local_base_freq": file.number(file.own("rope.freq_base_swa"), 10000.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ class GgufFile:
             return default
         if isinstance(value, list):
             raise UnsupportedModel(f"{self.path} has a different {name} in each layer, which is not supported.")
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise ModelCorrupt(f"{self.path} has no number {name}.")
         return value
 
@@ -88,11 +90,28 @@ class GgufFile:
         """A number, or None."""
         return None if self.get(name) is None else self.number(name)
 
-    def values(self, name: str) -> list[Any]:
-        """A list that must be there."""
+    def texts(self, name: str) -> list[str]:
+        """A list of texts that must be there."""
+        return self._list(name, str, "texts")
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers that must be there."""
+        return self._list(name, int | float, "numbers")
+
+    def special_token(self, name: str, tokens: Sequence[str]) -> str | None:
+        """The token that the file gives a part to (bos, eos, unknown, padding), if it does. Raises ModelCorrupt if it
+        is not one of `tokens`."""
+        index = self.optional_count(f"tokenizer.ggml.{name}_token_id")
+        if index is None:
+            return None
+        if not 0 <= index < len(tokens):
+            raise ModelCorrupt(f"{self.path}: the {name} token {index} is not in its vocabulary.")
+        return tokens[index]
+
+    def _list(self, name: str, kind: Any, what: str) -> list[Any]:
         value = self.get(name)
-        if not isinstance(value, list):
-            raise ModelCorrupt(f"{self.path} has no list {name}.")
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise ModelCorrupt(f"{self.path} has no list of {what} {name}.")
         return value
 
 

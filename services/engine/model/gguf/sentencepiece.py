@@ -17,13 +17,13 @@ SPACE = "\u2581"  # stands for a space inside pieces
 
 def sentencepiece_tokenizer(file: GgufFile, tokens: list[str]) -> Tokenizer:
     """The tokenizer without its added tokens. Raises ModelCorrupt naming the file."""
-    scores = file.values("tokenizer.ggml.scores")
+    scores = file.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
         raise ModelCorrupt(f"{file.path} has {len(scores)} scores for {len(tokens)} tokens.")
-    unknown = file.count("tokenizer.ggml.unknown_token_id", 0)
+    unknown = file.special_token("unknown", tokens) or tokens[0]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = merges_by_score(tokens, scores)
-    model = BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    model = BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     with_prefix = file.get("tokenizer.ggml.add_space_prefix") is not False
     normalizers: list[Normalizer] = [Prepend(SPACE)] if with_prefix else []

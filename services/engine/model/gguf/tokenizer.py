@@ -28,7 +28,7 @@ class TokenType(IntEnum):
 
 def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     """Content by file name. Raises UnsupportedModel naming the kind of tokenizer, ModelCorrupt naming the file."""
-    tokens = file.values("tokenizer.ggml.tokens")
+    tokens = file.texts("tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise ModelCorrupt(f"{file.path} lists a token twice.")
     kind = file.text("tokenizer.ggml.model")
@@ -40,7 +40,7 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
         raise UnsupportedModel(f"The tokenizer {kind} of {file.path.name} is not supported.")
     _mark_added_tokens(file, tokenizer, tokens)
     stated = file.get("tokenizer.ggml.add_bos_token")
-    bos = _special(file, tokens, "bos")
+    bos = file.special_token("bos", tokens)
     if bos is not None and (adds_bos if stated is None else stated):
         pair = f"{bos} $A {bos}:1 $B:1"
         tokenizer.post_processor = TemplateProcessing(f"{bos} $A", pair, [(bos, tokens.index(bos))])
@@ -52,7 +52,9 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
 
 def _mark_added_tokens(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> None:
     """Control tokens are special (hidden from decoded text); user-defined ones only match before splitting."""
-    types = file.values("tokenizer.ggml.token_type") if file.get("tokenizer.ggml.token_type") else []
+    types = file.numbers("tokenizer.ggml.token_type") if file.get("tokenizer.ggml.token_type") else []
+    if len(types) > len(tokens):
+        raise ModelCorrupt(f"{file.path} has {len(types)} kinds of tokens for {len(tokens)} tokens.")
     unknown = file.optional_count("tokenizer.ggml.unknown_token_id")
     added = []
     for index, kind in enumerate(types):
@@ -63,19 +65,10 @@ def _mark_added_tokens(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) 
     tokenizer.add_tokens(added)  # at once: each call builds the search for all of them anew
 
 
-def _special(file: GgufFile, tokens: list[str], name: str) -> str | None:
-    index = file.optional_count(f"tokenizer.ggml.{name}_token_id")
-    if index is None:
-        return None
-    if not 0 <= index < len(tokens):
-        raise ModelCorrupt(f"{file.path}: the {name} token {index} is not in its vocabulary.")
-    return tokens[index]
-
-
 def _config(file: GgufFile, tokens: list[str]) -> bytes:
     """tokenizer_config.json, by which transformers too can load the folder."""
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {key: _special(file, tokens, name) for key, name in names.items()}
+    special = {key: file.special_token(name, tokens) for key, name in names.items()}
     return json.dumps(
         {
             "tokenizer_class": "PreTrainedTokenizerFast",

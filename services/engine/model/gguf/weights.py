@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.engine.model.checkpoint import PACKED_FILE, SINGLE_FILE
-from services.engine.model.errors import UnsupportedModel
+from services.engine.model.errors import ModelCorrupt, UnsupportedModel
 from services.engine.model.gguf.architectures import architecture_of
 from services.engine.model.gguf.config import OUTPUT_HEAD, ROPE_DIVISORS
 from services.engine.model.gguf.packing import is_packable, packed
@@ -61,7 +61,7 @@ class _Rows:
     """Gives rows and norms back the form that transformers means."""
 
     def __init__(self, file: GgufFile, config: dict[str, Any]) -> None:
-        self._architecture = architecture_of(file)
+        self._path, self._architecture = file.path, architecture_of(file)
         self._heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
     def in_order(self, tensor: GgufTensor, values: NDArray[Any]) -> NDArray[Any]:
@@ -70,7 +70,11 @@ class _Rows:
         num_heads = self._heads.get(layer_tensor[2]) if layer_tensor and self._architecture.is_permuted else None
         if self._architecture.norm_offset and tensor.name.endswith("norm.weight"):
             values = values - np.float32(self._architecture.norm_offset)
-        return _unpermuted(values, num_heads) if num_heads else values
+        if not num_heads:
+            return values
+        if values.shape[0] % (2 * num_heads):
+            raise ModelCorrupt(f"{self._path}: the {values.shape[0]} rows of {tensor.name} are no {num_heads} heads.")
+        return _unpermuted(values, num_heads)
 
 
 def _write(target: Path, entries: list[_Entry], arrays: Iterable[NDArray[Any]]) -> None:
