@@ -69,7 +69,11 @@ class EngineLoop:
             failure = error
         for command in (*self._taken, *self._inbox.close()):
             self._core.refuse(command, EngineStopped("The engine has stopped."))
-        self._core.stop()
+        try:
+            self._core.stop()
+        except Exception as error:  # of a state that could not be trusted: the listener answers what is left
+            _log.exception("the engine could not tell everybody of its end")
+            failure = failure or error
         if failure is not None:
             self._listener.on_fatal(failure)
 

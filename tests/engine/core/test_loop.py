@@ -128,6 +128,19 @@ def test_a_state_that_cannot_be_trusted_ends_the_loop(monkeypatch: pytest.Monkey
         assert all(output.error for output in last.values())
 
 
+def test_the_listener_hears_of_an_end_that_goes_wrong_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever the core cannot answer any more is answered by the listener, or waits for ever."""
+    with running() as (loop, listener, runner):
+
+        def broken(self: EngineCore) -> None:
+            raise AssertionError("pages do not add up")
+
+        monkeypatch.setattr(EngineCore, "stop", broken)
+        runner.fail_next = RunnerBroken("the device is lost")
+        loop.submit(start(1, 4))
+        assert isinstance(listener.fatal.get(timeout=WAIT_S), RunnerBroken)
+
+
 def test_the_thread_is_prepared_before_its_first_step() -> None:
     config, listener, seen = make_config(), Listener(), []
     runner = FakeRunner(config.num_pages, config.page_size, config.vocab_size)
