@@ -249,6 +249,8 @@ class Generations:
         """Gives everything back. Full pages are in the cache already."""
         sequence, booking = generation.sequence, generation.booking
         had_pages = booking is not None and booking.is_attached
+        if self._context.guides is not None and sequence.phase is Phase.WAITING_FOR_GUIDE:
+            self._context.guides.cancel(sequence.number)
         self._context.scheduler.remove(sequence)
         self._context.pool.release(sequence.take_pages())
         if booking is not None:

@@ -38,5 +38,8 @@ class GuidePort(Protocol):
         Raises QueueFull, and then there is no answer.
         """
 
+    def cancel(self, number: int) -> None:
+        """Nobody wants the guide of that sequence any more; what is being compiled already may still be answered."""
+
     def close(self) -> None:
         """Compiles nothing more; what has no answer yet gets none."""

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from services.engine.core.api import GuideReady
@@ -44,7 +44,7 @@ class GuideCompiler:
         self._answer = answer
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="guides")
         self._lock = threading.Lock()
-        self._num_pending = 0
+        self._pending: dict[int, Future[None]] = {}  # by the sequence's number
         self._vocabulary_lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._kept: OrderedDict[Guide, GuideMatcher] = OrderedDict()  # as used last
@@ -52,10 +52,15 @@ class GuideCompiler:
     def compile(self, number: int, guide: Guide, produced: tuple[int, ...]) -> None:
         """See GuidePort."""
         with self._lock:
-            if self._num_pending >= MAX_PENDING:
+            if len(self._pending) >= MAX_PENDING:
                 raise QueueFull(f"{MAX_PENDING} guides wait to be compiled already.", retry_delay_s=RETRY_S)
-            self._num_pending += 1
-        self._threads.submit(self._run, number, guide, produced)
+            self._pending[number] = self._threads.submit(self._run, number, guide, produced)
+
+    def cancel(self, number: int) -> None:
+        """See GuidePort."""
+        with self._lock:
+            if (waiting := self._pending.get(number)) is not None and waiting.cancel():
+                del self._pending[number]
 
     def close(self) -> None:
         """See GuidePort. What is under way ends by itself."""
@@ -71,7 +76,7 @@ class GuideCompiler:
             _log.exception("a guide could not be compiled")
             outcome = GuidesUnavailable(f"This engine cannot follow guides: {type(error).__name__}.")
         with self._lock:
-            self._num_pending -= 1
+            del self._pending[number]
         self._answer(GuideReady(number, outcome))
 
     def _compiled(self, guide: Guide) -> GuideMatcher:

@@ -261,6 +261,7 @@ def test_it_ends_while_its_guide_is_compiled(make_node: Any, ending: str) -> Non
         assert stream.error.reason == "DEADLINE_EXCEEDED"
     else:
         assert stream.finish_reason == api.FinishReason.CANCELLED
+    assert held[0].cancelled == [number for number, _, _ in held[0].asked]
     held[0].compile_all()  # too late
     engine.run()
     engine.assert_idle()

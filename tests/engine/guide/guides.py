@@ -46,19 +46,26 @@ class InstantGuides:
             outcome = api.GuideReady(number, error)
         self._answer(outcome)
 
+    def cancel(self, number: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 class HeldGuides(InstantGuides):
-    """Keeps what it is asked until `compile_all`."""
+    """Keeps what it is asked until `compile_all`; what is cancelled comes all the same, too late."""
 
     def __init__(self, folder: Path, answer: Callable[[api.Command], None]) -> None:
         super().__init__(folder, answer)
         self.asked: list[tuple[int, Guide, tuple[int, ...]]] = []
+        self.cancelled: list[int] = []
 
     def compile(self, number: int, guide: Guide, produced: tuple[int, ...]) -> None:
         self.asked.append((number, guide, produced))
+
+    def cancel(self, number: int) -> None:
+        self.cancelled.append(number)
 
     def compile_all(self) -> None:
         asked, self.asked = self.asked, []

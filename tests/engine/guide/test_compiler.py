@@ -15,6 +15,7 @@ from services.engine.guide import compiler as compiling
 from services.engine.guide import matcher as matching
 from services.engine.guide.compiler import MAX_PENDING, NUM_THREADS, GuideCompiler
 from services.engine.guide.matcher import GuideMatcher
+from services.engine.sampling.guide import Guide
 from tests.engine.guide.guides import END, VOCAB, regex
 from tests.models import make_tiny_llama
 
@@ -96,6 +97,30 @@ def test_no_more_than_so_many_wait(compiler: GuideCompiler, answers: Answers, mo
     compiler.compile(MAX_PENDING, regex("b"), ())
     assert answers.get(timeout=30).number == MAX_PENDING
     assert NUM_THREADS < MAX_PENDING
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(
+    compiler: GuideCompiler, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun, make = threading.Event(), queue.Queue[str](), matching.make_matcher
+
+    def slow(tokenizer: object, guide: Guide, vocab_size: int) -> GuideMatcher:
+        begun.put(guide.texts[0])
+        assert gate.wait(30)
+        return make(tokenizer, guide, vocab_size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matching, "make_matcher", slow)
+    for number in range(MAX_PENDING):
+        compiler.compile(number, regex(f"a{number}"), ())
+    under_way = {begun.get(timeout=30) for _ in range(NUM_THREADS)}
+    for number in range(MAX_PENDING):
+        compiler.cancel(number)
+    compiler.compile(MAX_PENDING, regex("b"), ())
+    gate.set()
+    numbers = {answers.get(timeout=30).number for _ in range(NUM_THREADS + 1)}
+    assert {f"a{number}" for number in numbers - {MAX_PENDING}} == under_way
+    assert begun.get(timeout=30) == "b"
+    assert begun.empty()
 
 
 def test_a_guide_is_compiled_once_while_it_is_kept(
