@@ -49,7 +49,8 @@ class RequestKey:
 
 def writer_id(incarnation: bytes, key: RequestKey) -> str:
     """Name of a sender's attempts at the receiver's service: this engine's incarnation and the request."""
-    return f"{incarnation.hex()}/{key.owner_id}/{key.request_id}"
+    # With its length, because an owner's name may hold anything, the separator too.
+    return f"{incarnation.hex()}/{len(key.owner_id)}/{key.owner_id}/{key.request_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from services.engine.core.account import Account
-from services.engine.core.api import RequestKey
+from services.engine.core.api import RequestKey, writer_id
 from services.engine.core.blocks import BlockChain
 from services.engine.core.draft import Draft
 from services.engine.core.faults import InjectedFault, ScriptedFaults
@@ -43,6 +43,12 @@ def test_timers_run_in_order_of_time_then_of_asking() -> None:
     timers.run_due(5.0)
     cancelled.cancel()
     assert timers.next_due() is None
+
+
+def test_no_two_requests_write_under_one_name() -> None:
+    """Names may hold any character; a shared one would let an owner end another's transfers."""
+    keys = [RequestKey("a", "b/c"), RequestKey("a/b", "c"), RequestKey("1/a", "b/c"), RequestKey("a", "1/b/c")]
+    assert len({writer_id(b"engine", key) for key in keys}) == len(keys)
 
 
 def test_blocks_in_flight_end_with_landing_or_with_their_producer() -> None:
