@@ -10,9 +10,10 @@ from typing import Any
 from services.engine.sampling.guide import Guide
 
 MAX_TEMPERATURE = 100.0
-MAX_REPETITION_PENALTY = 100.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # less would make logits infinite
 MAX_PENALTY = 2.0  # of presence and frequency, either sign
 MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 4096  # every step applies all of them
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 1024
 MAX_SEED = 2**64 - 1
@@ -78,11 +79,11 @@ class SamplingParams:
             raise InvalidSampling("top_p", "top_p must be above 0.")
         _check_int("top_k", self.top_k, 0, MAX_TOKENS)
         _check_float("min_p", self.min_p, 0, 1)
-        _check_float("repetition_penalty", self.repetition_penalty, 0, MAX_REPETITION_PENALTY)
-        if self.repetition_penalty == 0:
-            raise InvalidSampling("repetition_penalty", "repetition_penalty must be above 0.")
+        _check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _check_float("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check_float("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidSampling("logit_bias", f"logit_bias may name at most {MAX_LOGIT_BIASES} tokens.")
         for token_id, bias in self.logit_bias:
             _check_token("logit_bias", token_id, vocab_size)
             _check_float("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.sampling.params import InvalidSampling, SamplingParams
+from services.engine.sampling.params import MAX_LOGIT_BIASES, InvalidSampling, SamplingParams
 
 VOCAB_SIZE = 100
 NAN, INFINITY = float("nan"), float("inf")
@@ -22,11 +22,12 @@ NAN, INFINITY = float("nan"), float("inf")
         *(("top_p", value) for value in (0.0, -1.0, 1.01, NAN)),
         *(("top_k", value) for value in (-1, 1.5, 2**40)),
         *(("min_p", value) for value in (-0.1, 1.1, NAN)),
-        *(("repetition_penalty", value) for value in (0.0, -1.0, 101.0, NAN)),
+        *(("repetition_penalty", value) for value in (0.0, -1.0, 0.009, 1e-38, 101.0, NAN)),
         *(("presence_penalty", value) for value in (-2.1, 2.1, NAN)),
         *(("frequency_penalty", value) for value in (-2.1, 2.1, NAN)),
         *(("logit_bias", value) for value in (((100, 1.0),), ((-1, 1.0),), ((5, 101.0),), ((5, NAN),))),
         ("logit_bias", ((5, 1.0), (5, 2.0))),
+        ("logit_bias", ((5, 1.0),) * (MAX_LOGIT_BIASES + 1)),
         *(("seed", value) for value in (-1, 2**64)),
         *(("logprobs", value) for value in (-1, 21)),
         *(("stop_token_ids", value) for value in ((100,), (-1,), tuple(range(100)) * 11)),

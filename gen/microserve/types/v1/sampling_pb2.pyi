@@ -130,8 +130,8 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Only tokens at least min_p times as probable as the best. Zero is off."""
     repetition_penalty: _builtins.float
-    """Divides (positive) or multiplies (negative) the logits of tokens seen in prompt or output. Zero means 1,
-    that is off.
+    """Divides (positive) or multiplies (negative) the logits of tokens seen in prompt or output. 0.01 to 100; zero means
+    1, that is off.
     """
     presence_penalty: _builtins.float
     """Subtracted from the logits of tokens seen in the output. -2 to 2; zero is off."""
@@ -156,11 +156,11 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of single tokens, by token id. -100 to 100."""
+        """Added to the logits of single tokens, by token id. -100 to 100; at most 4096 tokens."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Generation ends when one of these is produced; the token is part of the output."""
+        """Generation ends when one of these is produced; the token is part of the output. At most 1024."""
 
     @_builtins.property
     def guide(self) -> Global___Guide:
