@@ -32,8 +32,8 @@ class PagePool:
         """Who has how many pages."""
         return self._ledger.counts()
 
-    def can_take(self, count: int) -> bool:
-        """Whether so many pages are free or in the cache without a user."""
+    def make_room(self, count: int) -> bool:
+        """Whether so many pages can be free together; then they are, evicted from the cache as needed."""
         counts = self.counts()
         if count > counts.free + counts.cached:
             return False

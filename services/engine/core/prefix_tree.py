@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class PrefixTree:
         self._nodes: dict[bytes, _Node] = {}
         self._children: dict[bytes, list[_Node]] = {}
         self._by_page: dict[int, _Node] = {}
-        self._idle: dict[int, None] = {}  # pages without a user, least recently released first
+        # Not a dict, which passes over all that have left it to find its first.
+        self._idle: OrderedDict[int, None] = OrderedDict()  # pages without a user, least recently released first
         self._change: dict[bytes, bool] = {}  # block -> stored (True) or removed (False) since the last look
 
     def match(self, chain: BlockChain, limit: int) -> PrefixMatch:

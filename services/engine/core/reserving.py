@@ -55,7 +55,7 @@ class Reserver:
         num_new = num_own + sum(1 for page in shared if page not in self._pinned)
         num_pinned = len(self._pinned) + context.pool.counts().quarantined
         owed = context.scheduler.pages_owed
-        if num_pinned + num_new > context.config.max_reserved_pages or not context.pool.can_take(num_own + owed):
+        if num_pinned + num_new > context.config.max_reserved_pages or not context.pool.make_room(num_own + owed):
             return None
         try:
             return context.pool.take(num_own)

@@ -201,7 +201,7 @@ class Scheduler:
         sequence.num_published = match.num_tokens // self._pool.page_size
         num_wanted = self._num_pages_wanted(sequence)
         num_promised = sum(self._num_pages_wanted(other) for other in self._running)
-        if self._pool.can_take(num_wanted + num_promised):
+        if self._pool.make_room(num_wanted + num_promised):
             try:
                 if not sequence.generates and sequence.num_left:
                     self._give_pages(sequence, sequence.goal, draft)
