@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from services.engine.core.api import CacheEvent, Command, UnwatchCache, WatchCache
 from services.engine.front.errors import CacheWatchBehind
+from services.engine.front.outbox import Outbox
 from services.protocol.errors import ServiceError
 
 # Changes that a reader may leave unread. One step makes at most one event, so this is seconds of work.
@@ -16,10 +17,11 @@ MAX_UNREAD_EVENTS = 1024
 
 
 class CacheWatches:
-    """All readers of one engine. Belongs to one event loop."""
+    """All readers of one engine. Belongs to the event loop of `outbox`, through which events come."""
 
-    def __init__(self, submit: Callable[[Command], None], max_unread: int = MAX_UNREAD_EVENTS) -> None:
+    def __init__(self, submit: Callable[[Command], None], outbox: Outbox, max_unread: int = MAX_UNREAD_EVENTS) -> None:
         self._submit = submit
+        self._outbox = outbox
         self._max_unread = max_unread
         self._ids = itertools.count(1)
         self._watches: set[_Watch] = set()
@@ -29,16 +31,9 @@ class CacheWatches:
         """A snapshot, then every change. Raises CacheWatchBehind when the reader is too slow."""
         if self._end is not None:
             raise self._end
-        loop = asyncio.get_running_loop()
-        watch = _Watch(self._max_unread)
-
-        def on_event(event: CacheEvent) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(watch.put, event)
-
-        watcher_id = next(self._ids)
+        watch, watcher_id = _Watch(self._max_unread), next(self._ids)
         self._watches.add(watch)
-        self._submit(WatchCache(watcher_id, on_event))
+        self._submit(WatchCache(watcher_id, lambda event: self._outbox.post(lambda: watch.put(event))))
         try:
             while True:
                 yield await watch.take()

@@ -39,7 +39,7 @@ class Front:
         self.calls = Calls(submit, on_abandoned, self._outbox)
         self.streams = Streams(submit)
         self.loads = LoadBoard(self._outbox)
-        self.cache = CacheWatches(submit)
+        self.cache = CacheWatches(submit, self._outbox)
         self._on_stopped = on_stopped
 
     def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:

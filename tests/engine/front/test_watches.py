@@ -93,7 +93,7 @@ class Watched:
 
     def __init__(self, max_unread: int) -> None:
         self.commands: list[Command] = []
-        self.watches = CacheWatches(self.commands.append, max_unread)
+        self.watches = CacheWatches(self.commands.append, Outbox(), max_unread)
 
     def tell(self, sequence: int, *, snapshot: bool = False) -> None:
         command = self.commands[0]
