@@ -150,7 +150,10 @@ class EngineConfig(ServerConfig):
 
     def _check_register(self) -> None:
         for router in self.register:
-            split_address(router)
+            try:
+                split_address(router)
+            except ValueError as error:
+                raise ValueError(f"--register: {error}") from None
         # What is bound to every address has none to tell.
         if self.register and self.advertise is None and split_address(self.listen)[0] in _WILDCARDS:
             raise ValueError("--register needs --advertise where --listen is every address")

@@ -91,10 +91,14 @@ class Replica:
         )
 
     def private_pool(self) -> torch.Tensor:
-        """A pool of this replica alone, zeroed: what rank 0 has of it."""
+        """A pool of this replica alone, zeroed: what rank 0 has of it. Raises StartError if memory is too small."""
         if self.ranks is not None:
             self.ranks.attach(self._pool_shape, None)
-        return pool_part(self._pool_shape, self.shard, self.device, self._dtype, None)
+        try:
+            return pool_part(self._pool_shape, self.shard, self.device, self._dtype, None)
+        except RuntimeError:  # torch's, for memory that it does not get
+            mib = self.layout.pool_bytes(self.num_pages) // _MIB
+            raise StartError(f"there is no memory for {self.num_pages} pages of KV, {mib} MiB: see --pages") from None
 
     def attached_pool(self, pool: AttachedPool) -> torch.Tensor:
         """What rank 0 has of the memory shared with the KV transfer service; it must not outlive the mapping."""

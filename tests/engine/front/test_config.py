@@ -11,8 +11,10 @@ from services.engine.config import EngineConfig
 from services.engine.loading import check_capability
 from services.engine.model.linear.form import WeightForm
 from services.engine.process import serve
+from services.engine.replica import load_replica
 from services.rpc.config import ConfigError, read_config
 from services.rpc.errors import PortInUse, StartError
+from tests.models import make_tiny_llama
 
 PROG = "microserve-engine"
 
@@ -61,6 +63,7 @@ def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tup
         ("--threads", "0"),
         ("--name", "n" * 129),
         ("--kvtransfer", "nowhere"),
+        ("--register", "nowhere"),
         ("--lease-default", "0"),
         ("--lease-default", "20", "--lease-max", "10"),
         ("--labels", "zone"),
@@ -87,6 +90,13 @@ def test_fault_points_are_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read("--fault-points", "step.begin=raise").fault_points == ("step.begin=raise",)
     with pytest.raises(ConfigError, match="bogus"):
         read("--fault-points", "step.begin=bogus")
+
+
+def test_a_pool_that_memory_cannot_hold_is_a_line(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model", layers=1)
+    replica = load_replica(read("--model", str(folder), "--pages", str(10**9), "--threads", "1"))
+    with pytest.raises(StartError, match=r"no memory for 1000000000 pages of KV, \d+ MiB"):
+        replica.private_pool()
 
 
 async def test_a_taken_port_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
