@@ -141,7 +141,7 @@ class Replica:
             return ParallelRunner(TorchRunner(model, attention, kv, eos_token_ids), self.ranks)
         if self.device.type == "cpu":
             return TorchRunner(model, attention, kv, eos_token_ids)
-        graphs = decode_graphs(model, kv, self.config.max_batch_size, self.limits.max_context)
+        graphs = decode_graphs(model, kv, self.config.max_batch_size, self.limits.context_limit)
         return QueuedRunner(model, attention, kv, eos_token_ids, graphs)
 
     @property
@@ -161,7 +161,7 @@ class Replica:
             layout=self.layout,
             num_pages=self.num_pages,
             vocab_size=limits.vocab_size,
-            max_context=limits.max_context,
+            max_context=limits.context_limit,
             eos_token_ids=tuple(self.model.config.eos_token_ids),
             incarnation=self.incarnation,
             max_batch_size=config.max_batch_size,

@@ -142,7 +142,7 @@ class EngineServicer(EngineServiceServicer):
             tokenizer_digest=identity.tokenizer_digest,
             layout=layout_message(identity.layout),
             page_count=identity.page_count,
-            max_context_length=identity.limits.max_context,
+            max_context_length=identity.limits.context_limit,
             vocab_size=identity.limits.vocab_size,
             kvtransfer_endpoint=transfer.endpoint,
             transports=transfer.transports,

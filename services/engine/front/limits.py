@@ -1,14 +1,12 @@
-"""The bounds that every request is held to before the loop thread sees it. Each check raises one sentence."""
+"""The bounds of names, secrets and addresses, which the loop thread never looks at. Each check raises one sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.engine.errors import BadRequest, BadSampling, EmptyPrompt, PromptTooLong, TokenOutOfRange
-from services.engine.sampling.params import InvalidSampling, SamplingParams
+from services.engine.errors import BadRequest
 from services.protocol.address import KvAddress
-from services.protocol.errors import InvalidRange, OutsideWindow
+from services.protocol.errors import OutsideWindow
 from services.protocol.hashes import DIGEST_BYTES
 from services.protocol.ranges import TokenRange
 
@@ -20,34 +18,10 @@ MAX_ATTEMPT = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine's model bounds."""
+    """What the engine's model and pool bound. See Bounds."""
 
     vocab_size: int
-    max_context: int  # tokens, prompt and output together
-
-    def check_prompt(self, tokens: Sequence[int], room_for: int = 0) -> None:
-        """EmptyPrompt, PromptTooLong if `room_for` more tokens do not fit behind it, TokenOutOfRange."""
-        if not tokens:
-            raise EmptyPrompt("The prompt holds no token.")
-        if len(tokens) + room_for > self.max_context:
-            raise PromptTooLong(
-                f"A prompt of {len(tokens)} tokens and {room_for} to generate exceed the context of "
-                f"{self.max_context} tokens."
-            )
-        self.check_tokens(tokens)
-
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        """TokenOutOfRange if one is not in the vocabulary."""
-        largest = max(tokens, default=0)
-        if largest >= self.vocab_size:
-            raise TokenOutOfRange(f"Token {largest} is not among the {self.vocab_size} tokens of the model.")
-
-    def check_sampling(self, sampling: SamplingParams) -> None:
-        """BadSampling for the first value that makes no sense."""
-        try:
-            sampling.validate(self.vocab_size)
-        except InvalidSampling as error:
-            raise BadSampling(error.sentence) from None
+    context_limit: int  # tokens, prompt and output together
 
 
 def check_name(field: str, value: str) -> None:
@@ -71,12 +45,6 @@ def check_digest(field: str, value: bytes) -> None:
     """BadRequest unless it has sixteen bytes. The value stays out of the message: it may be a secret."""
     if len(value) != DIGEST_BYTES:
         raise BadRequest(f"{field} must have {DIGEST_BYTES} bytes, not {len(value)}.")
-
-
-def check_position(field: str, value: int, length: int) -> None:
-    """InvalidRange if a position lies beyond a prompt of `length` tokens."""
-    if value > length:
-        raise InvalidRange(f"{field} is {value}, beyond the prompt of {length} tokens.")
 
 
 def check_address(address: KvAddress) -> None:

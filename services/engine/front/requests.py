@@ -13,6 +13,7 @@ from microserve.engine.v1 import engine_pb2
 
 from services.engine.convert import from_address, from_duration, from_range, from_sampling
 from services.engine.core import api
+from services.engine.core.admission import check_position, check_prompt, check_start_generate
 from services.engine.core.api import Reply, RequestKey, ReservationRef
 from services.engine.errors import BadRequest, BadSampling
 from services.engine.front.limits import (
@@ -22,10 +23,8 @@ from services.engine.front.limits import (
     check_digest,
     check_inside,
     check_name,
-    check_position,
     check_salt,
 )
-from services.protocol.errors import InvalidRange
 from services.protocol.timing import Timing
 
 T = TypeVar("T")
@@ -42,7 +41,7 @@ def to_key(owner_id: str, request_id: str) -> RequestKey:
 def to_prep_recv(request: engine_pb2.PrepRecvRequest, key: RequestKey, limits: Limits) -> Ask[api.Reserved]:
     """A PrepRecv."""
     prompt = tuple(request.prompt_token_ids)
-    limits.check_prompt(prompt)
+    check_prompt(prompt, limits)
     check_position("end", request.end, len(prompt))
     check_salt(request.cache_salt)
     lease_s = from_duration(request.lease, "lease", clip=True) if request.HasField("lease") else None
@@ -55,7 +54,7 @@ def to_remote_send(
 ) -> Ask[Timing]:
     """A RemoteSend; `deadline` is on the engine's clock."""
     prompt = tuple(request.prompt_token_ids)
-    limits.check_prompt(prompt)
+    check_prompt(prompt, limits)
     tokens = from_range(request.range)
     check_position("range.end", tokens.end, len(prompt))
     check_salt(request.cache_salt)
@@ -81,40 +80,28 @@ def to_start_generate(
     request: engine_pb2.StartGenerateRequest, limits: Limits, now: float, call_deadline: float | None
 ) -> api.StartGenerate:
     """The command of a StartGenerate, wherever it came from; times are on the engine's clock."""
-    key = to_key(request.owner_id, request.request_id)
     prompt = tuple(request.prompt_token_ids)
-    forced = tuple(request.forced_token_ids)
-    limits.check_prompt(prompt, room_for=max(1, len(forced)))
-    limits.check_tokens(forced)
-    check_position("begin", request.begin, len(prompt))
-    check_position("prompt_token_count", request.prompt_token_count, len(prompt))
     check_salt(request.cache_salt)
-    reservation = to_reservation(request.reservation) if request.HasField("reservation") else None
-    if reservation is None and request.begin:
-        raise InvalidRange("begin must be 0 without a reservation.")
-    sampling = from_sampling(request.sampling)
-    limits.check_sampling(sampling)
-    if forced and sampling.guide is not None:
-        raise BadSampling("forced_token_ids and a guide exclude each other.")
-    prompt_token_count = request.prompt_token_count or len(prompt)
-    check_position("prompt_logprobs_begin", request.prompt_logprobs_begin, prompt_token_count)
-    if sampling.max_tokens is not None and len(prompt) - prompt_token_count >= sampling.max_tokens:
-        raise BadSampling("max_tokens are there already: nothing is left to generate.")
     deadlines = [] if call_deadline is None else [call_deadline]
     if request.HasField("timeout"):
         deadlines.append(now + from_duration(request.timeout, "timeout"))
-    return api.StartGenerate(
-        key=key,
+    command = api.StartGenerate(
+        key=to_key(request.owner_id, request.request_id),
         prompt=prompt,
         begin=request.begin,
-        prompt_token_count=prompt_token_count,
-        sampling=sampling,
-        reservation=reservation,
+        prompt_token_count=request.prompt_token_count or len(prompt),
+        sampling=from_sampling(request.sampling),
+        reservation=to_reservation(request.reservation) if request.HasField("reservation") else None,
         cache_salt=request.cache_salt,
         deadline=min(deadlines, default=None),
-        forced=forced,
+        forced=tuple(request.forced_token_ids),
         prompt_logprobs_begin=request.prompt_logprobs_begin,
     )
+    check_start_generate(command, limits)
+    max_tokens = command.sampling.max_tokens
+    if max_tokens is not None and len(prompt) - command.prompt_token_count >= max_tokens:
+        raise BadSampling("max_tokens are there already: nothing is left to generate.")
+    return command
 
 
 def to_reservation(message: engine_pb2.ReservationRef) -> ReservationRef:

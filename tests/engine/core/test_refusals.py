@@ -28,7 +28,7 @@ def node(**options: Any) -> Node:
         ({"prompt": prompt_of(60), "forced": (1,) * 5}, "PROMPT_TOO_LONG"),
         ({"begin": 1}, "INVALID_RANGE"),
         ({"begin": 9}, "INVALID_RANGE"),
-        ({"prompt_token_count": 9}, "BAD_REQUEST"),
+        ({"prompt_token_count": 9}, "INVALID_RANGE"),
         ({"forced": (50,)}, "TOKEN_OUT_OF_RANGE"),
         ({"sampling": SamplingParams(temperature=-1)}, "INVALID_SAMPLING"),
         ({"reservation": api.ReservationRef("x", b"y")}, "UNKNOWN_RESERVATION"),

@@ -23,7 +23,7 @@ from services.rpc.server import Server, ServerConfig
 C = TypeVar("C", bound=Command)
 
 LAYOUT = PageLayout(layer_count=2, kv_head_count=1, head_dim=4, page_size=4, dtype=Dtype.FLOAT32)
-LIMITS = Limits(vocab_size=100, max_context=64)
+LIMITS = Limits(vocab_size=100, context_limit=64)
 OWNER = "tester"
 TOKENIZER_FILES = (("tokenizer.json", b"x" * (2 << 20)), ("special_tokens.json", b"{}"))
 
