@@ -49,6 +49,24 @@ async def test_an_engine_added_by_an_operator_gets_work() -> None:
         await new.stop()
 
 
+async def test_an_engine_at_two_addresses_counts_once() -> None:
+    async with running(1, policy="disaggregated") as suite:
+        address, other = suite.first.address, suite.first.address.replace("127.0.0.1", "localhost")
+        await suite.admin.AddEngine(admin_pb2.AddEngineRequest(address=other))
+        members = suite.router.registry.members
+        await suite.until(lambda: not members[other].problem)
+        answer = await suite.generate()
+        assert (answer.policy, [leg.engine for leg in answer.legs]) == ("data_parallel", ["a"])  # nobody to hand KV to
+        (one,) = suite.router.registry.models()
+        assert suite.router.registry.capacity(one.key).sequences == suite.first.max_batch_size
+        status = (await listed(suite))[other]
+        assert (status.healthy, status.problem) == (False, f"it is the engine at {address}")
+        await suite.admin.DrainEngine(admin_pb2.DrainEngineRequest(address=address))
+        assert not suite.router.registry.models()  # nor does it get work under its other name
+        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=address))
+        assert [leg.engine for leg in (await suite.generate()).legs] == ["a"]
+
+
 @pytest.mark.parametrize("address", ["", "nowhere", "host:0", "host:99999", "ho st:1", ":1", "h" * 300 + ":1"])
 async def test_what_is_no_address_is_refused(address: str) -> None:
     async with running(1) as suite:

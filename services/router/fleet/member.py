@@ -67,6 +67,7 @@ class Member:
         self.breaker = Breaker(address, breaker, on_open=lambda: listener.moved(self))
         self.problem = _NOT_CONTACTED  # empty while it is joined
         self.drained = False  # by an operator
+        self.duplicate_of = ""  # the address under which the same engine is in the fleet already
         self.sequences: set[Sequence] = set()  # of this router, that run there
         self._tokenizers = tokenizers
         self._listener = listener
@@ -84,7 +85,7 @@ class Member:
     @property
     def healthy(self) -> bool:
         """Whether it takes work."""
-        return not self.problem and not self.load.draining and not self.drained
+        return not (self.problem or self.duplicate_of or self.load.draining or self.drained)
 
     @property
     def is_known(self) -> bool:
@@ -100,6 +101,8 @@ class Member:
         """Why it takes no work; empty if it does."""
         if self.problem:
             return self.problem
+        if self.duplicate_of:
+            return f"it is the engine at {self.duplicate_of}"
         if self.load.draining:
             return "it is draining"
         if self.drained:

@@ -125,9 +125,11 @@ class Registry:
 
     def changed(self) -> None:
         """An engine joined or left."""
+        self._find_duplicates()
         healthy = [member for member in self.members.values() if member.healthy]
+        num_duplicates = sum(bool(member.duplicate_of) for member in self.members.values())
         ENGINES.labels("healthy").set(len(healthy))
-        ENGINES.labels("unhealthy").set(len(self.members) - len(healthy))
+        ENGINES.labels("unhealthy").set(len(self.members) - len(healthy) - num_duplicates)
         self._models = _models(healthy)
         self._known = {member.info.model.name for member in self.members.values() if member.info is not None}
         self._rosters.clear()
@@ -136,6 +138,16 @@ class Registry:
             listener()
         for listener, _ in self._on_load:
             listener()
+
+    def _find_duplicates(self) -> None:
+        """An engine at several addresses, as a name has them that resolves to IPv4 and IPv6, counts once: it has the
+        room of one engine, and cannot send KV to itself."""
+        first: dict[bytes, str] = {}
+        for member in self.members.values():
+            address = member.address
+            if not member.problem and member.info is not None and member.info.incarnation:
+                address = first.setdefault(member.info.incarnation, member.address)
+            member.duplicate_of = "" if address == member.address else address
 
     def engines(self, key: ModelKey) -> list[EngineSnapshot]:
         """Engines that take work for that model now, by address."""
