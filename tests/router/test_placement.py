@@ -117,11 +117,16 @@ def test_every_static_pattern_is_among_the_choices() -> None:
         assert costs == sorted(costs)
 
 
-def test_an_engine_without_room_comes_last() -> None:
-    engines = [snapshot("a", Load(usable_pages=3)), busy("b", 20, 50_000)]
+@pytest.mark.parametrize("usable_pages", [0, 3])
+def test_an_engine_without_room_comes_last(usable_pages: int) -> None:
+    engines = [snapshot("a", Load(usable_pages=usable_pages)), busy("b", 20, 50_000)]
     placements = Planner(CostBook(), request(), engines).placements()
     assert placements[0].decode.info.name == "b"
     assert placements[-1].decode.info.name == "a"
+
+
+def test_an_engine_that_has_not_told_of_its_pages_is_taken_to_have_some() -> None:
+    assert best([snapshot("a", Load()), busy("b", 20, 50_000)]).decode.info.name == "a"
 
 
 def test_no_engine_is_said() -> None:

@@ -256,4 +256,4 @@ class Planner:
         engine = site.engine
         pages = -(-(self._length - site.cached) // engine.info.page_size)
         doubt = 1.0 if placement.prefill is None else DOUBT
-        return (pages > engine.load.usable_pages > 0, doubt * placement.cost_s), placement
+        return (pages > engine.load.usable_pages, doubt * placement.cost_s), placement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,7 +49,7 @@ class Load:
     waiting_for_kv: int = 0
     queued_tokens: int = 0
     context_tokens: int = 0
-    usable_pages: int = 0
+    usable_pages: int = sys.maxsize  # before the first report: nothing is known to be missing
     draining: bool = False
     work: WorkDone = field(default_factory=WorkDone)
     raw: bytes = field(default=b"", repr=False)  # WatchLoadResponse as it came
