@@ -14,7 +14,8 @@ from kubernetes.aio import client
 
 from services.router.app import Router
 from services.router.config import RouterConfig
-from services.router.errors import FleetFull
+from services.router.errors import FleetFull, InvalidRequest
+from services.router.fleet import endpoint_slices
 from services.router.fleet.backoff import BackoffConfig
 from services.router.fleet.endpoint_slices import ServiceTarget, addresses_of, follow_endpoint_slices
 from services.rpc.errors import StartError
@@ -87,6 +88,14 @@ async def test_slices_are_listed_and_then_watched(tmp_path: Path, monkeypatch: p
 async def test_a_watch_that_ends_or_expires_begins_with_a_new_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    waits: list[int] = []
+    wait = endpoint_slices.Backoff.wait
+
+    async def wait_and_count(self: endpoint_slices.Backoff) -> None:
+        waits.append(1)
+        await wait(self)
+
+    monkeypatch.setattr(endpoint_slices.Backoff, "wait", wait_and_count)
     async with following(tmp_path, monkeypatch, slice_of("engines-1", {"10.0.0.1": READY})) as (api, published):
         await published.until("10.0.0.1")
         for number, end in enumerate((api.hang_up, api.expire), start=2):
@@ -95,6 +104,7 @@ async def test_a_watch_that_ends_or_expires_begins_with_a_new_list(
             api.slices["engines-1"] = slice_of("engines-1", {f"10.0.0.{number}": READY})  # nobody is told
             end()
             await published.until(f"10.0.0.{number}")
+            assert len(waits) == number - 1, "not without a pause, however often the API ends watches"
 
 
 async def test_while_the_api_fails_the_last_answer_stands(
@@ -187,7 +197,11 @@ def test_ports_are_chosen_by_name_number_or_being_alone() -> None:
     two = client.V1EndpointSlice.from_dict(slice_of("s", {"10.0.0.1": READY}, ports=both))
     assert addresses_of(two, "grpc") == ["10.0.0.1:1"]
     assert addresses_of(two, "2") == ["10.0.0.1:2"]
-    assert addresses_of(two, "") == addresses_of(two, "other") == []
+    for port in ("", "other"):  # no engine joins, and the log is to say why
+        with pytest.raises(InvalidRequest, match="port"):
+            addresses_of(two, port)
+    unused = client.V1EndpointSlice.from_dict(slice_of("s", {}, ports=None))  # of a Service that has no pod
+    assert addresses_of(unused, "grpc") == []
     six = client.V1EndpointSlice.from_dict(slice_of("s", {"fd00::1": READY}, addressType="IPv6"))
     assert addresses_of(six, "") == ["[fd00::1]:50051"]
 

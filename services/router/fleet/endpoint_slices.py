@@ -52,14 +52,16 @@ class ServiceTarget:
 
 def addresses_of(slice_: V1EndpointSlice, port: str) -> list[str]:
     """host:port of every endpoint that is ready. An endpoint of which readiness is not known counts as ready, as the
-    API says. InvalidRequest for what is no address."""
+    API says. InvalidRequest for what is no address, and where endpoints do not have one such port."""
+    if not slice_.endpoints:
+        return []
     ports = [each for each in slice_.ports or () if not port or port in (each.name, str(each.port))]
     numbers = [each.port for each in ports if each.port is not None]
     if len(numbers) != 1:
-        return []
+        raise InvalidRequest(f"{len(numbers)} of its ports are meant by {port!r}" if port else "name one of its ports")
     return [
         checked_address(join_address(host, numbers[0]))
-        for endpoint in slice_.endpoints or ()
+        for endpoint in slice_.endpoints
         if endpoint.conditions is None or endpoint.conditions.ready is not False
         for host in endpoint.addresses[:1]  # the others are the same endpoint
     ]
@@ -79,6 +81,8 @@ async def follow_endpoint_slices(
                 while True:
                     await follower.follow(client)
                     backoff.reset()
+                    # A proxy may end watches as soon as they begin: nobody is to be asked without a pause.
+                    await backoff.wait()
         # The client raises what it likes: errors of its own, of aiohttp and of pydantic.
         except Exception as error:
             fields = {"service": str(target), "error": f"{type(error).__name__}: {error}"[:500]}
