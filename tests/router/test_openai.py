@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.router.harness import PROMPT, script
+from tests.router.harness import PROMPT, model, script
 from tests.router.openai_client import USER, serving
 from tests.router.vocabularies import byte_level
 
@@ -154,6 +154,17 @@ async def test_offsets_of_tokens_are_those_of_their_text(stream: bool) -> None:
         assert (tokens[0], tokens[2][:6], tokens[-1]) == ("größe", "bytes:", "n")
 
 
+async def test_special_tokens_take_no_room_in_the_text() -> None:
+    said = byte_level().encode("one<|im_end|>two").ids
+    async with serving(fake_model=model(script=tuple(said))) as (_, client):
+        answer = await client.completions.create(model="fake", prompt="x", logprobs=1, max_tokens=99)
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None
+        assert answer.choices[0].text == "onetwo"
+        place = (logprobs.tokens or []).index("<|im_end|>")
+        assert (logprobs.text_offset or [])[place : place + 2] == [3, 3]
+
+
 async def test_echo() -> None:
     async with serving(fake_model=script(" world")) as (_, client):
         text = await client.completions.create(model="fake", prompt="hello", echo=True, n=2)
@@ -214,6 +225,19 @@ async def test_the_policy_is_chosen_by_a_header_and_the_request_named() -> None:
         )
         assert answer.headers["x-request-id"] == "mine"
         assert sum(len(engine.called("RemoteSend")) for engine in suite.engines) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_keeps_its_name_to_the_letter(stream: bool) -> None:
+    async with serving() as (suite, _):
+        reader, writer = await asyncio.open_connection(*suite.http.split(":"))
+        body = json.dumps({"prompt": "x", "stream": stream}).encode()
+        name = "X-Request-Id: größe".encode("latin-1")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n")
+        writer.write(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (name, len(body), body))
+        head, _, _ = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert name.lower() in head.lower().split(b"\r\n")
 
 
 async def test_models() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import openai
 import pytest
 
+from services.router.openai.calls import Headers, chat
+from services.router.openai.errors import Refusal
+from services.router.openai.fields import Fields
 from tests.router.openai_client import USER, serving
 from tests.router.test_http import fetch, get
 
@@ -208,3 +213,13 @@ async def test_a_path_tells_its_methods() -> None:
         with pytest.raises(openai.APIStatusError, match="this path takes POST") as caught:
             await client.get("/completions", cast_to=object)
         assert (caught.value.status_code, caught.value.response.headers["allow"]) == (405, "POST")
+
+
+def test_a_schema_of_any_depth_is_taken_or_refused() -> None:
+    """Reading and writing JSON reach their limits of depth at different schemas."""
+    limit = sys.getrecursionlimit()
+    for depth in range(limit - 200, limit + 10):
+        schema = '{"a":' * depth + "{}" + "}" * depth
+        body = f'{{"response_format": {{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}, "messages": []}}'
+        with suppress(Refusal):
+            chat(Fields.parse(body.encode()), Headers())

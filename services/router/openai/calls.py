@@ -250,4 +250,6 @@ def _schema(response_format: Fields) -> str:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:
         raise bad_value("response_format.json_schema.schema", "has a number that is too large") from None
+    except RecursionError:  # what could just be read may be too deep to be written
+        raise bad_value("response_format.json_schema.schema", "is nested too deeply") from None
     return text_of(text, "response_format.json_schema.schema")

@@ -96,8 +96,7 @@ class Generation:
             request_id=request_id,
             model=model.key.name,
             fingerprint=f"fp_{model.key.digest.hex()[:12]}",
-            spell=model.tokenizer.spell,
-            pieces=model.tokenizer.pieces,
+            tokenizer=model.tokenizer,
             wishes=Wishes(call.asks[0].sampling.logprobs, call.echo, call.prompt_logprobs),
         )
 
@@ -186,7 +185,7 @@ async def _stream(
         ("x-accel-buffering", "no"),
         *headers.items(),
     ]
-    encoded = [(name.encode(), value.encode()) for name, value in shown]
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in shown]  # as headers come
     await send({"type": "http.response.start", "status": 200, "headers": encoded})
     async with aclosing(events):
         async for event in events:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.router.openai.fields import finite
 from services.router.openai.told import Told
+from services.router.text.tokenizer import Tokenizer
 from services.router.values import FinishReason, Logprobs, TokenLogprob, Usage
 
 Json = dict[str, Any]
-Spell = Callable[[int], bytes]  # a token's bytes
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -25,10 +25,10 @@ class Offsets:
         self._decoder = _UTF8(errors="replace")
         self._num_characters = 0
 
-    def next(self, spelled: bytes) -> int:
-        """Of the next token."""
+    def next(self, added: bytes) -> int:
+        """Of the next token, which adds these bytes to the text."""
         begin = self._num_characters
-        self._num_characters += len(self._decoder.decode(spelled))
+        self._num_characters += len(self._decoder.decode(added))
         return begin
 
 
@@ -55,13 +55,12 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What completions and chats have in common. `spell` and `pieces` are the model's."""
+    """What completions and chats have in common."""
 
     request_id: str
     model: str
     fingerprint: str
-    spell: Spell
-    pieces: Callable[[Sequence[int]], Sequence[bytes]]  # of a prompt: the bytes that each token adds to its text
+    tokenizer: Tokenizer
     wishes: Wishes
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -82,7 +81,7 @@ class Shape:
 
     def _name(self, token_id: int) -> str:
         """The token's text; of one that is no text by itself, its bytes as OpenAI writes them."""
-        spelled = self.spell(token_id)
+        spelled = self.tokenizer.spell(token_id)
         try:
             return spelled.decode()
         except UnicodeDecodeError:
@@ -139,7 +138,7 @@ class ChatShape(Shape):
         return {"content": content, "refusal": None}
 
     def _token(self, token: TokenLogprob) -> Json:
-        spelled = self.spell(token.token_id)
+        spelled = self.tokenizer.spell(token.token_id)
         return {
             "token": spelled.decode(errors="replace"),
             "logprob": finite(token.logprob),
@@ -186,7 +185,7 @@ class CompletionShape(Shape):
             shown["tokens"].append(self._name(token_id))
             shown["token_logprobs"].append(finite(each.chosen.logprob))
             shown["top_logprobs"].append(self._tops((other.token_id, other.logprob) for other in each.top))
-            shown["text_offset"].append(offsets.next(self.spell(token_id)))
+            shown["text_offset"].append(offsets.next(self.tokenizer.adds(token_id)))
         return shown
 
     def _echoed(self, told: Told, offsets: Offsets, num_top: int) -> Json:
@@ -196,7 +195,7 @@ class CompletionShape(Shape):
             "tokens": [self._name(token_id) for token_id in told.token_ids],
             "token_logprobs": [None, *(logprob for logprob, _ in rated)],
             "top_logprobs": [None, *(self._tops(tops) for _, tops in rated)],
-            "text_offset": [offsets.next(piece) for piece in self.pieces(told.token_ids)],
+            "text_offset": [offsets.next(piece) for piece in self.tokenizer.pieces(told.token_ids)],
         }
 
     def _tops(self, tops: Iterable[tuple[int, float]]) -> Json:

@@ -88,6 +88,10 @@ class Tokenizer:
         special = self._special.get(token_id)
         return self._bytes[token_id] if special is None else special
 
+    def adds(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text which has begun; a special one adds none."""
+        return self._bytes[token_id]
+
     def pieces(self, token_ids: Sequence[int]) -> list[bytes]:
         """The bytes that each token of a whole sequence adds to what decode gives."""
         pieces, num_to_strip = [], self._num_stripped_spaces
