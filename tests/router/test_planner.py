@@ -109,6 +109,16 @@ async def test_a_link_gets_no_more_than_its_share() -> None:
         assert len(reply.moves) == 1
 
 
+async def test_nothing_is_kept_of_links_that_have_had_no_more_than_their_share() -> None:
+    async with running(engines=engines(), **TWICE) as suite:
+        await make_hot(suite)
+        looks = (await seen(suite, lambda reply: reply.moves)).look_count
+        await seen(suite, lambda reply: reply.look_count > looks + 2)
+        run = suite.router.planners._current
+        assert run is not None
+        assert run.mover._free_at == {}
+
+
 async def test_a_second_router_finds_what_the_first_has_moved() -> None:
     """Each sees traffic of its own, and both see the caches: the second sends nothing and wants the same homes."""
     fleet = engines("abc")

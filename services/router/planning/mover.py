@@ -73,6 +73,8 @@ class Mover:
         links: defaultdict[Link, list[Move]] = defaultdict(list)
         for move in list(moves)[:_AT_A_LOOK]:
             links[move.source.address, move.target.address].append(move)
+        # Of engines that have gone nobody asks any more.
+        self._free_at = {link: free_at for link, free_at in self._free_at.items() if free_at > now()}
         deadline = now() + limit_s
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline), asyncio.TaskGroup() as group:
