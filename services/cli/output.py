@@ -18,9 +18,11 @@ _PIPE_WIDTH = 200
 _SHOWN_MOVES = 20
 
 
-def say(text: str | Table) -> None:
-    """Prints one line with rich's markup, or a table; into a pipe nothing is wrapped at 80 columns."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(text)
+def say(text: str | Table, *, style: str = "") -> None:
+    """Prints one line, or a table, to the letter; into a pipe nothing is wrapped at 80 columns."""
+    # Markup would swallow what stands in brackets, as the hosts of IPv6 addresses do.
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    Console(highlight=False, markup=False, emoji=False, width=width).print(text, style=style)
 
 
 def print_json(value: Any) -> None:
@@ -76,7 +78,7 @@ def _print_verbs(title: str, legs: Sequence[Leg]) -> None:
         table.add_row(
             leg.verb,
             leg.engine,
-            f"[{leg.begin}, {leg.end})".replace("[", "\\["),
+            f"[{leg.begin}, {leg.end})",
             str(leg.matched),
             str(leg.transferred),
             str(leg.computed),

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from services.cli import output
 from services.cli.client import router_client, wait_serving
 from services.cli.commands import stream_answer
@@ -214,7 +212,8 @@ class _Launcher:
 
     async def _ask(self, address: str) -> None:
         quiet = self._options.json
-        self._say(f"\n[bold]{escape(self._options.question)}[/bold]")
+        if not quiet:
+            output.say(f"\n{self._options.question}", style="bold")
         async with router_client(address) as router:
             answer = await stream_answer(router, Question(self._options.question), quiet=quiet)
         if quiet:
@@ -238,7 +237,7 @@ class _Launcher:
 
     def _show_death(self, process: ServiceProcess) -> None:
         is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
-        why = "a program holds the router" if is_stuck else escape(str(process.failure()))
+        why = "a program holds the router" if is_stuck else str(process.failure())
         self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
 
     def _show_slow(self, process: ServiceProcess) -> None:
