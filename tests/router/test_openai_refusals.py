@@ -220,6 +220,8 @@ def test_a_schema_of_any_depth_is_taken_or_refused() -> None:
     limit = sys.getrecursionlimit()
     for depth in range(limit - 200, limit + 10):
         schema = '{"a":' * depth + "{}" + "}" * depth
-        body = f'{{"response_format": {{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}, "messages": []}}'
+        body = (
+            f'{{"response_format": {{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}, "messages": []}}'
+        )
         with suppress(Refusal):
             chat(Fields.parse(body.encode()), Headers())
