@@ -75,20 +75,33 @@ def test_flows_that_are_gone_are_forgotten() -> None:
     assert len(queue._heap) < 200
 
 
-def test_a_flow_that_is_forgotten_may_still_lose_an_item() -> None:
+def test_what_waits_behind_a_discarded_item_does_not_pay_for_it() -> None:
     queue: FairQueue[str] = FairQueue()
-    queue.push("impatient", 10, "first")
-    for number in range(70):
-        queue.push(f"tenant {number}", 30 if number else 9, f"item {number}")
-    queue.push("tenant 0", 1, "at 9")
-    queue.push("tenant 0", 1, "at 10")
-    queue.push("impatient", 10, "second")
-    queue.discard("first")
-    while queue.pop()[0] != "at 10":
-        pass
-    assert "impatient" not in queue._ends
-    queue.discard("second")
-    assert len(queue) == 0
+    queue.push("impatient", 1000, "large")
+    queue.push("impatient", 10, "small")
+    for number in range(3):
+        queue.push("other", 10, f"other {number}")
+    queue.discard("large")
+    queue.push("impatient", 10, "last")
+    assert drained(queue) == ["small", "other 0", "other 1", "last", "other 2"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.booleans()), max_size=40), st.integers(0, 3))
+def test_turns_are_as_if_what_is_discarded_had_never_come(pushed: list[tuple[str, int, bool]], num_taken: int) -> None:
+    queue, without = FairQueue[int](), FairQueue[int]()
+    for each in (queue, without):
+        for number in range(num_taken):
+            each.push("c", 20, -1 - number)
+        for _ in range(num_taken):
+            each.pop()
+    for number, (flow, cost, is_kept) in enumerate(pushed):
+        queue.push(flow, cost, number)
+        if is_kept:
+            without.push(flow, cost, number)
+    for number, (_, _, is_kept) in enumerate(pushed):
+        if not is_kept:
+            queue.discard(number)
+    assert [queue.pop() for _ in range(len(queue))] == [without.pop() for _ in range(len(without))]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 50)), min_size=1, max_size=60))

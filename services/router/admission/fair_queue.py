@@ -56,11 +56,14 @@ class FairQueue(Generic[Item]):
                 return entry.item, entry.cost
 
     def discard(self, item: Item) -> None:
-        """Takes out an item that does not wait any more; the flow gets its cost back."""
-        entry = self._live.pop(item, None)
-        if entry is not None:
-            if entry.flow in self._ends:  # not forgotten, as it is where an earlier item of it was discarded
-                self._ends[entry.flow] -= entry.cost
+        """Takes out an item that does not wait any more; what the flow has behind it moves up by its cost."""
+        gone = self._live.pop(item, None)
+        if gone is not None:
+            for entry in self._live.values():
+                if entry.flow == gone.flow and entry.start > gone.start:
+                    entry.start -= gone.cost
+            heapq.heapify(self._heap)
+            self._ends[gone.flow] -= gone.cost
             self._forget()
 
     def cost_before(self, flow: Hashable) -> float:
