@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from services.router.config import RouterConfig
+from services.router.errors import BadPolicy
 from services.router.metrics import ABANDONED_POLICIES
+from services.router.programs.loader import load_source
+from services.router.programs.program import POLICY, Program
 from services.router.programs.runner import RunLimits
 from tests.fakes import FakeBug, FakeError, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running, verbs
@@ -121,6 +125,24 @@ async def test_the_author_is_told_the_line(body: str, what: str, tmp_path: Path)
         with failing(*FAILED) as caught:
             await suite.generate()
         assert caught.value.message == f"policy mine {what}"
+
+
+def test_programs_that_are_loaded_again_and_again_leave_nothing_behind() -> None:
+    def load(number: int, body: str = GOOD) -> Program:
+        fields = f"    x: int = {number}\n"
+        header = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Params:\n"
+        return load_source("again", f"{header}{fields}async def policy(request, fleet, params):\n{body}", POLICY)
+
+    load(0)
+    before = set(sys.modules)
+    for number in range(3):
+        assert load(number).bind("").arguments[0].x == number
+        for bad in ("    return 1 +", "    return 1"):
+            with pytest.raises(BadPolicy):
+                load(9, bad)
+    assert set(sys.modules) == before
+    [module] = [each for name, each in sys.modules.items() if name.endswith("policy_again")]
+    assert module.Params().x == 2  # what is loaded, not what could not be
 
 
 async def test_a_program_that_ignores_its_cancellation_is_counted(

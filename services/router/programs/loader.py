@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import itertools
 import linecache
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,8 @@ from services.router.programs.program import Kind, Program
 
 MAX_SOURCE_CHARACTERS = 1 << 16
 LOAD_TIMEOUT_S = 5.0
-_MODULE_PREFIX = "microserve_policy_"
+_MODULE_PREFIX = "microserve_program_"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_numbers = itertools.count(1)
 
 
 def load_file(path: Path, kind: Kind) -> Program:
@@ -73,13 +72,18 @@ def load_source(name: str, source: str, kind: Kind, *, file: str = "") -> Progra
         raise BadPolicy(f"{name[:80]!r} is no name for a {kind.function}: lower case letters, digits and underscores")
     if len(source) > MAX_SOURCE_CHARACTERS:
         raise BadPolicy(f"{kind.function} {name} is longer than {MAX_SOURCE_CHARACTERS} characters")
-    module = _run(name, source, kind, file or f"<{kind.function} {name}>")
-    function, params_type = getattr(module, kind.function, None), getattr(module, "Params", None)
-    try:
-        params = None if params_type is None else ParamsSpec.of(params_type)
-        _check_shape(function, kind, takes_params=params is not None)
-    except Exception as error:  # checks of the program's own may raise anything
-        raise BadPolicy(f"{kind.function} {name}: {error}") from None
+    module = ModuleType(f"{_MODULE_PREFIX}{kind.function}_{name}")
+    module.__file__ = file or f"<{kind.function} {name}>"
+    with _registered(module):
+        _run(module, name, source, kind)
+        function, params_type = getattr(module, kind.function, None), getattr(module, "Params", None)
+        try:
+            params = None if params_type is None else ParamsSpec.of(params_type)
+            _check_shape(function, kind, takes_params=params is not None)
+        except Exception as error:  # checks of the program's own may raise anything
+            raise BadPolicy(f"{kind.function} {name}: {error}") from None
+    # Tracebacks look lines up there.
+    linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
     summary = (inspect.getdoc(module) or inspect.getdoc(function) or "").partition("\n")[0]
     assert function is not None
     return Program(name, summary, source, file, function, params, kind)
@@ -102,22 +106,29 @@ def failed_line(raised: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _run(name: str, source: str, kind: Kind, file: str) -> ModuleType:
-    module = ModuleType(f"{_MODULE_PREFIX}{next(_numbers)}_{name}")
-    module.__file__ = file
-    # Dataclasses look their module up, tracebacks their lines.
+@contextmanager
+def _registered(module: ModuleType) -> Iterator[None]:
+    """Dataclasses look their module up. One of each name stays, the latest that could be loaded: programs may be
+    uploaded as often as one likes."""
+    before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     try:
-        exec(compile(source, file, "exec"), module.__dict__)
+        yield
+    except BadPolicy:
+        sys.modules.pop(module.__name__, None)
+        if before is not None:
+            sys.modules[module.__name__] = before
+        raise
+
+
+def _run(module: ModuleType, name: str, source: str, kind: Kind) -> None:
+    try:
+        exec(compile(source, str(module.__file__), "exec"), module.__dict__)
     except SyntaxError as error:
-        del sys.modules[module.__name__]
         raise BadPolicy(f"{kind.function} {name}: line {error.lineno}: {error.msg}") from None
     except BaseException as error:  # also SystemExit: whatever it raises, it cannot be loaded
-        del sys.modules[module.__name__]
         raised = f"raised {type(error).__name__} while loading: {str(error)[:200]}"
         raise BadPolicy(f"{kind.function} {name} {raised}") from None
-    return module
 
 
 def _check_shape(function: Any, kind: Kind, *, takes_params: bool) -> None:
