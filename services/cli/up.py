@@ -241,7 +241,7 @@ class _Launcher:
         self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
 
     def _show_slow(self, process: ServiceProcess) -> None:
-        why = f"{process.name} is ready and does not serve yet; what it says is in {escape(str(process.log_path))}"
+        why = f"{process.name} is ready and does not serve yet; what it says is in {process.log_path}"
         self._say(why, {"event": "waiting", "name": process.name})
 
     def _interrupt(self) -> None:
