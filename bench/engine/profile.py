@@ -28,7 +28,7 @@ from services.engine.core.runner import TorchRunner
 from services.engine.kernels.team import Team
 from services.engine.model import ops_kernels
 from services.engine.model.catalogue import DEFAULT_MODEL
-from services.engine.model.linear import block_kernels
+from services.engine.model.linear import block_kernels, largest_kernels
 from services.engine.model.linear.factory import linear_maker
 from services.engine.model.linear.form import WeightForm
 from services.engine.model.loader import load_model
@@ -38,6 +38,8 @@ PAGE_SIZE, NUM_PAGES, REPEATS = 16, 1024, 15
 PARTS = {
     block_kernels.MULTIPLY_NIBBLES[1]: "linear layers",
     block_kernels.MULTIPLY_BYTES[1]: "linear layers",
+    largest_kernels.multiply_and_find: "linear layers",  # the head, as greedy decoding wants it
+    largest_kernels.choose: "linear layers",
     block_kernels.QUANTISE_ROWS[1]: "rounding rows to bytes",
     paged_kernels.write: "attention",
     paged_kernels.attend_row: "attention",
