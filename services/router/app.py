@@ -25,7 +25,7 @@ from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.front.servicer import RouterServicer
 from services.router.http import HttpServer
-from services.router.keys import KeyInterceptor, Keys, read_key
+from services.router.keys import KeyInterceptor, Keys, read_key, read_tenant_keys
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.planning.host import BUILT_IN, PlannerHost
@@ -39,6 +39,7 @@ from services.router.service import GenerationService
 from services.router.text.store import TokenizerStore
 from services.router.traces import Traces
 from services.rpc.channel import make_channel
+from services.rpc.errors import StartError
 from services.rpc.server import Server, ServerConfig
 from services.rpc.tls import check_client
 
@@ -101,12 +102,13 @@ class Router:
             admission=self.admission,
             max_request_s=config.request_timeout,
         )
-        keys = Keys(config.api_key)
-        admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else keys
+        keys = Keys(config.api_key, tenants=_tenants(config))
+        # Never those of tenants.
+        admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else Keys(config.api_key)
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
         self.server = Server(config, "router", interceptors=(guard,))
         self._front = RouterServicer(
-            service, client_timeout_s=config.client_timeout, max_message_bytes=config.max_message_bytes
+            service, keys, client_timeout_s=config.client_timeout, max_message_bytes=config.max_message_bytes
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self._front, self.server.grpc)
         shown = (self.registry, self.membership, self.catalogue, self.planners, traces)
@@ -233,6 +235,16 @@ class Router:
                 log.info("serving")
             else:
                 log.warning("no engine can serve")
+
+
+def _tenants(config: RouterConfig) -> dict[str, str]:
+    """Those of --tenant-key-file by their keys. StartError."""
+    if config.tenant_key_file is None:
+        return {}
+    tenants = read_tenant_keys(config.tenant_key_file)
+    if tenants.keys() & {*config.api_key, *config.admin_key}:
+        raise StartError(f"a key in {config.tenant_key_file} is one of --api-key or --admin-key too")
+    return tenants
 
 
 def _own_keys(config: RouterConfig) -> Keys | None:

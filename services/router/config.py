@@ -107,6 +107,10 @@ class RouterConfig(ServerConfig):
     api_key: tuple[str, ...] = field(
         default=(), metadata={"help": "key that clients must send; may be repeated; none: all may call", "secret": True}
     )
+    tenant_key_file: Path | None = field(
+        default=None,
+        metadata={"help": "file of lines TENANT KEY: a client with such a key is that tenant, whatever it says"},
+    )
     admin_key: tuple[str, ...] = field(
         default=(),
         metadata={"help": "key that AdminService wants instead of --api-key; may be repeated", "secret": True},
@@ -172,6 +176,8 @@ class RouterConfig(ServerConfig):
                 raise ValueError("an --api-key or --admin-key must be printable ASCII with no space around it")
         if self.engine_tls_name is not None and self.engine_tls_ca is None:
             raise ValueError("--engine-tls-name needs --engine-tls-ca")
+        if self.tenant_key_file is not None and not (self.api_key or self.admin_key):
+            raise ValueError("--tenant-key-file needs --admin-key: without one all could change the fleet")
         self._check_upload()
 
     @property

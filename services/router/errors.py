@@ -10,6 +10,7 @@ RouterError
 ├── RegistrationDisabled   PERMISSION_DENIED    engines do not join this router by themselves
 ├── NotAuthenticated       UNAUTHENTICATED      an engine did not prove that it may join
 ├── WrongKey               UNAUTHENTICATED      a client showed no valid API key
+├── WrongTenant            PERMISSION_DENIED    a client names another tenant than its key does
 ├── UnknownModel           NOT_FOUND
 ├── ModelRequired          INVALID_ARGUMENT     several models, and none was named
 ├── UnknownPolicy          NOT_FOUND
@@ -108,6 +109,13 @@ class WrongKey(RouterError):
 
     code = Code.UNAUTHENTICATED
     reason = "INVALID_API_KEY"
+
+
+class WrongTenant(RouterError):
+    """The client's key is a tenant's, and the request names another one."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "WRONG_TENANT"
 
 
 class UnknownModel(RouterError):

@@ -18,6 +18,7 @@ from services.router.choices import deliver_choices, generate_choices
 from services.router.errors import Draining, InvalidRequest, SlowConsumer
 from services.router.front.conversation import Conversation, Say
 from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
+from services.router.keys import Keys, shown_in
 from services.router.service import GenerationService
 from services.router.wait_limit import WaitLimit
 from services.rpc.deadline import earlier, time_left
@@ -37,8 +38,12 @@ _Session = Conversation[router_pb2.SessionOutput]
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Translates; what is done is GenerationService's."""
 
-    def __init__(self, service: GenerationService, *, client_timeout_s: float, max_message_bytes: int) -> None:
+    def __init__(
+        self, service: GenerationService, keys: Keys, *, client_timeout_s: float, max_message_bytes: int
+    ) -> None:
+        """`keys` are those that clients were asked for; here they tell whose the requests are."""
         self._service = service
+        self._keys = keys
         self._client_timeout_s = client_timeout_s
         self._max_message_bytes = max_message_bytes
         self._sessions: set[_Session] = set()
@@ -55,7 +60,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> None:
-        ask, limit = ask_of(request, _terms(context)), WaitLimit(self._client_timeout_s)
+        ask, limit = ask_of(request, self._terms(context)), WaitLimit(self._client_timeout_s)
         spelling = Spelling(self._service, ask, echo=request.echo)
         try:
             async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
@@ -88,7 +93,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         check_choices(request.request.n)
-        ask = ask_of(request.request, _terms(context))
+        ask = ask_of(request.request, self._terms(context))
         spelling = Spelling(self._service, ask, echo=request.request.echo)
         choices = [router_pb2.GenerateResponse() for _ in range(request.request.n or 1)]
         texts: list[list[str]] = [[] for _ in choices]
@@ -137,7 +142,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, session: _Session, commands: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
         """Carries commands out until no more come."""
-        terms, last_id = _terms(context), None
+        terms, last_id = self._terms(context), None
         try:
             async for command in commands:
                 match command.WhichOneof("command"):
@@ -176,16 +181,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
         await deliver_choices(self._service, ask, num_live, take, session.wait_for_room)
 
-
-def _terms(context: Context) -> Terms:
-    """As call metadata says them."""
-    said = {key: str(value) for key, value in context.invocation_metadata() or ()}
-    return Terms(
-        said.get(POLICY_METADATA, ""),
-        said.get(PRIORITY_METADATA, ""),
-        said.get(TENANT_METADATA, ""),
-        time_left(context),
-    )
+    def _terms(self, context: Context) -> Terms:
+        """As call metadata says them."""
+        metadata = context.invocation_metadata() or ()
+        said = {key: str(value) for key, value in metadata}
+        return Terms(
+            said.get(POLICY_METADATA, ""),
+            said.get(PRIORITY_METADATA, ""),
+            said.get(TENANT_METADATA, ""),
+            time_left(context),
+            self._keys.check(shown_in(metadata)),
+        )
 
 
 def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None) -> Terms:
@@ -196,4 +202,5 @@ def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None
         call.priority or stream.priority,
         call.tenant or stream.tenant,
         earlier(left_s, limit_s),
+        stream.owner,
     )

@@ -11,6 +11,7 @@ from services.protocol.errors import ServiceError
 from services.router.answering import Answer
 from services.router.asking import Ask, Chat, Prompt, Text, Tokens, new_seed
 from services.router.errors import EmptyPrompt
+from services.router.keys import tenant_of
 from services.router.prompt_logprobs import PromptLogprobs
 from services.router.service import GenerationService
 from services.router.text.template import ChatMessage
@@ -23,12 +24,14 @@ MAX_PROMPT_NUMBERS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How a request is to be served, beside what it asks for. Empty: as Ask has it."""
+    """How a request is to be served, beside what it asks for. Empty: as Ask has it. `owner`: the tenant whose key the
+    client has shown."""
 
     policy: str = ""
     priority: str = ""
     tenant: str = ""
     time_left_s: float | None = None
+    owner: str = ""
 
 
 class Spelling:
@@ -54,7 +57,7 @@ class Spelling:
 
 
 def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
-    """EmptyPrompt."""
+    """EmptyPrompt, WrongTenant."""
     is_seeded = request.seed_given or request.sampling.seed != 0
     return Ask(
         prompt=_prompt(request),
@@ -66,7 +69,7 @@ def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
         request_id=request.request_id,
         policy=terms.policy,
         priority=terms.priority,
-        tenant=terms.tenant,
+        tenant=tenant_of(terms.owner, terms.tenant),
         time_left_s=terms.time_left_s,
         prompt_only=request.prompt_only,
     )

@@ -22,7 +22,7 @@ from services.router.keys import HEADER, Keys
 from services.router.metrics import HTTP_REQUESTS
 from services.router.openai.calls import chat, completion
 from services.router.openai.errors import Refusal, refusal
-from services.router.openai.generation import ClientGone, Generation, HttpLimits
+from services.router.openai.generation import OWNER, ClientGone, Generation, HttpLimits
 from services.router.openai.shapes import ChatShape, CompletionShape
 from services.router.service import GenerationService
 
@@ -111,7 +111,7 @@ class HttpApp:
         """Refusal, WrongKey for who may not use the API, or not now. Health and metrics are open."""
         if not scope["path"].startswith(_API):
             return
-        self._keys.check(b"".join(value for name, value in scope["headers"] if name == HEADER.encode()))
+        scope[OWNER] = self._keys.check(b"".join(value for name, value in scope["headers"] if name == HEADER.encode()))
         if self._draining:
             raise Refusal(503, "the server is about to stop", "draining")
         if self._num_calls > self._max_calls:

@@ -18,6 +18,7 @@ from services.router.answering import Answer
 from services.router.choices import generate_choices, merge
 from services.router.errors import EngineLost
 from services.router.fleet.registry import Model
+from services.router.keys import tenant_of
 from services.router.openai.calls import Call, Headers
 from services.router.openai.errors import Refusal, refusal
 from services.router.openai.fields import Fields
@@ -26,6 +27,8 @@ from services.router.openai.told import Told
 from services.router.service import GenerationService
 from services.router.values import FinishReason
 
+# In a scope: the tenant whose key the client has shown, empty: no tenant's.
+OWNER = "microserve.owner"
 _BODY_TIMEOUT_S = 60.0
 _DONE = b"data: [DONE]\n\n"
 
@@ -66,7 +69,7 @@ class Generation:
             headers.get("x-microserve-policy", ""),
             headers.get("x-request-id", ""),
             headers.get("x-microserve-priority", ""),
-            headers.get("x-microserve-tenant", ""),
+            tenant_of(scope[OWNER], headers.get("x-microserve-tenant", "")),
         )
         call = self._read(Fields.parse(body), named)
         await _while_there(receive, self._answer(call, scope, receive, send))
