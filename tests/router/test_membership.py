@@ -172,6 +172,31 @@ async def test_an_operators_word_outlives_a_source_that_forgets_the_engine_for_a
         await suite.until(lambda: members[address].healthy)
 
 
+async def test_an_operators_word_stands_beside_another_one_that_comes_while_nobody_names_the_engine() -> None:
+    async with running(3) as suite:
+        drained, removed, other = (engine.address for engine in suite.engines)
+        membership, members = suite.router.membership, suite.router.registry.members
+        membership.drain(drained, True)
+        membership.remove(removed)
+        membership.publish("static", [other])
+        membership.drain(other, True)
+        membership.remove(other)
+        membership.publish("static", [drained, removed, other])
+        assert set(members) == {drained}
+        assert members[drained].drained
+
+
+async def test_only_so_many_words_of_operators_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MAX_ENGINES", 2)
+    async with running(1) as suite:
+        fleet, members = suite.router.membership, suite.router.registry.members
+        for address in ("x:1", "y:1", "z:1"):
+            fleet.add(address)
+            fleet.remove(address)
+        fleet.publish("static", ["x:1", "z:1"])
+        assert set(members) == {"x:1"}
+
+
 async def test_a_fleet_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "MAX_ENGINES", 3)
     async with running(2) as suite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from services.router.errors import FleetFull, InvalidRequest, UnknownEngine
 from services.router.fleet.member import Member
@@ -39,9 +39,9 @@ class Membership:
         self._registry = registry
         self._make_member = make_member
         self._named: dict[str, tuple[str, ...]] = {}  # by source
-        # An operator's word, which sources that forget an engine and name it again do not undo.
-        self._removed: set[str] = set()
-        self._drained: set[str] = set()
+        # An operator's word, which sources that forget an engine and name it again do not undo. The latest MAX_ENGINES.
+        self._removed: dict[str, None] = {}
+        self._drained: dict[str, None] = {}
 
     def publish(self, source: str, addresses: Collection[str]) -> None:
         """Replaces what a source names. FleetFull, and then nothing has changed."""
@@ -56,7 +56,7 @@ class Membership:
     def add(self, address: str) -> None:
         """An operator adds an engine, or takes back its removal. FleetFull, and then nothing has changed."""
         named = self._named | {ADMIN: tuple({*self._named.get(ADMIN, ()), address})}
-        removed = self._removed - {address}
+        removed = _without(self._removed, address)
         self._apply(named, removed)
         self._named, self._removed = named, removed
 
@@ -65,18 +65,15 @@ class Membership:
         it, until it is added again. UnknownEngine."""
         self._member(address)
         self._named[ADMIN] = tuple(each for each in self._named.get(ADMIN, ()) if each != address)
-        # What nobody names needs no remembering, so this cannot grow without bound.
-        self._removed = {each for each in (*self._removed, address) if self.sources(each)}
-        self._drained.discard(address)
+        self._removed = _with(self._removed, address)
+        self._drained = _without(self._drained, address)
         self._apply(self._named, self._removed)
 
     def drain(self, address: str, drained: bool, *, migrate: bool = False) -> None:
         """An operator gives an engine no new work, or gives it work again. With `migrate`, what runs there goes on
         elsewhere, if another engine serves the model. UnknownEngine."""
         member = self._member(address)
-        self._drained = {each for each in self._drained if self.sources(each)} - {address}
-        if drained:
-            self._drained.add(address)
+        self._drained = _with(self._drained, address) if drained else _without(self._drained, address)
         member.drain(drained)
         if drained and migrate and member.info is not None and self._registry.engines(member.info.model):
             member.take_sequences_away()
@@ -87,7 +84,7 @@ class Membership:
             raise UnknownEngine(f"no engine of the fleet has the address {address[:200]!r}")
         return member
 
-    def _apply(self, named: dict[str, tuple[str, ...]], removed: set[str]) -> None:
+    def _apply(self, named: dict[str, tuple[str, ...]], removed: Collection[str]) -> None:
         # A dict, because engines stay in the order in which they were named.
         wanted = {address: None for addresses in named.values() for address in addresses if address not in removed}
         if len(wanted) > MAX_ENGINES:
@@ -101,3 +98,12 @@ class Membership:
             member = self._make_member(address)
             member.drained = address in self._drained
             self._registry.add(member)
+
+
+def _without(addresses: Iterable[str], address: str) -> dict[str, None]:
+    return {each: None for each in addresses if each != address}
+
+
+def _with(addresses: Iterable[str], address: str) -> dict[str, None]:
+    """As the latest of MAX_ENGINES: so many can be meant, and more would grow without bound."""
+    return dict.fromkeys([*_without(addresses, address), address][-MAX_ENGINES:])
