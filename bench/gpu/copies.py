@@ -37,7 +37,7 @@ def copy_figures(driver: CudaDriver, pools: Pools, bytes_per_s: float, repeats: 
     print(f"pages are copied {way}", flush=True)
     device, page_bytes = CudaDevice(driver), pools.page_bytes
     places = np.random.default_rng(0).permutation(pools.page_count).tolist()
-    scattered = RunList.of((place * page_bytes, index * page_bytes, page_bytes) for index, place in enumerate(places))
+    scattered = RunList.of([(place * page_bytes, index * page_bytes, page_bytes) for index, place in enumerate(places)])
     runs, plain = RunCopier(device, 1, None), RunList.of([(0, 0, pools.layer_bytes)])
     ways = {"runs": (runs, scattered), "plain": (runs, plain)}
     if kernel is not None:

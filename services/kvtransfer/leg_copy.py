@@ -45,7 +45,7 @@ class LegCopy:
         )
         self._token_bytes = canonical_bytes(source, leg.head_count, 1)
         tables = PageTable(tokens.page_ids, source.page_size), PageTable(shard.page_ids, target.page_size)
-        self.pieces = self._plan(tokens.part, *tables, max_bytes)
+        self.pieces = plan_copies(tokens.part, *tables, self._token_bytes, max_bytes, verbatim=self._verbatim)
         self._needs_axes = any(piece.runs for piece in self.pieces)
 
     def layer(self, source_layer: int) -> LayerPair:
@@ -56,35 +56,6 @@ class LegCopy:
         theirs = layer_view(source, self._layouts[0], self._leg.source_heads)
         return LayerPair(source, target, (layer_view(target, self._layouts[1], self._leg.target_heads), theirs))
 
-    def _plan(self, part: TokenRange, source: PageTable, target: PageTable, max_bytes: int) -> list[PieceCopy]:
-        """As few pieces, as even, as whole pages allow; parts of pages, at most two, are in the first one."""
-        page_size, num_pages = source.page_size, len(source.page_ids)
-        page_bytes = page_size * self._token_bytes
-        max_pages = max_bytes // page_bytes
-        cut_first, cut_last = part.begin % page_size, part.end % page_size
-        whole = slice(1 if cut_first else 0, num_pages - 1 if cut_last else num_pages)
-        if not self._verbatim or max_pages < _MIN_PAGES_A_PIECE or whole.start >= whole.stop:
-            return [self._prepare(piece) for piece in plan_pieces(part, source, target, self._token_bytes, max_bytes)]
-        parts: list[Piece] = []
-        if cut_first:
-            begin = TokenRange(part.begin, part.begin - cut_first + page_size)
-            parts += plan_pieces(begin, source[:1], target[:1], self._token_bytes, max_bytes)
-        if cut_last:
-            end = TokenRange(part.end - cut_last, part.end)
-            parts += plan_pieces(end, source[-1:], target[-1:], self._token_bytes, max_bytes)
-        even_pages = -(-num_pages // -(-num_pages // max_pages))
-        pages = plan_pages(source[whole], target[whole], even_pages - len(parts), even_pages)
-        pieces = [PieceCopy(part, int(runs[:, 2].sum()) * page_bytes, runs, ()) for runs in pages]
-        num_bytes = pieces[0].num_bytes + sum(piece.num_bytes for piece in parts)
-        pieces[0] = PieceCopy(part, num_bytes, pieces[0].pages, tuple(run for piece in parts for run in piece.runs))
-        return pieces
-
-    def _prepare(self, piece: Piece) -> PieceCopy:
-        stored = [run for run in piece.runs if self._verbatim and run.whole]
-        pages = [(run.source_pages.start, run.target_pages.start, run.page_count) for run in stored]
-        others = tuple(run for run in piece.runs if not (self._verbatim and run.whole))
-        return PieceCopy(piece.part, piece.num_bytes, np.array(pages, np.int64).reshape(-1, 3), others)
-
 
 class PieceCopy(NamedTuple):
     """What is copied under one check, somewhere in `part`: pages as they are stored, and tokens axis by axis."""
@@ -93,6 +64,41 @@ class PieceCopy(NamedTuple):
     num_bytes: int
     pages: PageRuns
     runs: tuple[Run, ...]
+
+
+def plan_copies(
+    part: TokenRange, source: PageTable, target: PageTable, token_bytes: int, max_bytes: int, *, verbatim: bool
+) -> list[PieceCopy]:
+    """As few pieces of at most `max_bytes`, as even, as whole pages allow; parts of pages, at most two, are in the
+    first one. `verbatim`: whole pages are copied as they are stored, in the order of the source."""
+    page_size, num_pages = source.page_size, len(source.page_ids)
+    page_bytes = page_size * token_bytes
+    max_pages = max_bytes // page_bytes
+    cut_first, cut_last = part.begin % page_size, part.end % page_size
+    whole = slice(1 if cut_first else 0, num_pages - 1 if cut_last else num_pages)
+    if not verbatim or max_pages < _MIN_PAGES_A_PIECE or whole.start >= whole.stop:
+        pieces = plan_pieces(part, source, target, token_bytes, max_bytes)
+        return [_piece_copy(piece, verbatim=verbatim) for piece in pieces]
+    parts: list[Piece] = []
+    if cut_first:
+        begin = TokenRange(part.begin, part.begin - cut_first + page_size)
+        parts += plan_pieces(begin, source[:1], target[:1], token_bytes, max_bytes)
+    if cut_last:
+        end = TokenRange(part.end - cut_last, part.end)
+        parts += plan_pieces(end, source[-1:], target[-1:], token_bytes, max_bytes)
+    even_pages = -(-num_pages // -(-num_pages // max_pages))
+    pages = plan_pages(source[whole], target[whole], even_pages - len(parts), even_pages)
+    copies = [PieceCopy(part, int(runs[:, 2].sum()) * page_bytes, runs, ()) for runs in pages]
+    num_bytes = copies[0].num_bytes + sum(piece.num_bytes for piece in parts)
+    copies[0] = PieceCopy(part, num_bytes, copies[0].pages, tuple(run for piece in parts for run in piece.runs))
+    return copies
+
+
+def _piece_copy(piece: Piece, *, verbatim: bool) -> PieceCopy:
+    stored = [run for run in piece.runs if verbatim and run.whole]
+    pages = [(run.source_pages.start, run.target_pages.start, run.page_count) for run in stored]
+    others = tuple(run for run in piece.runs if not (verbatim and run.whole))
+    return PieceCopy(piece.part, piece.num_bytes, np.array(pages, np.int64).reshape(-1, 3), others)
 
 
 class LayerPair(NamedTuple):

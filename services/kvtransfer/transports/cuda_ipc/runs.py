@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.kvtransfer.leg_copy import PieceCopy
 from services.kvtransfer.plan import Run, spans
 from services.protocol.layout import PageLayout
 
@@ -26,9 +27,9 @@ class RunList:
     tiles: Rows
 
     @classmethod
-    def of(cls, runs: Iterable[tuple[int, int, int]]) -> RunList:
+    def of(cls, runs: Rows | Sequence[tuple[int, int, int]]) -> RunList:
         """(offset behind the target, offset behind the source, bytes) each."""
-        rows = np.array(list(runs), np.int64).reshape(-1, 3)
+        rows = np.asarray(runs, np.int64).reshape(-1, 3)
         return cls(rows, _tiles(rows))
 
     @property
@@ -45,16 +46,17 @@ class RunList:
         return [(base + offset, num_bytes) for _, offset, num_bytes in self.runs.tolist()]
 
 
-def pool_runs(runs: Sequence[Run], layout: PageLayout, source_page_count: int, target_page_count: int) -> RunList:
-    """From the source side of `runs` in a layer of one pool to the target side in a layer of another, whose pages are
-    arranged alike; behind the beginnings of the layers."""
+def piece_runs(piece: PieceCopy, layout: PageLayout, source_page_count: int, target_page_count: int) -> RunList:
+    """A piece of what goes from a layer of one pool to a layer of another, whose pages are arranged alike; behind the
+    beginnings of the layers."""
     rows = []
-    for run in runs:
+    for run in piece.runs:
         sources = spans(0, run.source_pages, run.source_tokens, layout, source_page_count)
         targets = spans(0, run.target_pages, run.target_tokens, layout, target_page_count)
         for (source, num_bytes), (target, _) in zip(sources, targets, strict=True):
             rows.append((target, source, num_bytes))
-    return RunList.of(rows)
+    pages = piece.pages[:, [1, 0, 2]] * layout.layer_page_bytes
+    return RunList.of(np.concatenate((pages, np.array(rows, np.int64).reshape(-1, 3))))
 
 
 def scatter_runs(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int) -> RunList:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from services.kvtransfer.copier import Copier
 from services.kvtransfer.errors import ChecksumMismatch
 from services.kvtransfer.landing import Landing, Landings, LandingShard
-from services.kvtransfer.leg_copy import SourceTokens
-from services.kvtransfer.plan import PageTable, plan_pieces
+from services.kvtransfer.leg_copy import SourceTokens, plan_copies
+from services.kvtransfer.plan import PageTable
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, Reach, Unsupported
 from services.kvtransfer.transports.cuda_ipc.gpu import Gpu
-from services.kvtransfer.transports.cuda_ipc.runs import RunList, pool_runs
+from services.kvtransfer.transports.cuda_ipc.runs import RunList, piece_runs
 from services.kvtransfer.transports.shm import ShmLane, ShmTransport
 from services.protocol.address import KvAddress
 from services.protocol.extents import Leg
@@ -86,10 +86,9 @@ class _GpuCopy:
         self._source, self._leg = tokens.pool, leg
         layout, counts = tokens.pool.shape.layout, (tokens.pool.shape.page_count, shard.pool.shape.page_count)
         source, target = (PageTable(page_ids, layout.page_size) for page_ids in (tokens.page_ids, shard.page_ids))
-        pieces = plan_pieces(tokens.part, source, target, layout.layer_page_bytes // layout.page_size, max_bytes)
-        self.pieces = [
-            _GpuPiece(piece.part, piece.num_bytes, pool_runs(piece.runs, layout, *counts)) for piece in pieces
-        ]
+        token_bytes = layout.layer_page_bytes // layout.page_size
+        pieces = plan_copies(tokens.part, source, target, token_bytes, max_bytes, verbatim=True)
+        self.pieces = [_GpuPiece(piece.part, piece.num_bytes, piece_runs(piece, layout, *counts)) for piece in pieces]
 
     def layer(self, source_layer: int) -> _Layer:
         """See Way.layer."""
