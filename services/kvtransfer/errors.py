@@ -86,7 +86,7 @@ class NoDevice(KvTransferError):
 
 
 class DeviceFailed(KvTransferError):
-    """The GPU or its driver refused a copy. The service must be restarted if that goes on."""
+    """The GPU or its driver refused a copy. A service whose GPU fails as a whole ends."""
 
     code = Code.UNAVAILABLE
     reason = "DEVICE_FAILED"

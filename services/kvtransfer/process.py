@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 
@@ -10,6 +11,7 @@ from microserve.kvtransfer.v1.peer_pb2_grpc import add_KvPeerServiceServicer_to_
 from prometheus_client import REGISTRY
 
 from services.kvtransfer.config import KvTransferConfig
+from services.kvtransfer.errors import DeviceFailed
 from services.kvtransfer.peer_client import PeerClient
 from services.kvtransfer.service import KvTransfer
 from services.kvtransfer.servicer import KvTransferServicer
@@ -27,9 +29,12 @@ log = logging.getLogger("services.kvtransfer")
 
 
 async def serve(config: KvTransferConfig) -> None:
-    """Serves until it is told to stop, then drains."""
+    """Serves until it is told to stop, then drains. Raises DeviceFailed when its GPU fails as a whole: engines keep
+    their pools and hand them to the next process, which can do what this one cannot any more."""
     server = Server(config, "kvtransfer")
     service = KvTransfer(config, lambda: server.advertised, PeerClient(config.peer_tls).ask, REGISTRY)
+    losing = asyncio.create_task(service.lost())
+    losing.add_done_callback(lambda _: server.request_stop(grace_s=0))
     try:
         add_KvTransferServiceServicer_to_server(KvTransferServicer(service), server.grpc)
         add_KvPeerServiceServicer_to_server(KvPeerServicer(service.pull_sessions, service.pull_probes), server.grpc)
@@ -39,7 +44,10 @@ async def serve(config: KvTransferConfig) -> None:
         log.info("serving", extra={"fields": describe(config)})
         server.announce()
         await server.run(on_drain=service.drain)
+        if losing.done():
+            raise DeviceFailed(f"the GPU is lost: {losing.result()}")
     finally:
+        losing.cancel()
         await service.close()
 
 

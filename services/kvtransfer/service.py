@@ -68,7 +68,7 @@ class KvTransfer:
         self._loop = asyncio.get_running_loop()
         self._feeds = GrantFeeds()
         self._gate = Gate(config.drain_timeout_s, self._feeds.publish, self._bytes_written)
-        gpu = open_gpu(config)
+        self._gpu = gpu = open_gpu(config)
         events = PoolEvents(self._engine_gone, self._drained)
         self._pools = PoolTable(config, self.epoch, events, gpu.driver if gpu is not None else None)
         self._copier = Copier(config.copy_threads)
@@ -174,6 +174,13 @@ class KvTransfer:
     def info(self) -> Peer:
         """What other services need to know of this one."""
         return self._links.own()
+
+    async def lost(self) -> str:
+        """Returns, when the service can serve no more, why: its GPU fails as a whole. Without a GPU it never does."""
+        if self._gpu is not None:
+            return await self._gpu.lost()
+        never: asyncio.Future[str] = self._loop.create_future()
+        return await never
 
     async def drain(self) -> None:
         """Begins nothing new and returns when every push has ended, also those that others began to pools of this

@@ -54,6 +54,8 @@ class FakeLibcuda:
         self.busy = False
         self.altered = False
         self.shares_memory = True
+        # Set when somebody asks for a stream's state.
+        self.asked = threading.Event()
         # Set when somebody waits for a stream, and what that waits for.
         self.waited_for, self.may_end = threading.Event(), threading.Event()
         self.may_end.set()
@@ -135,6 +137,7 @@ class FakeLibcuda:
     def do_cuStreamDestroy_v2(self, stream: int) -> None: ...
 
     def do_cuStreamQuery(self, stream: int) -> int:
+        self.asked.set()
         return NOT_READY if self.busy else 0
 
     def do_cuStreamSynchronize(self, stream: int) -> None:

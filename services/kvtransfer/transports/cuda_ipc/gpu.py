@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from services.kvtransfer.config import KvTransferConfig
@@ -13,6 +14,8 @@ from services.rpc.cuda_driver import CudaDriver, CudaFailed, CudaMissing
 from services.rpc.errors import StartError
 
 log = logging.getLogger(__name__)
+
+_PROBE_INTERVAL_S = 1.0
 
 
 class Gpu:
@@ -26,7 +29,19 @@ class Gpu:
         self.copier = RunCopier(self.device, num_streams, kernel)
         # Always there: whether bytes are to be checked is also the other service's to say.
         self.staging = Staging(self.device)
+        self._probe = self.device.new_stream()
         log.info("gpu opened", extra={"fields": {"device": driver.ordinal, "copies": self.way}})
+
+    async def lost(self) -> str:
+        """Returns, when nothing works on the GPU any more, why. An error that breaks a context shows in every call of
+        the process from then on, also on a stream that has nothing to do."""
+        while True:
+            await asyncio.sleep(_PROBE_INTERVAL_S)
+            try:
+                # On a thread: the driver may be busy with a call that waits for the GPU.
+                await asyncio.to_thread(self._probe.is_idle)
+            except CudaFailed as error:
+                return str(error)
 
 
 def open_gpu(config: KvTransferConfig) -> Gpu | None:
