@@ -11,9 +11,9 @@ import grpc.aio
 from services.cli.errors import UsageError
 from services.cli.key_file import find_key
 from services.rpc.bind import split_address
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.errors import StartError
-from services.rpc.tls import check_client
+from services.rpc.tls import ClientTls, check_client
 
 # The router's own options, so that one variable serves `microserve up` and the commands beside it.
 KEY_VARIABLE = "MICROSERVE_ROUTER_API_KEY"

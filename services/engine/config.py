@@ -9,8 +9,8 @@ from pathlib import Path
 from services.engine.core.faults import ScriptedFaults
 from services.engine.model.linear.form import WeightForm
 from services.rpc.bind import split_address
-from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
+from services.rpc.tls import ClientTls
 
 # Set by test runners, and by nobody else.
 TESTING_VARIABLE = "MICROSERVE_TESTING"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -13,6 +13,8 @@ from services.protocol.timing import Timing
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
+ENGINE = Info("microserve_engine", "Which engine this is, and which model it serves.")
+MAX_SEQUENCES = Gauge("microserve_engine_max_sequences", "Sequences that one step computes at most.")
 STEP_SECONDS = Histogram("microserve_engine_step_seconds", "Time to compute one step.", buckets=_SECONDS)
 MODEL_SECONDS = Counter("microserve_engine_model_seconds", "Time in the model: what is left of a step is around it.")
 GENERATED_TOKENS = Counter("microserve_engine_generated_tokens", "Tokens generated.")

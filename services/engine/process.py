@@ -16,7 +16,7 @@ from services.engine.core.api import Command, RequestKey
 from services.engine.front.front import Front
 from services.engine.kvlink.client import TransferClient
 from services.engine.kvlink.link import KvLink
-from services.engine.metrics import LoadCollector
+from services.engine.metrics import ENGINE, MAX_SEQUENCES, LoadCollector
 from services.engine.registration import Registrar
 from services.engine.servicer import EngineServicer, TransferView
 from services.rpc.channel import make_channel
@@ -81,11 +81,14 @@ async def serve(config: EngineConfig) -> None:
     loop = replica.make_loop(kv, front, link)
     loop.start()
     collector = LoadCollector(lambda: front.loads.latest)
+    identity = replica.identity()
+    ENGINE.info(identity.shown)
+    MAX_SEQUENCES.set(identity.max_batch_size)
     try:
         if link is not None:
             link.bind(submit)
         transfer = (lambda: TransferView(link.endpoint, link.transports)) if link is not None else None
-        servicer = EngineServicer(front, replica.identity(), replica.model.tokenizer.files(), transfer)
+        servicer = EngineServicer(front, identity, replica.model.tokenizer.files(), transfer)
         add_EngineServiceServicer_to_server(servicer, server.grpc)
         await server.start()
         await server.set_serving(SERVICE, True)

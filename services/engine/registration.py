@@ -10,9 +10,10 @@ import grpc.aio
 from microserve.router.v1 import registration_pb2, registration_pb2_grpc
 
 from services.protocol.errors import ServiceError
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.log import log_failure
 from services.rpc.status import remote_errors
+from services.rpc.tls import ClientTls
 
 log = logging.getLogger(__name__)
 

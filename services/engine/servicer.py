@@ -58,6 +58,17 @@ class EngineIdentity:
     max_batch_size: int
     max_message_bytes: int
 
+    @property
+    def shown(self) -> dict[str, str]:
+        """What tells engines apart, in words."""
+        return {
+            "engine": self.name,
+            "model": self.model,
+            "model_digest": self.model_digest.hex()[:12],
+            "device": self.device,
+            "page_size": str(self.layout.page_size),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class TransferView:

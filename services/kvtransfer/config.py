@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.rpc.bind import split_address
-from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
+from services.rpc.tls import ClientTls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

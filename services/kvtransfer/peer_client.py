@@ -8,8 +8,9 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from services.kvtransfer.errors import NoTransport, PeerUnreachable
 from services.kvtransfer.transports.base import PEER_VERSION, Peer
 from services.rpc.bind import split_address
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.status import RemoteError, remote_errors
+from services.rpc.tls import ClientTls, check_client
 
 ASK_TIMEOUT_S = 5.0
 
@@ -18,6 +19,8 @@ class PeerClient:
     """Opens a channel for each question: one is asked once an incarnation of the peer."""
 
     def __init__(self, tls: ClientTls | None) -> None:
+        """StartError if the files of `tls` cannot be used."""
+        check_client(tls)
         self._tls = tls
 
     async def ask(self, endpoint: str) -> Peer:

@@ -228,8 +228,6 @@ def _tcp_config(config: KvTransferConfig, listen: str) -> TcpConfig:
         config.connections_per_peer,
         min(config.max_copy_bytes, MAX_PUT_BYTES),
         config.checksums,
-        config.tls_cert,
-        config.tls_key,
-        config.tls_client_ca,
+        config.server_tls,
         config.peer_tls,
     )

@@ -44,7 +44,7 @@ class Record:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.policy, self.spec = "none", ""
+        self.model, self.policy, self.spec = "none", "none", ""
         self.program: BoundProgram | None = None
         self.first_token_s: float | None = None
         self.output_tokens = 0
@@ -60,6 +60,7 @@ class Record:
         """For the log, when it has ended."""
         return {
             "request": self.request_id,
+            "model": self.model,
             "policy": self.spec or self.policy,
             "code": code,
             "output": self.output_tokens,
@@ -162,7 +163,7 @@ class Answering:
             return Answer(text, piece.token_ids, piece.logprobs, finish, usage, legs)
         self._turn.first_token()
         record.spec, record.first_token_s = run.served_by.spec, record.elapsed_s()
-        of(TTFT_SECONDS, record.policy).observe(record.first_token_s)
+        of(TTFT_SECONDS, record.model, record.policy).observe(record.first_token_s)
         return Answer(
             text,
             piece.token_ids,

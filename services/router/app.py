@@ -132,7 +132,8 @@ class Router:
             self._http_app,
             client_timeout_s=config.client_timeout,
             shared=config.reuse_port,
-            tls=config.http_tls,
+            # Who asked for TLS wants no prompt in clear text over HTTP either.
+            tls=config.server_tls,
         )
         self._serving: bool | None = None
         self._knows_fleet = False

@@ -8,15 +8,14 @@ from pathlib import Path
 from services.router.admission.ticket import AdmissionLimits
 from services.router.fleet.endpoint_slices import ServiceTarget
 from services.router.fleet.recovery import RetryLimits
-from services.router.http import HttpTls
 from services.router.keys import is_key
 from services.router.planning.host import PlannerLimits
 from services.router.planning.topics import TopicLimits
 from services.router.programs.runner import MAX_BUFFERED_TOKENS, POLICY_TIMEOUT_S, RunLimits
 from services.router.programs.watchdog import BLOCK_TIMEOUT_S, GIVE_UP_TIMEOUT_S, WatchdogLimits
 from services.rpc.bind import LOOPBACK_HOSTS, split_address
-from services.rpc.channel import ClientTls
 from services.rpc.server import ServerConfig
+from services.rpc.tls import ClientTls
 
 _SHORTEST_TOKEN = 16
 
@@ -186,13 +185,6 @@ class RouterConfig(ServerConfig):
         if self.engine_tls_ca is None:
             return None
         return ClientTls(self.engine_tls_ca, self.engine_tls_cert, self.engine_tls_key, self.engine_tls_name)
-
-    @property
-    def http_tls(self) -> HttpTls | None:
-        """That of gRPC serves HTTP too: who asked for TLS wants no prompt in clear text."""
-        if self.tls_cert is None or self.tls_key is None:
-            return None
-        return HttpTls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def admission_limits(self) -> AdmissionLimits:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -15,7 +12,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from services.rpc.bind import join_address, split_address
-from services.rpc.errors import StartError, port_in_use
+from services.rpc.errors import port_in_use
+from services.rpc.tls import ServerTls
 
 _HEAD_TIMEOUT_S = 10.0
 _REST_TIMEOUT_S = 10.0
@@ -25,32 +23,11 @@ _BACKLOG = 2048
 _CLOSE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class HttpTls:
-    """PEM files; with `client_ca` only clients signed by it get in."""
-
-    cert: Path
-    key: Path
-    client_ca: Path | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """Reads the files. StartError."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.cert, self.key)
-            if self.client_ca is not None:
-                context.load_verify_locations(self.client_ca)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except OSError as error:
-            raise StartError(f"cannot use the certificate for HTTP: {error.strerror or error}") from None
-        return context
-
-
 class HttpServer:
     """Serves an application from start() until close()."""
 
     def __init__(
-        self, app: ASGIApp, *, client_timeout_s: float, shared: bool = False, tls: HttpTls | None = None
+        self, app: ASGIApp, *, client_timeout_s: float, shared: bool = False, tls: ServerTls | None = None
     ) -> None:
         """A connection that takes nothing for `client_timeout_s` ends. `shared`: SO_REUSEPORT is on."""
         self._client_timeout_s = client_timeout_s

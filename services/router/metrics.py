@@ -1,4 +1,5 @@
-"""What the router counts. Names of policies are labels without their parameters, so their number is bounded."""
+"""What the router counts. Labels are bounded in number: policies are named without their parameters, and a model that
+is not served is "none"."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from prometheus_client import Counter, Gauge, Histogram
 Metric = TypeVar("Metric", Counter, Histogram)
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+# Of what clients see: service levels are agreed in such numbers.
+_CLIENT_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 REQUESTS = Counter(
     "microserve_router_requests",
-    "Requests that ended, by policy and canonical status code.",
-    ["policy", "code"],
+    "Requests that ended, by model, policy and canonical status code.",
+    ["model", "policy", "code"],
 )
 REQUESTS_IN_FLIGHT = Gauge("microserve_router_requests_in_flight", "Requests under way.")
 QUEUED = Gauge("microserve_router_queued", "Requests that wait for their turn, by priority.", ["priority"])
@@ -31,15 +34,21 @@ REFUSALS = Counter(
 )
 TTFT_SECONDS = Histogram(
     "microserve_router_ttft_seconds",
-    "Time from a request's arrival to its first token, by policy.",
-    ["policy"],
-    buckets=_SECONDS,
+    "Time from a request's arrival to its first token, by model and policy.",
+    ["model", "policy"],
+    buckets=_CLIENT_SECONDS,
+)
+TPOT_SECONDS = Histogram(
+    "microserve_router_tpot_seconds",
+    "Mean time between the tokens of a request after its first, by model and policy.",
+    ["model", "policy"],
+    buckets=_CLIENT_SECONDS,
 )
 DURATION_SECONDS = Histogram(
     "microserve_router_duration_seconds",
-    "Time from a request's arrival to its end, by policy.",
-    ["policy"],
-    buckets=_SECONDS,
+    "Time from a request's arrival to its end, by model and policy.",
+    ["model", "policy"],
+    buckets=_CLIENT_SECONDS,
 )
 VERB_SECONDS = Histogram(
     "microserve_router_verb_seconds",
@@ -77,6 +86,11 @@ BREAKER_STATE = Gauge(
     "Breaker of each engine of the fleet: 0 closed, 1 half open, 2 open.",
     ["address"],
 )
+ENGINE_FAILURES = Counter(
+    "microserve_router_engine_failures",
+    "Failures of verbs that count against an engine, as its breaker sees them.",
+    ["address"],
+)
 ARM_REQUESTS = Counter(
     "microserve_router_arm_requests",
     "Requests that ended while traffic was split, by arm (a program with its parameters) and canonical status code.",
@@ -93,7 +107,11 @@ BLOCKED_LOOPS = Counter(
     "Times the event loop was found standing still, by the program that held it (router: none did).",
     ["policy"],
 )
-ENGINES = Gauge("microserve_router_engines", "Engines of the fleet, by whether they take work.", ["state"])
+ENGINES = Gauge(
+    "microserve_router_engines",
+    "Engines of the fleet: healthy ones get work, unhealthy ones take none, passed_over ones differ from the others.",
+    ["state"],
+)
 HTTP_REQUESTS = Counter(
     "microserve_router_http_requests",
     "HTTP requests that were answered, by path and status; 499: the client left first.",

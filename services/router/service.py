@@ -26,7 +26,7 @@ from services.router.asking import (
 )
 from services.router.beside import beside
 from services.router.fleet.registry import Model, Registry
-from services.router.metrics import DURATION_SECONDS, REQUESTS, of
+from services.router.metrics import DURATION_SECONDS, REQUESTS, TPOT_SECONDS, of
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
 from services.router.request import PolicyRequest
@@ -86,6 +86,7 @@ class GenerationService:
                 if ask.beside:
                     program = beside(program, ask.beside)
                 model = self._registry.model(ask.model)
+                record.model = model.key.name
                 request = await self._request(ask, model, record.request_id)
                 output = _output(ask, model)
                 async with self._admission.turn(_ticket(ask, request, model)) as turn:
@@ -146,10 +147,12 @@ class GenerationService:
             code = "OK" if record.is_answered else "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         finally:
-            of(REQUESTS, record.policy, code).inc()
-            of(DURATION_SECONDS, record.policy).observe(record.elapsed_s())
+            of(REQUESTS, record.model, record.policy, code).inc()
+            of(DURATION_SECONDS, record.model, record.policy).observe(record.elapsed_s())
             if record.program is not None:
                 trace = record.trace(code)
+                if (per_token_s := trace.per_token_s) is not None:
+                    of(TPOT_SECONDS, record.model, record.policy).observe(per_token_s)
                 self._traces.add(record.request_id, trace)
                 self._catalogue.ended(record.program, trace)
             if log.isEnabledFor(logging.DEBUG):

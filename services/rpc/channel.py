@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import grpc.aio
+
+from services.rpc.renewing_channel import RenewingChannel
+from services.rpc.tls import ClientTls, grpc_certificates
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # A long prefill sends no data, so a dead peer is found by pings alone.
@@ -16,24 +17,6 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_MS = 5_000
 
 Options = list[tuple[str, int | str]]
-
-
-@dataclass(frozen=True, slots=True)
-class ClientTls:
-    """How a client proves the server and itself. Paths of PEM files."""
-
-    ca: Path | None = None  # None: the roots that grpc ships
-    cert: Path | None = None  # cert and key: for servers that ask for one (mTLS)
-    key: Path | None = None
-    server_name: str | None = None  # expected in the server's certificate, where it is not the address's host
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files; OSError if one is missing."""
-        return grpc.ssl_channel_credentials(
-            root_certificates=self.ca.read_bytes() if self.ca else None,
-            private_key=self.key.read_bytes() if self.key else None,
-            certificate_chain=self.cert.read_bytes() if self.cert else None,
-        )
 
 
 def keepalive_options() -> Options:
@@ -56,7 +39,8 @@ def make_channel(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
 ) -> grpc.aio.Channel:
-    """A channel to host:port. It connects on the first call, and must be closed by the caller."""
+    """A channel to host:port. It connects on the first call, and must be closed by the caller. StartError if the files
+    of `tls` cannot be used and never could be."""
     options: Options = [
         *keepalive_options(),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -75,4 +59,8 @@ def make_channel(
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options, interceptors=interceptors)
+
+    def connect(credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+    return RenewingChannel(grpc_certificates(tls), connect)

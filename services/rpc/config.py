@@ -27,6 +27,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from services.rpc.version import package_version
+
 PREFIX = "MICROSERVE_"
 _SCOPES = ("ENGINE_", "KVTRANSFER_", "ROUTER_")
 # Kubernetes puts these into every container beside a Service that is named microserve-something.
@@ -109,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> ConfigT:
     """Reads `argv` (without the program's name) and os.environ. Exits with code 2 and one line on stderr if
-    they cannot be understood, with code 0 after --help."""
+    they cannot be understood, with code 0 after --help and --version."""
     try:
         return read_config(config_class, argv, prog, os.environ)
     except ConfigError as error:
@@ -184,6 +186,7 @@ def _from_command_line(
     options: list[_Option], argv: Sequence[str], prog: str, description: str | None, scope: str
 ) -> dict[str, Any]:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"{prog} {package_version()}")
     for option in options:
         _add(parser, option, scope)
     given = vars(parser.parse_args(list(argv)))

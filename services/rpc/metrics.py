@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import socket
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import BoundedSemaphore, Thread
+from time import sleep
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics, make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, Info, disable_created_metrics, make_wsgi_app
 
+from services.rpc.bind import join_address
 from services.rpc.errors import PortInUse, port_in_use
 
 # When each counter began: as many series again, which rate() does without.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+BUILD = Info("microserve_build", "Which service this is, and of which version.")
+
 # How long close() may have to wait for the thread.
 _POLL_INTERVAL_S = 0.1
+# Prometheus gives up after as long by default. Who reads or asks more slowly must not hold a thread for ever.
+_SCRAPE_TIMEOUT_S = 10.0
+_MOST_SCRAPES = 16  # at once; more are closed unanswered
+_NO_DESCRIPTOR_PAUSE_S = 0.2
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = _SCRAPE_TIMEOUT_S
+
     def log_message(self, format: str, *args: object) -> None:
         """A scrape every few seconds is no news."""
 
@@ -26,6 +38,38 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     """One slow reader does not stop the next."""
 
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        self._free = BoundedSemaphore(_MOST_SCRAPES)
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            # Out of descriptors: without a pause this would be called at once again.
+            sleep(_NO_DESCRIPTOR_PAUSE_S)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread that would
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that stops in the middle is no news either."""
 
 
 class MetricsServer:
@@ -40,8 +84,8 @@ class MetricsServer:
                 host, port, make_wsgi_app(registry), _ThreadingServer, handler_class=_QuietHandler
             )
         except (OSError, OverflowError) as error:
-            raise port_in_use(f"{host}:{port}", error) from None
-        self.address = f"{host}:{self._server.server_port}"
+            raise port_in_use(join_address(host, port), error) from None
+        self.address = join_address(host, self._server.server_port)
         self._thread = Thread(target=self._server.serve_forever, args=(_POLL_INTERVAL_S,), name="metrics", daemon=True)
         self._thread.start()
 
@@ -53,4 +97,4 @@ class MetricsServer:
         self._server.server_close()
 
 
-__all__ = ["MetricsServer", "PortInUse"]
+__all__ = ["BUILD", "MetricsServer", "PortInUse"]

@@ -27,9 +27,9 @@ from services.rpc.bind import advertised_address, bind, check_free, split_addres
 from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
 from services.rpc.lifeline import Lifeline
-from services.rpc.metrics import MetricsServer
+from services.rpc.metrics import BUILD, MetricsServer
 from services.rpc.server_config import ServerConfig, server_options
-from services.rpc.tls import server_credentials
+from services.rpc.version import package_version
 
 __all__ = ["Server", "ServerConfig", "announce_ready"]
 
@@ -127,6 +127,7 @@ class Server:
         """
         self._announced = True
         self._handle_signals()
+        BUILD.info({"service": self.service_name, "version": package_version()})
         announce_ready(self.service_name, self.advertised, metrics or self.metrics_address)
 
     def request_stop(self, grace_s: float | None = None) -> None:
@@ -160,10 +161,8 @@ class Server:
             self._metrics = None
 
     def _credentials(self) -> grpc.ServerCredentials | None:
-        config = self.config
-        if config.tls_cert is None or config.tls_key is None:
-            return None
-        return server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+        tls = self.config.server_tls
+        return tls.grpc_credentials() if tls is not None else None
 
     async def _drain(self, on_drain: Callable[[], Awaitable[None]] | None) -> None:
         log.info("draining", extra={"fields": {"grace_s": self._grace_s}})

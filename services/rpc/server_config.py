@@ -8,6 +8,7 @@ from pathlib import Path
 from services.rpc.bind import split_address
 from services.rpc.channel import MAX_MESSAGE_BYTES, Options, keepalive_options
 from services.rpc.log import LEVELS
+from services.rpc.tls import ServerTls
 
 # An engine sends its tokenizer in pieces of 1 MiB: with much less, router and engine cannot meet.
 _LEAST_MESSAGE_BYTES = 2 * 1024 * 1024
@@ -48,6 +49,13 @@ class ServerConfig:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.grace_s < 0:
             raise ValueError("--grace-s is negative")
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """What is shown to callers; None: in clear text."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return ServerTls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def check_message_bytes(self) -> None:
         """For engines and routers, which could not meet otherwise. ValueError."""

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from microserve.router.v1 import admin_pb2
+from prometheus_client import REGISTRY
 
 from services.engine.errors import BadRequest, EngineDraining, NoPages, StepFailed
 from services.engine.errors import DeadlineExceeded as EngineDeadline
@@ -189,6 +190,15 @@ async def test_a_broken_engine_is_left_alone_and_shown(caplog: pytest.LogCapture
         assert "failed too often" in listed["a"].problem
         assert listed["b"].breaker == admin_pb2.BREAKER_STATE_CLOSED
         assert "breaker opened" in caplog.text
+        assert [failures(each.address) for each in suite.engines] == [3, 0]
+        await suite.admin.RemoveEngine(admin_pb2.RemoveEngineRequest(address=suite.first.address))
+        await asyncio.gather(*suite.router.registry._retiring.values())
+        assert failures(suite.first.address) is None
+
+
+def failures(address: str) -> float | None:
+    """What /metrics counts against an engine."""
+    return REGISTRY.get_sample_value("microserve_router_engine_failures_total", {"address": address})
 
 
 async def test_bad_requests_do_not_break_engines() -> None:

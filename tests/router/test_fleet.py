@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.errors import NoEngine, NoPair
+from services.router.errors import EngineLost, NoEngine, NoPair
 from services.router.fleet import choose
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
@@ -139,7 +140,9 @@ async def test_an_engine_without_cache_events_still_serves() -> None:
 
 
 @pytest.mark.parametrize("method", ["GetInfo", "GetTokenizer"])
-async def test_an_engine_that_cannot_be_described_joins_when_it_can(method: str) -> None:
+async def test_an_engine_that_cannot_be_described_joins_when_it_can(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
     engines = [FakeEngine(model(), "a"), FakeEngine(model(name="other"), "b")]
     async with running(engines=engines) as suite:
         old, address = engines[1], engines[1].address
@@ -152,12 +155,33 @@ async def test_an_engine_that_cannot_be_described_joins_when_it_can(method: str)
         await new.start(address)
         await fault.reached.wait()
         await suite.until(lambda: "not yet there" in suite.router.registry.members[address].problem)
+        await suite.until(lambda: "engine cannot join" in caplog.text)
         new.faults.clear()
         await suite.until(lambda: len(suite.router.registry.models()) == 2)
         assert (await suite.generate(model="other")).legs[0].engine == "b"
         suite.engines[:] = [engines[0], new]
         await suite.idle()
         await new.stop()
+
+
+async def test_an_engine_that_is_not_there_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(1) as suite:
+        nobody = suite.first.address
+        await suite.first.stop()
+        member = suite.router.registry.members[nobody]
+        tries = 0
+
+        async def watch_health() -> AsyncIterator[bool]:
+            nonlocal tries
+            tries += 1
+            raise EngineLost("nobody is there")
+            yield True
+
+        member.client.watch_health = watch_health
+        await suite.until(lambda: tries > 12)
+        told = [each.fields["address"] for each in caplog.records if each.msg == "engine cannot join"]
+        assert told == [nobody]
+        suite.engines.clear()
 
 
 async def test_an_engine_of_another_contract_is_not_used() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
-from microserve.router.v1 import router_pb2
+from microserve.router.v1 import admin_pb2, router_pb2
 from microserve.types.v1 import sampling_pb2
 from tokenizers import Tokenizer
 
-from services.router.metrics import REQUESTS, TOKENS
+from services.router.metrics import ENGINES, REQUESTS, TOKENS
 from services.rpc.status import RemoteError, from_rpc_error
 from tests.fakes import FakeEngine, FakeModel, Fault
 from tests.router.harness import PROMPT, Running, failing, model, policy_metadata, request, running, script
@@ -262,6 +262,13 @@ async def test_models_are_kept_apart_by_name_and_weights() -> None:
         models = (await suite.stub.ListModels(router_pb2.ListModelsRequest())).models
         assert [(each.name, each.engine_count) for each in models] == [("big", 1), ("fake", 2)]
         assert models[1].digest == model().digest
+        listed = {
+            each.info.engine_name: each
+            for each in (await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())).engines
+        }
+        assert [name for name, each in listed.items() if not each.healthy] == ["c"]
+        assert "other weights" in listed["c"].problem
+        assert [ENGINES.labels(state)._value.get() for state in ("healthy", "passed_over")] == [3, 1]
         with failing("INVALID_ARGUMENT", "MODEL_REQUIRED"):
             await suite.generate()
         answer = await suite.generate(model="big")
@@ -271,7 +278,7 @@ async def test_models_are_kept_apart_by_name_and_weights() -> None:
 
 
 async def test_metrics_count_requests_and_tokens() -> None:
-    ended, prompt = REQUESTS.labels("balanced", "OK"), TOKENS.labels("prompt")
+    ended, prompt = REQUESTS.labels("fake", "balanced", "OK"), TOKENS.labels("prompt")
     before = ended._value.get(), prompt._value.get()
     async with running() as suite:
         call = suite.stub.Generate(request(), metadata=policy_metadata("balanced:0.25"))

@@ -261,7 +261,7 @@ async def test_an_answer_is_whole_when_its_client_has_it(tmp_path: Path) -> None
     program = tmp_path / "slow_end.py"
     program.write_text(SLOW_END)
     async with running(1, policy="slow_end", policy_file=(program,)) as suite:
-        before = REQUESTS.labels("slow_end", "OK")._value.get()
+        before = REQUESTS.labels("fake", "slow_end", "OK")._value.get()
         talk = Talk(suite.stub)
         await talk.ask(1)
         await talk.answer(1)
@@ -269,7 +269,7 @@ async def test_an_answer_is_whole_when_its_client_has_it(tmp_path: Path) -> None
         await talk.call.done_writing()
         with pytest.raises(EOFError):
             await talk.next()
-        assert REQUESTS.labels("slow_end", "OK")._value.get() == before + 1
+        assert REQUESTS.labels("fake", "slow_end", "OK")._value.get() == before + 1
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.router import http
-from services.router.http import HttpServer, HttpTls
+from services.router.http import HttpServer
 from services.rpc.errors import PortInUse, StartError
+from services.rpc.tls import ServerTls
 from tests.fakes import PATIENCE_S
 from tests.router.harness import running
 
@@ -63,10 +65,12 @@ async def test_metrics() -> None:
         status, text = await get(suite.http, "/metrics")
         assert status == 200
         for name in (
-            'microserve_router_requests_total{code="OK",policy="data_parallel"}',
+            'microserve_router_requests_total{code="OK",model="fake",policy="data_parallel"}',
             'microserve_router_verb_seconds_count{code="OK",verb="start_generate"}',
-            'microserve_router_ttft_seconds_count{policy="data_parallel"}',
+            'microserve_router_ttft_seconds_count{model="fake",policy="data_parallel"}',
+            'microserve_router_tpot_seconds_count{model="fake",policy="data_parallel"}',
             'microserve_router_engines{state="healthy"} 1.0',
+            f'microserve_router_engine_failures_total{{address="{suite.first.address}"}} 0.0',
             'microserve_router_queued{priority="low"} 0.0',
             'microserve_router_tokens_total{kind="output"}',
             'microserve_router_http_requests_total{path="/v1/models",status="200"}',
@@ -166,15 +170,45 @@ async def test_tls(tmp_path: Path) -> None:
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
     certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    server = HttpServer(hello, client_timeout_s=10, tls=HttpTls(tmp_path / "cert.pem", tmp_path / "key.pem"))
+    server = HttpServer(hello, client_timeout_s=10, tls=ServerTls(tmp_path / "cert.pem", tmp_path / "key.pem"))
     address = await server.start("127.0.0.1:0")
     context = ssl.create_default_context()
     authority.configure_trust(context)
     assert await fetch(address, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", tls=context) == (200, "hello")
     await server.close()
-    absent = HttpServer(hello, client_timeout_s=10, tls=HttpTls(tmp_path / "none.pem", tmp_path / "key.pem"))
-    with pytest.raises(StartError, match="certificate"):
+    absent = HttpServer(hello, client_timeout_s=10, tls=ServerTls(tmp_path / "none.pem", tmp_path / "key.pem"))
+    with pytest.raises(StartError, match=r"cannot read .*none\.pem"):
         await absent.start("127.0.0.1:0")
+
+
+async def test_a_replaced_certificate_is_used_without_a_restart(tmp_path: Path) -> None:
+    """Roots of clients too."""
+    request = "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    names = [tmp_path / name for name in ("cert.pem", "key.pem", "ca.pem")]
+
+    def install() -> ssl.SSLContext:
+        """Writes files of a new authority; returns what a client of it uses."""
+        authority = trustme.CA()
+        certificate = authority.issue_cert("127.0.0.1")
+        pems = (certificate.cert_chain_pems[0], certificate.private_key_pem, authority.cert_pem)
+        for path, pem in zip(names, pems, strict=True):
+            pem.write_to_path(str(path))
+        context = ssl.create_default_context(cafile=names[2])
+        context.load_cert_chain(names[0], names[1])
+        return context
+
+    before = install()
+    server = HttpServer(hello, client_timeout_s=10, tls=ServerTls(*names))
+    address = await server.start("127.0.0.1:0")
+    assert await fetch(address, request, tls=before) == (200, "hello")
+    after = install()
+    assert await fetch(address, request, tls=after) == (200, "hello")
+    with pytest.raises(ssl.SSLError):
+        await fetch(address, request, tls=before)
+    before.load_verify_locations(names[2])  # it trusts the server now, which does not trust it
+    with suppress(ssl.SSLError):  # or the connection ends
+        assert await fetch(address, request, tls=before) == (0, "")
+    await server.close()
 
 
 async def test_a_port_in_use_is_named() -> None:

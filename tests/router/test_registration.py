@@ -17,9 +17,10 @@ from services.engine.config import EngineConfig
 from services.engine.registration import Registrar
 from services.router.app import Router
 from services.router.config import RouterConfig
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.config import ConfigError, describe, read_config
 from services.rpc.status import from_rpc_error
+from services.rpc.tls import ClientTls
 from tests.fakes import FakeEngine
 from tests.router.harness import FAST, PROMPT, complete, failing, model, request
 

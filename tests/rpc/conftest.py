@@ -11,8 +11,9 @@ import grpc.aio
 import pytest
 from microserve.engine.v1 import engine_pb2_grpc
 
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.server import Server, ServerConfig
+from services.rpc.tls import ClientTls
 
 SERVICE = "microserve.engine.v1.EngineService"
 

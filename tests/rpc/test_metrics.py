@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import socket
+import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from services.rpc import metrics
+from services.rpc.bind import split_address
 from services.rpc.errors import PortInUse
 from services.rpc.metrics import MetricsServer
+from tests.fakes import PATIENCE_S
+
+
+@contextmanager
+def serving() -> Iterator[MetricsServer]:
+    server = MetricsServer(0, registry=CollectorRegistry())
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def connect(server: MetricsServer) -> socket.socket:
+    return socket.create_connection(split_address(server.address), timeout=PATIENCE_S)
+
+
+def scraped(server: MetricsServer) -> int:
+    """The status of a scrape."""
+    with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=PATIENCE_S) as reply:
+        status: int = reply.status
+        return status
 
 
 def test_serves_counters_until_closed() -> None:
@@ -25,3 +55,76 @@ def test_serves_counters_until_closed() -> None:
     server.close()
     server.close()
     MetricsServer(int(server.address.split(":")[1]), registry=registry).close()
+
+
+def test_who_says_nothing_holds_no_thread_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics._QuietHandler, "timeout", 0.01)
+    with serving() as server, connect(server) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_scrapes_at_once_are_bounded() -> None:
+    with serving() as server:
+        silent = [connect(server) for _ in range(metrics._MOST_SCRAPES)]
+        with connect(server) as one_more:
+            assert one_more.recv(1) == b""
+        for connection in silent:
+            connection.close()
+        # Their threads end when they hear of it.
+        for thread in threading.enumerate():
+            if "process_request_thread" in thread.name:
+                thread.join(PATIENCE_S)
+        assert scraped(server) == 200
+
+
+def test_a_thread_that_cannot_be_started_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", _no_thread)
+            for _ in range(metrics._MOST_SCRAPES + 1):
+                with connect(server) as refused:
+                    assert refused.recv(1) == b""
+        assert scraped(server) == 200
+
+
+def test_without_descriptors_it_pauses_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that cannot be taken stays ready to be taken: to try again at once would keep a core busy."""
+    paused, go_on = threading.Event(), threading.Event()
+
+    def pause(seconds: float) -> None:
+        paused.set()
+        go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(metrics, "sleep", pause)
+    with serving() as server, socket.socket() as client:
+        client.settimeout(PATIENCE_S)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            with pytest.raises(OSError) as caught:
+                os.dup(0)
+            assert caught.value.errno == errno.EMFILE
+            client.connect(split_address(server.address))
+            assert paused.wait(PATIENCE_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            go_on.set()
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert client.recv(64).startswith(b"HTTP/1.0 200")
+
+
+def test_all_addresses_of_both_kinds() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    server = MetricsServer(0, host="::")
+    port = split_address(server.address)[1]
+    assert server.address == f"[::]:{port}"
+    server.close()
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

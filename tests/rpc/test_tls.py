@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.rpc.channel import ClientTls
+from services.rpc.channel import make_channel
 from services.rpc.errors import StartError
 from services.rpc.server import Server, ServerConfig
-from services.rpc.tls import check_client
-from tests.rpc.conftest import Serve
+from services.rpc.tls import ClientTls, ServerTls, check_client
+from tests.rpc.conftest import SERVICE, Running, Serve
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,92 @@ async def test_mtls_lets_in_only_clients_of_the_ca(serve: Serve, pki: dict[str, 
     assert await refused(running) is (who != "client")
 
 
+def install(authority: trustme.CA, folder: Path, names: Sequence[str] = ("ca.pem", "server.pem", "server.key")) -> None:
+    """Puts files of one authority in the place of those that are there, each whole or not at all. The certificate is
+    good for a server at 127.0.0.1 and for its clients."""
+    certificate = authority.issue_cert("127.0.0.1")
+    pems = {
+        "ca.pem": authority.cert_pem.bytes(),
+        "server.pem": b"".join(blob.bytes() for blob in certificate.cert_chain_pems),
+        "server.key": certificate.private_key_pem.bytes(),
+    }
+    for name in names:
+        (folder / "new").write_bytes(pems[name])
+        os.replace(folder / "new", folder / name)
+
+
+def mutual(folder: Path) -> dict[str, Any]:
+    """Options of a server that shows, and asks for, certificates of the folder."""
+    return {"tls_cert": folder / "server.pem", "tls_key": folder / "server.key", "tls_client_ca": folder / "ca.pem"}
+
+
+def client(folder: Path) -> ClientTls:
+    return ClientTls(ca=folder / "ca.pem", cert=folder / "server.pem", key=folder / "server.key")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A server's and a client's, with files of one authority."""
+    authority = trustme.CA()
+    for name in ("server", "client"):
+        (tmp_path / name).mkdir()
+        install(authority, tmp_path / name)
+    return tmp_path / "server", tmp_path / "client"
+
+
+async def watch(running: Running) -> Any:
+    """A call that is under way, and has been answered once."""
+    request = health_pb2.HealthCheckRequest(service="")
+    call = health_pb2_grpc.HealthStub(running.channel).Watch(request)
+    await call.read()
+    return call
+
+
+async def test_replaced_certificates_are_used_without_a_restart(serve: Serve, folders: tuple[Path, Path]) -> None:
+    """By the server and by a channel that is open. What was connected goes on."""
+    of_server, of_client = folders
+    running = await serve(tls=client(of_client), **mutual(of_server))
+    assert not await refused(running)
+    under_way = await watch(running)
+    other = trustme.CA()
+    install(other, of_server)
+    assert not await refused(running)  # over the connection that there is
+    assert await refused_anew(running, of_client)  # neither trusts the other any more
+    install(other, of_client, ["ca.pem"])
+    assert await refused_anew(running, of_client)  # nor does the server trust the client
+    install(other, of_client)
+    assert not await refused(running)  # over a new connection
+    await running.server.set_serving(SERVICE, True)
+    assert (await under_way.read()).status == health_pb2.HealthCheckResponse.SERVING
+    under_way.cancel()
+
+
+async def refused_anew(running: Running, folder: Path) -> bool:
+    """Whether a client with these files cannot connect."""
+    async with make_channel(running.server.bound, client(folder)) as channel:
+        return await refused(Running(running.server, channel, None))
+
+
+async def test_half_a_replacement_changes_nothing(
+    serve: Serve, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "services.rpc.tls")
+    of_server, of_client = folders
+    running = await serve(tls=client(of_client), **mutual(of_server))
+    other = trustme.CA()
+    install(other, of_server, ["server.pem"])
+    install(other, of_client, ["server.pem"])
+    assert not await refused_anew(running, of_client)
+    assert not await refused_anew(running, of_client)
+    assert caplog.text.count("certificates stay as they were") == 2  # server and client, once each
+    (of_server / "server.key").unlink()
+    assert not await refused_anew(running, of_client)
+    install(other, of_server)
+    install(other, of_client)
+    assert not await refused_anew(running, of_client)
+    assert caplog.text.count("certificates replaced") == 2
+
+
 async def test_missing_file_is_one_sentence(pki: dict[str, Path], tmp_path: Path) -> None:
     config = ServerConfig(tls_cert=tmp_path / "no.pem", tls_key=pki["server.key"], metrics_port=None)
     with pytest.raises(StartError, match=r"cannot read .*no\.pem: No such file"):
@@ -110,6 +198,8 @@ async def test_files_that_are_wrong_are_named_before_anything_is_begun(
         Server(config, "engine").check()
     with pytest.raises(StartError, match=why):
         check_client(ClientTls(wrong[ca] if ca else None, wrong[cert], wrong[key]))
+    with pytest.raises(StartError, match=why):  # as HTTP and the data port are served
+        ServerTls(wrong[cert], wrong[key], wrong[ca] if ca else None).context()
 
 
 def test_files_that_are_right_are(pki: dict[str, Path]) -> None:

@@ -173,10 +173,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         )
 
     def _engine_status(self, member: Member) -> admin_pb2.EngineStatus:
+        problem = self._registry.state(member)
         status = admin_pb2.EngineStatus(
             address=member.address,
-            healthy=not member.state,
-            problem=member.state,
+            healthy=not problem,
+            problem=problem,
             cached_block_count=len(member.blocks),
             breaker=_BREAKERS[member.breaker.state],
             sources=self._membership.sources(member.address),

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from services.protocol.errors import Code, ServiceError
 from services.router.errors import BreakerOpen, EngineLost, RouterError
-from services.router.metrics import BREAKER_STATE
+from services.router.metrics import BREAKER_STATE, ENGINE_FAILURES
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Breaker:
         self._open_s = config.first_s
         self._open_until: float | None = None  # None: closed
         self._trial: BreakerCall | None = None  # the one call that tries
+        self._count_failure: Callable[[], None] | None = None  # while it is shown
 
     @property
     def state(self) -> BreakerState:
@@ -106,12 +107,15 @@ class Breaker:
         return self._open_until is None or (self._trial is None and self._clock() >= self._open_until)
 
     def show(self) -> None:
-        """Lets /metrics read the state from now on."""
+        """Lets /metrics read the state and count failures from now on."""
         BREAKER_STATE.labels(self._engine).set_function(lambda: self.state.value)
+        self._count_failure = ENGINE_FAILURES.labels(self._engine).inc
 
     def hide(self) -> None:
         """Ends what `show` began."""
         BREAKER_STATE.remove(self._engine)
+        ENGINE_FAILURES.remove(self._engine)
+        self._count_failure = None
 
     def reset(self) -> None:
         """It is another engine now."""
@@ -148,6 +152,8 @@ class Breaker:
 
     def _failed(self, error: ServiceError) -> None:
         self._num_failures += 1
+        if self._count_failure is not None:
+            self._count_failure()
         was_open = self._open_until is not None
         if not was_open and self._num_failures < self._config.num_failures:
             return

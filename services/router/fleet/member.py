@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 Event = TypeVar("Event")
 _NOT_CONTACTED, _JOINING = "not contacted yet", "it has restarted"
+# A restart takes a few, which are no news; after that somebody should know why.
+_TELL_AT_FAILURE = 5
 
 
 class MemberListener(Protocol):
@@ -68,6 +70,7 @@ class Member:
         self.problem = _NOT_CONTACTED  # empty while it is joined
         self.drained = False  # by an operator
         self.duplicate_of = ""  # the address under which the same engine is in the fleet already
+        self._num_failures = 0  # to join, since it left
         self.sequences: set[Sequence] = set()  # of this router, that run there
         self._tokenizers = tokenizers
         self._listener = listener
@@ -211,8 +214,14 @@ class Member:
         return self.client.watch_kv_events()
 
     async def _leave(self, problem: str) -> None:
+        fields = {"address": self.address, "problem": problem}
         if not self.problem:
-            log.warning("engine left", extra={"fields": {"address": self.address, "problem": problem}})
+            self._num_failures = 0
+            log.warning("engine left", extra={"fields": fields})
+        elif problem != _JOINING:
+            self._num_failures += 1
+            if self._num_failures == _TELL_AT_FAILURE:
+                log.warning("engine cannot join", extra={"fields": fields})
         await self._stop_following()
         self._set_problem(problem)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +21,11 @@ from services.router.metrics import ENGINES
 from services.router.request import ModelKey
 from services.router.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 _RETRY_S = 1.0
 _COUNT_AGAIN_S = 0.05
+_PASSED_OVER = "most engines of its model have other weights, another --dtype or another vocabulary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Registry:
         self._rosters: dict[ModelKey, Roster[Member]] = {}  # of those that were asked for since the fleet changed
         self._models: dict[str, Model] = {}
         self._known: set[str] = set()  # names of models, of engines that are away too
+        self._passed_over: set[Member] = set()  # those that take work and get none
         self._tasks: dict[Member, asyncio.Task[None]] = {}
         self._retiring: dict[Member, asyncio.Task[None]] = {}
         self._retire_s = retire_s
@@ -128,9 +133,11 @@ class Registry:
         self._find_duplicates()
         healthy = [member for member in self.members.values() if member.healthy]
         num_duplicates = sum(bool(member.duplicate_of) for member in self.members.values())
-        ENGINES.labels("healthy").set(len(healthy))
-        ENGINES.labels("unhealthy").set(len(self.members) - len(healthy) - num_duplicates)
         self._models = _models(healthy)
+        self._pass_over(set(healthy).difference(*(model.members for model in self._models.values())))
+        ENGINES.labels("healthy").set(len(healthy) - len(self._passed_over))
+        ENGINES.labels("passed_over").set(len(self._passed_over))
+        ENGINES.labels("unhealthy").set(len(self.members) - len(healthy) - num_duplicates)
         self._known = {member.info.model.name for member in self.members.values() if member.info is not None}
         self._rosters.clear()
         self._capacities.clear()
@@ -148,6 +155,10 @@ class Registry:
             if not member.problem and member.info is not None and member.info.incarnation:
                 address = first.setdefault(member.info.incarnation, member.address)
             member.duplicate_of = "" if address == member.address else address
+
+    def state(self, member: Member) -> str:
+        """Why a member gets no work; empty if it does."""
+        return member.state or (_PASSED_OVER if member in self._passed_over else "")
 
     def engines(self, key: ModelKey) -> list[EngineSnapshot]:
         """Engines that take work for that model now, by address."""
@@ -191,6 +202,13 @@ class Registry:
         if not name and self._models:
             return next(iter(self._models.values()))
         raise NoEngine("no healthy engine serves this model", retry_delay_s=_RETRY_S)
+
+    def _pass_over(self, members: set[Member]) -> None:
+        for member in members - self._passed_over:
+            model = member.info.model.name if member.info is not None else ""
+            fields = {"address": member.address, "model": model, "why": _PASSED_OVER}
+            log.warning("engine gets no work", extra={"fields": fields})
+        self._passed_over = members
 
 
 def _capacity(members: Sequence[Member]) -> Capacity:

@@ -67,13 +67,16 @@ async def refused(sender: FakeEngine, receiver: FakeEngine, name: str = "r") -> 
 @pytest.fixture
 def certificates(tmp_path: Path) -> dict[str, Any]:
     """Options of a service that shows, and asks for, certificates of one authority."""
-    authority = trustme.CA()
+    return issued_by(trustme.CA(), tmp_path)
+
+
+def issued_by(authority: trustme.CA, folder: Path) -> dict[str, Any]:
+    """The same, with files written to `folder` in place of those that are there."""
     server = authority.issue_cert("127.0.0.1", "localhost")
-    ca, cert, key = tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
+    ca, cert, key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
     authority.cert_pem.write_to_path(str(ca))
     server.private_key_pem.write_to_path(str(key))
-    for blob in server.cert_chain_pems:
-        blob.write_to_path(str(cert), append=True)
+    cert.write_bytes(b"".join(blob.bytes() for blob in server.cert_chain_pems))
     peer = {"peer_tls_ca": ca, "peer_tls_cert": cert, "peer_tls_key": key}
     return {"tls_cert": cert, "tls_key": key, "tls_client_ca": ca, **peer}
 
@@ -82,6 +85,21 @@ async def test_mutual_tls(certificates: dict[str, Any]) -> None:
     async with pair(certificates, certificates) as (sender, receiver):
         for number in range(3):
             await moves(sender, receiver, f"r{number}")
+
+
+async def test_replaced_certificates_are_used_without_a_restart(tmp_path: Path) -> None:
+    """Two services that do not trust one another, until both are given certificates of one authority."""
+    folders = tmp_path / "near", tmp_path / "far"
+    for folder in folders:
+        folder.mkdir()
+    near, far = (issued_by(trustme.CA(), folder) for folder in folders)
+    async with pair(near, far) as (sender, receiver):
+        assert (await refused(sender, receiver)).reason == "TRANSPORT_FAILED"
+        await receiver.revoke("r")
+        authority = trustme.CA()
+        for folder in folders:
+            issued_by(authority, folder)
+        await moves(sender, receiver, "again")
 
 
 async def test_tls_without_a_certificate_to_show(certificates: dict[str, Any]) -> None:

@@ -28,9 +28,10 @@ from services.kvtransfer.transports.pull.session import (
 )
 from services.protocol.address import KvAddress
 from services.protocol.errors import ProtocolError, ServiceError
-from services.rpc.channel import ClientTls, make_channel
+from services.rpc.channel import make_channel
 from services.rpc.kv_messages import address_message, layout_message, range_message
 from services.rpc.status import RemoteError, remote_errors
+from services.rpc.tls import ClientTls
 
 END_TIMEOUT_S = 10.0
 # Channels that stay open; a peer that is met again gets a new one.

@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from zlib import crc32
 
 from microserve.kvtransfer.v1 import data_pb2 as pb
@@ -30,8 +29,7 @@ from services.protocol.errors import LayoutMismatch, ServiceError
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.ranges import TokenRange
 from services.rpc.bind import advertised_address, split_address
-from services.rpc.channel import ClientTls
-from services.rpc.errors import StartError
+from services.rpc.tls import ClientTls, Reloaded, ServerTls
 
 # Each is sent only if the one before took less than this.
 _PROBE_BYTES = (64 << 10, 1 << 20, 8 << 20)
@@ -48,9 +46,7 @@ class TcpConfig:
     connections_per_peer: int
     max_frame_bytes: int
     checksums: bool
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
+    tls: ServerTls | None = None
     peer_tls: ClientTls | None = None
 
 
@@ -64,8 +60,9 @@ class TcpTransport:
         self._epoch = epoch
         self._endpoint = endpoint
         self._config = config
-        self._server_tls = _server_context(config)
-        self._client_tls = _client_context(config.peer_tls) if config.peer_tls is not None else None
+        self._server_tls = config.tls.context() if config.tls is not None else None
+        peer_tls = config.peer_tls
+        self._client_tls = Reloaded(peer_tls.paths, peer_tls.context) if peer_tls is not None else None
         self._reception = Reception(landings, epoch, checksums=config.checksums)
         self._listener = Listener(config.listen, self._reception, self._server_tls, config.most_connections)
         self._connections: dict[tuple[bytes, int], Outbound] = {}
@@ -169,7 +166,7 @@ class TcpTransport:
         connection = self._connections.get(key)
         if connection is None:
             name = f"kv-out {peer.endpoint}"
-            connect = partial(_connect, peer.offers["tcp"], self._client_tls, self._config.peer_tls)
+            connect = partial(_connect, peer.offers["tcp"], self._config.peer_tls, self._client_tls)
             connection = Outbound(name, (self._epoch, peer.epoch), connect, partial(self._ended, key))
             connection.start()
             self._connections[key] = connection
@@ -203,44 +200,17 @@ class TcpTransport:
             await connection.remove(number)
 
 
-def _connect(offer: str, context: ssl.SSLContext | None, tls: ClientTls | None) -> Channel:
+def _connect(offer: str, tls: ClientTls | None, contexts: Reloaded[ssl.SSLContext] | None) -> Channel:
     """A connection to the data port of an offer; blocks for at most some seconds. Raises TransportFailed."""
     try:
         host, port = split_address(offer.partition("://")[2])
         connected = socket.create_connection((host, port), timeout=SILENCE_LIMIT_S)
     except (OSError, ValueError) as error:
         raise TransportFailed(f"{offer}: {error}") from None
-    if context is None:
+    if tls is None or contexts is None:
         return Channel(connected)
-    name = tls.server_name if tls is not None and tls.server_name is not None else host
     try:
-        return Channel(context.wrap_socket(connected, server_hostname=name))
+        return Channel(contexts.latest().wrap_socket(connected, server_hostname=tls.server_name or host))
     except OSError as error:
         connected.close()
         raise TransportFailed(f"{offer}: {error}") from None
-
-
-def _server_context(config: TcpConfig) -> ssl.SSLContext | None:
-    """From the same files as gRPC's; StartError if one cannot be read."""
-    if config.tls_cert is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-        if config.tls_client_ca is not None:
-            context.load_verify_locations(config.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as error:
-        raise StartError(f"cannot use the TLS files: {error}") from None
-    return context
-
-
-def _client_context(tls: ClientTls) -> ssl.SSLContext:
-    """StartError if a file cannot be read."""
-    try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        if tls.cert is not None:
-            context.load_cert_chain(tls.cert, tls.key)
-    except OSError as error:
-        raise StartError(f"cannot use the TLS files: {error}") from None
-    return context
