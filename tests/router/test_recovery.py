@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.errors import EngineDraining, StepFailed
+from services.engine.errors import EngineDraining, PromptTooLong, StepFailed
 from services.kvtransfer.errors import ChecksumMismatch, PushStalled
 from services.protocol.errors import (
     LayoutMismatch,
@@ -18,6 +18,7 @@ from services.protocol.errors import (
     StaleEpoch,
     UnknownReservation,
 )
+from services.router import errors
 from services.router.errors import EngineLost, NoEngine, PolicyFailed, RequestTimeout, SlowConsumer
 from services.router.fleet.recovery import Remedy, remedy
 from services.router.metrics import FALLBACKS, RETRIES
@@ -79,13 +80,15 @@ async def until_there_are(num_sequences: int, engines: Sequence[FakeEngine]) -> 
         (StaleEpoch("restarted"), Remedy.AGAIN),
         (LayoutMismatch("other pages"), Remedy.WITHOUT_TRANSFER),
         (ChecksumMismatch("a frame"), Remedy.WITHOUT_TRANSFER),
+        (PromptTooLong("to be set aside"), Remedy.WITHOUT_TRANSFER),
+        (errors.PromptTooLong("for any engine"), Remedy.NONE),
         (PromptMismatch("other tokens"), Remedy.NONE),
         (FakeBug("broken"), Remedy.NONE),
         (SlowConsumer("asleep"), Remedy.NONE),
         (PolicyFailed("raised"), Remedy.NONE),
         (RequestTimeout("late"), Remedy.NONE),
     ],
-    ids=lambda value: value.reason if isinstance(value, ServiceError) else value.value,
+    ids=lambda value: type(value).__name__ if isinstance(value, ServiceError) else value.value,
 )
 def test_every_error_has_its_remedy(error: ServiceError, expected: Remedy) -> None:
     assert remedy(error) is expected
@@ -255,6 +258,17 @@ async def test_pages_that_do_not_fit_mean_data_parallel_counted() -> None:
         assert list(answer.token_ids) == model().generate(PROMPT, 8)
         assert answer.policy == "data_parallel"
     assert counter._value.get() == before + 1
+
+
+async def test_a_prompt_that_is_too_long_to_be_received_is_computed_where_it_is_generated_from() -> None:
+    async with running(2, policy="disaggregated") as suite:
+        break_all(suite, "PrepRecv", PromptTooLong("of 9 pages, those of one longest prompt stay free of reservations"))
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert answer.policy == "data_parallel"
+        break_all(suite, "StartGenerate", PromptTooLong("no engine holds it"))
+        with failing("INVALID_ARGUMENT", "PROMPT_TOO_LONG"):
+            await suite.generate()
 
 
 async def test_a_stream_never_goes_on_where_the_context_is_too_short() -> None:

@@ -48,6 +48,8 @@ _BY_REASON = {
     "LAYOUT_MISMATCH": Remedy.WITHOUT_TRANSFER,
     "CHECKSUM_MISMATCH": Remedy.WITHOUT_TRANSFER,  # whatever altered the bytes may do it again
     "NO_PAIR": Remedy.WITHOUT_TRANSFER,
+    # An engine's: it cannot set aside what it could compute. Prompts that no engine holds the router refuses itself.
+    "PROMPT_TOO_LONG": Remedy.WITHOUT_TRANSFER,
 }
 _BY_CODE = {
     Code.ABORTED: Remedy.AGAIN,
