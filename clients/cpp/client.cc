@@ -24,24 +24,14 @@ const std::string& Name(grpc::StatusCode code) {
   return names[code];
 }
 
-void SetDeadline(grpc::ClientContext& context) {
-  context.set_deadline(std::chrono::system_clock::now() + kTimeout);
-}
-
 grpc::Status Run(const std::string& address, const std::string& prompt, unsigned max_tokens) {
   auto stub = router::RouterService::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
-  grpc::ClientContext listing;
-  SetDeadline(listing);
-  router::ListModelsResponse listed;
-  if (grpc::Status status = stub->ListModels(&listing, {}, &listed); !status.ok()) return status;
-
-  router::GenerateRequest request;
+  router::GenerateRequest request;  // names no model: the fleet's only one is meant
   request.set_text(prompt);
-  request.set_model(listed.models(0).name());
   request.mutable_sampling()->set_max_tokens(max_tokens);
-  grpc::ClientContext generating;
-  SetDeadline(generating);
-  auto reader = stub->Generate(&generating, request);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kTimeout);
+  auto reader = stub->Generate(&context, request);
   for (router::GenerateResponse piece; reader->Read(&piece);) {
     std::cout << piece.text() << std::flush;
     if (piece.has_usage()) {

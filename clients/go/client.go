@@ -45,14 +45,9 @@ func run(address, prompt string, maxTokens uint32) error {
 	defer connection.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	client := router.NewRouterServiceClient(connection)
-	listed, err := client.ListModels(ctx, &router.ListModelsRequest{})
-	if err != nil {
-		return err
-	}
-	stream, err := client.Generate(ctx, &router.GenerateRequest{
+	// No model is named: the fleet's only one is meant.
+	stream, err := router.NewRouterServiceClient(connection).Generate(ctx, &router.GenerateRequest{
 		Prompt:   &router.GenerateRequest_Text{Text: prompt},
-		Model:    listed.Models[0].Name,
 		Sampling: &types.SamplingParams{MaxTokens: maxTokens},
 	})
 	if err != nil {

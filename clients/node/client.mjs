@@ -17,19 +17,12 @@ const definition = loadSync('microserve/router/v1/router.proto', {
 });
 const { RouterService } = grpc.loadPackageDefinition(definition).microserve.router.v1;
 const router = new RouterService(address, grpc.credentials.createInsecure());
-const deadline = () => ({ deadline: Date.now() + TIMEOUT_MS });
-
-function models() {
-  return new Promise((resolve, reject) => {
-    router.ListModels({}, deadline(), (error, reply) => (error ? reject(error) : resolve(reply.models)));
-  });
-}
 
 async function main() {
-  const [model] = await models();
-  const sampling = { maxTokens: Number(maxTokens) };
+  // No model is named: the fleet's only one is meant.
+  const request = { text: prompt, sampling: { maxTokens: Number(maxTokens) } };
   let usage;
-  for await (const piece of router.Generate({ text: prompt, model: model.name, sampling }, deadline())) {
+  for await (const piece of router.Generate(request, { deadline: Date.now() + TIMEOUT_MS })) {
     process.stdout.write(piece.text);
     usage = piece.usage ?? usage;
   }

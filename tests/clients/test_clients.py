@@ -16,6 +16,8 @@ import pytest_asyncio
 from microserve.router.v1 import router_pb2
 from microserve.types.v1 import sampling_pb2
 
+from services.router.app import Router
+from services.router.config import RouterConfig
 from tests.e2e.suite import Suite, start_suite
 from tests.models import make_tiny_llama
 
@@ -108,6 +110,16 @@ async def test_it_tells_why_it_was_refused(suite: Suite, client: Path) -> None:
     code, _, message = outcome.errors.strip().partition(": ")
     assert code.replace("_", "").lower() == "invalidargument"
     assert "prompt" in message
+
+
+async def test_it_tells_that_there_is_no_engine_yet(client: Path) -> None:
+    router = Router(RouterConfig(listen="127.0.0.1:0", engine=("127.0.0.1:1",)))
+    try:
+        outcome = await run(client, (await router.start()).grpc, PROMPT, str(MAX_TOKENS))
+    finally:
+        await router.close()
+    assert (outcome.code, outcome.text) == (1, "")
+    assert outcome.errors.lower().startswith("unavailable: no healthy engine")
 
 
 @pytest.mark.parametrize(
