@@ -107,7 +107,7 @@ def test_rows_in_tiles_those_that_see_most_first() -> None:
 @pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_without_a_gpu_each_says_why_it_cannot_be_used(name: str) -> None:
     kv = torch.zeros(1, 2, 2, 2, 256, 64, dtype=torch.bfloat16)
-    with pytest.raises(BackendUnavailable, match=r"not installed|on a GPU"):
+    with pytest.raises(BackendUnavailable, match=r"not installed|on a GPU|of torch 2\.11\S* has no block_table"):
         BACKENDS[name](kv, 1)
 
 
