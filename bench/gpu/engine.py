@@ -104,15 +104,13 @@ class Engine:
         return Decoding(seconds, self._marks.gaps_s(), context + num_steps / 2)
 
 
-def make_pool(shapes: Shapes, num_tokens: int, device: torch.device) -> Tensor:
-    """KV that holds so many tokens, of random values: zeros are faster than data."""
+def make_pool(shapes: Shapes, num_tokens: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """KV that holds so many tokens, of random values: zeros are faster than data. `dtype`: None is the model's."""
     config, pages = shapes.config, -(-num_tokens // shapes.page_size)
-    kv = torch.empty(
-        config.num_layers, pages, 2, config.num_kv_heads, shapes.page_size, config.head_dim,
-        dtype=shapes.dtype, device=device,
-    )  # fmt: skip
+    size = pages, 2, config.num_kv_heads, shapes.page_size, config.head_dim
+    kv = torch.empty(config.num_layers, *size, dtype=dtype or shapes.dtype, device=device)
     for layer in kv:
-        layer.normal_()
+        layer.copy_(torch.randn(size, dtype=shapes.dtype, device=device))
     return kv
 
 

@@ -15,6 +15,7 @@ from bench.gpu.engine import Decoding, Engine, make_pool
 from bench.gpu.neighbour import busy_neighbour
 from bench.gpu.shapes import Shapes, random_model
 from services.engine.attention.factory import make_attention
+from services.engine.attention.stored import FLOAT8
 from services.engine.batch import ForwardBatch
 from services.engine.model.decoder import Decoder
 from services.engine.model.linear.form import NEEDED, WeightForm
@@ -77,9 +78,18 @@ class Bench:
 
     def decode_attention(self) -> Figures:
         """Attention alone over the pages of a decoding batch, one layer after the other as in a step."""
+        return self._decode_attention_over(self.shapes.dtype, "decode_attention")
+
+    def fp8_kv(self) -> Figures:
+        """The same over KV of eight bits, beside reading these once."""
+        if self.device.type == "cuda" and not has_floats_of_eight_bits(self.device):
+            return {}
+        return self._decode_attention_over(FLOAT8, "fp8_kv_decode_attention")
+
+    def _decode_attention_over(self, kv_dtype: torch.dtype, name: str) -> Figures:
         shapes, config = self.shapes, self.shapes.config
-        kv = make_pool(shapes, shapes.batch * shapes.context, self.device)
-        attention = make_attention(None, kv, config)
+        kv = make_pool(shapes, shapes.batch * shapes.context, self.device, kv_dtype)
+        attention = make_attention(None, kv, config, dtype=shapes.dtype)
         query = torch.randn(shapes.batch, config.num_heads, config.head_dim, device=self.device).to(shapes.dtype)
         batch = decoding_batch(shapes, self.device)
 
@@ -88,11 +98,12 @@ class Bench:
                 attention.attend(layer, query, batch)
 
         seconds = median_s(all_layers, self.device)
-        bound_s = shapes.batch * shapes.context * shapes.kv_bytes_per_token / self.bytes_per_s
+        bytes_per_token = shapes.kv_bytes_per_token * kv_dtype.itemsize // shapes.dtype.itemsize
+        bound_s = shapes.batch * shapes.context * bytes_per_token / self.bytes_per_s
         return {
-            "decode_attention_ms": seconds * 1e3,
-            "decode_attention_bound_ms": bound_s * 1e3,
-            "decode_attention_share": bound_s / seconds,
+            f"{name}_ms": seconds * 1e3,
+            f"{name}_bound_ms": bound_s * 1e3,
+            f"{name}_share": bound_s / seconds,
         }
 
     def prefill(self) -> Figures:
@@ -179,6 +190,7 @@ class Bench:
             "batch": self.batch,
             "large batch": self.large_batch,
             "rounded weights": self.rounded,
+            "fp8 KV": self.fp8_kv,
         }
 
 

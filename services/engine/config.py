@@ -51,6 +51,14 @@ class EngineConfig(ServerConfig):
             "choices": ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16", "float16"),
         },
     )
+    kv_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "number format of KV; fp8: 8-bit floats (e4m3), half of bfloat16's memory, on a GPU of compute "
+            "capability 8.9 or on cpu, slower there; auto: as activations",
+            "choices": ("auto", "fp8"),
+        },
+    )
     attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
     pages: int | None = field(default=None, metadata={"help": "pages of KV; none: as --kv-memory-mib allows"})
     kv_memory_mib: int | None = field(
@@ -120,8 +128,13 @@ class EngineConfig(ServerConfig):
         return dict(label.split("=", 1) for label in self.labels)
 
     @property
+    def kv_dtype_name(self) -> str:
+        """The number format of KV."""
+        return "float8_e4m3" if self.kv_dtype == "fp8" else self.dtype_name
+
+    @property
     def dtype_name(self) -> str:
-        """The number format of activations and KV, and of weights too unless they have a form of their own."""
+        """The number format of activations, and of weights too unless they have a form of their own."""
         if self.dtype == "auto" or self.dtype in _QUANTISED:
             return "float32" if self.device == "cpu" else "bfloat16"
         return self.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from services.engine.attention.stored import FLOAT8, FLOAT8_CAPABILITY
 from services.engine.config import EngineConfig
 from services.engine.model.linear.factory import linear_maker
 from services.engine.model.linear.form import NEEDED
@@ -11,7 +12,12 @@ from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.shard import Shard
 from services.rpc.errors import StartError
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3": FLOAT8,
+}
 
 
 def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedModel:
@@ -22,19 +28,21 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
         config.model,
         device=device,
         dtype=TORCH_DTYPES[config.dtype_name],
+        kv_dtype=TORCH_DTYPES[config.kv_dtype_name],
         linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weight_form),
         shard=shard,
     )
 
 
 def check_capability(config: EngineConfig, capability: tuple[int, int]) -> None:
-    """Raises StartError if a GPU of that compute capability lacks what --dtype needs."""
-    needed = NEEDED.get(config.weight_form, (0, 0))
-    if capability < needed:
-        has, wants = (".".join(map(str, each)) for each in (capability, needed))
-        raise StartError(
-            f"--dtype {config.dtype} needs a GPU of compute capability {wants}, and {config.device} has {has}"
-        )
+    """Raises StartError if a GPU of that compute capability lacks what --dtype or --kv-dtype needs."""
+    for option, needed in (
+        (f"--dtype {config.dtype}", NEEDED.get(config.weight_form, (0, 0))),
+        (f"--kv-dtype {config.kv_dtype}", FLOAT8_CAPABILITY if config.kv_dtype == "fp8" else (0, 0)),
+    ):
+        if capability < needed:
+            has, wants = (".".join(map(str, each)) for each in (capability, needed))
+            raise StartError(f"{option} needs a GPU of compute capability {wants}, and {config.device} has {has}")
 
 
 def set_torch_threads(config: EngineConfig) -> None:

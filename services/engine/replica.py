@@ -95,7 +95,7 @@ class Replica:
         if self.ranks is not None:
             self.ranks.attach(self._pool_shape, None)
         try:
-            return pool_part(self._pool_shape, self.shard, self.device, self._dtype, None)
+            return pool_part(self._pool_shape, self.shard, self.device, self._kv_dtype, None)
         except RuntimeError:  # torch's, for memory that it does not get
             mib = self.layout.pool_bytes(self.num_pages) // _MIB
             raise StartError(f"there is no memory for {self.num_pages} pages of KV, {mib} MiB: see --pages") from None
@@ -104,17 +104,18 @@ class Replica:
         """What rank 0 has of the memory shared with the KV transfer service; it must not outlive the mapping."""
         if pool.device is not None:
             memory = torch.as_tensor(_DeviceBytes(pool.device), device=self.device)
-            return memory.view(self._dtype).view(self._pool_shape)
+            return memory.view(self._kv_dtype).view(self._pool_shape)
         if self.ranks is not None:
             self.ranks.attach(self._pool_shape, pool.descriptors[0])
-        whole = torch.from_numpy(pool.memory).view(self._dtype).view(self._pool_shape)
+        whole = torch.from_numpy(pool.memory).view(self._kv_dtype).view(self._pool_shape)
         return whole[:, :, :, self.shard.part(self.layout.kv_head_count)]
 
     def make_loop(self, kv: torch.Tensor, front: Front, link: KvLink | None) -> EngineLoop:
         """The loop thread over a pool, not started. Raises StartError for an attention backend that does not fit."""
         use_device(self.device)
         try:
-            attention = make_attention(self.config.attention, kv, self.model.model.config, self.config.num_threads)
+            model, config = self.model.model, self.config
+            attention = make_attention(config.attention, kv, model.config, config.num_threads, model.dtype)
         except ValueError as error:
             raise StartError(f"--attention: {error}") from None
         runner = self._runner(attention, kv)
@@ -151,8 +152,8 @@ class Replica:
         return layout.layer_count, self.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.config.dtype_name]
+    def _kv_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.config.kv_dtype_name]
 
     def _core_config(self) -> CoreConfig:
         config, limits = self.config, self.limits
@@ -200,7 +201,7 @@ def load_replica(config: EngineConfig) -> Replica:
         kv_head_count=model.config.num_kv_heads,
         head_dim=model.config.head_dim,
         page_size=config.page_size,
-        dtype=Dtype[config.dtype_name.upper()],
+        dtype=Dtype[config.kv_dtype_name.upper()],
     )
     num_pages = config.pages or max(1, _kv_bytes(config, device) // layout.pool_bytes(1))
     return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device, shard, ranks, gpu)

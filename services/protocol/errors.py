@@ -136,7 +136,7 @@ class AttemptSuperseded(ProtocolError):
 
 
 class ModelMismatch(ProtocolError):
-    """Sender and receiver hold different weights, dtype or rope parameters."""
+    """Sender and receiver hold different weights, dtypes or rope parameters."""
 
     code = Code.FAILED_PRECONDITION
     reason = "MODEL_MISMATCH"

@@ -15,11 +15,15 @@ class Dtype(Enum):
     FLOAT32 = "FLOAT32"
     FLOAT16 = "FLOAT16"
     BFLOAT16 = "BFLOAT16"
+    FLOAT8_E4M3 = "FLOAT8_E4M3"
 
     @property
     def size_bytes(self) -> int:
         """Bytes of one value."""
-        return 4 if self is Dtype.FLOAT32 else 2
+        return _SIZE_BYTES[self]
+
+
+_SIZE_BYTES = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2, Dtype.FLOAT8_E4M3: 1}
 
 
 class PageOrder(Enum):

@@ -1,4 +1,4 @@
-"""What quantised layers lose on a text: `make bench-engine` says it for four times as much of it."""
+"""What quantised layers and KV of eight bits lose on a text: the benchmarks say it for four times as much of it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def test_quantised_layers_stay_within_one_percent_of_float32() -> None:
     assert 0.98 < perplexity(folder, "int8", 2, 5_120) / exact < 1.01
     assert 0.99 < perplexity(folder, "packed", 2, 5_120) / exact < 1.005  # the default: no weight is rounded again
     assert 0.9995 < perplexity(folder, "packed16", 2, 5_120) / exact < 1.0005  # of activations next to nothing is lost
+
+
+@pytest.mark.slow
+def test_kv_of_eight_bits_stays_within_one_percent() -> None:
+    folder = model_folder("smollm2-135m")
+    assert 0.99 < perplexity(folder, "packed16", 2, 2_560, "fp8") / perplexity(folder, "packed16", 2, 2_560) < 1.01

@@ -27,6 +27,7 @@ from microserve.types.v1 import sampling_pb2 as sampling
 from services.cli.client import wait_serving
 from services.cli.fleet import Fleet
 from services.cli.process import ServiceProcess
+from services.engine.convert import from_layout
 
 OWNER = "test"
 # Of reservations that are not about leases: longer than any test, so that none ends while a process stands still.
@@ -338,7 +339,7 @@ def idle(report: engine.WatchLoadResponse) -> bool:
 async def pool_of(suite: Suite, at: Engine) -> np.ndarray:
     """The engine's pool as bytes, (layers, pages, bytes of a page of a layer), copied out of the service's memfd."""
     info = await at.stub.GetInfo(engine.GetInfoRequest())
-    page_bytes = 2 * info.layout.kv_head_count * info.layout.page_size * info.layout.head_dim * 4
+    page_bytes = from_layout(info.layout).layer_page_bytes
     return read_pool(suite.kvtransfer.pid, at.name, (info.layout.layer_count, info.page_count, page_bytes))
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 import torch
+
+from tests.engine.float8 import convert_rightly
 
 # Triton looks at this once, when it is first imported, which transformers may do long before a kernel is wanted.
 if not torch.cuda.is_available():
@@ -26,8 +29,11 @@ def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> None:
+def interpreted() -> Iterator[None]:
     """For tests of kernels on the CPU."""
     if torch.cuda.is_available():
         pytest.skip("no GPU is wanted here: kernels that were compiled cannot be interpreted")
     pytest.importorskip("triton", reason="triton is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        convert_rightly(patch)
+        yield

@@ -13,6 +13,7 @@ from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 from microserve.types.v1 import kv_pb2
 from numpy.typing import NDArray
 
+from services.kvtransfer.convert import to_layout
 from services.rpc.pool_client import AttachedPool, attach_pool
 from tests.kvtransfer.pattern import POISON, pattern
 from tests.kvtransfer.port import Port
@@ -68,7 +69,7 @@ class Shape:
 
     @property
     def layer_token_bytes(self) -> int:
-        return 2 * self.heads * self.head_dim * (4 if self.dtype == kv_pb2.DTYPE_FLOAT32 else 2)
+        return 2 * self.heads * self.head_dim * to_layout(self.layout()).dtype.size_bytes
 
     def page_count_of(self, begin: int, end: int) -> int:
         return (end - 1) // self.page_size - begin // self.page_size + 1

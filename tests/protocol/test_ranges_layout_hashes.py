@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import blake2b
 
 import pytest
@@ -47,6 +48,7 @@ def test_offsets_tile_the_pool() -> None:
     offsets = [layout.offset(layer, page, 7) for layer in range(3) for page in range(7)]
     assert offsets == list(range(0, layout.pool_bytes(7), layout.layer_page_bytes))
     assert layout.layer_page_bytes == 2 * 2 * 5 * 4 * 2
+    assert replace(layout, dtype=Dtype.FLOAT8_E4M3).pool_bytes(7) == layout.pool_bytes(7) // 2
     with pytest.raises(LayoutMismatch):
         PageLayout(layer_count=0, kv_head_count=1, head_dim=1, page_size=1, dtype=Dtype.FLOAT32)
 

@@ -18,13 +18,17 @@ _log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def choose(candidates: Mapping[str, Factory], kv: Tensor, num_heads: int, num_threads: int) -> AttentionBackend:
+def choose(
+    candidates: Mapping[str, Factory], kv: Tensor, num_heads: int, num_threads: int, dtype: torch.dtype
+) -> AttentionBackend:
     """The first of `candidates` that computes right, or a later one that is clearly faster, over the pool `kv`.
+
+    Queries come in `dtype`.
 
     Each is skipped, with a log line, if it cannot be had, fails, or does not compute what the oracle does.
     Raises BackendUnavailable if none is left.
     """
-    problem = Problem(kv, num_heads)
+    problem = Problem(kv, num_heads, dtype)
     sound: dict[str, AttentionBackend] = {}
     for name, make in candidates.items():
         try:

@@ -74,9 +74,12 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"unknown attention backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
 
 
-def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads: int = 1) -> AttentionBackend:
+def make_attention(
+    name: str | None, kv: Tensor, config: ModelShape, num_threads: int = 1, dtype: torch.dtype | None = None
+) -> AttentionBackend:
     """The named backend over the pool `kv`; None tries those for its device and dtype and takes the fastest.
 
+    `dtype` is that of queries; None: the pool's.
     Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's.
     """
     expected = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
@@ -84,7 +87,7 @@ def make_attention(name: str | None, kv: Tensor, config: ModelShape, num_threads
         raise ValueError(f"a KV pool of shape {tuple(kv.shape)} does not fit the model's {expected}")
     if name is None:
         candidates = {name: BACKENDS[name] for name in _candidates(kv)}
-        return choose(candidates, kv, config.num_heads, num_threads)
+        return choose(candidates, kv, config.num_heads, num_threads, dtype or kv.dtype)
     check_name(name)
     return BACKENDS[name](kv, num_threads)
 

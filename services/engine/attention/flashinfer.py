@@ -10,8 +10,9 @@ from torch import Tensor
 from services.engine.attention.backend import BackendUnavailable
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
-from services.engine.attention.paged_metadata import check_flash_pool
+from services.engine.attention.paged_metadata import HALVES, check_flash_pool
 from services.engine.attention.pages import to_device
+from services.engine.attention.stored import FLOAT8
 from services.engine.batch import ForwardBatch
 
 WORKSPACE_BYTES = 128 << 20  # what its documentation asks for
@@ -25,7 +26,8 @@ class FlashInferAttention(GatherSdpaAttention):
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper
         except ImportError as error:
             raise BackendUnavailable(f"flashinfer is not installed ({error})") from None
-        check_flash_pool(kv, page_multiple=1)
+        # KV of eight bits it converts to the query's type, block by block, in its own FlashAttention-2 kernels.
+        check_flash_pool(kv, page_multiple=1, dtypes=(*HALVES, FLOAT8))
         if not kv[0].is_contiguous():
             raise BackendUnavailable("the pool is a part of a larger one")
         super().__init__(kv)
@@ -39,12 +41,12 @@ class FlashInferAttention(GatherSdpaAttention):
         if self._planned_batch is not batch:
             self._planned_batch, self._planned = batch, set()
         if form not in self._planned:
-            self._plan_form(batch, form, query.shape[1])
+            self._plan_form(batch, form, query)
             self._planned.add(form)
         mixed: Tensor = self._wrappers[form].run(query.contiguous(), self.kv[layer])
         return mixed
 
-    def _plan_form(self, batch: ForwardBatch, form: AttentionForm, num_heads: int) -> None:
+    def _plan_form(self, batch: ForwardBatch, form: AttentionForm, query: Tensor) -> None:
         if form not in self._wrappers:
             workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.kv.device)
             self._wrappers[form] = self._make(workspace, "HND")
@@ -54,7 +56,7 @@ class FlashInferAttention(GatherSdpaAttention):
             starts,
             indices,
             last,
-            num_heads,
+            query.shape[1],
             self.kv.shape[3],
             self.head_dim,
             self.page_size,
@@ -62,7 +64,7 @@ class FlashInferAttention(GatherSdpaAttention):
             sm_scale=form.scale_for(self.head_dim),
             window_left=form.window_left,
             logits_soft_cap=form.softcap,
-            q_data_type=self.kv.dtype,
+            q_data_type=query.dtype,
             kv_data_type=self.kv.dtype,
         )
 

@@ -71,7 +71,8 @@ class GatherSdpaAttention(PagedKv):
         if wanted not in self._plans:
             self._plans[wanted] = self._plan(batch, sequences, query.shape[1] // kv_heads, form)
         for group in self._plans[wanted]:
-            gathered = self.kv[layer, group.pages]  # (sequences, pages, 2, kv_heads, page_size, head_dim)
+            # (sequences, pages, 2, kv_heads, page_size, head_dim)
+            gathered = self.read_pages(layer, group.pages, query.dtype)
             gathered = gathered.permute(2, 0, 3, 1, 4, 5).reshape(2, len(group.pages), kv_heads, -1, self.head_dim)
             gathered.masked_fill_(group.unwritten, 0)  # 0 * NaN is NaN, so masking the scores is not enough
             for block in group.blocks:

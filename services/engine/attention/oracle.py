@@ -35,6 +35,6 @@ class OracleAttention(PagedKv):
     def _context(self, layer: int, pages: list[int], context: int) -> tuple[Tensor, Tensor]:
         """Keys and values, (context, num_kv_heads, head_dim) float64 each, collected token by token."""
         slots = [(pages[token // self.page_size], token % self.page_size) for token in range(context)]
-        key = torch.stack([self.kv[layer, page, 0, :, offset] for page, offset in slots])
-        value = torch.stack([self.kv[layer, page, 1, :, offset] for page, offset in slots])
-        return key.double(), value.double()
+        key = torch.stack([self.kv[layer, page, 0, :, offset].double() for page, offset in slots])
+        value = torch.stack([self.kv[layer, page, 1, :, offset].double() for page, offset in slots])
+        return key, value

@@ -15,6 +15,7 @@ from services.engine.attention.pages import to_device
 from services.engine.batch import ForwardBatch
 
 LARGEST_HEAD = 256
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,14 @@ def require_parameters(function: Callable[..., Any], wanted: Sequence[str], what
         raise BackendUnavailable(f"{what} has no {', '.join(lacking)}")
 
 
-def check_flash_pool(kv: Tensor, *, page_multiple: int) -> None:
-    """Raises BackendUnavailable for what FlashAttention does not compute."""
+def check_flash_pool(kv: Tensor, *, page_multiple: int, dtypes: Sequence[torch.dtype] = HALVES) -> None:
+    """Raises BackendUnavailable for what FlashAttention, or a library like it that reads `dtypes`, does not compute."""
     page_size, head_dim = kv.shape[4], kv.shape[5]
     if kv.device.type != "cuda":
         raise BackendUnavailable(f"it computes on a GPU, not on {kv.device}")
-    if kv.dtype not in (torch.float16, torch.bfloat16):
-        raise BackendUnavailable(f"it computes float16 and bfloat16, not {kv.dtype}")
+    if kv.dtype not in dtypes:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise BackendUnavailable(f"it reads {names}, not {kv.dtype}")
     if page_size % page_multiple:
         raise BackendUnavailable(f"it wants pages of a multiple of {page_multiple} tokens, not {page_size}")
     if head_dim % 8 or head_dim > LARGEST_HEAD:

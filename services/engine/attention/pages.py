@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from services.engine.attention.stored import as_indexed, as_stored
+
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A copy of `values`, which are on the CPU, queued on a GPU without waiting for what that does already."""
@@ -26,6 +28,10 @@ class PagedKv:
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Stores key and value, each (num_tokens, num_kv_heads, head_dim), at slots (num_tokens,) int64."""
         pages, offsets = slots // self.page_size, slots % self.page_size
-        pool = self.kv[layer]
-        pool[pages, 0, :, offsets] = key
-        pool[pages, 1, :, offsets] = value
+        pool = as_indexed(self.kv[layer])
+        pool[pages, 0, :, offsets] = as_indexed(as_stored(key, self.kv.dtype))
+        pool[pages, 1, :, offsets] = as_indexed(as_stored(value, self.kv.dtype))
+
+    def read_pages(self, layer: int, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of some pages of a layer as numbers of `dtype`: (*pages.shape, 2, kv_heads, page_size, head_dim)."""
+        return as_indexed(self.kv[layer])[pages].view(self.kv.dtype).to(dtype)

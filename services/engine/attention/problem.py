@@ -19,7 +19,7 @@ CONTEXTS = (520, 390)
 CHUNK = (11, 1)  # rows of the two sequences: more than 8 are computed in blocks by every backend
 LAST_ROWS = [10, 11]  # of the two sequences: what they would compute if both decoded
 FORMS = (PLAIN, AttentionForm(scale=0.1, window=300, softcap=5.0))
-# Values go up to about 3, and kernels round probabilities to the pool's type before they weigh values with them.
+# Values go up to about 3, and kernels round probabilities to the query's type before they weigh values with them.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 TIMED = ([1] * 8, [32])  # rows of each sequence: decoding, and a chunk
 # The same on a GPU, where so little would time the launches: of contexts so long, over pages used again and again.
@@ -33,10 +33,11 @@ class WrongResult(Exception):
 
 
 class Problem:
-    """A small pool of the arrangement, device and type of `kv`, one layer, and what is computed over it."""
+    """A small pool of the arrangement, device and type of `kv`, one layer, and what is computed over it in `dtype`."""
 
-    def __init__(self, kv: Tensor, num_heads: int) -> None:
+    def __init__(self, kv: Tensor, num_heads: int, dtype: torch.dtype) -> None:
         num_kv_heads, page_size, head_dim = kv.shape[3:]
+        self._dtype = dtype
         self._random = torch.Generator().manual_seed(0)
         counts = [-(-context // page_size) for context in CONTEXTS]
         order = torch.split(torch.randperm(sum(counts), generator=self._random).to(torch.int32), counts)
@@ -48,10 +49,10 @@ class Problem:
         for table, context in zip(self._tables, CONTEXTS, strict=True):
             positions = torch.arange(context)
             slots = table[positions // page_size].long() * page_size + positions % page_size
-            key, value = self._normal(2, context, num_kv_heads, head_dim).to(kv.dtype)
+            key, value = self._normal(2, context, num_kv_heads, head_dim)
             oracle.write(0, key, value, slots)
         self.kv = pool.to(kv.device)
-        self._query = (self._normal(sum(CHUNK), num_heads, head_dim) * 3).to(kv.dtype)
+        self._query = (self._normal(sum(CHUNK), num_heads, head_dim) * 3).to(dtype)
         batch = self._batch(CHUNK, range(2), "cpu")
         self._expected = [oracle.attend(0, self._query, batch, form) for form in FORMS]
 
@@ -66,7 +67,7 @@ class Problem:
                 with uninitialized_is_nan():
                     actual = backend.attend(0, query, batch, form)
                 difference = float((actual.cpu().float() - expected[chosen].float()).abs().max())
-                if not difference <= TOLERANCES[self.kv.dtype]:  # NaN is not
+                if not difference <= TOLERANCES[self._dtype]:  # NaN is not
                     raise WrongResult(f"differs by {difference:.2g} from the oracle with {rows} rows and {form}")
 
     def seconds(self, backends: Mapping[str, AttentionBackend]) -> dict[str, float]:

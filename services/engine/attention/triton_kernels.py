@@ -51,7 +51,7 @@ def attend_piece(
         place = page * pool_page + kv_head * pool_head + (token % PAGE_SIZE) * pool_slot
         where = place[:, None] + dims[None, :]
         known = seen[:, None] & in_head[None, :]
-        key = tl.load(pool + where, mask=known, other=0.0)
+        key = tl.load(pool + where, mask=known, other=0.0).to(q.dtype)  # exact also of floats of eight bits
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
         if HAS_CAP:
             scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * 1.4426950408889634 / softcap)) + 1))
@@ -60,7 +60,7 @@ def attend_piece(
         shift = tl.where(now == float("-inf"), 0.0, now)
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(largest - shift)
-        value = tl.load(pool + pool_side + where, mask=known, other=0.0)
+        value = tl.load(pool + pool_side + where, mask=known, other=0.0).to(q.dtype)
         mixed = mixed * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         total = total * fade + tl.sum(weights, 1)
         largest = now

@@ -53,7 +53,7 @@ class TritonPrefillAttention(TritonPagedAttention):
         """See GatherSdpaAttention."""
         pool, group = self.kv[layer], query.shape[1] // self.kv.shape[3]
         dims = max(LEAST_DOT, self._next_power(self.head_dim))
-        shape = FLOAT32 if pool.dtype == torch.float32 else HALF if dims <= WIDE else HALF_WIDE
+        shape = FLOAT32 if query.dtype == torch.float32 else HALF if dims <= WIDE else HALF_WIDE
         rows = max(shape.rows, self._next_power(group))
         known = self._tiles
         if known is None or known[0] is not batch or known[1] != sequences:  # all layers ask for the same

@@ -29,6 +29,7 @@ def add_block(
         key = tl.load(keys + where)
     else:
         key = tl.load(keys + where, mask=known[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    key = key.to(q.dtype)  # exact also of floats of eight bits
     scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
     if HAS_CAP:
         scores = softcap * (1 - 2 / (tl.exp2(scores * (2 * 1.4426950408889634 / softcap)) + 1))
@@ -43,6 +44,7 @@ def add_block(
         value = tl.load(keys + pool_side + where)
     else:
         value = tl.load(keys + pool_side + where, mask=known[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    value = value.to(q.dtype)
     mixed = mixed * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     return mixed, total * fade + tl.sum(weights, 1), now
 

@@ -84,7 +84,7 @@ def check_remote_send(command: RemoteSend, config: CoreConfig) -> None:
 def check_address(address: KvAddress, command: RemoteSend, config: CoreConfig) -> None:
     """Raises ModelMismatch, LayoutMismatch or PromptMismatch if what would be sent is not what is expected there."""
     if address.model_digest != config.model_digest:
-        raise ModelMismatch("The receiver holds other weights, another dtype or other rope parameters.")
+        raise ModelMismatch("The receiver holds other weights, another dtype of model or KV, or other rope parameters.")
     if _values(address.layout) != _values(config.layout):
         raise LayoutMismatch("The receiver's KV has other layers, heads or number formats.")
     head = command.prompt[: address.window.end]

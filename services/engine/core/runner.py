@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend
+from services.engine.attention.stored import fill_with_nan
 from services.engine.batch import ForwardBatch, last_rows
 from services.engine.core.plan import Chosen, Computed, Launched, PageCopy, Segment, StepPlan
 from services.engine.model.model import Model
@@ -104,7 +105,7 @@ class TorchRunner:
     @torch.inference_mode()
     def poison(self, pages: Sequence[int]) -> None:
         """See Runner."""
-        self._kv[:, torch.as_tensor(list(pages), device=self._kv.device)] = torch.nan
+        fill_with_nan(self._kv, torch.as_tensor(list(pages), device=self._kv.device))
         self._wait()
 
     @torch.inference_mode()

@@ -158,7 +158,7 @@ def decode_graphs(
 ) -> DecodeGraphs | None:
     """Graphs for batches up to `most_rows`, captured; None, and a line in the log, where there can be none."""
     try:
-        attention = triton_paged(kv, model.config.num_heads)
+        attention = triton_paged(kv, model.config.num_heads, model.dtype)
     except Exception as error:  # whatever a compiler says, the engine serves without graphs
         _log.warning("decoding is not captured", extra={"fields": {"why": f"{type(error).__name__}: {error}"}})
         return None
@@ -167,9 +167,9 @@ def decode_graphs(
     return graphs
 
 
-def triton_paged(kv: Tensor, num_heads: int) -> TritonPagedAttention:
+def triton_paged(kv: Tensor, num_heads: int, dtype: torch.dtype) -> TritonPagedAttention:
     """Attention that can be captured, held to the oracle first. Raises BackendUnavailable or WrongResult."""
-    problem = Problem(kv, num_heads)
+    problem = Problem(kv, num_heads, dtype)
     problem.check(TritonPagedAttention(problem.kv))
     return TritonPagedAttention(kv)
 

@@ -51,11 +51,20 @@ class DecoderWeights:
 class Decoder:
     """Computes packed batches of sequences of any length, prefill and decode alike."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, team: Team | None = None) -> None:
-        """`team`: whose layers the linear ones are, see LinearMaker; then steps are recorded for it where that goes."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        team: Team | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`team`: whose layers the linear ones are, see LinearMaker; then steps are recorded for it where that goes.
+
+        `kv_dtype`: what pools keep KV in; None: the dtype that the model computes in.
+        """
         self.config = config
         self._weights = weights
-        self._ops = make_ops(config, self.device, self.dtype)
+        self._ops = make_ops(config, self.device, self.dtype, kv_dtype or self.dtype)
         self._recorder = None if team is None else _recorder(config, team)
         ropes = {layer.rope for layer in config.layers}
         self._rotary = {rope: RotaryTable(rope, config.head_dim, config.max_context, self.device) for rope in ropes}

@@ -42,31 +42,32 @@ def load_model(
     *,
     device: str | torch.device,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
     linear: LinearMaker = DENSE,
     shard: Shard = WHOLE,
 ) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
 
-    The model computes in `dtype`; `linear` may keep the weights of its linear layers in another form. Of a model
-    that several ranks share, the decoder is this rank's part; all else tells of the whole.
+    The model computes in `dtype`; `linear` may keep the weights of its linear layers in another form, and pools its KV
+    in `kv_dtype`. Of a model that several ranks share, the decoder is this rank's part; all else tells of the whole.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
     folder, device = model_folder(source), torch.device(device)
+    numbers = f"{dtype}" if kv_dtype in (None, dtype) else f"{dtype}, KV {kv_dtype}"
     try:
         config = load_config(folder)
     except UnsupportedModel as reason:
-        return _load_foreign(folder, device, dtype, shard, reason)
+        return _load_foreign(folder, device, dtype, numbers, shard, reason)
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
         weights = read_decoder_weights(checkpoint, config, dtype, device, linear, shard)
         linear.settle()
-        digest = _digest(
-            config, f"{dtype}{linear.form}{' packed' if checkpoint.has_read_packed else ''}", checkpoint.identity()
-        )
+        form = f"{linear.form}{' packed' if checkpoint.has_read_packed else ''}"
+        digest = _digest(config, numbers + form, checkpoint.identity())
     # What ranks add up between layers is no job of a team.
-    decoder = Decoder(own, weights, linear.team if shard.count == 1 else None)
+    decoder = Decoder(own, weights, linear.team if shard.count == 1 else None, kv_dtype)
     return LoadedModel(config, decoder, digest, tokenizer)
 
 
@@ -82,7 +83,7 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _load_foreign(
-    folder: Path, device: torch.device, dtype: torch.dtype, shard: Shard, reason: UnsupportedModel
+    folder: Path, device: torch.device, dtype: torch.dtype, numbers: str, shard: Shard, reason: UnsupportedModel
 ) -> LoadedModel:
     """What is not native, through transformers, whose linear layers stay as they are."""
     from services.engine.model.foreign.load import load_foreign
@@ -96,7 +97,7 @@ def _load_foreign(
     config = model.config
     _log.info("served through transformers", extra={"fields": {"architecture": config.architecture}})
     described = read_json(folder / "config.json")
-    computation = f"{json.dumps(described, sort_keys=True)} {dtype}"
+    computation = f"{json.dumps(described, sort_keys=True)} {numbers}"
     digest = blake2b(weights + computation.encode(), digest_size=DIGEST_BYTES).digest()
     return LoadedModel(config, model, digest, load_tokenizer_files(folder, config.eos_token_ids))
 

@@ -57,7 +57,7 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in, and the KV's."""
+        """What it computes in; KV may be kept in another type."""
 
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, on_layer: Callable[[int], None] | None = None

@@ -15,6 +15,14 @@ GELU = tl.constexpr(2)
 
 
 @triton.jit
+def as_kept(values, target):
+    """float32 `values` as what `target` points to keeps them: see attention/stored.py."""
+    if target.dtype.element_ty == tl.float8e4nv:
+        values = tl.where(values > 448.0, 448.0, tl.where(values < -448.0, -448.0, values))
+    return values.to(target.dtype.element_ty)
+
+
+@triton.jit
 def add_norm(
     hidden, added, weight, normed,
     epsilon,
@@ -82,8 +90,8 @@ def rotate_and_store(
     target = target + side.to(tl.int64) * pool_side + (kept - side * NUM_KV_HEADS) * pool_head
     place = pool + target[:, None] + element[None, :] * pool_element
     stored = inside & (kept >= 0)[:, None]
-    tl.store(place, lower.to(pool.dtype.element_ty), mask=stored)
-    tl.store(place + HALF * pool_element, upper.to(pool.dtype.element_ty), mask=stored)
+    tl.store(place, as_kept(lower, pool), mask=stored)
+    tl.store(place + HALF * pool_element, as_kept(upper, pool), mask=stored)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from multiprocessing.reduction import recv_handle
 
 from services.engine.attention.factory import make_attention
 from services.engine.core.runner import TorchRunner
-from services.engine.loading import load, set_torch_threads, torch_device
+from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
 from services.engine.model.shard import Shard
@@ -51,8 +51,10 @@ def _start(task: RankTask, connection: Connection) -> TorchRunner:
     connection.send(Done())
     pool: PoolShape = connection.recv()
     descriptor = recv_handle(connection) if pool.shared else None
-    kv = pool_part(pool.shape, shard, device, loaded.model.dtype, descriptor)
-    return TorchRunner(loaded.model, make_attention(config.attention, kv, loaded.model.config, config.num_threads), kv)
+    kv = pool_part(pool.shape, shard, device, TORCH_DTYPES[config.kv_dtype_name], descriptor)
+    model = loaded.model
+    attention = make_attention(config.attention, kv, model.config, config.num_threads, model.dtype)
+    return TorchRunner(model, attention, kv)
 
 
 def _obey(message: Compute | CopyPages | Poison, runner: TorchRunner, connection: Connection) -> None:

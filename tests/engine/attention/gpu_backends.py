@@ -15,25 +15,36 @@ SHAPES = [(4, 2, 64), (6, 2, 80), (8, 8, 128), (32, 8, 128)]  # heads, kv heads,
 
 
 def check_problem(
-    make: Callable[[Tensor], AttentionBackend], device: str, dtype: torch.dtype, page_size: int, shape: tuple[int, ...]
+    make: Callable[[Tensor], AttentionBackend],
+    device: str,
+    dtype: torch.dtype,
+    page_size: int,
+    shape: tuple[int, ...],
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
-    """The self-test of an engine's start."""
+    """The self-test of an engine's start. `kv_dtype`: None is `dtype`."""
     num_heads, num_kv_heads, head_dim = shape
-    kv = torch.zeros(1, 1, 2, num_kv_heads, page_size, head_dim, dtype=dtype, device=device)
-    problem = Problem(kv, num_heads)
+    kv = torch.zeros(1, 1, 2, num_kv_heads, page_size, head_dim, dtype=kv_dtype or dtype, device=device)
+    problem = Problem(kv, num_heads, dtype)
     problem.check(make(problem.kv))
 
 
 def check_mixed(
-    make: Callable[[Tensor], AttentionBackend], device: str, dtype: torch.dtype, page_size: int, form: str
+    make: Callable[[Tensor], AttentionBackend],
+    device: str,
+    dtype: torch.dtype,
+    page_size: int,
+    form: str,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Decoding, whole prompts and chunks in one batch, over pages that hold NaN elsewhere."""
+    kv_dtype = kv_dtype or dtype
     pool = Pool(MIXED, page_size)
-    pool.kv = pool.kv.to(device, dtype)
+    pool.kv = pool.kv.to(device, kv_dtype)
     backend = make(pool.kv)
     for sequence in range(len(MIXED)):
         for parts in (pool.keys, pool.values):
-            parts[sequence] = parts[sequence].to(dtype).float()  # what the pool can hold
+            parts[sequence] = parts[sequence].to(dtype).to(kv_dtype).float()  # what the pool can hold
         for layer in range(LAYERS):
             key, value = (parts[sequence][layer].to(device, dtype) for parts in (pool.keys, pool.values))
             backend.write(layer, key, value, pool.slots(sequence).to(device))

@@ -11,6 +11,7 @@ from services.engine.attention.factory import make_attention
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.oracle import OracleAttention
 from services.engine.attention.paged_numba import PagedNumbaAttention
+from services.engine.attention.stored import FLOAT8
 from services.engine.model.config import ModelConfig, load_config
 from tests.models import make_tiny_llama
 
@@ -27,6 +28,7 @@ def _pool(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tens
 def test_default_is_the_fastest_that_fits(config: ModelConfig) -> None:
     assert isinstance(make_attention(None, _pool(config), config), PagedNumbaAttention)
     assert isinstance(make_attention(None, _pool(config, torch.bfloat16), config), GatherSdpaAttention)
+    assert isinstance(make_attention(None, _pool(config, FLOAT8), config, 1, torch.float32), GatherSdpaAttention)
 
 
 def test_by_name(config: ModelConfig) -> None:
@@ -41,5 +43,6 @@ def test_by_name(config: ModelConfig) -> None:
 def test_pools_that_do_not_fit_are_refused(config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         make_attention(None, _pool(config)[1:], config)
-    with pytest.raises(ValueError, match="computes float32 on the CPU"):
-        make_attention("paged_numba", _pool(config, torch.bfloat16), config)
+    for dtype in (torch.bfloat16, FLOAT8):
+        with pytest.raises(ValueError, match=f"computes float32 on the CPU, not {dtype} on cpu"):
+            make_attention("paged_numba", _pool(config, dtype), config)

@@ -15,6 +15,7 @@ from services.engine.attention.flash_attn import FlashAttnAttention
 from services.engine.attention.flash_attn_3 import FlashAttn3Attention
 from services.engine.attention.flashinfer import FlashInferAttention, page_lists
 from services.engine.attention.paged_metadata import MetadataOfBatch, check_flash_pool
+from services.engine.attention.stored import FLOAT8, FLOAT8_CAPABILITY
 from services.engine.attention.torch_varlen import TorchVarlenAttention
 from services.engine.attention.triton_paged import TritonPagedAttention
 from services.engine.attention.triton_prefill import TritonPrefillAttention, tiles_of
@@ -56,6 +57,16 @@ class TestOnAGpu:
     @pytest.mark.parametrize(("name", "page_size"), [case for case in CASES if case[1] <= 256])
     def test_mixed_batch(self, name: str, page_size: int, form: str) -> None:
         check_mixed(backend(name), "cuda", torch.bfloat16, page_size, form)
+
+    @pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY, reason="needs 8.9"
+    )
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["flashinfer", "triton_paged", "triton_prefill"])
+    def test_kv_of_eight_bits(self, name: str, dtype: torch.dtype) -> None:
+        for shape in SHAPES:
+            check_problem(backend(name), "cuda", dtype, 16, shape, FLOAT8)
+        check_mixed(backend(name), "cuda", dtype, 16, "all", FLOAT8)
 
 
 def batch() -> ForwardBatch:

@@ -15,6 +15,7 @@ from services.engine.attention.choice import Factory, choose
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.problem import CONTEXTS
+from services.engine.attention.stored import FLOAT8
 from services.engine.batch import ForwardBatch
 
 NUM_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
@@ -86,7 +87,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]
 def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     kv = pool()
-    chosen = choose({"broken": broken, "right": of(AlsoRight)}, kv, NUM_HEADS, 1)
+    chosen = choose({"broken": broken, "right": of(AlsoRight)}, kv, NUM_HEADS, 1, torch.float32)
     assert isinstance(chosen, AlsoRight)
     assert chosen.kv is kv, "the one that serves has the real pool"
     (level, first), (_, last) = said(caplog)
@@ -97,7 +98,9 @@ def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, ca
 
 def test_one_that_is_not_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert isinstance(choose({"absent": absent, "right": of(AlsoRight)}, pool(), NUM_HEADS, 1), AlsoRight)
+    assert isinstance(
+        choose({"absent": absent, "right": of(AlsoRight)}, pool(), NUM_HEADS, 1, torch.float32), AlsoRight
+    )
     assert said(caplog)[0] == ("INFO", {"backend": "absent", "why": "its library is not installed"})
 
 
@@ -118,7 +121,7 @@ def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(
         takes_s = 0.02
 
     caplog.set_level(logging.INFO)
-    chosen = choose({"slow": of(Slow), "right": of(Quick)}, pool(), NUM_HEADS, 1)
+    chosen = choose({"slow": of(Slow), "right": of(Quick)}, pool(), NUM_HEADS, 1, torch.float32)
     assert isinstance(chosen, Quick)
     assert not isinstance(chosen, Slow)
     ((_, fields),) = said(caplog)
@@ -128,11 +131,25 @@ def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(
 
 def test_none_left_is_an_error() -> None:
     with pytest.raises(BackendUnavailable, match="none of absent, broken computes"):
-        choose({"absent": absent, "broken": of(Raises)}, pool(), NUM_HEADS, 1)
+        choose({"absent": absent, "broken": of(Raises)}, pool(), NUM_HEADS, 1, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_that_reads_kv_of_eight_bits_is_right_in_every_type(dtype: torch.dtype) -> None:
+    assert isinstance(choose({"right": of(AlsoRight)}, pool(16, FLOAT8), NUM_HEADS, 1, dtype), AlsoRight)
+
+
+def test_one_that_reads_eight_bits_as_others_is_passed_over() -> None:
+    class OtherBytes(GatherSdpaAttention):
+        def read_pages(self, layer: int, pages: Tensor, dtype: torch.dtype) -> Tensor:
+            return self.kv[layer].view(torch.uint8)[pages].view(torch.float8_e5m2).to(dtype)
+
+    candidates = {"other": of(OtherBytes), "right": of(AlsoRight)}
+    assert isinstance(choose(candidates, pool(16, FLOAT8), NUM_HEADS, 1, torch.float32), AlsoRight)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 256, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_right_one_passes_for_every_page_size_and_type(page_size: int, dtype: torch.dtype) -> None:
     assert max(CONTEXTS) < 1024, "one page may hold a whole sequence"
-    assert isinstance(choose({"right": of(AlsoRight)}, pool(page_size, dtype), NUM_HEADS, 1), AlsoRight)
+    assert isinstance(choose({"right": of(AlsoRight)}, pool(page_size, dtype), NUM_HEADS, 1, dtype), AlsoRight)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
+from services.engine.attention.stored import FLOAT8
 from services.engine.attention.triton_paged import TritonPagedAttention
 from services.engine.attention.triton_prefill import TritonPrefillAttention
 from services.engine.core.plan import Segment
@@ -42,6 +43,19 @@ def test_two_long_sequences(
     backend: type[TritonPagedAttention], shape: tuple[int, ...], page_size: int, dtype: torch.dtype
 ) -> None:
     check_problem(backend, "cpu", dtype, page_size, shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_mixed_batch_over_kv_of_eight_bits(backend: type[TritonPagedAttention], form: str, page_size: int) -> None:
+    check_mixed(backend, "cpu", torch.float32, page_size, form, FLOAT8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_long_sequences_over_kv_of_eight_bits(backend: type[TritonPagedAttention], dtype: torch.dtype) -> None:
+    check_problem(backend, "cpu", dtype, 16, SHAPES[1], FLOAT8)
 
 
 def test_a_captured_batch_is_read_from_device_memory_alone(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_a_higher_attempt_takes_over() -> None:
     [
         ({"model_digest": b"other"}, "MODEL_MISMATCH"),
         ({"layout": PageLayout(3, 2, 1, 4, Dtype.FLOAT32)}, "LAYOUT_MISMATCH"),
+        ({"layout": PageLayout(3, 1, 1, 4, Dtype.FLOAT8_E4M3)}, "LAYOUT_MISMATCH"),
         ({"prompt_digest": b"other"}, "PROMPT_MISMATCH"),
         ({"epoch": b"other"}, "STALE_EPOCH"),
         ({"secret": b"other"}, "WRONG_SECRET"),

@@ -16,6 +16,7 @@ from services.engine.core.config import CoreConfig
 from services.engine.core.plan import SampleSpec, ScoreSpec, Segment
 from services.engine.core.runner import TorchRunner, make_batch
 from services.engine.gpu.runner import QueuedRunner
+from services.engine.loading import TORCH_DTYPES
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.sampling.params import SamplingParams
 from services.protocol.layout import Dtype, PageLayout
@@ -41,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
 def pool_of(config: CoreConfig) -> torch.Tensor:
     layout = config.layout
     shape = (layout.layer_count, config.num_pages, 2, layout.kv_head_count, layout.page_size, layout.head_dim)
-    return torch.zeros(shape)
+    return torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype.value.lower()])
 
 
 def maker(

@@ -46,10 +46,19 @@ def test_the_format_follows_the_device() -> None:
         assert (config.dtype_name, config.weight_form) == ("bfloat16", form)
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("fp8", (8, 6)), ("int8", (7, 5))])
-def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tuple[int, int]) -> None:
-    config = read("--device", "cuda:1", "--dtype", dtype)
-    with pytest.raises(StartError, match=rf"--dtype {dtype} needs a GPU of compute capability .*cuda:1 has"):
+def test_kv_has_the_format_of_activations_or_eight_bits() -> None:
+    assert [read(*argv).kv_dtype_name for argv in ((), ("--device", "cuda"))] == ["float32", "bfloat16"]
+    for argv in ((), ("--device", "cuda"), ("--device", "cuda", "--dtype", "int8"), ("--dtype", "float32")):
+        assert read(*argv, "--kv-dtype", "fp8").kv_dtype_name == "float8_e4m3"
+        assert read(*argv, "--kv-dtype", "fp8").dtype_name == read(*argv).dtype_name
+
+
+@pytest.mark.parametrize(
+    ("option", "capability"), [("--dtype fp8", (8, 6)), ("--dtype int8", (7, 5)), ("--kv-dtype fp8", (8, 6))]
+)
+def test_a_gpu_that_cannot_compute_a_form_is_refused(option: str, capability: tuple[int, int]) -> None:
+    config = read("--device", "cuda:1", *option.split())
+    with pytest.raises(StartError, match=rf"^{option} needs a GPU of compute capability \d.\d, and cuda:1 has \d.\d$"):
         check_capability(config, capability)
     check_capability(config, (9, 0))
     check_capability(read("--device", "cuda:1"), capability)
@@ -68,6 +77,7 @@ def test_a_gpu_that_cannot_compute_a_form_is_refused(dtype: str, capability: tup
         ("--lease-default", "20", "--lease-max", "10"),
         ("--labels", "zone"),
         ("--dtype", "int3"),
+        ("--kv-dtype", "bfloat16"),
         ("--device", "cuda", "--dtype", "packed"),
         ("--device", "cuda", "--dtype", "packed16"),
         ("--device", "cpu", "--dtype", "fp8"),

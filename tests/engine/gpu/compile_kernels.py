@@ -20,6 +20,7 @@ from bench.gpu.parts import decoding_batch, prompt_batch
 from bench.gpu.shapes import LLAMA_8B, Shapes
 from services.engine.attention import triton_kernels, triton_prefill_kernels  # noqa: F401, not to be interpreted
 from services.engine.attention.problem import FORMS, WrongResult
+from services.engine.attention.stored import FLOAT8
 from services.engine.attention.triton_prefill import TritonPrefillAttention
 from services.engine.model.config import parse_config
 from services.engine.model.linear.rounded import rounded
@@ -56,25 +57,32 @@ class NoGpu:
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(NoGpu(int(sys.argv[1])))
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(NoGpu(capability))
     triton.knobs.runtime.interpret = True  # attention would ask for a GPU; kernels are made to be compiled already
     JITFunction.__getitem__ = _compile_only
     for facts in MODELS:
         config = parse_config(facts, {}, CPU)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype, kv_dtype in _types(capability, is_first=facts is MODELS[0]):
             shapes = Shapes(config, dtype, 16, 2, 40, 2, 40, 1, 1)
             with contextlib.suppress(WrongResult):  # nothing is computed
-                check_ops(TritonOps(config), config, CPU, dtype)
-            pool = torch.zeros(1, 6, 2, config.num_kv_heads, shapes.page_size, config.head_dim, dtype=dtype)
+                check_ops(TritonOps(config), config, CPU, dtype, kv_dtype)
+            pool = torch.zeros(1, 6, 2, config.num_kv_heads, shapes.page_size, config.head_dim, dtype=kv_dtype)
             query = torch.zeros(shapes.batch, config.num_heads, config.head_dim, dtype=dtype)
             for form, batch in itertools.product(FORMS, (decoding_batch(shapes, CPU), prompt_batch(shapes, CPU))):
                 rows = query[:1].expand(batch.num_tokens, -1, -1).contiguous()
                 TritonPrefillAttention(pool).attend(0, rows, batch, form)
-    kinds = [torch.int8] if int(sys.argv[1]) < 89 else [torch.int8, torch.float8_e4m3fn]
+    kinds = {80: [torch.int8], 89: [FLOAT8], 90: [torch.int8, FLOAT8]}[capability]
     for (outputs, inputs), kind in itertools.product(WEIGHTS, kinds):
         layer = TritonRoundedLinear(rounded(torch.zeros(outputs, inputs), kind))
         for num_rows in TILES:
             layer(torch.zeros(num_rows, inputs, dtype=torch.bfloat16))
+
+
+def _types(capability: int, *, is_first: bool) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Of queries and of KV. For 8.9, the least that has floats of eight bits, what has to do with these is enough."""
+    float8 = [(torch.bfloat16, FLOAT8)] if capability >= 89 and is_first else []
+    return float8 if capability == 89 else [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), *float8]
 
 
 def _compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,12 +17,15 @@ from torch import Tensor
 from bench.gpu.engine import make_pool
 from bench.gpu.parts import decoding_batch, prompt_batch
 from bench.gpu.shapes import random_model, tiny
-from services.engine.attention.backend import AttentionBackend
+from services.engine.attention.backend import AttentionBackend, BackendUnavailable
 from services.engine.attention.flash_attn import FlashAttnAttention
 from services.engine.attention.flash_attn_3 import FlashAttn3Attention
+from services.engine.attention.flashinfer import FlashInferAttention
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.problem import FORMS, LONG, Problem
+from services.engine.attention.stored import FLOAT8
+from services.engine.attention.torch_varlen import TorchVarlenAttention
 from services.engine.attention.triton_prefill import TritonPrefillAttention
 from services.engine.batch import ForwardBatch
 from services.engine.core.plan import PageCopy, RunnerBroken, Segment, StepPlan
@@ -78,24 +82,25 @@ def gpu() -> Iterator[FakeCuda]:
         yield gpu
 
 
-@pytest.fixture(params=["plain", "triton"])
+@pytest.fixture(params=["plain", "triton", "plain, fp8 KV", "triton, fp8 KV"])
 def parts(
     gpu: FakeCuda, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Decoder, AttentionBackend, Tensor]:
     """A model, attention and a pool."""
-    if request.param == "triton":
+    kind, _, kv_kind = request.param.partition(", ")
+    if kind == "triton":
         request.getfixturevalue("interpreted")
         from services.engine.model import triton_ops
 
         monkeypatch.setattr(triton_ops, "kernels", Launches("kernels"))
-        make_ops: Callable[..., Any] = lambda config, device, dtype: triton_ops.TritonOps(config)  # noqa: E731
+        make_ops: Callable[..., Any] = lambda config, *_: triton_ops.TritonOps(config)  # noqa: E731
         monkeypatch.setattr(triton_ops, "_KINDS", {"silu": 0})
     else:
-        make_ops = lambda config, device, dtype: TorchOps(config)  # noqa: E731
+        make_ops = lambda config, *_: TorchOps(config)  # noqa: E731
     monkeypatch.setattr(decoder, "make_ops", make_ops)
     model = random_model(tiny(), GPU)
-    kv = make_pool(tiny(), 512, GPU)
-    if request.param == "plain":
+    kv = make_pool(tiny(), 512, GPU, FLOAT8 if kv_kind else None)
+    if kind == "plain":
         return model, GatherSdpaAttention(kv), kv
     attention = TritonPrefillAttention(kv)
     attention._kernels = attention._prefill_kernels = Launches("kernels")
@@ -170,7 +175,7 @@ def pretend_graphs(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 1024])
 def test_backends_are_timed_over_long_contexts(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    problem = Problem(torch.zeros(1, 2, 2, 2, page_size, 16, device=GPU), 4)
+    problem = Problem(torch.zeros(1, 2, 2, 2, page_size, 16, device=GPU), 4, torch.float32)
     seen = list[tuple[int, int]]()
 
     class Plain(GatherSdpaAttention):
@@ -205,6 +210,44 @@ def test_what_flash_attention_is_given(
         with gpu.phase(Phase.QUEUEING):
             mixed = attention.attend(0, query(batch.num_tokens, 64).bfloat16(), batch, form)
         assert mixed.shape == (batch.num_tokens, 4, 64)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FLOAT8])
+def test_what_flashinfer_is_told_of_types(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype
+) -> None:
+    """Queries and KV have a type each."""
+    told = dict[str, Any]()
+
+    class Wrapper:
+        def __init__(self, workspace: Tensor, layout: str) -> None:
+            assert (workspace.dtype, workspace.device, layout) == (torch.uint8, GPU, "HND")
+
+        def plan(self, *positional: Any, **named: Any) -> None:
+            told.update(named)
+
+        def run(self, query: Tensor, pages: Tensor) -> Tensor:
+            assert (query.dtype, pages.dtype) == (told["q_data_type"], told["kv_data_type"])
+            return torch.empty_like(query)
+
+    library = ModuleType("flashinfer")
+    library.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    attention = FlashInferAttention(torch.zeros(1, 6, 2, 2, 16, 64, dtype=kv_dtype, device=GPU))
+    batch = decoding_batch(tiny(), GPU)
+    with gpu.phase(Phase.QUEUEING):
+        mixed = attention.attend(0, query(batch.num_tokens, 64).bfloat16(), batch)
+    assert mixed.dtype == torch.bfloat16
+    assert (told["q_data_type"], told["kv_data_type"]) == (torch.bfloat16, kv_dtype)
+
+
+@pytest.mark.parametrize("kind", [FlashAttnAttention, FlashAttn3Attention, TorchVarlenAttention])
+def test_kv_of_eight_bits_is_not_for_flash_attention(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, kind: type[GatherSdpaAttention]
+) -> None:
+    monkeypatch.setattr(f"{kind.__module__}._find", lambda: None)
+    with pytest.raises(BackendUnavailable, match=r"it reads float16 and bfloat16, not torch\.float8_e4m3fn"):
+        kind(torch.zeros(1, 2, 2, 2, 256, 64, dtype=FLOAT8, device=GPU))
 
 
 def query(num_tokens: int, head_dim: int = 16) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from services.engine.attention.stored import FLOAT8
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.loader import LoadedModel, load_model
 from tests.engine.model.running import PagedRunner, random_tokens
@@ -60,7 +61,7 @@ def test_sharded_equals_single(folder: Path, tiny: LoadedModel) -> None:
     assert torch.equal(PagedRunner(loaded.model).prefill(tokens), PagedRunner(tiny.model).prefill(tokens))
 
 
-def test_digest_names_weights_dtype_and_rope(folder: Path, tiny: LoadedModel, tmp_path: Path) -> None:
+def test_digest_names_weights_dtypes_and_rope(folder: Path, tiny: LoadedModel, tmp_path: Path) -> None:
     assert len(tiny.digest) == 16
     digests = {tiny.digest, _load(folder, torch.bfloat16).digest, _load(make_tiny_llama(tmp_path / "b", seed=1)).digest}
     assert _load(folder).digest == tiny.digest
@@ -68,7 +69,11 @@ def test_digest_names_weights_dtype_and_rope(folder: Path, tiny: LoadedModel, tm
     digests.add(_load(folder).digest)
     _set(folder, rope_theta=20000.0)
     digests.add(_load(folder).digest)
-    assert len(digests) == 5
+    in_eight_bits = load_model(folder, device="cpu", dtype=torch.float32, kv_dtype=FLOAT8)
+    digests.add(in_eight_bits.digest)
+    assert len(digests) == 6
+    as_ever = load_model(folder, device="cpu", dtype=torch.float32, kv_dtype=torch.float32)
+    assert as_ever.digest == _load(folder).digest
     _set(folder, rope_theta=20000.0, eos_token_id=5)  # no part of what KV depends on
     assert _load(folder).digest in digests
 

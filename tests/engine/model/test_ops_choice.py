@@ -13,11 +13,12 @@ from torch import Tensor
 
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.problem import WrongResult
+from services.engine.attention.stored import FLOAT8, FLOAT8_CAPABILITY
 from services.engine.batch import ForwardBatch
 from services.engine.model.config import ModelConfig
 from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.ops import Ops, Step, TorchOps
-from services.engine.model.ops_choice import check_ops, choose_ops, fused_ops, make_ops
+from services.engine.model.ops_choice import PAGE_SIZE, check_ops, choose_ops, fused_ops, make_ops
 from services.engine.model.rope import RotaryTable
 from tests.engine.model.ops_shapes import SHAPES, Shape, config_of
 from tests.models import make_tiny_llama
@@ -68,6 +69,31 @@ class AnswersInFloat32(TorchOps):
         return super().activate(gate_up).float()
 
 
+class StoresAsItIs(TorchOps):
+    """Rounds to floats of eight bits as torch 2.11 does: NaN comes of what is too large."""
+
+    stored = staticmethod(lambda values: values.where(values.abs() < 464, torch.nan).to(FLOAT8))
+
+    def rotate_and_store(
+        self, step: Step, layer: int, projected: Tensor, query_key_norm: Tensor | None, table: RotaryTable
+    ) -> Tensor:
+        query = super().rotate_and_store(step, layer, projected, query_key_norm, table)
+        assert isinstance(step.attention, GatherSdpaAttention)
+        heads = projected.view(projected.shape[0], -1, self._config.head_dim)[:, -self._config.num_kv_heads :]
+        pages, offsets = step.batch.slots // PAGE_SIZE, step.batch.slots % PAGE_SIZE
+        values = step.attention.kv[layer, :, 1].view(torch.uint8)
+        values[pages, :, offsets] = self.stored(heads).view(torch.uint8)
+        return query
+
+
+class StoresOtherNumbers(StoresAsItIs):
+    stored = staticmethod(lambda values: values.clamp(-448, 448).to(torch.float8_e5m2))
+
+
+class MakesNumbersOfNan(StoresAsItIs):
+    stored = staticmethod(lambda values: values.nan_to_num(0).clamp(-448, 448).to(FLOAT8))
+
+
 WRONG = {
     ForgetsARow: "norm: 48 of 240",
     KeepsTheOldSum: "sum: ",
@@ -84,11 +110,26 @@ def test_what_is_wrong_is_found_and_passed_over(
 ) -> None:
     config = config_of(tiny, SHAPES[0])
     with pytest.raises(WrongResult, match=WRONG[kind]):
-        check_ops(kind(config), config, CPU, torch.bfloat16)
-    assert type(choose_ops(config, CPU, torch.bfloat16, kind)) is TorchOps
+        check_ops(kind(config), config, CPU, torch.bfloat16, torch.bfloat16)
+    assert type(choose_ops(config, CPU, torch.bfloat16, torch.bfloat16, kind)) is TorchOps
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert WRONG[kind] in record.fields["why"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (StoresAsItIs, "pages of large numbers: "),
+        (StoresOtherNumbers, "pages: "),
+        (MakesNumbersOfNan, "pages of large numbers: 8 of"),
+    ],
+)
+def test_kv_that_is_stored_wrongly_in_eight_bits_is_found(tiny: LoadedModel, kind: type[TorchOps], words: str) -> None:
+    config = config_of(tiny, SHAPES[0])
+    check_ops(TorchOps(config), config, CPU, torch.bfloat16, FLOAT8)
+    with pytest.raises(WrongResult, match=words):
+        check_ops(kind(config), config, CPU, torch.bfloat16, FLOAT8)
 
 
 def test_what_is_right_is_taken(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +138,7 @@ def test_what_is_right_is_taken(tiny: LoadedModel, caplog: pytest.LogCaptureFixt
 
     caplog.set_level(logging.INFO)
     assert isinstance(tiny.config, ModelConfig)
-    assert type(choose_ops(tiny.config, CPU, torch.float32, Fused)) is Fused
+    assert type(choose_ops(tiny.config, CPU, torch.float32, torch.float32, Fused)) is Fused
     (record,) = caplog.records
     assert record.getMessage() == "operations chosen"
     assert record.fields["ops"] == "Fused"
@@ -108,7 +149,7 @@ def test_what_fails_is_passed_over(tiny: LoadedModel, caplog: pytest.LogCaptureF
         raise RuntimeError("no compiler")
 
     assert isinstance(tiny.config, ModelConfig)
-    assert type(choose_ops(tiny.config, CPU, torch.float32, fail)) is TorchOps
+    assert type(choose_ops(tiny.config, CPU, torch.float32, torch.float32, fail)) is TorchOps
     assert caplog.records[0].fields["why"] == "RuntimeError: no compiler"
 
 
@@ -116,7 +157,7 @@ def test_without_triton(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, capl
     caplog.set_level(logging.INFO)
     assert isinstance(tiny.config, ModelConfig)
     monkeypatch.setitem(sys.modules, "services.engine.model.triton_ops", None)
-    assert type(choose_ops(tiny.config, CPU, torch.float32, fused_ops)) is TorchOps
+    assert type(choose_ops(tiny.config, CPU, torch.float32, torch.float32, fused_ops)) is TorchOps
     (record,) = caplog.records
     assert (record.levelno, record.fields["why"]) == (logging.INFO, "triton is not installed")
 
@@ -124,7 +165,7 @@ def test_without_triton(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, capl
 def test_on_a_cpu_nothing_is_tried(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert isinstance(tiny.config, ModelConfig)
-    assert type(make_ops(tiny.config, CPU, torch.float32)) is TorchOps
+    assert type(make_ops(tiny.config, CPU, torch.float32, torch.float32)) is TorchOps
     assert not caplog.records
 
 
@@ -140,7 +181,9 @@ class TestOnAGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_the_self_test_of_a_start(self, tiny: LoadedModel, shape: Shape, dtype: torch.dtype) -> None:
         config = config_of(tiny, shape)
-        check_ops(fused_ops(config), config, torch.device("cuda"), dtype)
+        check_ops(fused_ops(config), config, torch.device("cuda"), dtype, dtype)
+        if torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY:
+            check_ops(fused_ops(config), config, torch.device("cuda"), dtype, FLOAT8)
 
     def test_a_decoder_gets_them(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)

@@ -43,9 +43,10 @@ async def test_pages_arrive(start_engine: StartEngine, case: tuple[int, int, lis
     [
         Shape(layers=1, heads=1, head_dim=1, page_size=1),
         Shape(layers=2, heads=3, head_dim=5, page_size=16, dtype=kv_pb2.DTYPE_BFLOAT16),
+        Shape(layers=2, heads=3, head_dim=5, page_size=7, dtype=kv_pb2.DTYPE_FLOAT8_E4M3),
         Shape(layers=2, heads=8, head_dim=128, page_size=256, pages=4),
     ],
-    ids=["smallest", "odd", "page_larger_than_a_copy"],
+    ids=["smallest", "odd", "eight_bits", "page_larger_than_a_copy"],
 )
 async def test_layouts(start_engine: StartEngine, shape: Shape) -> None:
     sender, receiver = await start_engine("p", shape, seed=2), await start_engine("d", shape)

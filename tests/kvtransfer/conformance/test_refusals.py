@@ -94,8 +94,9 @@ async def test_a_wrong_push_writes_nothing(start_engine: StartEngine, change: Ch
         Shape(heads=1),
         Shape(head_dim=8),
         Shape(dtype=kv_pb2.DTYPE_FLOAT16),
+        Shape(dtype=kv_pb2.DTYPE_FLOAT8_E4M3),
     ],
-    ids=["layers", "heads", "head_dim", "dtype"],
+    ids=["layers", "heads", "head_dim", "dtype", "eight_bits"],
 )
 async def test_pools_of_other_layouts(start_engine: StartEngine, shape: Shape) -> None:
     sender, receiver = await start_engine("p", seed=1), await start_engine("d", shape)

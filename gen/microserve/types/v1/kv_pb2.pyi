@@ -35,9 +35,13 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """IEEE 754 binary16."""
     DTYPE_BFLOAT16: _Dtype.ValueType  # 3
     """The upper half of binary32."""
+    DTYPE_FLOAT8_E4M3: _Dtype.ValueType  # 4
+    """Eight bits, OCP's E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, NaN is 0x7f and 0xff,
+    the largest number 448. KV in it is rounded to the nearest with a scale of 1, and what is larger becomes 448.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
-    """Dtype is the number format of KV values and of weights."""
+    """Dtype is the number format of KV values."""
 
 DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 """Not given. Never valid in a PageLayout."""
@@ -47,6 +51,10 @@ DTYPE_FLOAT16: Dtype.ValueType  # 2
 """IEEE 754 binary16."""
 DTYPE_BFLOAT16: Dtype.ValueType  # 3
 """The upper half of binary32."""
+DTYPE_FLOAT8_E4M3: Dtype.ValueType  # 4
+"""Eight bits, OCP's E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, NaN is 0x7f and 0xff,
+the largest number 448. KV in it is rounded to the nearest with a scale of 1, and what is larger becomes 448.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _PageOrder:
@@ -254,7 +262,7 @@ class KvAddress(_message.Message):
     secret: _builtins.bytes
     """Sixteen random bytes; the right to write, renew, release and generate."""
     model_digest: _builtins.bytes
-    """Digest of weights, dtype and rope parameters. A sender with another answers FAILED_PRECONDITION
+    """Digest of weights, the dtypes of model and KV, and rope parameters. A sender with another answers FAILED_PRECONDITION
     (MODEL_MISMATCH).
     """
     prompt_digest: _builtins.bytes
