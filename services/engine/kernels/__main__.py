@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import services.engine.attention.paged_kernels
 import services.engine.model.linear.block_kernels
+import services.engine.model.linear.largest_kernels
 import services.engine.model.linear.tiled_kernels
 import services.engine.model.ops_kernels
 from services.engine.kernels.team import addresses, team_of
@@ -13,6 +14,7 @@ if __name__ == "__main__":
     _ = (
         services.engine.attention.paged_kernels,
         services.engine.model.linear.block_kernels,
+        services.engine.model.linear.largest_kernels,
         services.engine.model.ops_kernels,
     )
     team = team_of(2)
