@@ -186,6 +186,18 @@ async def other_tokens(call: Any) -> tuple[list[int], Any]:
     return tokens, last
 
 
+async def at_once(suite: Running, number: int, engines: Sequence[FakeEngine]) -> set[str]:
+    """Names of the engines of so many answers, none of which is over before all of these engines have begun one."""
+    for engine in engines:
+        engine.gate.clear()
+    asked = [asyncio.create_task(suite.generate()) for _ in range(number)]
+    for engine in engines:
+        await engine.until(lambda engine=engine: engine.sequences)  # type: ignore[misc]
+    for engine in engines:
+        engine.gate.set()
+    return {(await answer).legs[0].engine for answer in asked}
+
+
 def policy_metadata(policy: str) -> tuple[tuple[str, str], ...]:
     return (("x-microserve-policy", policy),) if policy else ()
 

@@ -163,6 +163,7 @@ async def test_a_fleet_that_is_full_goes_on(tmp_path: Path, monkeypatch: pytest.
         await published.until("10.0.0.1")
         await api.watched.wait()
         published.is_full = True
+        published._told.clear()
         api.put(slice_of("engines-2", {"10.0.0.2": READY}))
         async with asyncio.timeout(60):
             await published._told.wait()

@@ -19,7 +19,7 @@ from services.router.fleet.client import ReservedKv
 from services.rpc.channel import make_channel
 from services.rpc.status import from_rpc_error
 from tests.fakes import FakeEngine, Fault
-from tests.router.harness import FAST, PROMPT, Running, complete, failing, model, request, running
+from tests.router.harness import FAST, PROMPT, Running, at_once, complete, failing, model, request, running
 
 
 @contextmanager
@@ -42,8 +42,7 @@ async def test_an_engine_added_by_an_operator_gets_work() -> None:
         await new.start()
         await suite.admin.AddEngine(admin_pb2.AddEngineRequest(address=new.address))
         await suite.until(lambda: suite.router.registry.members[new.address].healthy)
-        answers = await asyncio.gather(*(suite.generate() for _ in range(4)))
-        assert {answer.legs[0].engine for answer in answers} == {"a", "b"}
+        assert await at_once(suite, 4, (suite.first, new)) == {"a", "b"}
         assert list((await listed(suite))[new.address].sources) == ["admin"]
         assert list((await listed(suite))[suite.first.address].sources) == ["static"]
         await new.stop()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from services.router.metrics import FALLBACKS
 from tests.fakes import FakeEngine
-from tests.router.harness import PROMPT, model, running, verbs
+from tests.router.harness import PROMPT, at_once, model, running, verbs
 
 LENGTH, END = len(PROMPT), len(PROMPT) - 1
 POLICIES = [
@@ -125,5 +123,4 @@ async def test_no_pair_means_data_parallel_counted(
 
 async def test_data_parallel_spreads_requests_that_run_at_once() -> None:
     async with running() as suite:
-        answers = await asyncio.gather(*(suite.generate(max_tokens=50) for _ in range(6)))
-        assert {answer.legs[0].engine for answer in answers} == {"a", "b"}
+        assert await at_once(suite, 6, suite.engines) == {"a", "b"}
