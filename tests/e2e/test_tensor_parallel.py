@@ -17,6 +17,7 @@ from services.cli.fleet import Fleet
 from tests.e2e.errors import outcome
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Suite, generate, idle, prep_recv, remote_send, start_suite, wait_for_load
+from tests.faults.gates import StepGate
 from tests.models import make_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -75,13 +76,15 @@ async def moved(suite: Suite, sender: int, receiver: int, salt: str) -> list[int
 
 async def test_a_rank_dies(tmp_path: Path) -> None:
     """The replica ends at once and says why, and takes all its ranks along; the other engine goes on."""
-    options = {i: ["--tp", "2"] for i in range(2)}
-    async with start_suite(four_heads(tmp_path), policy=None, options_of=options, kv_memory_mib=32) as suite:
+    steps = StepGate(tmp_path / "step")
+    options = {0: ["--tp", "2", *steps.options], 1: ["--tp", "2"]}
+    async with start_suite(four_heads(tmp_path / "m"), policy=None, options_of=options, kv_memory_mib=32) as suite:
         first, second = suite.engines
         (rank,) = ranks_of(first.process.pid)
-        streaming = asyncio.ensure_future(outcome(generate(suite, first, PROMPTS[-1], max_tokens=3800)))
-        await wait_for_load(first, lambda report: report.running_sequence_count == 1)
-        os.kill(rank, signal.SIGKILL)
+        with steps.closed() as gate:
+            streaming = asyncio.ensure_future(outcome(generate(suite, first, PROMPTS[-1], max_tokens=100)))
+            await gate.until(wait_for_load(first, lambda report: report.running_sequence_count == 1))
+            os.kill(rank, signal.SIGKILL)
         assert await streaming is grpc.StatusCode.UNAVAILABLE
         assert first.process.wait(60) == 1
         assert "a rank has ended" in first.process.log_path.read_text()

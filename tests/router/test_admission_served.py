@@ -152,10 +152,9 @@ async def said(suite: Running, metadata: dict[str, str]) -> router_pb2.GenerateR
         raise from_rpc_error(error) from None
 
 
-async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks() -> None:
-    options = {"http_listen": "127.0.0.1:0", "queue_timeout": 0.1}
+async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
-        running(engines=small_engines("a"), **options) as suite,
+        running(engines=small_engines("a"), http_listen="127.0.0.1:0") as suite,
         openai.AsyncOpenAI(base_url=f"http://{suite.http}/v1", api_key="any", max_retries=0) as client,
     ):
         ask = client.completions.create
@@ -166,6 +165,8 @@ async def test_over_http_overload_is_429_with_advice_and_headers_say_who_asks() 
         suite.first.gate.clear()
         call = suite.stream()
         await suite.first.until(lambda: suite.first.sequences)
+        admission = suite.router.admission
+        monkeypatch.setattr(admission, "_limits", replace(admission._limits, queue_s=0.1))
         before = REFUSALS.labels("low", "queue_time")._value.get()
         with pytest.raises(openai.RateLimitError) as caught:
             await ask(model="fake", prompt="x", extra_headers=headers)
