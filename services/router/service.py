@@ -97,6 +97,7 @@ class GenerationService:
                         record.is_answered = True
                         turn.finished(record.output_tokens)
                     finally:
+                        turn.generated(record.output_tokens)
                         await run.close()  # all it left on engines has ended then
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:

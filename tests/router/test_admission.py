@@ -196,6 +196,78 @@ def test_an_answer_that_nobody_bounds_costs_what_such_answers_had_of_late(num_to
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "is_cut"), [(0, False), (4000, False), (0, True)], ids=["unbounded", "bounded", "cut off"]
+)
+def test_tenants_get_equal_shares_of_tokens_whatever_was_expected_of_their_answers(
+    max_tokens: int, is_cut: bool
+) -> None:
+    """One has answers forty times as long as the other's, and both always ask for more than there is."""
+    lengths, got = {"long": 2000, "short": 50}, Counter[str]()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        admission = admission_of(4)
+
+        async def client(tenant: str) -> None:
+            length = lengths[tenant]
+            while loop.time() < 2000:
+                with suppress(asyncio.CancelledError):
+                    async with admission.turn(Ticket(KEY, 1, max_tokens, tenant=tenant)) as turn:
+                        turn.first_token()
+                        await asyncio.sleep(length * TOKEN_S)
+                        got[tenant] += length
+                        if is_cut:
+                            turn.generated(length)
+                            raise asyncio.CancelledError
+                        turn.finished(length)
+
+        await asyncio.gather(*(client(tenant) for tenant in lengths for _ in range(8)))
+
+    run(main())
+    assert 0.8 < got["short"] / got["long"] < 1.25
+
+
+def test_classes_get_their_shares_of_tokens_whatever_was_expected_of_their_answers() -> None:
+    lengths, got = {Priority.HIGH: 2000, Priority.NORMAL: 100}, Counter[Priority]()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        admission = admission_of(4)
+
+        async def client(priority: Priority) -> None:
+            while loop.time() < 10000:
+                async with admission.turn(Ticket(KEY, 1, priority=priority)) as turn:
+                    turn.first_token()
+                    await asyncio.sleep(lengths[priority] * TOKEN_S)
+                    got[priority] += lengths[priority]
+                    turn.finished(lengths[priority])
+
+        await asyncio.gather(*(client(priority) for priority in lengths for _ in range(8)))
+
+    run(main())
+    assert 3 < got[Priority.HIGH] / got[Priority.NORMAL] < 5  # 16 : 4
+
+
+def test_what_ends_while_nobody_waits_is_held_against_nobody() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        for _ in range(10):
+            async with admission.turn(Ticket(KEY, 1, tenant="long", priority=Priority.HIGH)) as turn:
+                turn.generated(10**6)
+        first = asyncio.create_task(work(admission, TICKET, 1, [], "running"))
+        await asyncio.sleep(0)
+        names = {"long": Priority.HIGH, "short": Priority.NORMAL}
+        works = [
+            work(admission, replace(TICKET, tenant=name, priority=priority), 1, done, name)
+            for name, priority in names.items()
+        ]
+        await all_of([first, *works])
+        assert done == ["long", "short"]
+
+    run(main())
+
+
 def test_an_answer_that_nobody_bounds_is_not_expected_to_leave_the_context() -> None:
     ticket = Ticket(KEY, 100, room=20)
     assert ticket.expected_output(256) == 20
