@@ -16,10 +16,10 @@ from services.rpc.cuda_driver import CudaFailed
 class FakeStream:
     """See device.Stream. While it is held nothing that is queued happens."""
 
-    def __init__(self, handle: int, log: list[str], stuck: threading.Event) -> None:
+    def __init__(self, handle: int, device: FakeDevice) -> None:
         self.handle = handle
-        self.log = log
-        self._stuck = stuck
+        self.log = device.log
+        self._device = device
         self.held = False
         self.fails = False
         self.queued: list[Callable[[], None]] = []
@@ -37,7 +37,7 @@ class FakeStream:
     def queue(self, work: Callable[[], object]) -> None:
         self.queued.append(lambda: work() and None)
         if self.held:
-            self._stuck.set()
+            self._device.stuck.set()
         self._run()
 
     def is_idle(self) -> bool:
@@ -50,6 +50,7 @@ class FakeStream:
         assert self.is_idle(), "a test that holds a stream does not wait for it"
 
     def close(self) -> None:
+        self._device.refuse("close")
         self.log.append("close stream")
 
     def _run(self) -> None:
@@ -71,19 +72,20 @@ class FakeDevice:
         self._lock = threading.Lock()
 
     def new_stream(self) -> FakeStream:
-        self._refuse("new_stream")
+        self.refuse("new_stream")
         with self._lock:
-            self.streams.append(FakeStream(len(self.streams) + 1, self.log, self.stuck))
+            self.streams.append(FakeStream(len(self.streams) + 1, self))
             return self.streams[-1]
 
     def allocate(self, num_bytes: int) -> int:
-        self._refuse("allocate")
+        self.refuse("allocate")
         self.allocating.add(threading.current_thread().name)
         memory = np.zeros(num_bytes, np.uint8)
         self.memory[memory.ctypes.data] = memory
         return memory.ctypes.data
 
-    def _refuse(self, call: str) -> None:
+    def refuse(self, call: str) -> None:
+        """Raises if the test says so."""
         if call in self.failing:
             raise CudaFailed(f"{call} failed")
 

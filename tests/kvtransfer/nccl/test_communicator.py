@@ -114,6 +114,16 @@ def test_a_call_that_fails_aborts(bench: Bench, call: str) -> None:
     assert bench.nccl.log.count("group_end") == (0 if call == "group_start" else 1)
 
 
+def test_a_gpu_that_fails_while_the_stream_is_closed_is_told_as_any_other_loss(bench: Bench) -> None:
+    communicator = bench.connect()
+    bench.device.failing.add("close")
+    with pytest.raises(CommunicatorLost, match="closed; close failed"):
+        communicator.close()
+    with pytest.raises(CommunicatorLost, match="closed"):
+        communicator.send([], bench.buffer(), 8)
+    assert bench.nccl.log.count("abort") == 1
+
+
 @pytest.mark.parametrize("how", ["held", "fails"])
 def test_a_stream_that_does_not_drain_is_told(bench: Bench, how: str) -> None:
     communicator = bench.connect()

@@ -51,7 +51,11 @@ class Buffers:
         Cancelling leaves the buffer with the call until that ends.
         """
         buffer = await self._slots.take()
-        calling = start(buffer)
+        try:
+            calling = start(buffer)
+        except BaseException:
+            self._slots.give_back(buffer)
+            raise
         try:
             await asyncio.wait([calling])
             lost = calling.exception()

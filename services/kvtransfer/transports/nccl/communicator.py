@@ -115,21 +115,19 @@ class Communicator:
 
     def _lose(self, why: str) -> CommunicatorLost:
         """Aborts, once, and waits for the stream: until it is idle, queued kernels may still touch buffers."""
-        drained = True
+        drained = False
         try:
             if self._handle is not None:
                 handle, self._handle = self._handle, None
                 self._nccl.abort(handle)
             deadline_s = self._patience.clock() + self._patience.timeout_s
-            while not self._stream.is_idle():
-                if self._patience.clock() >= deadline_s:
-                    drained = False
-                    break
+            while not self._stream.is_idle() and self._patience.clock() < deadline_s:
                 self._patience.pause()
-        except (NcclFailed, CudaFailed):
-            drained = False
-        if drained:
-            self._stream.close()
+            drained = self._stream.is_idle()
+            if drained:
+                self._stream.close()
+        except (NcclFailed, CudaFailed) as error:
+            why, drained = f"{why}; {error}", False
         self._why_lost = CommunicatorLost(why, drained=drained)
         return self._why_lost
 
