@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 # Ends with its standard input, so that it outlives nobody.
 _PROGRAM = """
 import os, sys, threading, torch

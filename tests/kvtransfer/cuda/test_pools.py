@@ -56,7 +56,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibcuda:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def port(library: FakeLibcuda, request: pytest.FixtureRequest) -> AsyncIterator[DirectPort]:
-    port = DirectPort(cuda_device=0, **getattr(request, "param", {}))
+    port = DirectPort(cuda_device=0, drain_timeout_s=PATIENCE_S, **getattr(request, "param", {}))
     yield port
     await port.close()
     assert (library.mapped, library.handles) == (0, 0)

@@ -131,7 +131,7 @@ class Scene:
 async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     # The memory of these pools stands for device memory.
     monkeypatch.setattr(Pool, "device_address", property(lambda pool: pool.pages.ctypes.data))
-    near, far = DirectPort(), DirectPort()
+    near, far = DirectPort(), DirectPort(drain_timeout_s=PATIENCE_S)
     sender, receiver = FakeEngine(near, "p"), FakeEngine(far, "d")
     scene = Scene(near, far, await sender.start(seed=1), await receiver.start())
     yield scene
