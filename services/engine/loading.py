@@ -31,6 +31,7 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
         kv_dtype=TORCH_DTYPES[config.kv_dtype_name],
         linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weight_form),
         shard=shard,
+        max_context=config.max_context,
     )
 
 

@@ -45,11 +45,13 @@ def load_model(
     kv_dtype: torch.dtype | None = None,
     linear: LinearMaker = DENSE,
     shard: Shard = WHOLE,
+    max_context: int | None = None,
 ) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
 
     The model computes in `dtype`; `linear` may keep the weights of its linear layers in another form, and pools its KV
     in `kv_dtype`. Of a model that several ranks share, the decoder is this rank's part; all else tells of the whole.
+    A native model takes `max_context` tokens at most: tables of positions, of a million a GiB, end there.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
@@ -59,6 +61,7 @@ def load_model(
         config = load_config(folder)
     except UnsupportedModel as reason:
         return _load_foreign(folder, device, dtype, numbers, shard, reason)
+    config = dataclasses.replace(config, max_context=min(config.max_context, max_context or config.max_context))
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from services.engine.attention.stored import FLOAT8
+from services.engine.model.decoder import Decoder
 from services.engine.model.errors import ModelCorrupt, ModelNotFound, UnsupportedModel
 from services.engine.model.loader import LoadedModel, load_model
 from tests.engine.model.running import PagedRunner, random_tokens
@@ -76,6 +77,16 @@ def test_digest_names_weights_dtypes_and_rope(folder: Path, tiny: LoadedModel, t
     assert as_ever.digest == _load(folder).digest
     _set(folder, rope_theta=20000.0, eos_token_id=5)  # no part of what KV depends on
     assert _load(folder).digest in digests
+
+
+def test_positions_that_nobody_wants_take_no_memory(folder: Path, tiny: LoadedModel) -> None:
+    short = load_model(folder, device="cpu", dtype=torch.float32, max_context=50)
+    assert (short.config.max_context, short.digest) == (50, tiny.digest)
+    assert isinstance(short.model, Decoder)
+    assert [table.cosine.shape[0] for table in short.model._rotary.values()] == [50]
+    tokens = random_tokens(50, 512)
+    assert torch.equal(PagedRunner(short.model).prefill(tokens), PagedRunner(tiny.model).prefill(tokens))
+    assert load_model(folder, device="cpu", dtype=torch.float32, max_context=10**6).config.max_context == 4096
 
 
 @pytest.mark.parametrize(
