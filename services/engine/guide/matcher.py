@@ -63,7 +63,10 @@ def make_tokenizer(tokenizer_json: bytes, vocab_size: int, eos_token_ids: Collec
 def make_matcher(tokenizer: LLTokenizer, guide: Guide, vocab_size: int) -> GuideMatcher:
     """The guide before its first token. Raises InvalidGuide with the library's reason."""
     try:
-        matcher = LLMatcher(tokenizer, _grammar(guide), log_level=0, limits=_LIMITS)
+        grammar = _grammar(guide)
+        if _spells_special_token(tokenizer, guide):
+            grammar = _unforced(guide.kind, grammar)
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     except ValueError as error:
         raise InvalidGuide(f"The guide is no {guide.kind.value}: {_first_line(str(error))}") from None
     if reason := matcher.get_error():
@@ -82,6 +85,23 @@ def _grammar(guide: Guide) -> Any:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.texts))
         case GuideKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(guide.texts[0])
+
+
+def _spells_special_token(tokenizer: LLTokenizer, guide: Guide) -> bool:
+    """Whether a text of the guide, escapes apart, has one in it as the tokenizer sees it: "<|im_end|>", for one."""
+    texts = (text.replace("\\", "") for text in guide.texts)
+    return any(tokenizer.is_special_token(token) for text in texts for token in tokenizer.tokenize_str(text))
+
+
+def _unforced(kind: GuideKind, grammar: str) -> str:
+    """The same grammar as Lark, in which the library does not put the tokenizer's tokens for a text that must come.
+
+    It would put special tokens for what spells one, and then find that these are not that text.
+    """
+    if kind in (GuideKind.JSON_SCHEMA, GuideKind.REGEX):
+        (part,) = json.loads(grammar)["grammars"]
+        grammar = part["lark_grammar"] or f"start: %json {json.dumps(part['json_schema'])}"
+    return f'%llguidance {{"no_forcing": true}}\n{grammar}'
 
 
 def _first_line(error: str) -> str:

@@ -102,6 +102,25 @@ def test_whatever_is_chosen_is_in_the_language(vocabulary: LLTokenizer, tokenize
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize(
+    ("guide", "expected"),
+    [
+        (choice("a<|im_end|>b"), "a<|im_end|>b"),
+        (json_schema('{"enum": ["a<|im_end|>b"]}'), '"a<|im_end|>b"'),
+        (regex(r"a<\|im_end\|>b"), "a<|im_end|>b"),
+        (grammar('start: "a<|im_end|>" "b"'), "a<|im_end|>b"),
+    ],
+)
+def test_text_that_spells_a_special_token_is_text(
+    vocabulary: LLTokenizer, tokenizer: Tokenizer, guide: Guide, expected: str
+) -> None:
+    matcher = make_matcher(vocabulary, guide, VOCAB)
+    *tokens, last = walk(matcher, random.Random(0))
+    tokens += [] if last == END else [last]
+    assert END not in tokens
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == expected
+
+
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_replayed_tokens_lead_to_the_same_place(vocabulary: LLTokenizer, name: str) -> None:
     guide, _ = LANGUAGES[name]
