@@ -61,7 +61,7 @@ class Ask:
     time_left_s: float | None = None  # of the client's deadline
     priority: str = ""  # of admission.ticket.Priority; empty: normal
     tenant: str = ""  # who shares the fleet fairly with the others
-    num_answers: int = 1  # wanted in all to this prompt
+    num_answers: int = 1  # wanted in all to this prompt; of several, who asks has entered them all
     prompt_only: bool = False  # the answer ends before its first token
     beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
 

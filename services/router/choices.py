@@ -33,13 +33,15 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
     check(ask)
     check_choices(n)
     ask = replace(ask, request_id=ask.request_id or secrets.token_hex(8), num_answers=n)
-    async with aclosing(service.generate(ask)) as answers:
-        first = await anext(answers)
-        yield 0, first
-        others = [service.generate(_variant(ask, index, first)) for index in range(1, n)]
-        async with aclosing(merge([answers, *others])) as pieces:
-            async for piece in pieces:
-                yield piece
+    # All of them at once: a refusal after the first token would be none of an answer that has begun.
+    with service.entering(n):
+        async with aclosing(service.generate(ask)) as answers:
+            first = await anext(answers)
+            yield 0, first
+            others = [service.generate(_variant(ask, index, first)) for index in range(1, n)]
+            async with aclosing(merge([answers, *others])) as pieces:
+                async for piece in pieces:
+                    yield piece
 
 
 async def deliver_choices(

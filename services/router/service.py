@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from services.protocol.errors import ServiceError
@@ -80,7 +80,7 @@ class GenerationService:
         """The request runs from its turn until the end of the block."""
         with self._recording(ask) as record:
             check(ask)
-            with self._admission.enter():
+            with self.entering(1 if ask.num_answers == 1 else 0):
                 program = self._catalogue.resolve(ask.policy)
                 record.program, record.policy, record.spec = program, program.name, program.spec
                 if ask.beside:
@@ -99,6 +99,10 @@ class GenerationService:
                     finally:
                         turn.generated(record.output_tokens)
                         await run.close()  # all it left on engines has ended then
+
+    def entering(self, number: int) -> AbstractContextManager[None]:
+        """Counts so many answers for as long as the block runs. Overloaded, InvalidRequest."""
+        return self._admission.enter(number)
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
         """Token ids of a prompt. Overloaded."""

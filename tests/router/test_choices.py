@@ -95,6 +95,24 @@ async def test_a_choice_that_fails_ends_all() -> None:
         await suite.idle()
 
 
+async def test_all_choices_have_room_before_the_first_begins() -> None:
+    """In place of a refusal in the middle of an answer."""
+    async with running(1, max_requests=4) as suite:
+        suite.first.gate.clear()
+        asking = asyncio.create_task(complete(suite, n=3))
+        await suite.first.until(lambda: suite.first.sequences)
+        with failing("RESOURCE_EXHAUSTED", "OVERLOADED"):
+            await suite.generate(n=2)
+        one = asyncio.create_task(suite.generate())
+        await suite.first.until(lambda: len(suite.first.sequences) == 2)
+        suite.first.gate.set()
+        for answer in (*await asking, await one):
+            assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert len(await complete(suite, n=4)) == 4  # the room of all has come back
+        with failing("INVALID_ARGUMENT", "INVALID_REQUEST"):
+            await suite.generate(n=5)  # no waiting makes room for these
+
+
 @pytest.mark.parametrize("n", [129, 2**32 - 1])
 async def test_too_many_choices_are_refused(n: int) -> None:
     async with running(1) as suite:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from services.router.admission.line import Line, Waiter
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
-from services.router.errors import Overloaded, RequestTimeout
+from services.router.errors import InvalidRequest, Overloaded, RequestTimeout
 from services.router.metrics import QUEUE_SECONDS, QUEUED, REFUSALS, REQUESTS_IN_FLIGHT
 from services.router.request import ModelKey
 
@@ -84,28 +84,33 @@ class Admission:
         for priority in Priority:
             QUEUED.labels(priority.value)  # shown as 0 before anybody has waited
 
-    def enter(self) -> _Entered:
-        """Counts a request for as long as the block runs, before anything is done for it. Overloaded."""
-        return _Entered(self)
+    def enter(self, number: int = 1) -> _Entered:
+        """Counts so many requests for as long as the block runs, before anything is done for them. Overloaded,
+        InvalidRequest."""
+        return _Entered(self, number)
 
     def turn(self, ticket: Ticket) -> _AwaitedTurn:
         """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not end
         in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
         return _AwaitedTurn(self, ticket)
 
-    def count(self) -> None:
-        """One more request. Overloaded."""
-        if self._num_requests >= self._limits.max_requests:
+    def count(self, number: int) -> None:
+        """So many more requests. Overloaded, InvalidRequest."""
+        most = self._limits.max_requests
+        if number > most:
+            raise InvalidRequest(f"{number} answers at once are more than the {most} that this router takes")
+        if self._num_requests + number > most:
             REFUSALS.labels("none", "max_requests").inc()
-            what = f"{self._limits.max_requests} requests wait or run, as many as this router takes"
-            raise Overloaded(what, retry_delay_s=_RETRY_S)
-        self._num_requests += 1
-        REQUESTS_IN_FLIGHT.inc()
+            raise Overloaded(
+                f"{self._num_requests} requests wait or run, and this router takes {most}", retry_delay_s=_RETRY_S
+            )
+        self._num_requests += number
+        REQUESTS_IN_FLIGHT.inc(number)
 
-    def uncount(self) -> None:
-        """One that was counted is over."""
-        self._num_requests -= 1
-        REQUESTS_IN_FLIGHT.dec()
+    def uncount(self, number: int) -> None:
+        """So many that were counted are over."""
+        self._num_requests -= number
+        REQUESTS_IN_FLIGHT.dec(number)
 
     async def begin(self, ticket: Ticket) -> Turn:
         """What `turn` does when the block begins; end() follows."""
@@ -205,16 +210,16 @@ class Admission:
 class _Entered:
     """See Admission.enter. No generator, for every request enters: making one a context costs three times as much."""
 
-    __slots__ = ("_admission",)
+    __slots__ = ("_admission", "_number")
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, admission: Admission, number: int) -> None:
+        self._admission, self._number = admission, number
 
     def __enter__(self) -> None:
-        self._admission.count()
+        self._admission.count(self._number)
 
     def __exit__(self, *_: object) -> None:
-        self._admission.uncount()
+        self._admission.uncount(self._number)
 
 
 class _AwaitedTurn:
