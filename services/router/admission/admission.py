@@ -101,9 +101,8 @@ class Admission:
             raise InvalidRequest(f"{number} answers at once are more than the {most} that this router takes")
         if self._num_requests + number > most:
             REFUSALS.labels("none", "max_requests").inc()
-            raise Overloaded(
-                f"{self._num_requests} requests wait or run, and this router takes {most}", retry_delay_s=_RETRY_S
-            )
+            what = f"of {most} requests, as many as this router takes, {self._num_requests} wait or run"
+            raise Overloaded(what, retry_delay_s=_RETRY_S)
         self._num_requests += number
         REQUESTS_IN_FLIGHT.inc(number)
 
