@@ -63,3 +63,31 @@ def test_what_has_expired_is_not_renewed_for_ever() -> None:
     receiver = Receiver(ReservationGone("the reservation expired"))
     assert send_to(receiver) == [SEND_S]
     assert receiver.num_calls == 1
+
+
+class SlowReceiver(Receiver):
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def renew(self, kv: ReservedKv, *, timeout_s: float) -> float:
+        self.asked.set()
+        await self.may_answer.wait()
+        return await super().renew(kv, timeout_s=timeout_s)
+
+
+def test_a_renewal_that_ends_when_a_sequence_decodes_is_the_last() -> None:
+    async def work() -> int:
+        receiver = SlowReceiver()
+        kv = ReservedKv("reservation", b"secret", b"", TokenRange(0, 8), LEASE_S, Timing())
+        reservation = Reservation(snapshot("a"), kv, Answer(8.0), receiver, Cleanup(60.0))  # type: ignore[arg-type]
+        await receiver.asked.wait()
+        reservation.in_use()
+        receiver.may_answer.set()
+        await asyncio.sleep(SEND_S)
+        reservation.used_up()
+        return receiver.num_calls
+
+    assert run(work()) == 1

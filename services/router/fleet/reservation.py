@@ -33,6 +33,7 @@ class Reservation:
         self._cleanup = cleanup
         self._attempts: Counter[TokenRange] = Counter()
         self._over = False
+        self._needs_lease = True
         self._timer: asyncio.TimerHandle | None = None
         self._renew_after(kv.lease_s)
 
@@ -78,7 +79,7 @@ class Reservation:
         await _unless_gone(lambda: self._client.release(self.kv, publish=publish, timeout_s=CALL_TIMEOUT_S))
 
     def _renew_after(self, lease_s: float) -> None:
-        if lease_s > 0 and not self._over:
+        if lease_s > 0 and self._needs_lease:
             # A third: two renewals may be lost before the lease is.
             self._timer = asyncio.get_running_loop().call_later(lease_s / 3, self._begin_renewal)
 
@@ -98,6 +99,7 @@ class Reservation:
         self._renew_after(lease_s)
 
     def _stop_renewing(self) -> None:
+        self._needs_lease = False  # also where a renewal is under way
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
