@@ -71,6 +71,20 @@ def test_prompts_that_are_not_computed_fill_the_fleet() -> None:
     run(main())
 
 
+def test_a_request_whose_time_is_over_is_not_told_to_come_again() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+        running = asyncio.create_task(work(admission, TICKET, 1, done, "first"))
+        await asyncio.sleep(0.5)
+        for deadline in (0.25, 0.5):
+            with pytest.raises(RequestTimeout):
+                await work(admission, replace(TICKET, deadline=deadline), 1, done, "late")
+        await running
+        assert done == ["first"]
+
+    run(main())
+
+
 def test_a_prompt_that_is_never_computed_does_not_fill_it_for_ever() -> None:
     async def main() -> None:
         admission, done = admission_of(100, replace(NO_LIMITS, prompt_s=0.0, min_prompt_tokens=1)), []

@@ -168,16 +168,17 @@ class Admission:
             QUEUE_SECONDS.labels(ticket.priority.value).observe(self._clock() - begin)
         if not waiter.turn.done():
             if asyncio.get_running_loop().time() >= ticket.deadline:
-                self._refused(ticket, "deadline")
-                raise RequestTimeout("the request's time was over before its turn came")
+                raise self._too_late(ticket)
             self._refused(ticket, "queue_time")
             raise Overloaded(
                 f"the request's turn did not come within {limit_s:.3g} s", retry_delay_s=self._retry_s(line, ticket)
             )
 
     def _longest_wait_s(self, line: Line, ticket: Ticket) -> float:
-        """How long it may wait. Overloaded if it should not even begin to."""
+        """How long it may wait. Overloaded if it should not even begin to, RequestTimeout if it came too late."""
         left_s = ticket.deadline - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            raise self._too_late(ticket)
         if line.num_waiting_of(ticket.priority) >= self._limits.max_queued:
             self._refused(ticket, "queue_full")
             raise Overloaded(
@@ -200,6 +201,10 @@ class Admission:
     @staticmethod
     def _retry_s(line: Line, ticket: Ticket) -> float:
         return min(line.expected_wait_s(ticket) or _RETRY_S, _LONGEST_RETRY_S)
+
+    def _too_late(self, ticket: Ticket) -> RequestTimeout:
+        self._refused(ticket, "deadline")
+        return RequestTimeout("the request's time was over before its turn came")
 
     @staticmethod
     def _refused(ticket: Ticket, reason: str) -> None:
