@@ -1,6 +1,7 @@
 """Chat templates: the model's own Jinja program that turns a conversation into a prompt.
 
-The template comes with the model, so it is run in a sandbox, and both what it computes and what it prints are bounded.
+The template comes with the model, which an operator chose. It runs in a sandbox, where products, powers and what it
+prints are bounded; its time is not, nor what it puts together without printing it.
 """
 
 from __future__ import annotations
