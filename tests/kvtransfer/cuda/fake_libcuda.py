@@ -1,7 +1,8 @@
 """libcuda without a GPU: device memory is memfds, mapped by every process that has the descriptor.
 
 Calls are noted in their order. What real drivers refuse and these tests need refused is refused: memory mapped twice,
-released twice or used without access, and calls without a context.
+released twice or used without access, and calls without a context. What is queued on a stream happens as late as can
+be, when somebody asks for its end; a kernel that reaches for what is not there breaks everything from then on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,9 @@ class FakeLibcuda:
         self._allocated: dict[int, NDArray[np.uint8]] = {}
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._modules: dict[int, Ptx] = {}
+        self._queued: dict[int, list[Callable[[], object]]] = {}
+        # The error of every call, once the context is broken.
+        self._broken = 0
         self._next = 1
         self._current = threading.local()
 
@@ -78,6 +83,8 @@ class FakeLibcuda:
             self.log.append(name)
             if name in self.failing:
                 return self.failing[name]
+            if self._broken and name != "cuGetErrorString":
+                return self._broken
             if name not in ("cuInit", "cuCtxSetCurrent", "cuGetErrorString", "cuDriverGetVersion") and (
                 not name.startswith("cuDevice") and not getattr(self._current, "is_set", False)
             ):
@@ -134,29 +141,33 @@ class FakeLibcuda:
         assert flags == 1, "a stream that waits for the default stream stalls the engine"
         stream._obj.value = self._new()
 
-    def do_cuStreamDestroy_v2(self, stream: int) -> None: ...
+    def do_cuStreamDestroy_v2(self, stream: int) -> int:
+        return self._finish(stream)
 
     def do_cuStreamQuery(self, stream: int) -> int:
         self.asked.set()
-        return NOT_READY if self.busy else 0
+        return NOT_READY if self.busy else self._finish(stream)
 
-    def do_cuStreamSynchronize(self, stream: int) -> None:
+    def do_cuStreamSynchronize(self, stream: int) -> int:
         self.waited_for.set()
         assert self.may_end.wait(60)
+        return self._finish(stream)
 
     def do_cuMemcpyDtoDAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
         if not (self._reachable(target, num_bytes) and self._reachable(source, num_bytes)):
             return INVALID_VALUE
-        ctypes.memmove(target, source, num_bytes)
-        if self.altered:
-            ctypes.memset(target, ctypes.string_at(target, 1)[0] ^ 1, 1)
-        return 0
+
+        def copy() -> None:
+            ctypes.memmove(target, source, num_bytes)
+            if self.altered:
+                ctypes.memset(target, ctypes.string_at(target, 1)[0] ^ 1, 1)
+
+        return self._queue(stream, copy)
 
     def do_cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
         if not (self._reachable(source, num_bytes) and self._is_pinned(target, num_bytes)):
             return INVALID_VALUE
-        ctypes.memmove(target, source, num_bytes)
-        return 0
+        return self._queue(stream, lambda: ctypes.memmove(target, source, num_bytes))
 
     def do_cuMemHostAlloc(self, address: Any, size: int, flags: int) -> None:
         address._obj.value = _memory(size, self._pinned)
@@ -215,13 +226,14 @@ class FakeLibcuda:
     def do_cuMemcpyHtoDAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> int:
         if not (self._reachable(target, num_bytes) and self._is_pinned(source, num_bytes)):
             return INVALID_VALUE
-        ctypes.memmove(target, source, num_bytes)
-        return 0
+        return self._queue(stream, lambda: ctypes.memmove(target, source, num_bytes))
 
     def do_cuMemFreeHost(self, address: int) -> None:
+        assert not any(self._queued.values())
         del self._pinned[address]
 
     def do_cuMemFree_v2(self, address: int) -> None:
+        assert not any(self._queued.values())
         del self._allocated[address]
 
     def do_cuModuleLoadData(self, module: Any, image: bytes) -> None:
@@ -233,14 +245,11 @@ class FakeLibcuda:
         function._obj.value = module.value
 
     def do_cuLaunchKernel(self, function: Any, *arguments: Any) -> int:
-        blocks, grid_y, grid_z, threads, block_y, block_z, shared_bytes, _, places, extra = arguments
+        blocks, grid_y, grid_z, threads, block_y, block_z, shared_bytes, stream, places, extra = arguments
         assert (grid_y, grid_z, block_y, block_z, shared_bytes, extra) == (1, 1, 1, 1, 0, None)
         values = [ctypes.c_uint64.from_address(place).value for place in places]
-        try:
-            self._modules[function.value].run(values, blocks, threads, self)
-        except IllegalAddress:
-            return ILLEGAL_ADDRESS
-        return 0
+        kernel = self._modules[function.value]
+        return self._queue(stream, lambda: kernel.run(values, blocks, threads, self))
 
     def load(self, address: int, num_bytes: int) -> bytes:
         """For kernels. Raises IllegalAddress."""
@@ -264,6 +273,7 @@ class FakeLibcuda:
         self._accessible.add(address)
 
     def do_cuMemUnmap(self, address: int, size: int) -> None:
+        assert not any(self._queued.values()), "unmapping under a copy breaks the context"
         assert self._mapped.pop(address) == size
         self._accessible.discard(address)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
@@ -277,6 +287,20 @@ class FakeLibcuda:
         places = [(begin, self._mapped[begin]) for begin in self._accessible]
         places += [(begin, memory.nbytes) for begin, memory in self._allocated.items()]
         return any(begin <= address and address + num_bytes <= begin + size for begin, size in places)
+
+    def _queue(self, stream: int, work: Callable[[], object]) -> int:
+        self._queued.setdefault(stream, []).append(work)
+        return 0
+
+    def _finish(self, stream: int) -> int:
+        """What is queued happens."""
+        queued = self._queued.get(stream, [])
+        try:
+            while queued:
+                queued.pop(0)()
+        except IllegalAddress:
+            self._broken = ILLEGAL_ADDRESS
+        return self._broken
 
     def _is_pinned(self, address: int, num_bytes: int) -> bool:
         places = self._pinned.items()

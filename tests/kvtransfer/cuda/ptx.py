@@ -107,7 +107,7 @@ class _Block:
         target, *operands = instruction.operands
         values = [self._value(operand, lanes) for operand in operands]
         match instruction.name:
-            case "mov.u32" | "cvt.u64.u32":
+            case "mov.u32" | "mov.u64" | "cvt.u64.u32":
                 self._set(target, lanes, values[0])
             case "mad.wide.u32" | "mad.lo.u64":
                 self._set(target, lanes, values[0] * values[1] + values[2])

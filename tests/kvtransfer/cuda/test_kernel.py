@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.errors import DeviceFailed
+from services.kvtransfer.transports.cuda_ipc import gpu, kernel_trial
 from services.kvtransfer.transports.cuda_ipc import kernel as kernel_module
-from services.kvtransfer.transports.cuda_ipc import kernel_trial
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.device import CudaDevice
+from services.kvtransfer.transports.cuda_ipc.gpu import open_gpu
 from services.kvtransfer.transports.cuda_ipc.kernel import PTX, CopyKernel
 from services.kvtransfer.transports.cuda_ipc.kernel_trial import choose_kernel
 from services.kvtransfer.transports.cuda_ipc.runs import TILE_BYTES, RunList
 from services.rpc.cuda_driver import CudaDriver
+from services.rpc.errors import StartError
 from tests.kvtransfer.cuda.fake_libcuda import FakeLibcuda
 from tests.kvtransfer.pattern import pattern
 
@@ -139,6 +143,15 @@ def test_a_kernel_that_copies_otherwise_is_not_used(
     assert way == "run by run: it copies other bytes than the driver"
     assert "the copy kernel is not used: pages are copied run by run" in caplog.messages
     assert library.allocations == (0, 0)
+
+
+def test_a_kernel_that_breaks_the_gpu_ends_the_start_and_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_module, "PTX", PTX.replace("add.u64 %from, %from, %offset;", "mov.u64 %from, 4096;"))
+    monkeypatch.setattr(gpu, "CudaDriver", lambda ordinal: CudaDriver(ordinal, FakeLibcuda()))
+    config = KvTransferConfig(listen="127.0.0.1:0", cuda_device=0)
+    with pytest.raises(StartError, match=r"--cuda-device 0: .*: fake error 700"):
+        open_gpu(config)
+    assert open_gpu(dataclasses.replace(config, copy_kernel=False)) is not None
 
 
 @pytest.mark.parametrize("call", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuMemAlloc_v2"])
