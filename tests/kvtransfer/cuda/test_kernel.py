@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -152,6 +153,19 @@ def test_a_kernel_that_breaks_the_gpu_ends_the_start_and_may_be_left_out(monkeyp
     with pytest.raises(StartError, match=r"--cuda-device 0: .*: fake error 700"):
         open_gpu(config)
     assert open_gpu(dataclasses.replace(config, copy_kernel=False)) is not None
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "32"), ("16", "16")])
+def test_the_driver_is_asked_for_queues_unless_somebody_else_said_how_many(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, before or "")
+    if before is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(gpu, "CudaDriver", lambda ordinal: CudaDriver(ordinal, FakeLibcuda()))
+    open_gpu(KvTransferConfig(listen="127.0.0.1:0", cuda_device=0, copy_kernel=False))
+    assert os.environ[name] == after
 
 
 @pytest.mark.parametrize("call", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuMemAlloc_v2"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Peer, PutRequest
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
 from services.kvtransfer.transports.cuda_ipc.staging import Staging
+from services.kvtransfer.transports.nccl import buffers as buffers_module
 from services.kvtransfer.transports.nccl import communicator
 from services.kvtransfer.transports.nccl import source as source_module
-from services.kvtransfer.transports.nccl.buffers import Buffers
+from services.kvtransfer.transports.nccl.buffers import Buffer, Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator, Patience
+from services.kvtransfer.transports.nccl.library import MAX_BLOCKS
 from services.kvtransfer.transports.nccl.link import Link
 from services.kvtransfer.transports.nccl.sink import NcclSink
 from services.kvtransfer.transports.nccl.source import NcclSource
@@ -76,7 +79,8 @@ class Scene:
         buffers, staging = Buffers(self.device, BUFFER_BYTES), Staging(self.device, 100)
         self.source = NcclSource(buffers, staging, self.nccl.unique_id, self._link)
         copier = RunCopier(self.device, 2, None)
-        self.sink = NcclSink(Buffers(self.device, BUFFER_BYTES), copier, staging, self._link)
+        self.received = Buffers(self.device, BUFFER_BYTES)
+        self.sink = NcclSink(self.received, copier, staging, self._link)
         self.copiers = ThreadPoolExecutor(2)
         landings = Landings(far.service._gate, far.service._pools.find)
         # A buffer's worth at a time, so that a layer takes several sends.
@@ -372,6 +376,28 @@ async def test_a_receiver_that_was_replaced_costs_one_push_and_not_one_for_each_
         await scene.open("s")
     await scene.receiver.revoke("s")
     await _move(scene, await scene.open("t"))
+
+
+async def test_kernels_of_all_pushes_fit_on_a_gpu_and_none_takes_all_buffers(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 2 * buffers_module.NUM_BUFFERS * MAX_BLOCKS <= 108  # multiprocessors of an A100
+    held, most, used_by = 0, 0, Buffers.used_by
+
+    @asynccontextmanager
+    async def counted(
+        buffers: Buffers, start: Callable[[Buffer], asyncio.Future[None]]
+    ) -> AsyncGenerator[Buffer, None]:
+        nonlocal held, most
+        async with used_by(buffers, start) as buffer:
+            held += buffers is scene.received
+            most = max(most, held)
+            yield buffer
+            held -= buffers is scene.received
+
+    monkeypatch.setattr(Buffers, "used_by", counted)
+    await _move(scene, await scene.open())
+    assert 1 <= most <= 2
 
 
 async def test_links_to_services_that_come_and_go_are_bounded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 from services.kvtransfer.config import KvTransferConfig
 from services.kvtransfer.transports.cuda_ipc.copies import RunCopier
@@ -48,6 +49,8 @@ def open_gpu(config: KvTransferConfig) -> Gpu | None:
     """The GPU that the options name, or None if they name none. Raises StartError if it is not there."""
     if config.cuda_device is None:
         return None
+    # Queues to the GPU, 8 by default: streams that share one may wait for each other, and NCCL's wait for peers.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     try:
         # Those that copy within the service, and those that place what was fetched.
         return Gpu(CudaDriver(config.cuda_device), 2 * config.copy_threads, copy_kernel=config.copy_kernel)

@@ -17,6 +17,8 @@ from typing import Protocol
 UNIQUE_ID_BYTES = 128
 # ncclCommInitRankConfig with non-blocking communicators, and ncclCommAbort that works on them.
 OLDEST_VERSION = (2, 18, 0)
+# Blocks of a kernel that sends or receives; see buffers.py.
+MAX_BLOCKS = 4
 _FILE = "libnccl.so.2"
 _BUILD = re.compile(rb"NCCL version (\d+)\.(\d+)\.(\d+)\+cuda(\d+)\.\d+")
 
@@ -140,7 +142,7 @@ class _Config(ctypes.Structure):
 
 def _non_blocking() -> _Config:
     undefined = _UNDEFINED
-    return _Config(ctypes.sizeof(_Config), _MAGIC, 21700, 0, undefined, undefined, undefined, None, undefined)
+    return _Config(ctypes.sizeof(_Config), _MAGIC, 21700, 0, undefined, undefined, MAX_BLOCKS, None, undefined)
 
 
 class NcclLibrary:

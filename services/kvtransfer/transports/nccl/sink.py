@@ -27,6 +27,8 @@ from services.kvtransfer.transports.pull.fetching import Extent, Fetch, SourcePo
 
 # Links that stay connected between pushes; the one used longest ago goes first.
 MAX_IDLE = 64
+# Buffers of one push: one is received into while another one is scattered. A link does one thing at a time anyway.
+_BUFFERS_OF_ONE = 2
 
 
 class NcclSink:
@@ -108,6 +110,7 @@ class NcclFetcher:
 
     def __init__(self, buffers: Buffers, copier: RunCopier, link: Link, ask: Callable[[Fetch], None]) -> None:
         self.is_kept = False
+        self._turns = asyncio.Semaphore(_BUFFERS_OF_ONE)
         self._buffers, self._copier, self._link, self._ask = buffers, copier, link, ask
 
     @asynccontextmanager
@@ -119,7 +122,7 @@ class NcclFetcher:
             self._ask(Fetch(layer, piece.part))
             return self._link.run(lambda communicator: communicator.receive(buffer.address(), piece.num_bytes))
 
-        async with self._buffers.used_by(start) as buffer:
+        async with self._turns, self._buffers.used_by(start) as buffer:
             yield NcclFetched(buffer.address(), self._copier)
 
     def keep(self) -> None:
