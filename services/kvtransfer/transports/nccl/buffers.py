@@ -13,10 +13,10 @@ from services.kvtransfer.transports.pull.slots import Slots
 
 # In all; made as they are needed. One that a stuck stream may still touch is lost.
 #
-# As many kernels of NCCL run at once at most, and as many for the other direction. Each waits on the GPU for its peer's:
-# if some did not fit on it beside the others, two services could wait for each other's. 2 x 12 of them, each of
-# MAX_BLOCKS blocks, fit on 96 multiprocessors even at one block each. Who asks has a buffer first, so what is sent is
-# awaited.
+# As many kernels of NCCL run at once at most, and as many for the other direction. Each waits on the GPU for its
+# peer's: if some did not fit on it beside the others, two services could wait for each other's. 2 x 12 of them, each of
+# MAX_BLOCKS blocks, fit on 96 multiprocessors even at one block each. Who asks has a buffer first, so that whatever
+# is sent is awaited.
 NUM_BUFFERS = 12
 
 
