@@ -23,8 +23,8 @@ _TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A piece of an answer. The first names the request, its policy, the generating engine and the prompt's token ids,
-    and has what was asked for of the prompt's tokens but the first; the last has finish, usage and legs."""
+    """A piece of an answer. The first has the request's name and program, the generating engine's name and the prompt's
+    token ids, and what was asked for of the prompt's tokens but the first; the last has finish, usage and legs."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -33,7 +33,7 @@ class Answer:
     usage: Usage | None = None
     legs: tuple[Leg, ...] = ()
     request_id: str = ""
-    policy: str = ""
+    program: BoundProgram | None = None
     engine: str = ""
     prompt_ids: tuple[int, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
@@ -172,7 +172,7 @@ class Answering:
             usage,
             legs,
             record.request_id,
-            record.spec,
+            run.served_by,
             run.legs.generating_engine(),
             self._request.prompt,
             joined(self._told),

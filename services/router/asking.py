@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from services.router.admission.ticket import Priority
 from services.router.errors import EmptyPrompt, InvalidRequest, PromptTooLong
 from services.router.fleet.registry import Model
+from services.router.programs.program import BoundProgram
 from services.router.text.template import ChatMessage
 from services.router.values import Sampling
 
@@ -47,6 +48,14 @@ Prompt = Text | Chat | Tokens
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Another answer to the same prompt: its program, and the name of the engine where it left the prompt's pages."""
+
+    program: BoundProgram
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One request for text."""
 
@@ -63,7 +72,7 @@ class Ask:
     tenant: str = ""  # who shares the fleet fairly with the others
     num_answers: int = 1  # wanted in all to this prompt; of several, who asks has entered them all
     prompt_only: bool = False  # the answer ends before its first token
-    beside: str = ""  # name of an engine that has the prompt cached; empty: the policy chooses
+    beside: Beside | None = None  # an answer to the same prompt that has begun; None: there is none
 
 
 def new_seed() -> int:

@@ -6,14 +6,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
+from services.router.asking import Beside
 from services.router.fleet.view import Fleet
 from services.router.programs.program import BoundProgram
 from services.router.request import PolicyRequest
 from services.router.values import Chunk
 
 
-def beside(program: BoundProgram, engine: str) -> BoundProgram:
-    """`program`, but on the engine of that name while it takes work: the prompt's pages are there."""
+def beside(other: Beside) -> BoundProgram:
+    """The program of the other answer, but on its engine while that takes work: the prompt's pages are there. It is not
+    the same program as the other's, and so counts for no share of the traffic by itself."""
+    program, engine = other.program, other.engine
 
     async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
         there = [each for each in fleet.engines if each.info.name == engine]

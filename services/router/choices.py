@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import TypeVar
 
 from services.router.answering import Answer
-from services.router.asking import MAX_NAME_CHARACTERS, Ask, check, check_choices
+from services.router.asking import MAX_NAME_CHARACTERS, Ask, Beside, check, check_choices
 from services.router.service import GenerationService
 
 Item = TypeVar("Item")
@@ -104,14 +104,13 @@ class _Ended:
 
 
 def _variant(ask: Ask, index: int, first: Answer) -> Ask:
-    """The ask of another choice: the same but for name and seed, next to the first. It names that one's policy, so that
-    it counts for no share of the traffic by itself."""
+    """The ask of another choice: the same but for name and seed, next to the first."""
+    assert first.program is not None
     suffix = f"#{index}"
     digest = blake2b(b"%d/%d" % (ask.sampling.seed, index), digest_size=8).digest()
     return replace(
         ask,
         request_id=ask.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix,
         sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little"), prompt_logprobs=None),
-        policy=first.policy,
-        beside=first.engine,
+        beside=Beside(first.program, first.engine),
     )

@@ -81,10 +81,9 @@ class GenerationService:
         with self._recording(ask) as record:
             check(ask)
             with self.entering(1 if ask.num_answers == 1 else 0):
-                program = self._catalogue.resolve(ask.policy)
+                # That of an answer which has begun stays what it is, whatever becomes of its name.
+                program = beside(ask.beside) if ask.beside is not None else self._catalogue.resolve(ask.policy)
                 record.program, record.policy, record.spec = program, program.name, program.spec
-                if ask.beside:
-                    program = beside(program, ask.beside)
                 model = self._registry.model(ask.model)
                 record.model = model.key.name
                 request = await self._request(ask, model, record.request_id)
@@ -185,7 +184,7 @@ def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
         # What a client asks for beyond the context it cannot get, and must not count against its class.
         model.max_context - len(request.prompt),
         ask.num_answers,
-        follows=bool(ask.beside),
+        follows=ask.beside is not None,
     )
 
 

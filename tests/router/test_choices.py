@@ -10,19 +10,35 @@ from contextlib import aclosing
 import pytest
 from microserve.router.v1 import router_pb2
 
+from services.router.asking import Beside
 from services.router.beside import beside
 from services.router.choices import merge
 from services.router.errors import InvalidRequest
+from services.router.programs.loader import load_source
+from services.router.programs.program import POLICY
 from services.router.request import PolicyRequest
 from services.router.values import Sampling, Verb
 from tests.fakes import Fault
-from tests.router.harness import PROMPT, Running, failing, model, request, running, verbs
+from tests.router.harness import PROMPT, Running, failing, model, policy_metadata, request, running, verbs
 from tests.router.vocabularies import byte_level
 
+TAKES_PARAMS = """
+from dataclasses import dataclass
 
-async def complete(suite: Running, **options: object) -> list[router_pb2.GenerateResponse]:
+@dataclass(frozen=True)
+class Params:
+    x: int = 1
+
+async def policy(request, fleet, params=None):
+    async for chunk in fleet.engines[0].start_generate(request):
+        yield chunk
+"""
+
+
+async def complete(suite: Running, policy: str = "", **options: object) -> list[router_pb2.GenerateResponse]:
     """All choices."""
-    reply = await suite.stub.Complete(router_pb2.CompleteRequest(request=request(**options)), timeout=60)
+    asked = router_pb2.CompleteRequest(request=request(**options))
+    reply = await suite.stub.Complete(asked, metadata=policy_metadata(policy), timeout=60)
     return [reply.response, *reply.other_choices]
 
 
@@ -70,7 +86,7 @@ async def test_later_choices_run_where_the_prompt_is() -> None:
 
 async def test_without_the_engine_that_has_the_prompt_the_policy_chooses() -> None:
     async with running() as suite:
-        program = beside(suite.router.catalogue.resolve("disaggregated"), "gone")
+        program = beside(Beside(suite.router.catalogue.resolve("disaggregated"), "gone"))
         [served] = suite.router.registry.models()
         deadline = asyncio.get_running_loop().time() + 10
         asked = PolicyRequest("test", served.key, PROMPT, Sampling(max_tokens=4), deadline=deadline)
@@ -81,6 +97,19 @@ async def test_without_the_engine_that_has_the_prompt_the_policy_chooses() -> No
         await run.close()
         assert [token for chunk in chunks for token in chunk.token_ids] == model().generate(PROMPT, 4)
         assert [leg.verb for leg in run.legs.legs()] == [Verb.PREP_RECV, Verb.REMOTE_SEND, Verb.START_GENERATE]
+
+
+async def test_all_choices_end_on_the_program_that_the_first_began_with() -> None:
+    async with running(1) as suite:
+        mine = load_source("mine", TAKES_PARAMS, POLICY)
+        suite.router.catalogue.add(mine)
+        suite.first.gate.clear()
+        asking = asyncio.create_task(complete(suite, n=2, policy="mine:x=2"))
+        await suite.first.until(lambda: suite.first.sequences)
+        suite.router.catalogue.add(load_source("mine", TAKES_PARAMS.replace("Params", "Other"), POLICY))
+        suite.first.gate.set()
+        for answer in await asking:
+            assert (list(answer.token_ids), answer.policy) == (model().generate(PROMPT, 8), "mine:x=2")
 
 
 async def test_a_choice_that_fails_ends_all() -> None:

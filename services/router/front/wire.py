@@ -101,7 +101,7 @@ def _to_wire(choice: int, answer: Answer) -> router_pb2.GenerateResponse:
         text=answer.text,
         token_ids=answer.token_ids,
         request_id=answer.request_id,
-        policy=answer.policy,
+        policy=answer.program.spec if answer.program is not None else "",
         choice=choice,
     )
     if answer.logprobs:
