@@ -11,7 +11,7 @@ from microserve.types.v1 import kv_pb2, sampling_pb2
 from services.engine.core.api import TokenLogprobs
 from services.engine.errors import BadRequest, BadSampling
 from services.engine.sampling.guide import Guide, GuideKind
-from services.engine.sampling.params import SamplingParams
+from services.engine.sampling.params import MAX_LOGIT_BIASES, SamplingParams
 from services.engine.sampling.prompt_logprobs import PromptLogprobs
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.layout import Dtype, PageLayout, PageOrder
@@ -67,7 +67,12 @@ def from_address(message: kv_pb2.KvAddress) -> KvAddress:
 
 
 def from_sampling(message: sampling_pb2.SamplingParams) -> SamplingParams:
-    """Sampling values, with zero read as the contract says; their bounds are not checked here."""
+    """Sampling values, with zero read as the contract says; their bounds are not checked here.
+
+    Raises BadSampling for more biases than may be: to convert them takes longer than to receive them.
+    """
+    if len(message.logit_bias) > MAX_LOGIT_BIASES:
+        raise BadSampling(f"logit_bias may name at most {MAX_LOGIT_BIASES} tokens.")
     return SamplingParams(
         temperature=_decimal(message.temperature),
         top_p=_decimal(message.top_p) or 1.0,

@@ -14,6 +14,7 @@ MAX_NAME_CHARACTERS = 128
 MAX_SALT_CHARACTERS = 128
 MAX_ENDPOINT_CHARACTERS = 256
 MAX_ATTEMPT = 2**31 - 1
+MAX_SHARDS = 1024  # of an address: a tensor parallel receiver has one a rank
 
 
 @dataclass(frozen=True, slots=True)

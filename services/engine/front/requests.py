@@ -18,6 +18,7 @@ from services.engine.core.api import Reply, RequestKey, ReservationRef
 from services.engine.errors import BadRequest, BadSampling
 from services.engine.front.limits import (
     MAX_ATTEMPT,
+    MAX_SHARDS,
     Limits,
     check_address,
     check_digest,
@@ -62,6 +63,8 @@ def to_remote_send(
         raise BadRequest(f"attempt must be at most {MAX_ATTEMPT}.")
     if not request.HasField("address"):
         raise BadRequest("address is missing.")
+    if len(request.address.shards) > MAX_SHARDS:  # before time is spent on each
+        raise BadRequest(f"address.shards must be at most {MAX_SHARDS}.")
     address = from_address(request.address)
     check_address(address)
     check_position("address.window.end", address.window.end, len(prompt))

@@ -10,11 +10,14 @@ import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from microserve.engine.v1 import engine_pb2 as pb
-from microserve.types.v1 import kv_pb2
+from microserve.types.v1 import kv_pb2, sampling_pb2
 
-from services.engine.convert import from_address
+from services.engine.convert import from_address, from_sampling
 from services.engine.core import api
 from services.engine.core.api import RequestKey, ReservationRef
+from services.engine.errors import BadSampling
+from services.engine.front.limits import MAX_SHARDS
+from services.engine.sampling.params import MAX_LOGIT_BIASES
 from services.protocol.address import KvAddress, KvShard
 from services.protocol.ranges import RangeSet, TokenRange
 from services.protocol.timing import Timing
@@ -107,6 +110,11 @@ async def test_remote_send(served: Served) -> None:
     assert (await call).timing.transferred_bytes == 99
 
 
+def test_biases_are_counted_before_they_are_converted() -> None:
+    with pytest.raises(BadSampling, match=f"at most {MAX_LOGIT_BIASES} tokens"):
+        from_sampling(sampling_pb2.SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIASES + 1), 1.0)))
+
+
 def _address(**fields: object) -> kv_pb2.KvAddress:
     address = address_message(ADDRESS)
     for name, value in fields.items():
@@ -117,6 +125,15 @@ def _address(**fields: object) -> kv_pb2.KvAddress:
 def _without_pages() -> kv_pb2.KvAddress:
     address = address_message(ADDRESS)
     del address.shards[0].page_ids[:]
+    return address
+
+
+def _of_many_shards() -> kv_pb2.KvAddress:
+    """An empty window, so that each of them is right by itself."""
+    address = address_message(ADDRESS)
+    address.window.begin = address.window.end
+    del address.shards[0].page_ids[:]
+    address.shards.extend([address.shards[0]] * MAX_SHARDS)
     return address
 
 
@@ -131,6 +148,7 @@ BAD = {
     "BAD_REQUEST endpoint": send(address=_address(endpoint="")),
     "BAD_REQUEST no layout": send(address=kv_pb2.KvAddress(reservation_id="res")),
     "BAD_REQUEST pages": send(address=_without_pages()),
+    "BAD_REQUEST shards": send(address=_of_many_shards(), range=kv_pb2.TokenRange()),
     "BAD_REQUEST attempt": send(attempt=2**32 - 1),
     "INVALID_RANGE backwards": send(range=kv_pb2.TokenRange(begin=8, end=4)),
     "INVALID_RANGE prompt shorter than the window": send(prompt_token_ids=PROMPT[:6], range=kv_pb2.TokenRange()),

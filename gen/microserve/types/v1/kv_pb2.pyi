@@ -275,7 +275,9 @@ class KvAddress(_message.Message):
 
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvShard]:
-        """Where the pages are. Exactly one shard unless the receiver is tensor parallel; together they have the whole model."""
+        """Where the pages are. Exactly one shard unless the receiver is tensor parallel, at most 1024; together they have the
+        whole model.
+        """
 
     @_builtins.property
     def layout(self) -> Global___PageLayout:
