@@ -80,7 +80,7 @@ class GenerationService:
         """The request runs from its turn until the end of the block."""
         with self._recording(ask) as record:
             check(ask)
-            with self.entering(1 if ask.num_answers == 1 else 0):
+            with self.entering(0 if ask.has_entered else 1):
                 # That of an answer which has begun stays what it is, whatever becomes of its name.
                 program = beside(ask.beside) if ask.beside is not None else self._catalogue.resolve(ask.policy)
                 record.program, record.policy, record.spec = program, program.name, program.spec

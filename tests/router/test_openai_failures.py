@@ -51,6 +51,21 @@ async def test_a_bug_in_the_middle_of_a_stream_ends_it_and_is_logged(
         assert [record.message for record in caplog.records if record.exc_info] == ["call failed"]
 
 
+async def test_all_prompts_of_a_call_have_room_before_the_first_begins() -> None:
+    async with serving(max_requests=3) as (suite, client):
+        suite.first.gate.clear()
+        one = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        await suite.first.until(lambda: suite.first.sequences)
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="fake", prompt=["a", "b", "c"])
+        assert len(suite.first.called("Session")) == 1  # no engine was asked for any of them
+        suite.first.gate.set()
+        await one
+        assert len((await client.completions.create(model="fake", prompt=["a", "b", "c"])).choices) == 3
+        with pytest.raises(openai.BadRequestError):
+            await client.completions.create(model="fake", prompt=["a", "b"], n=2)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_ends_its_work(stream: bool) -> None:
     async with serving() as (suite, client):

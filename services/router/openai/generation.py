@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.datastructures import Headers as HttpHeaders
@@ -88,11 +88,13 @@ class Generation:
                 await JSONResponse(whole, headers=header)(scope, receive, send)
 
     async def _choices(self, call: Call) -> AsyncGenerator[tuple[int, Answer], None]:
-        """(choice, piece) over all asks."""
-        streams = [generate_choices(self._service, ask, call.n) for ask in call.asks]
-        async with aclosing(merge(streams)) as pieces:
-            async for ask, (choice, answer) in pieces:
-                yield ask * call.n + choice, answer
+        """(choice, piece) over all asks, which begin together or not at all."""
+        are_many = len(call.asks) > 1  # one enters by itself
+        with self._service.entering(len(call.asks) * call.n if are_many else 0):
+            asks = [replace(ask, has_entered=are_many) for ask in call.asks]
+            async with aclosing(merge([generate_choices(self._service, ask, call.n) for ask in asks])) as pieces:
+                async for ask, (choice, answer) in pieces:
+                    yield ask * call.n + choice, answer
 
     def _new_shape(self, call: Call, model: Model, request_id: str) -> ChatShape | CompletionShape:
         return self._shape(
