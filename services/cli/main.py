@@ -13,7 +13,8 @@ from typer.exceptions import TyperException
 from services.cli import commands, engines, kv, planner, policy
 from services.cli.errors import CliError, ServiceFailed
 from services.cli.simulate import simulate
-from services.cli.up import UpOptions, up
+from services.cli.up import up
+from services.cli.up_options import UpOptions
 from services.engine.model.catalogue import DEFAULT_MODEL
 from services.rpc.entry import raise_interrupts
 

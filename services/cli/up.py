@@ -3,117 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from services.cli import output
 from services.cli.client import router_client, wait_serving
 from services.cli.commands import stream_answer
-from services.cli.errors import CliError, Interrupted, UsageError
+from services.cli.errors import CliError, Interrupted
 from services.cli.fleet import Fleet, core_count
-from services.cli.key_file import HOST, key_path, new_key
-from services.cli.models import fetch, require_engine
+from services.cli.key_file import HOST, new_key
+from services.cli.models import fetch
 from services.cli.process import ServiceProcess
 from services.cli.supervisor import Supervisor
+from services.cli.up_options import UpOptions, check, gpu_options, uploads
 from services.cli.values import Endpoint, Question
-from services.router.config import RouterConfig
-from services.router.errors import RouterError
-from services.router.programs.catalogue import Catalogue
-from services.rpc.bind import check_free
-from services.rpc.config import ConfigError, read_config
-from services.rpc.errors import StartError
 
-_LAST_PORT = 65535
 # By which a router says that a program holds its event loop and cannot be interrupted.
 _EXIT_STUCK = 70
-_DTYPES = ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16")
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class UpOptions:
-    """What to start. Port 0 is a free one; after any other gRPC port come those of the engines."""
-
-    engine_count: int
-    policy: str
-    model: str
-    grpc_port: int
-    http_port: int
-    admin_port: int | None  # takes uploaded programs; None: they are taken nowhere
-    question: str
-    dtype: str
-    device: str
-    json: bool
-
-    @property
-    def engine_ports(self) -> tuple[int, ...]:
-        """The engines' gRPC ports: those after the router's, so that they can be written down."""
-        return tuple(self.grpc_port and self.grpc_port + 1 + number for number in range(self.engine_count))
 
 
 def up(options: UpOptions) -> None:
     """Runs until Ctrl-C or SIGTERM. UsageError, CliError if something cannot be had, ServiceFailed if a child dies
     before all serve, or again and again."""
-    _check(options)
+    check(options)
     model = fetch(options.model, quiet=options.json)
     with ExitStack() as stack:
         if options.admin_port is not None:
             stack.enter_context(new_key(options.admin_port))
         asyncio.run(launch(options, model, Fleet()))
-
-
-def _check(options: UpOptions) -> None:
-    """Finds what is wrong before anything is downloaded or started."""
-    require_engine()
-    admin_ports = () if options.admin_port is None else (options.admin_port,)
-    if options.http_port != 0 and options.http_port in (options.grpc_port, *admin_ports, *options.engine_ports):
-        raise UsageError("--http-port must differ from the gRPC ports of router and engines")
-    if options.admin_port in (options.grpc_port, *options.engine_ports):
-        raise UsageError("--admin-port must differ from the other ports")
-    if max(options.engine_ports) > _LAST_PORT:
-        raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
-    if options.dtype not in _DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
-    _check_router(options)
-    for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
-        try:
-            check_free(HOST, port)
-        except StartError as error:
-            raise CliError(str(error)) from None
-
-
-def _check_router(options: UpOptions) -> None:
-    """As the router will, but before engines have loaded their model."""
-    try:
-        words = ["--engine", f"{HOST}:0", "--policy", options.policy]
-        if options.admin_port is not None:
-            words += _uploads(options.admin_port)
-        config = read_config(RouterConfig, words, "microserve-router", os.environ)
-        if config.tls_cert is not None:
-            raise UsageError(
-                "`up` is for trying out, without TLS: unset the variables of --tls-cert, or start services by hand"
-            )
-        Catalogue(config.policy_file, config.policy)
-    except ConfigError as error:
-        raise UsageError(f"microserve-router: {error}") from None
-    except RouterError as error:
-        raise UsageError(f"--policy {options.policy}: {error.message}") from None
-
-
-def _uploads(port: int) -> tuple[str, ...]:
-    key_file = str(key_path(port))
-    return "--allow-policy-upload", "--admin-listen", f"{HOST}:{port}", "--upload-key-file", key_file
-
-
-def gpu_options(device: str) -> tuple[str, ...]:
-    """What the KV transfer service of engines on `device` is to be told of it."""
-    kind, _, number = device.partition(":")
-    return ("--cuda-device", number or "0") if kind == "cuda" else ()
 
 
 async def launch(options: UpOptions, model: Path, fleet: Fleet) -> None:
@@ -204,7 +126,7 @@ class _Launcher:
                 options.policy,
                 listen=f"{HOST}:{options.grpc_port}",
                 http_listen=f"{HOST}:{options.http_port}",
-                extra=() if options.admin_port is None else _uploads(options.admin_port),
+                extra=() if options.admin_port is None else uploads(options.admin_port),
             )
         )
         await asyncio.wrap_future(router.ready)

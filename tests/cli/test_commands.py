@@ -192,6 +192,8 @@ UP = ("up", "--grpc-port", "0", "--http-port", "0")
         ((*UP, "--policy", "no/such.py"), "--policy no/such.py: cannot read no/such.py: No such file"),
         ((*UP, "--policy", "balancd"), "there is no policy named 'balancd'"),
         ((*UP, "--policy", "balanced:7"), "--policy balanced:7: "),
+        ((*UP, "--dtype", "fp8"), "microserve-engine: --dtype fp8 needs a GPU"),
+        ((*UP, "--device", "cuda:one"), "microserve-kvtransfer: --cuda-device"),
         (("up", "--grpc-port", "65534"), "--grpc-port 65534 leaves no ports for 2 engines"),
         (("engines", "--address", "localhost"), "--address 'localhost' is not host:port"),
         (("kv", "bench", "--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
@@ -208,13 +210,18 @@ def test_wrong_usage_is_one_line_and_code_2(microserve: Run, argv: tuple[str, ..
     assert line in err
 
 
-def test_what_the_router_would_refuse_is_found_before_anything_starts(
+def test_what_a_service_would_refuse_is_found_before_anything_starts(
     microserve: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MICROSERVE_ROUTER_MAX_QUEUED", "many")
     line = "microserve: microserve-router: MICROSERVE_ROUTER_MAX_QUEUED: 'many' is not a whole number\n"
     assert microserve(*UP) == (2, "", line)
     monkeypatch.delenv("MICROSERVE_ROUTER_MAX_QUEUED")
+    for name, prog in (("ENGINE_PAGES", "microserve-engine"), ("KVTRANSFER_COPY_THREADS", "microserve-kvtransfer")):
+        monkeypatch.setenv(f"MICROSERVE_{name}", "many")
+        line = f"microserve: {prog}: MICROSERVE_{name}: 'many' is not a whole number\n"
+        assert microserve(*UP) == (2, "", line)
+        monkeypatch.delenv(f"MICROSERVE_{name}")
     for name in ("CERT", "KEY"):
         monkeypatch.setenv(f"MICROSERVE_TLS_{name}", "x.pem")
     code, _, err = microserve(*UP)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.up import gpu_options
+from services.cli.up_options import gpu_options
 from tests.cli.launched import alive, read_event, start_up, wait_dead
 
 pytestmark = pytest.mark.slow
