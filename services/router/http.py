@@ -20,6 +20,8 @@ _REST_TIMEOUT_S = 10.0
 _MAX_HEAD_BYTES = 1 << 16
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+# What asyncio calls the backlog is also how often it tries again at once, and logs, when there is no descriptor left.
+_ACCEPTED_AT_ONCE = 1
 _CLOSE_S = 5.0
 
 
@@ -47,8 +49,9 @@ class HttpServer:
         self._config.load()
         listener = self._bind(listen)
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Protocol(self._config, self._state, {}), sock=listener, ssl=context, backlog=_BACKLOG
+            lambda: _Protocol(self._config, self._state, {}), sock=listener, ssl=context, backlog=_ACCEPTED_AT_ONCE
         )
+        listener.listen(_BACKLOG)
         return join_address(split_address(listen)[0], listener.getsockname()[1])
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ from services.rpc.tls import ServerTls
 
 # An engine sends its tokenizer in pieces of 1 MiB: with much less, router and engine cannot meet.
 _LEAST_MESSAGE_BYTES = 2 * 1024 * 1024
+HANDSHAKE_TIMEOUT_MS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,8 @@ def server_options(config: ServerConfig) -> Options:
         # Whoever pings is welcome: a busy machine reads pings late and one right after the other, and other people's
         # clients ping as they like.
         ("grpc.http2.max_ping_strikes", 0),
+        # Two minutes by default, for which whoever says nothing holds a descriptor.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         # With it two services could share a port by accident, and each would get half of the calls.

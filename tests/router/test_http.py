@@ -15,9 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.router import http
 from services.router.http import HttpServer
+from services.rpc.bind import split_address
 from services.rpc.errors import PortInUse, StartError
 from services.rpc.tls import ServerTls
 from tests.fakes import PATIENCE_S
+from tests.limits import few_descriptors
 from tests.router.harness import running
 
 
@@ -86,6 +88,29 @@ async def test_other_requests_are_answered_or_dropped() -> None:
         assert (await fetch(suite.http, "nonsense\r\n\r\n"))[0] == 400
         assert (await fetch(suite.http, f"GET /{'x' * 70_000}"))[0] == 0
         assert (await get(suite.http, "/health"))[0] == 200
+
+
+async def test_without_descriptors_it_pauses_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that cannot be taken stays ready to be taken: to try again at once would keep a core busy, and fill
+    the disk with logs."""
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.01)
+    server = HttpServer(hello, client_timeout_s=10)
+    address = await server.start("127.0.0.1:0")
+    loop, failures, failed = asyncio.get_running_loop(), [], asyncio.Event()
+
+    def note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        failures.append(context["message"])
+        failed.set()
+
+    loop.set_exception_handler(note)
+    with socket.socket() as client, few_descriptors():
+        client.setblocking(False)
+        await loop.sock_connect(client, split_address(address))
+        await failed.wait()
+        assert failures == ["socket.accept() out of system resource"]
+    loop.set_exception_handler(None)
+    assert await get(address, "/") == (200, "hello")
+    await server.close()
 
 
 async def test_a_head_that_does_not_come_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
 import socket
 import threading
 import urllib.request
@@ -19,6 +16,7 @@ from services.rpc.bind import split_address
 from services.rpc.errors import PortInUse
 from services.rpc.metrics import MetricsServer
 from tests.fakes import PATIENCE_S
+from tests.limits import few_descriptors
 
 
 @contextmanager
@@ -98,19 +96,10 @@ def test_without_descriptors_it_pauses_and_goes_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metrics, "sleep", pause)
     with serving() as server, socket.socket() as client:
         client.settimeout(PATIENCE_S)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        lowest = os.dup(0)
-        os.close(lowest)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-        try:
-            with pytest.raises(OSError) as caught:
-                os.dup(0)
-            assert caught.value.errno == errno.EMFILE
+        with few_descriptors():
             client.connect(split_address(server.address))
             assert paused.wait(PATIENCE_S)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            go_on.set()
+        go_on.set()
         client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert client.recv(64).startswith(b"HTTP/1.0 200")
 

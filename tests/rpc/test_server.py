@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from microserve.engine.v1 import engine_pb2, engine_pb2_grpc
 
+from services.rpc import server_config
 from services.rpc.bind import split_address
 from services.rpc.channel import make_channel
 from services.rpc.errors import PortInUse, StartError
@@ -64,6 +65,16 @@ async def test_what_start_would_fail_of_can_be_asked_before(serve: Serve, tmp_pa
     with pytest.raises(StartError, match="cannot read"):
         Server(ServerConfig(tls_cert=nowhere, tls_key=nowhere), "engine").check()
     Server(ServerConfig(listen=taken, reuse_port=True, metrics_port=None), "engine").check()
+
+
+@pytest.mark.slow
+async def test_who_says_nothing_holds_no_descriptor_for_ever(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_config, "HANDSHAKE_TIMEOUT_MS", 50)
+    running = await serve()
+    reader, writer = await asyncio.open_connection(*split_address(running.server.bound))
+    while await reader.read(4096):  # its settings, then the end
+        pass
+    writer.close()
 
 
 @pytest.mark.slow
