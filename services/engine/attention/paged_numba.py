@@ -114,12 +114,12 @@ class PagedNumbaAttention(GatherSdpaAttention):
             singles[:, 2] = contexts
             return PackedRows(batch, singles, _NO_BLOCKS, tables)
         counts = np.diff(starts)
-        is_single = counts <= self._max_single_rows
+        is_single = (counts <= self._max_single_rows) | (group > BLOCK_LANES)  # a block holds whole rows
         rows = np.arange(starts[-1], dtype=np.int32)
         sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         seen = contexts[sequences] - (starts[sequences + 1] - rows) + 1
         every = np.stack((rows, sequences, seen), axis=1).astype(np.int32)
-        rows_a_block = max(1, BLOCK_LANES // group)
+        rows_a_block = BLOCK_LANES // min(group, BLOCK_LANES)
         # Blocks begin at multiples of their size in the sequence's own rows, whatever lies before it in the batch.
         begins = ~is_single[sequences] & ((rows - starts[sequences]) % rows_a_block == 0)
         lengths = np.minimum(starts[sequences + 1] - rows, rows_a_block)

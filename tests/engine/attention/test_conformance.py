@@ -97,6 +97,17 @@ def implementation(request: pytest.FixtureRequest) -> Callable[[Tensor], Attenti
     return IMPLEMENTATIONS[request.param]
 
 
+@pytest.mark.parametrize("group", [95, 96, 97, 128])
+def test_many_query_heads_of_one_kv_head(implementation: Callable[[Tensor], AttentionBackend], group: int) -> None:
+    """More than a block has lanes, too."""
+    pool = Pool(((20, 30), (1, 9)), 16)
+    backend = implementation(pool.kv)
+    pool.fill(backend)
+    query, batch = pool.normal(21, KV_HEADS * group, HEAD_DIM), pool.batch(range(2))
+    expected = OracleAttention(pool.kv).attend(0, query, batch)
+    torch.testing.assert_close(backend.attend(0, query, batch), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("page_size", [1, 8, 16])
 def test_mixed_batch(implementation: Callable[[Tensor], AttentionBackend], page_size: int, form: str) -> None:
