@@ -136,7 +136,7 @@ async def test_an_engine_that_stood_still_is_sent_nothing_of_those_who_left() ->
         engine.gate.clear()
         long = replace(request(), prompt=(200,) * 50_000)
         left = [client.start_generate(str(number), long, 0, None) for number in range(60)]
-        for _ in range(100):  # turns in which it takes what it can
+        for _ in range(20):  # turns of the loop, in each of which one at most is written
             await asyncio.sleep(0)
         for sequence in left:
             sequence.cancel()
