@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _COUNT_AGAIN_S = 0.05
-_PASSED_OVER = "most engines of its model have other weights, another --dtype or another vocabulary"
+_PASSED_OVER = "most engines of its model have other weights, another --dtype or --kv-dtype, or another vocabulary"
 
 
 @dataclass(frozen=True, slots=True)
