@@ -178,6 +178,6 @@ def end_tokens(value: Any, vocab_size: int, place: str) -> tuple[int, ...]:
     """What an eos_token_id says: null, a token or several. Raises ModelCorrupt, naming the place, for what is none."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
             raise ModelCorrupt(f"{place}: eos_token_id {token_id!r} is not in the vocabulary of {vocab_size} tokens.")
     return tuple(ids)

@@ -61,6 +61,8 @@ def test_the_file_of_a_wrong_end_token_is_named(tmp_path: Path) -> None:
         _load(tmp_path, eos_token_id=32000)
     with pytest.raises(ModelCorrupt, match=r"/generation_config\.json: eos_token_id 'x' is not in the vocabulary"):
         _load(tmp_path, {"eos_token_id": ["x"]})
+    with pytest.raises(ModelCorrupt, match=r"/config\.json: eos_token_id False is not in the vocabulary"):
+        _load(tmp_path, {}, eos_token_id=False)
 
 
 def test_no_config(tmp_path: Path) -> None:
