@@ -114,6 +114,9 @@ class ServerTls:
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Who resumes a session shows no certificate, and could do so long after its authority has been removed.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
         _load_pair(context, self.cert, self.key)
         if self.client_ca is not None:
             _load_roots(context, self.client_ca)

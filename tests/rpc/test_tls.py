@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,10 @@ def client(folder: Path) -> ClientTls:
     return ClientTls(ca=folder / "ca.pem", cert=folder / "server.pem", key=folder / "server.key")
 
 
+def server(folder: Path) -> ServerTls:
+    return ServerTls(cert=folder / "server.pem", key=folder / "server.key", client_ca=folder / "ca.pem")
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     """A server's and a client's, with files of one authority."""
@@ -151,6 +156,36 @@ async def test_half_a_replacement_changes_nothing(
     install(other, of_client)
     assert not await refused_anew(running, of_client)
     assert caplog.text.count("certificates replaced") == 2
+
+
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLObject:
+    """The client's end after a first byte of the server's. ssl.SSLError of the end that refuses first."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = client.wrap_bio(to_client, to_server, server_hostname="127.0.0.1", session=session)
+    far = server.wrap_bio(to_server, to_client, server_side=True)
+    under_way = [near, far]
+    while under_way:
+        for end in tuple(under_way):
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            under_way.remove(end)
+    far.write(b"x")
+    assert near.read(1) == b"x"  # tickets come before it
+    return near
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+def test_no_session_outlives_the_authority_that_let_it_in(folders: tuple[Path, Path], version: ssl.TLSVersion) -> None:
+    of_server, of_client = folders
+    serving, calling = server(of_server).context(), client(of_client).context()
+    calling.maximum_version = version
+    session = handshake(serving, calling).session
+    assert not handshake(serving, calling, session).session_reused
+    install(trustme.CA(), of_server, ["ca.pem"])
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(serving, calling, session)
 
 
 async def test_missing_file_is_one_sentence(pki: dict[str, Path], tmp_path: Path) -> None:
