@@ -48,8 +48,8 @@ class Reloaded(Generic[Made]):
         with self._lock:
             seen = self._look()
             if seen != self._seen or self._told:
-                self._seen = seen
                 self._make_anew()
+                self._seen = seen  # only now: what fails in another way is tried again too
             return self._made
 
     def _make_anew(self) -> None:
@@ -197,6 +197,8 @@ def _load_roots(context: ssl.SSLContext, path: Path) -> None:
         context.load_verify_locations(path)
     except ssl.SSLError as error:
         raise StartError(f"{path} holds no certificates: {_why(error)}") from None
+    except OSError as error:  # it opens the file again
+        raise _unreadable(path, error) from None
 
 
 def _load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
@@ -213,7 +215,11 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StartError(f"cannot read {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> StartError:
+    return StartError(f"cannot read {path}: {error.strerror}")
 
 
 def _lenient() -> ssl.SSLContext:

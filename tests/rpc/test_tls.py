@@ -14,10 +14,11 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.rpc import tls as tls_module
 from services.rpc.channel import make_channel
 from services.rpc.errors import StartError
 from services.rpc.server import Server, ServerConfig
-from services.rpc.tls import ClientTls, ServerTls, check_client
+from services.rpc.tls import ClientTls, Reloaded, ServerTls, check_client
 from tests.rpc.conftest import SERVICE, Running, Serve
 
 pytestmark = pytest.mark.slow
@@ -186,6 +187,44 @@ def test_no_session_outlives_the_authority_that_let_it_in(folders: tuple[Path, P
     install(trustme.CA(), of_server, ["ca.pem"])
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(serving, calling, session)
+
+
+def test_a_file_that_is_away_for_a_moment_is_looked_at_again(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also when it goes after it has been read, and comes back as it was."""
+    path, aside, read = folders[1] / "ca.pem", folders[1] / "aside", tls_module._read
+
+    def read_and_lose(path: Path) -> bytes:
+        content = read(path)
+        path.rename(aside)
+        return content
+
+    certificates = Reloaded([path], ClientTls(path).context)
+    before = certificates.latest()
+    install(trustme.CA(), folders[1], ["ca.pem"])
+    with monkeypatch.context() as patched:
+        patched.setattr(tls_module, "_read", read_and_lose)
+        assert certificates.latest() is before
+    assert caplog.text.count("certificates stay as they were") == 1
+    aside.rename(path)
+    assert certificates.latest() is not before
+
+
+def test_what_fails_in_another_way_is_tried_again(tmp_path: Path) -> None:
+    path, makes = tmp_path / "file", iter([1, MemoryError(), 2])
+
+    def make() -> int:
+        made = next(makes)
+        if isinstance(made, MemoryError):
+            raise made
+        return made
+
+    numbers = Reloaded([path], make)
+    path.touch()
+    with pytest.raises(MemoryError):
+        numbers.latest()
+    assert numbers.latest() == 2
 
 
 async def test_missing_file_is_one_sentence(pki: dict[str, Path], tmp_path: Path) -> None:
