@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -32,22 +33,31 @@ class RenewingChannel(grpc.aio.Channel):
         self._connect = connect
         self._used = credentials.latest()
         self._channel = connect(self._used)
-        self._before: dict[asyncio.Task[None], grpc.aio.Channel] = {}  # those that end with their calls
+        self._before: set[asyncio.Task[None]] = set()  # channels that end with their calls
+        self._calls: WeakSet[Any] = WeakSet()
 
     def latest(self) -> grpc.aio.Channel:
         """Where a call that begins now belongs."""
         credentials = self._credentials.latest()
         if credentials is not self._used:
             ending = asyncio.create_task(self._channel.close(_LONGEST_CALL_S), name="close after its calls")
-            self._before[ending] = self._channel
-            ending.add_done_callback(self._before.pop)
+            self._before.add(ending)
+            ending.add_done_callback(self._before.discard)
             self._used, self._channel = credentials, self._connect(credentials)
         return self._channel
 
+    def begun(self, call: Any) -> None:
+        """A call that close() has to end."""
+        self._calls.add(call)
+
     async def close(self, grace: float | None = None) -> None:
         """See grpc.aio.Channel."""
-        before = dict(self._before)
-        await asyncio.gather(*(channel.close(grace) for channel in (self._channel, *before.values())))
+        before = tuple(self._before)
+        ends = [asyncio.wait(before, timeout=grace)] if before and grace else []
+        await asyncio.gather(self._channel.close(grace), *ends)
+        # Of a channel that is closing a second close does nothing, whatever its grace.
+        for call in tuple(self._calls):
+            call.cancel()
         await asyncio.gather(*before)
 
     async def __aenter__(self) -> Self:
@@ -100,4 +110,6 @@ class _Method:
         latest = self._channel.latest()
         if latest is not self._bound_to:
             self._bound_to, self._bound = latest, self._bind(latest)
-        return self._bound(*arguments, **named)
+        call = self._bound(*arguments, **named)
+        self._channel.begun(call)
+        return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from services.rpc.channel import make_channel
 from services.rpc.errors import StartError
 from services.rpc.server import Server, ServerConfig
 from services.rpc.tls import ClientTls, Reloaded, ServerTls, check_client
+from tests.fakes import PATIENCE_S
 from tests.rpc.conftest import SERVICE, Running, Serve
 
 pytestmark = pytest.mark.slow
@@ -137,6 +139,38 @@ async def refused_anew(running: Running, folder: Path) -> bool:
     """Whether a client with these files cannot connect."""
     async with make_channel(running.server.bound, client(folder)) as channel:
         return await refused(Running(running.server, channel, None))
+
+
+@pytest.mark.parametrize("grace", [None, 0.01])
+async def test_close_ends_calls_from_before_a_replacement(
+    serve: Serve, folders: tuple[Path, Path], grace: float | None
+) -> None:
+    running, under_way = await replaced_under(serve, folders)
+    async with asyncio.timeout(PATIENCE_S):
+        await running.channel.close(grace)
+    assert under_way.cancelled()
+
+
+async def test_calls_from_before_a_replacement_have_the_grace_too(serve: Serve, folders: tuple[Path, Path]) -> None:
+    running, under_way = await replaced_under(serve, folders)
+    closing = asyncio.create_task(running.channel.close(PATIENCE_S))
+    await running.server.set_serving(SERVICE, True)
+    assert (await under_way.read()).status == health_pb2.HealthCheckResponse.SERVING
+    assert not closing.done()
+    under_way.cancel()
+    await closing
+
+
+async def replaced_under(serve: Serve, folders: tuple[Path, Path]) -> tuple[Running, Any]:
+    """A call under way over one connection, while the channel has another with new certificates."""
+    of_server, of_client = folders
+    running = await serve(tls=client(of_client), **mutual(of_server))
+    under_way = await watch(running)
+    other = trustme.CA()
+    install(other, of_server)
+    install(other, of_client)
+    assert not await refused(running)
+    return running, under_way
 
 
 async def test_half_a_replacement_changes_nothing(
