@@ -25,7 +25,10 @@ class KvTransferConfig(ServerConfig):
     ready_slot_count: int = field(default=256, metadata={"help": "ready counters in a pool's control page"})
     copy_threads: int = field(default=2, metadata={"help": "threads that copy pages"})
     max_copy_bytes: int = field(
-        default=2 << 20, metadata={"help": "bytes copied under one check; a revoke waits for one such copy"}
+        default=2 << 20,
+        metadata={
+            "help": "bytes copied under one check, 32 times as many within a GPU; a revoke waits for one such copy"
+        },
     )
     push_stall_timeout_s: float = field(
         default=30.0, metadata={"help": "seconds without progress after which a push fails"}
