@@ -70,20 +70,23 @@ def read_key(path: Path) -> str:
 
 
 def read_tenant_keys(path: Path) -> dict[str, str]:
-    """Tenants by their keys, from a file of lines TENANT KEY. Blank lines count for nothing. StartError."""
+    """Tenants by their keys, from a file of lines TENANT KEY. Blank lines count for nothing. StartError, also
+    if it has no other: without any key all may call."""
     tenants: dict[str, str] = {}
     for number, line in enumerate(_text(path).splitlines(), 1):
         words = line.split()
         if not words:
             continue
-        if len(words) != 2 or not is_key(words[1]):
+        if len(words) != 2 or not all(map(is_key, words)):  # headers carry both
             raise StartError(f"line {number} of {path} must be a tenant and a key of printable ASCII")
         tenant, key = words
-        if len(tenant) > MAX_NAME_CHARACTERS or not tenant.isprintable():
+        if len(tenant) > MAX_NAME_CHARACTERS:
             raise StartError(f"the tenant in line {number} of {path} must have 1 to {MAX_NAME_CHARACTERS} characters")
         if key in tenants:
             raise StartError(f"the key in line {number} of {path} stands there before")
         tenants[key] = tenant
+    if not tenants:
+        raise StartError(f"{path} has no line with a tenant and a key")
     return tenants
 
 

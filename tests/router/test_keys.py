@@ -309,6 +309,10 @@ def test_tenants_alone_would_leave_the_admin_service_open(tmp_path: Path) -> Non
         ("red schlüssel\n", "line 1 of .* must be a tenant and a key"),
         ("red a\nblue a\n", "the key in line 2 of .* stands there before"),
         (f"{'r' * 129} a\n", "the tenant in line 1"),
+        ("red a\néquipe b\n", "line 2 of .* must be a tenant and a key of printable ASCII"),
+        ("red\x7f a\n", "line 1 of .* must be a tenant and a key of printable ASCII"),
+        ("", "tenants has no line"),
+        (" \n\n", "tenants has no line"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, lines: str, why: str) -> None:
