@@ -94,10 +94,13 @@ class Replica:
         """A pool of this replica alone, zeroed: what rank 0 has of it. Raises StartError if memory is too small."""
         if self.ranks is not None:
             self.ranks.attach(self._pool_shape, None)
+        size_bytes = self.layout.pool_bytes(self.num_pages)
         try:
+            if self.device.type == "cpu" and size_bytes > machine_bytes():
+                raise MemoryError  # here, because a kernel may grant it and end the process that writes to it
             return pool_part(self._pool_shape, self.shard, self.device, self._kv_dtype, None)
-        except RuntimeError:  # torch's, for memory that it does not get
-            mib = self.layout.pool_bytes(self.num_pages) // _MIB
+        except (RuntimeError, MemoryError):  # torch's, for memory that it does not get
+            mib = size_bytes // _MIB
             raise StartError(f"there is no memory for {self.num_pages} pages of KV, {mib} MiB: see --pages") from None
 
     def attached_pool(self, pool: AttachedPool) -> torch.Tensor:
@@ -246,5 +249,9 @@ def _kv_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading took and holds no more
         return int(torch.cuda.mem_get_info(device)[0]) // 2
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(_DEFAULT_MIB * _MIB, memory // 8)
+    return min(_DEFAULT_MIB * _MIB, machine_bytes() // 8)
+
+
+def machine_bytes() -> int:
+    """The memory of the machine, whatever else limits this process."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

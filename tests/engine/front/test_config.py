@@ -102,10 +102,20 @@ def test_fault_points_are_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> Non
         read("--fault-points", "step.begin=bogus")
 
 
-def test_a_pool_that_memory_cannot_hold_is_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_pages", "memory_bytes"),
+    [
+        pytest.param(10**11, 1 << 60, id="beyond the addresses"),  # where the kernel grants whatever it can address
+        pytest.param(1000, 1 << 20, id="beyond the machine"),
+    ],
+)
+def test_a_pool_that_memory_cannot_hold_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_pages: int, memory_bytes: int
+) -> None:
     folder = make_tiny_llama(tmp_path / "model", layers=1)
-    replica = load_replica(read("--model", str(folder), "--pages", str(10**9), "--threads", "1"))
-    with pytest.raises(StartError, match=r"no memory for 1000000000 pages of KV, \d+ MiB"):
+    replica = load_replica(read("--model", str(folder), "--pages", str(num_pages), "--threads", "1"))
+    monkeypatch.setattr("services.engine.replica.machine_bytes", lambda: memory_bytes)
+    with pytest.raises(StartError, match=rf"no memory for {num_pages} pages of KV, \d+ MiB"):
         replica.private_pool()
 
 
