@@ -24,7 +24,9 @@ KERNELS = {
 }
 
 
+# Capability 90 takes two minutes on a core that it has for itself.
 @pytest.mark.slow
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_every_kernel_compiles_and_fits(tmp_path: Path, capability: int) -> None:
     if importlib.util.find_spec("triton") is None:
@@ -32,7 +34,7 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path, capability: int) -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "tests.engine.gpu.compile_kernels", str(capability)]
     done = subprocess.run(
-        command, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=250
+        command, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
