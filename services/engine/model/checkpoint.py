@@ -109,9 +109,8 @@ class Checkpoint:
 
     def _identify(self, name: str, tensor: Tensor) -> None:
         self._identity.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        content = (
-            tensor.flatten().view(torch.uint8).numpy()
-        )  # flat first: a number by itself has no bytes to be seen as
+        # Flat first: a number by itself has no bytes to be seen as.
+        content = tensor.flatten().view(torch.uint8).numpy()
         if content.size <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
             self._identity.update(content.tobytes())
             return

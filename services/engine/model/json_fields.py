@@ -38,12 +38,11 @@ class Fields:
     path: Path
 
     def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """An integer, positive unless `least` is 0; null counts as missing."""
+        """An integer from `least` to `most`; null counts as missing."""
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            kind = "a positive integer" if least else "an integer of at least 0"
-            raise ModelCorrupt(f"{self.path}: {name} must be {kind}, not {value!r}.")
+            raise ModelCorrupt(f"{self.path}: {name} must be an integer from {least} to {most}, not {value!r}.")
         return value
 
     def optional_count(self, name: str) -> int | None:

@@ -90,7 +90,8 @@ def test_unsupported(tmp_path: Path, changes: dict[str, Any], words: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": None}, "hidden_size must be a positive integer, not None"),
+        ({"hidden_size": None}, "hidden_size must be an integer from 1 to 2147483647, not None"),
+        ({"num_hidden_layers": 4097}, "num_hidden_layers must be an integer from 1 to 4096, not 4097"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
