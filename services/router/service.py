@@ -96,7 +96,6 @@ class GenerationService:
                         record.is_answered = True
                         turn.finished(record.output_tokens)
                     finally:
-                        turn.generated(record.output_tokens)
                         await run.close()  # all it left on engines has ended then
 
     def entering(self, number: int) -> AbstractContextManager[None]:

@@ -66,22 +66,6 @@ def test_what_is_discarded_costs_nothing() -> None:
     assert drained(queue) == ["other", "again"]
 
 
-def test_a_flow_is_charged_what_its_items_really_cost() -> None:
-    queue: FairQueue[str] = FairQueue()
-    queue.push("long", 10, "long 0")
-    queue.push("short", 10, "short 0")
-    queue.push("short", 10, "short 1")
-    assert queue.pop()[0] == "long 0"
-    queue.charge("long", 25)
-    queue.charge("short", -5)
-    queue.charge("unknown", 1000)
-    queue.push("long", 10, "at 35")
-    queue.push("short", 10, "at 15")
-    queue.push("short", 10, "at 25")
-    queue.push("unknown", 10, "at 0")
-    assert drained(queue) == ["short 0", "at 0", "short 1", "at 15", "at 25", "at 35"]
-
-
 def test_flows_that_are_gone_are_forgotten() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(10_000):

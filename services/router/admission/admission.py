@@ -21,12 +21,8 @@ _FORGET_PROMPT_S = 30.0
 class Turn:
     """A request that runs."""
 
-    def __init__(
-        self, line: Line, ticket: Ticket, clock: Callable[[], float], *, expected: float, has_waited: bool
-    ) -> None:
-        """`expected` are the tokens of its answer for which one that `has_waited` was charged."""
+    def __init__(self, line: Line, ticket: Ticket, clock: Callable[[], float]) -> None:
         self.line, self._ticket, self._clock = line, ticket, clock
-        self._expected, self._has_waited, self._num_tokens = expected, has_waited, 0
         self._first_token_at: float | None = None
         self._counts_prompt = True
         self._forgetting = asyncio.get_running_loop().call_later(_FORGET_PROMPT_S, self._forget_prompt)
@@ -40,13 +36,8 @@ class Turn:
             self.line.first_token(self._ticket)
             self.line.pump()
 
-    def generated(self, num_tokens: int) -> None:
-        """It has so many tokens by now."""
-        self._num_tokens = num_tokens
-
     def finished(self, num_tokens: int) -> None:
         """It has ended well, with so many tokens; end() follows."""
-        self._num_tokens = num_tokens
         if self._first_token_at is not None:
             self.line.finished(self._ticket, num_tokens, self._clock() - self._first_token_at)
 
@@ -55,9 +46,6 @@ class Turn:
         self._forgetting.cancel()
         if self._counts_prompt:
             self._forget_prompt()
-        extra = self._num_tokens - self._expected
-        # Who paid nothing gets nothing back.
-        self.line.correct(self._ticket, extra if self._has_waited else max(0.0, extra))
         self.line.end()
         self.line.pump()
 
@@ -116,17 +104,15 @@ class Admission:
         line = self._lines.get(ticket.model)
         if line is None:
             line = self._lines[ticket.model] = Line(self._limits, lambda: self._capacity(ticket.model), self._clock)
-        expected = line.expected_output(ticket)
-        has_waited = not ticket.follows and (line.num_waiting > 0 or not line.has_room())
-        if not has_waited:
+        if ticket.follows or (not line.num_waiting and line.has_room()):
             line.begin(ticket)
         else:
             try:
-                await self._wait(line, Waiter(ticket, expected))
+                await self._wait(line, ticket)
             except BaseException:
                 self._forget_idle(line, ticket.model)
                 raise
-        return Turn(line, ticket, self._clock, expected=expected, has_waited=has_waited)
+        return Turn(line, ticket, self._clock)
 
     def end(self, turn: Turn, model: ModelKey) -> None:
         """What `turn` does when the block ends."""
@@ -148,10 +134,10 @@ class Admission:
         if line.idle and self._lines.get(model) is line and not self._capacity(model).num_engines:
             del self._lines[model]
 
-    async def _wait(self, line: Line, waiter: Waiter) -> None:
+    async def _wait(self, line: Line, ticket: Ticket) -> None:
         """Until `line` has begun the request."""
-        ticket = waiter.ticket
         limit_s = self._longest_wait_s(line, ticket)
+        waiter = Waiter(ticket)
         line.push(waiter)
         begin, queued = self._clock(), QUEUED.labels(ticket.priority.value)
         queued.inc()
@@ -160,7 +146,7 @@ class Admission:
             await asyncio.wait({waiter.turn}, timeout=limit_s)
         except asyncio.CancelledError:
             if waiter.turn.done():
-                Turn(line, ticket, self._clock, expected=waiter.expected, has_waited=True).end()
+                Turn(line, ticket, self._clock).end()
             raise
         finally:
             queued.dec()

@@ -66,12 +66,6 @@ class FairQueue(Generic[Item]):
             self._ends[gone.flow] -= gone.cost
             self._forget()
 
-    def charge(self, flow: Hashable, cost: float) -> None:
-        """What was taken of a flow cost so much more than was said when it came, or less: items that are put in from
-        now on start by what it cost. A flow that is forgotten has nothing to pay."""
-        if flow in self._ends:
-            self._ends[flow] += cost
-
     def cost_before(self, flow: Hashable) -> float:
         """Cost of what would be taken before a new item of the flow."""
         start = self._start(flow)

@@ -16,10 +16,10 @@ _OUTPUT_WEIGHT = 1 / 8  # of the newest such answer in the running mean
 
 
 class Waiter:
-    """A request in the queue, which is charged for `expected` tokens of an answer when its turn comes."""
+    """A request in the queue."""
 
-    def __init__(self, ticket: Ticket, expected: float) -> None:
-        self.ticket, self.expected = ticket, expected
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -66,10 +66,6 @@ class Line:
             most = max(most, int(rate * self._limits.prompt_s))
         return self._num_prompt_tokens + capacity.others_prompt_tokens < most
 
-    def expected_output(self, ticket: Ticket) -> float:
-        """Tokens that its answer will probably have."""
-        return ticket.expected_output(self._usual_output)
-
     def expected_wait_s(self, ticket: Ticket) -> float:
         """Until a new request has its turn, as far as one can tell."""
         rate = self._admitted.rate()
@@ -83,14 +79,14 @@ class Line:
         """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
         rate = self._prompts.rate()
         prompt_s = 0.0 if rate is None else (self._num_prompt_tokens + ticket.num_prompt_tokens) / rate
-        return prompt_s + self.expected_output(ticket) * self._output_token_s.high()
+        return prompt_s + ticket.expected_output(self._usual_output) * self._output_token_s.high()
 
     def push(self, waiter: Waiter) -> None:
         """A request waits."""
         ticket = waiter.ticket
         if not self._queues[ticket.priority]:
             self._served[ticket.priority] = max(self._served[ticket.priority], self._now)
-        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(waiter.expected), waiter)
+        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), waiter)
         self._count_waiting()
 
     def discard(self, waiter: Waiter) -> None:
@@ -103,7 +99,7 @@ class Line:
         while self.num_waiting and self.has_room():
             priority = min((each for each in Priority if self._queues[each]), key=self._served.__getitem__)
             waiter, cost = self._queues[priority].pop()
-            self._now = max(self._now, self._served[priority])
+            self._now = self._served[priority]
             self._served[priority] += cost / priority.weight
             self._admitted.add(cost)
             self._count_waiting()
@@ -122,16 +118,9 @@ class Line:
 
     def finished(self, ticket: Ticket, num_tokens: int, output_s: float) -> None:
         """One has ended well with so many tokens, so long after the first."""
-        self._output_token_s.add(output_s / self.expected_output(ticket))
+        self._output_token_s.add(output_s / ticket.expected_output(self._usual_output))
         if not ticket.max_tokens:
             self._usual_output += _OUTPUT_WEIGHT * (num_tokens - self._usual_output)
-
-    def correct(self, ticket: Ticket, extra: float) -> None:
-        """An answer, however it ended, had so many tokens more than were expected of it, or fewer: its tenant and its
-        class pay for what they got, as long as somebody waits."""
-        if self.num_waiting:
-            self._queues[ticket.priority].charge(ticket.tenant, extra)
-            self._served[ticket.priority] += extra / ticket.priority.weight
 
     def forget_prompt(self, ticket: Ticket) -> None:
         """It has had no token for so long that it is not the fleet's speed that it waits for."""
