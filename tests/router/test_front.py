@@ -11,6 +11,7 @@ from microserve.router.v1 import admin_pb2, router_pb2
 from microserve.types.v1 import sampling_pb2
 from tokenizers import Tokenizer
 
+from services.router.fleet.registry import Registry
 from services.router.metrics import ENGINES, REQUESTS, TOKENS
 from services.rpc.status import RemoteError, from_rpc_error
 from tests.fakes import FakeEngine, FakeModel, Fault
@@ -251,6 +252,15 @@ async def test_tokenizing_counts_as_a_request() -> None:
         suite.first.gate.set()
         assert [piece async for piece in call]
         await suite.stub.Tokenize(router_pb2.TokenizeRequest(text=STORY))
+
+
+def test_a_router_that_never_had_an_engine_tells_that_it_has_none() -> None:
+    ENGINES.clear()
+    Registry()
+    [shown] = ENGINES.collect()
+    assert {each.labels["state"]: each.value for each in shown.samples} == dict.fromkeys(
+        ("healthy", "passed_over", "unhealthy"), 0.0
+    )
 
 
 async def test_models_are_kept_apart_by_name_and_weights() -> None:

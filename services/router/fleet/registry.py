@@ -58,6 +58,8 @@ class Registry:
         self._on_load: list[tuple[Callable[[], None], Callable[[], bool]]] = []
         self._on_report: list[Callable[[EngineSnapshot], None]] = []
         self._listeners: list[Callable[[], None]] = []
+        for state in ("healthy", "passed_over", "unhealthy"):  # none is a count too: alerts find it from the first look
+            ENGINES.labels(state).set(0)
 
     def add(self, member: Member) -> None:
         """Begins to follow an engine."""
