@@ -24,14 +24,16 @@ class Restarts:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._times: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._failed_starts: defaultdict[str, int] = defaultdict(int)  # in a row, up to now
 
     def allow(self, name: str, was_ready: bool) -> bool:
         """Whether the service may be started again, that died after it `was_ready` or before; then this counts as one.
-        MOST_RESTARTS within PERIOD_S may, and as many in a row that never were ready, however long each took."""
+        MOST_RESTARTS within PERIOD_S may, unless as many starts in a row came to nothing, however long each took."""
         now, times = self._clock(), self._times[name]
-        while was_ready and times and now - times[0] >= PERIOD_S:
+        while times and now - times[0] >= PERIOD_S:
             times.popleft()
-        if len(times) == MOST_RESTARTS:
+        self._failed_starts[name] = 0 if was_ready else self._failed_starts[name] + 1
+        if MOST_RESTARTS in (len(times), self._failed_starts[name]):
             return False
         times.append(now)
         return True

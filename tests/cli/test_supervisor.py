@@ -229,9 +229,17 @@ def test_restarts_are_forgotten_after_a_while() -> None:
     assert not restarts.allow("engine-0", was_ready=True)
     assert restarts.allow("engine-1", was_ready=True)
     now = PERIOD_S
-    assert not restarts.allow("engine-0", was_ready=False)
     assert restarts.allow("engine-0", was_ready=True)
     assert not restarts.allow("engine-0", was_ready=True)
+
+
+def test_starts_that_come_to_nothing_are_counted_apart_and_in_a_row() -> None:
+    now = 0.0
+    restarts = Restarts(lambda: now)
+    for was_ready in (True, True, False, False, True, False, False):
+        assert restarts.allow("engine-0", was_ready)
+        now += PERIOD_S / 2
+    assert not restarts.allow("engine-0", was_ready=False)
 
 
 def test_up_starts_a_router_again_that_a_program_has_stuck(tmp_path: Path, microserve: Run) -> None:
