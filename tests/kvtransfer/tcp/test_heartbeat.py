@@ -105,3 +105,15 @@ def test_a_connection_outlives_a_stop_of_the_whole_machine() -> None:
         channel.wait(to_send=False)
         assert channel.receive([memoryview(bytearray(2))]) == 1
         channel.close()
+
+
+def test_a_stop_between_the_wait_and_the_introduction_is_no_silence() -> None:
+    clock, far = Clock(), socket.socket()
+    with socket.create_server(("127.0.0.1", 0)) as listener, far:
+        far.connect(listener.getsockname())
+        channel = Channel(listener.accept()[0], clock)
+        far.sendall(b"x")
+        channel.wait(to_send=False)
+        clock.now_s += 3 * SILENCE_LIMIT_S
+        assert channel.receive([memoryview(bytearray(2))]) == 1
+        channel.close()

@@ -67,6 +67,7 @@ class Channel:
 
     def receive(self, views: Sequence[memoryview]) -> int:
         """Fills views, in order, with what has come; 0 if that is nothing."""
+        self._heartbeat.look()
         try:
             if self._tls is not None:
                 count = self._tls.recv_into(views[0])
