@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import socket
 from socketserver import ThreadingMixIn
 from threading import BoundedSemaphore, Thread
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -30,8 +31,34 @@ _NO_DESCRIPTOR_PAUSE_S = 0.2
 class _QuietHandler(WSGIRequestHandler):
     timeout = _SCRAPE_TIMEOUT_S
 
+    def setup(self) -> None:
+        """As for any handler, but `timeout` is one for all of what is asked."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Request(self.connection, self.timeout))
+
     def log_message(self, format: str, *args: object) -> None:
         """A scrape every few seconds is no news."""
+
+
+class _Request(io.RawIOBase):
+    """What a client says within `patience_s` seconds from now."""
+
+    def __init__(self, connection: socket.socket, patience_s: float) -> None:
+        self._connection = connection
+        self._ends_s = monotonic() + patience_s
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See io.RawIOBase. TimeoutError."""
+        left_s = self._ends_s - monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left_s)
+        return self._connection.recv_into(buffer)
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

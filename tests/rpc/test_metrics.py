@@ -7,6 +7,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -59,6 +60,28 @@ def test_who_says_nothing_holds_no_thread_for_ever(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metrics._QuietHandler, "timeout", 0.01)
     with serving() as server, connect(server) as silent:
         assert silent.recv(1) == b""
+
+
+def test_who_asks_slowly_holds_no_thread_for_ever_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics._QuietHandler, "timeout", 0.1)
+    with serving() as server, connect(server) as slow:
+        slow.settimeout(0.01)
+        assert cut_off(slow)
+
+
+def cut_off(slow: socket.socket) -> bool:
+    """Whether it is closed while it says a byte now and then."""
+    gives_up_s = monotonic() + PATIENCE_S
+    while monotonic() < gives_up_s:
+        try:
+            slow.sendall(b"x")
+            if slow.recv(1) == b"":
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
 
 
 def test_scrapes_at_once_are_bounded() -> None:
