@@ -193,6 +193,8 @@ def _read_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
 
 def _load_roots(context: ssl.SSLContext, path: Path) -> None:
     _read(path)
+    # As gRPC does: a file may hold the authority that issues alone, without the one above it.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(path)
     except ssl.SSLError as error:

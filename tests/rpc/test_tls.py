@@ -223,6 +223,12 @@ def test_no_session_outlives_the_authority_that_let_it_in(folders: tuple[Path, P
         handshake(serving, calling, session)
 
 
+async def test_roots_may_hold_the_issuing_authority_alone(serve: Serve, tmp_path: Path) -> None:
+    install(trustme.CA().create_child_ca(), tmp_path)
+    handshake(server(tmp_path).context(), client(tmp_path).context())
+    assert not await refused(await serve(tls=client(tmp_path), **mutual(tmp_path)))
+
+
 def test_a_file_that_is_away_for_a_moment_is_looked_at_again(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
