@@ -63,10 +63,7 @@ def make_tokenizer(tokenizer_json: bytes, vocab_size: int, eos_token_ids: Collec
 def make_matcher(tokenizer: LLTokenizer, guide: Guide, vocab_size: int) -> GuideMatcher:
     """The guide before its first token. Raises InvalidGuide with the library's reason."""
     try:
-        grammar = _grammar(guide)
-        if _spells_special_token(tokenizer, guide):
-            grammar = _unforced(guide.kind, grammar)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(tokenizer, _unforced(guide.kind, _grammar(guide)), log_level=0, limits=_LIMITS)
     except ValueError as error:
         raise InvalidGuide(f"The guide is no {guide.kind.value}: {_first_line(str(error))}") from None
     if reason := matcher.get_error():
@@ -85,12 +82,6 @@ def _grammar(guide: Guide) -> Any:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in guide.texts))
         case GuideKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(guide.texts[0])
-
-
-def _spells_special_token(tokenizer: LLTokenizer, guide: Guide) -> bool:
-    """Whether a text of the guide, escapes apart, has one in it as the tokenizer sees it: "<|im_end|>", for one."""
-    texts = (text.replace("\\", "") for text in guide.texts)
-    return any(tokenizer.is_special_token(token) for text in texts for token in tokenizer.tokenize_str(text))
 
 
 def _unforced(kind: GuideKind, grammar: str) -> str:

@@ -109,6 +109,11 @@ def test_whatever_is_chosen_is_in_the_language(vocabulary: LLTokenizer, tokenize
         (json_schema('{"enum": ["a<|im_end|>b"]}'), '"a<|im_end|>b"'),
         (regex(r"a<\|im_end\|>b"), "a<|im_end|>b"),
         (grammar('start: "a<|im_end|>" "b"'), "a<|im_end|>b"),
+        # The same, spelled so that no reading of the guide's own text finds it.
+        (json_schema('{"enum": ["a\\u003c|im_end|\\u003eb"]}'), '"a<|im_end|>b"'),
+        (regex(r"a[<]\|im_end[|]>b"), "a<|im_end|>b"),
+        (regex(r"a\x3c\|im_end\|>b"), "a<|im_end|>b"),
+        (grammar('start: "a<|im" "_end|>" "b"'), "a<|im_end|>b"),
     ],
 )
 def test_text_that_spells_a_special_token_is_text(
