@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import TypeVar
 
 from services.router.answering import Answer
-from services.router.asking import MAX_NAME_CHARACTERS, Ask, Beside, check, check_choices
+from services.router.asking import MAX_NAME_CHARACTERS, Ask, Beside
 from services.router.service import GenerationService
 
 Item = TypeVar("Item")
@@ -30,10 +30,8 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
             async for answer in answers:
                 yield 0, answer
         return
-    check(ask)
-    check_choices(n)
     # All of them at once: a refusal after the first token would be none of an answer that has begun.
-    with service.entering(0 if ask.has_entered else n):
+    with service.entering(ask, n):
         ask = replace(ask, request_id=ask.request_id or secrets.token_hex(8), num_answers=n, has_entered=True)
         async with aclosing(service.generate(ask)) as answers:
             first = await anext(answers)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from services.protocol.errors import ServiceError
@@ -20,6 +20,7 @@ from services.router.asking import (
     Text,
     Tokens,
     check,
+    check_choices,
     check_detokenized,
     check_prompt,
     check_tokens,
@@ -80,7 +81,7 @@ class GenerationService:
         """The request runs from its turn until the end of the block."""
         with self._recording(ask) as record:
             check(ask)
-            with self.entering(0 if ask.has_entered else 1):
+            with self._admission.enter(0 if ask.has_entered else 1):
                 # That of an answer which has begun stays what it is, whatever becomes of its name.
                 program = beside(ask.beside) if ask.beside is not None else self._catalogue.resolve(ask.policy)
                 record.program, record.policy, record.spec = program, program.name, program.spec
@@ -98,9 +99,20 @@ class GenerationService:
                     finally:
                         await run.close()  # all it left on engines has ended then
 
-    def entering(self, number: int) -> AbstractContextManager[None]:
-        """Counts so many answers for as long as the block runs. Overloaded, InvalidRequest."""
-        return self._admission.enter(number)
+    @contextmanager
+    def entering(self, ask: Ask, n: int, num_asks: int = 1) -> Iterator[None]:
+        """Counts `n` answers to each of so many asks, `ask` the first, for as long as the block runs. A refusal counts
+        as one request that ended. Overloaded, InvalidRequest, EmptyPrompt."""
+        record = _record(ask)
+        with ExitStack() as stack:
+            try:
+                check(ask)
+                check_choices(n)
+                stack.enter_context(self._admission.enter(0 if ask.has_entered else num_asks * n))
+            except ServiceError as error:
+                self._ended(record, error.code.name)
+                raise
+            yield
 
     async def encode(self, prompt: Prompt, model_name: str) -> tuple[int, ...]:
         """Token ids of a prompt. Overloaded."""
@@ -136,7 +148,7 @@ class GenerationService:
 
     @contextmanager
     def _recording(self, ask: Ask) -> Iterator[Record]:
-        record, code = Record(ask.request_id or f"{random.getrandbits(64):016x}"), "INTERNAL"
+        record, code = _record(ask), "INTERNAL"
         try:
             yield record
             code = "OK"
@@ -150,16 +162,23 @@ class GenerationService:
             code = "OK" if record.is_answered else "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         finally:
-            of(REQUESTS, record.model, record.policy, code).inc()
-            of(DURATION_SECONDS, record.model, record.policy).observe(record.elapsed_s())
-            if record.program is not None:
-                trace = record.trace(code)
-                if (per_token_s := trace.per_token_s) is not None:
-                    of(TPOT_SECONDS, record.model, record.policy).observe(per_token_s)
-                self._traces.add(record.request_id, trace)
-                self._catalogue.ended(record.program, trace)
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("request ended", extra={"fields": record.told(code)})
+            self._ended(record, code)
+
+    def _ended(self, record: Record, code: str) -> None:
+        of(REQUESTS, record.model, record.policy, code).inc()
+        of(DURATION_SECONDS, record.model, record.policy).observe(record.elapsed_s())
+        if record.program is not None:
+            trace = record.trace(code)
+            if (per_token_s := trace.per_token_s) is not None:
+                of(TPOT_SECONDS, record.model, record.policy).observe(per_token_s)
+            self._traces.add(record.request_id, trace)
+            self._catalogue.ended(record.program, trace)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request ended", extra={"fields": record.told(code)})
+
+
+def _record(ask: Ask) -> Record:
+    return Record(ask.request_id or f"{random.getrandbits(64):016x}")
 
 
 async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import openai
 import pytest
 from microserve.router.v1 import router_pb2
+from prometheus_client import REGISTRY
 
 from services.router.asking import Beside
 from services.router.beside import beside
@@ -20,6 +22,7 @@ from services.router.request import PolicyRequest
 from services.router.values import Sampling, Verb
 from tests.fakes import Fault
 from tests.router.harness import PROMPT, Running, failing, model, policy_metadata, request, running, verbs
+from tests.router.openai_client import serving
 from tests.router.vocabularies import byte_level
 
 TAKES_PARAMS = """
@@ -140,6 +143,47 @@ async def test_all_choices_have_room_before_the_first_begins() -> None:
         assert len(await complete(suite, n=4)) == 4  # the room of all has come back
         with failing("INVALID_ARGUMENT", "INVALID_REQUEST"):
             await suite.generate(n=5)  # no waiting makes room for these
+
+
+@pytest.mark.parametrize(
+    ("n", "code", "reason"),
+    [
+        (1, "RESOURCE_EXHAUSTED", "OVERLOADED"),
+        (2, "RESOURCE_EXHAUSTED", "OVERLOADED"),
+        (3, "INVALID_ARGUMENT", "INVALID_REQUEST"),
+    ],
+)
+async def test_a_refused_call_counts_as_one_request_that_ended(n: int, code: str, reason: str) -> None:
+    async with running(1, max_requests=2) as suite:
+        suite.first.gate.clear()
+        asking = asyncio.create_task(complete(suite, n=2))
+        await suite.first.until(lambda: suite.first.sequences)
+        before = refused(code)
+        with failing(code, reason):
+            await suite.generate(n=n)
+        assert refused(code) == (before[0] + 1, before[1] + 1)
+        suite.first.gate.set()
+        await asking
+
+
+async def test_so_does_one_of_several_prompts() -> None:
+    async with serving(max_requests=2) as (suite, client):
+        suite.first.gate.clear()
+        asking = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        await suite.first.until(lambda: suite.first.sequences)
+        before = refused("RESOURCE_EXHAUSTED")
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="fake", prompt=["x", "y"])
+        assert refused("RESOURCE_EXHAUSTED") == (before[0] + 1, before[1] + 1)
+        suite.first.gate.set()
+        await asking
+
+
+def refused(code: str) -> tuple[float, float]:
+    """How often a request that came to no model ended so, and how many of those were timed."""
+    labels = {"model": "none", "policy": "none"}
+    ended = REGISTRY.get_sample_value("microserve_router_requests_total", {**labels, "code": code})
+    return ended or 0.0, REGISTRY.get_sample_value("microserve_router_duration_seconds_count", labels) or 0.0
 
 
 @pytest.mark.parametrize("n", [129, 2**32 - 1])

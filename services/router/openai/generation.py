@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Generation:
     async def _choices(self, call: Call) -> AsyncGenerator[tuple[int, Answer], None]:
         """(choice, piece) over all asks, which begin together or not at all."""
         are_many = len(call.asks) > 1  # one enters by itself
-        with self._service.entering(len(call.asks) * call.n if are_many else 0):
+        with self._service.entering(call.asks[0], call.n, len(call.asks)) if are_many else nullcontext():
             asks = [replace(ask, has_entered=are_many) for ask in call.asks]
             async with aclosing(merge([generate_choices(self._service, ask, call.n) for ask in asks])) as pieces:
                 async for ask, (choice, answer) in pieces:
