@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from services.engine.attention.stored import FLOAT8, FLOAT8_CAPABILITY
@@ -12,6 +14,8 @@ from services.engine.model.loader import LoadedModel, load_model
 from services.engine.model.shard import Shard
 from services.rpc.errors import StartError
 
+_MIB = 1 << 20
+_DEFAULT_MIB = 1024
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -24,6 +28,7 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
     """Reads the weights. Raises ModelError with a sentence, or StartError for a GPU that cannot compute them."""
     if device.type == "cuda":
         check_capability(config, torch.cuda.get_device_capability(device))
+    pool_tokens = None if config.pages is None else config.pages * config.page_size
     return load_model(
         config.model,
         device=device,
@@ -31,7 +36,8 @@ def load(config: EngineConfig, device: torch.device, shard: Shard) -> LoadedMode
         kv_dtype=TORCH_DTYPES[config.kv_dtype_name],
         linear=linear_maker(device, TORCH_DTYPES[config.dtype_name], config.num_threads, config.weight_form),
         shard=shard,
-        max_context=config.max_context,
+        max_context=min((most for most in (config.max_context, pool_tokens) if most is not None), default=None),
+        pool_bytes=_most_pool_bytes(config, device) if pool_tokens is None else None,
     )
 
 
@@ -72,3 +78,25 @@ def use_device(device: torch.device) -> None:
     """Makes the GPU the one that this thread's kernels go to: every thread begins with the first one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _most_pool_bytes(config: EngineConfig, device: torch.device) -> int:
+    """No pool will be larger, whatever is free on a GPU when the model is loaded."""
+    if device.type == "cuda" and config.kv_memory_mib is None:
+        return int(torch.cuda.mem_get_info(device)[1])
+    return kv_bytes(config, device)
+
+
+def kv_bytes(config: EngineConfig, device: torch.device) -> int:
+    """The size of a pool where --pages does not say it; on a GPU half of what is free now."""
+    if config.kv_memory_mib is not None:
+        return config.kv_memory_mib * _MIB
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took and holds no more
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return min(_DEFAULT_MIB * _MIB, machine_bytes() // 8)
+
+
+def machine_bytes() -> int:
+    """The memory of the machine, whatever else limits this process."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -23,7 +23,15 @@ from services.engine.gpu.graphs import decode_graphs
 from services.engine.gpu.runner import QueuedRunner
 from services.engine.guide.compiler import GuideCompiler
 from services.engine.kvlink.link import KvLink, PoolPlan
-from services.engine.loading import TORCH_DTYPES, load, set_torch_threads, torch_device, use_device
+from services.engine.loading import (
+    TORCH_DTYPES,
+    kv_bytes,
+    load,
+    machine_bytes,
+    set_torch_threads,
+    torch_device,
+    use_device,
+)
 from services.engine.model.errors import ModelError
 from services.engine.model.loader import LoadedModel
 from services.engine.model.shard import WHOLE, Shard
@@ -40,7 +48,6 @@ from services.rpc.errors import StartError
 from services.rpc.pool_client import AttachedPool
 
 _MIB = 1 << 20
-_DEFAULT_MIB = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +213,7 @@ def load_replica(config: EngineConfig) -> Replica:
         page_size=config.page_size,
         dtype=Dtype[config.kv_dtype_name.upper()],
     )
-    num_pages = config.pages or max(1, _kv_bytes(config, device) // layout.pool_bytes(1))
+    num_pages = config.pages or max(1, kv_bytes(config, device) // layout.pool_bytes(1))
     return Replica(config, model, layout, num_pages, secrets.token_bytes(16), device, shard, ranks, gpu)
 
 
@@ -241,17 +248,3 @@ def _rank_zero(config: EngineConfig, ranks: Ranks | None, device: torch.device) 
         return Shard(0, config.tp, TorchCollective(ranks.meeting_place, 0, config.tp, device))
     except RuntimeError as error:
         raise StartError(f"the ranks did not find each other: {error}") from None
-
-
-def _kv_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.kv_memory_mib is not None:
-        return config.kv_memory_mib * _MIB
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading took and holds no more
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return min(_DEFAULT_MIB * _MIB, machine_bytes() // 8)
-
-
-def machine_bytes() -> int:
-    """The memory of the machine, whatever else limits this process."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

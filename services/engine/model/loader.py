@@ -46,12 +46,14 @@ def load_model(
     linear: LinearMaker = DENSE,
     shard: Shard = WHOLE,
     max_context: int | None = None,
+    pool_bytes: int | None = None,
 ) -> LoadedModel:
     """Loads a catalogue name, a transformers folder, a GGUF file or a hub id; downloads and converts as needed.
 
     The model computes in `dtype`; `linear` may keep the weights of its linear layers in another form, and pools its KV
     in `kv_dtype`. Of a model that several ranks share, the decoder is this rank's part; all else tells of the whole.
-    A native model takes `max_context` tokens at most: tables of positions, of a million a GiB, end there.
+    A native model takes `max_context` tokens at most, and as many as a pool of `pool_bytes` can hold: tables of
+    positions, of a million a GiB, end there.
 
     Raises ModelError: ModelNotFound, ModelCorrupt or UnsupportedModel, each with one sentence.
     """
@@ -61,7 +63,10 @@ def load_model(
         config = load_config(folder)
     except UnsupportedModel as reason:
         return _load_foreign(folder, device, dtype, numbers, shard, reason)
-    config = dataclasses.replace(config, max_context=min(config.max_context, max_context or config.max_context))
+    bounds = [config.max_context] if max_context is None else [config.max_context, max_context]
+    if pool_bytes is not None:
+        bounds.append(max(1, pool_bytes // _token_bytes(shard.of(config), kv_dtype or dtype)))
+    config = dataclasses.replace(config, max_context=min(bounds))
     own = shard.of(config)
     tokenizer = load_tokenizer_files(folder, config.eos_token_ids)
     with open_checkpoint(folder) as checkpoint, torch.inference_mode():
@@ -72,6 +77,11 @@ def load_model(
     # What ranks add up between layers is no job of a team.
     decoder = Decoder(own, weights, linear.team if shard.count == 1 else None, kv_dtype)
     return LoadedModel(config, decoder, digest, tokenizer)
+
+
+def _token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
+    """What the KV of a token takes."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * kv_dtype.itemsize
 
 
 def model_folder(source: str | Path) -> Path:

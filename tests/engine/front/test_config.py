@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_a_pool_that_memory_cannot_hold_is_a_line(
     monkeypatch.setattr("services.engine.replica.machine_bytes", lambda: memory_bytes)
     with pytest.raises(StartError, match=rf"no memory for {num_pages} pages of KV, \d+ MiB"):
         replica.private_pool()
+
+
+@pytest.mark.parametrize(("option", "value", "room"), [("--pages", 8, 128), ("--kv-memory-mib", 1, 4096)])
+def test_a_model_of_endless_context_takes_what_its_pool_holds(
+    tmp_path: Path, option: str, value: int, room: int
+) -> None:
+    """Tables of all its positions would take many GiB."""
+    folder = make_tiny_llama(tmp_path / "model", layers=1)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 2**31 - 1}))
+    replica = load_replica(read("--model", str(folder), option, str(value), "--threads", "1"))
+    assert replica.limits.context_limit == replica.model.config.max_context == room
 
 
 async def test_a_taken_port_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
