@@ -84,6 +84,7 @@ def cut_off(slow: socket.socket) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_scrapes_at_once_are_bounded() -> None:
     with serving() as server:
         silent = [connect(server) for _ in range(metrics._MOST_SCRAPES)]
