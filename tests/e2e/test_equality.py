@@ -14,19 +14,18 @@ from microserve.types.v1 import sampling_pb2 as sampling
 
 from services.engine.model.fetch import fetch_model
 from tests.e2e.compare import assert_same_generation
+from tests.e2e.preemption import assert_preempted_equals_undisturbed
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.shared import SharedSuite
 from tests.e2e.suite import (
     Generated,
     Suite,
-    arrived,
     ask,
     generate,
     idle,
     pool_of,
     prep_recv,
     remote_send,
-    start_suite,
     wait_for_load,
 )
 from tests.faults.gates import StepGate
@@ -180,33 +179,9 @@ async def test_batched_equals_one_by_one(suite: Suite, prompts: list[list[int]],
 async def test_preempted_equals_undisturbed(
     suite: Suite, model: Path, model_name: str, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    # Several have room to begin and no two have room to end together. They begin together.
-    steps = StepGate(tmp_path / "step")
     chosen, length = [prompt for prompt in prompts if 14 < len(prompt) < 40][:5], LONG_ANSWER[model_name]
-    longest = max(map(len, chosen)) + length
     undisturbed = await alone(suite, chosen, length, "undisturbed")
-    pool = {
-        "page_size": 4,
-        "page_count": longest // 4 + 3,
-        "engine_options": ("--max-context", str(longest), *steps.options),
-    }
-    async with start_suite(model, num_engines=1, policy=None, **pool) as small:
-        one = small.engines[0]
-        with steps.closed() as gate:
-            asked = asyncio.gather(
-                *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
-            )
-            await gate.reached()
-            await arrived(one)
-        got = await asked
-        assert sum(result.timing.preemption_count for result in got) > 0
-        for prompt, want, result in zip(chosen, undisturbed, got, strict=True):
-
-            async def forced(tokens: list[int], prompt: list[int] = prompt) -> Generated:
-                return await generate(small, one, prompt, forced=tokens)
-
-            await assert_same_generation(want, result.token_ids, forced)
-        await wait_for_load(one, idle)
+    await assert_preempted_equals_undisturbed(model, StepGate(tmp_path / "step"), chosen, undisturbed, length)
 
 
 async def bytes_of_a_token(suite: Suite) -> int:

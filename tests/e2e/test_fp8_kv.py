@@ -20,12 +20,12 @@ from microserve.types.v1 import sampling_pb2 as sampling
 
 from tests.e2e.compare import assert_same_generation
 from tests.e2e.errors import failing
+from tests.e2e.preemption import assert_preempted_equals_undisturbed
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import (
     Engine,
     Generated,
     Suite,
-    arrived,
     ask,
     generate,
     give_up,
@@ -173,34 +173,15 @@ async def test_nothing_moves_to_or_from_an_engine_that_keeps_kv_otherwise(
 async def test_preempted_equals_undisturbed(
     suite: Suite, model: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """Several have room to begin and no two have room to end together. They begin together."""
-    steps, length = StepGate(tmp_path / "step"), 100
-    chosen = [prompt for prompt in prompts if 14 < len(prompt) < 60][:4]
+    chosen, length = [prompt for prompt in prompts if 14 < len(prompt) < 60][:4], 100
     assert len(chosen) > 1
-    longest = max(map(len, chosen)) + length
     undisturbed = [
         await generate(suite, suite.engines[1], prompt, max_tokens=length, salt=f"undisturbed {number}")
         for number, prompt in enumerate(chosen)
     ]
-    options = (*FP8, "--max-context", str(longest), *steps.options)
-    pool = {"page_size": 4, "page_count": longest // 4 + 3, "engine_options": options}
-    async with start_suite(model, num_engines=1, policy=None, **pool) as small:
-        one = small.engines[0]
-        with steps.closed() as gate:
-            asked = asyncio.gather(
-                *(generate(small, one, prompt, max_tokens=length, salt=f"p {i}") for i, prompt in enumerate(chosen))
-            )
-            await gate.reached()
-            await arrived(one)
-        got = await asked
-        assert sum(result.timing.preemption_count for result in got) > 0
-        for prompt, want, result in zip(chosen, undisturbed, got, strict=True):
-
-            async def forced(tokens: list[int], prompt: list[int] = prompt) -> Generated:
-                return await generate(small, one, prompt, forced=tokens)
-
-            await assert_same_generation(want, result.token_ids, forced, TOLERANCE)
-        await wait_for_load(one, idle)
+    await assert_preempted_equals_undisturbed(
+        model, StepGate(tmp_path / "step"), chosen, undisturbed, length, options=FP8, tolerance=TOLERANCE
+    )
 
 
 async def test_ranks_keep_their_heads_in_one_pool(tmp_path: Path, prompts: list[list[int]]) -> None:
