@@ -12,5 +12,4 @@ async def policy(request, fleet, params):
     want_big = len(request.prompt) >= params.long
     suitable = [engine for engine in fleet.engines if (engine.info.labels.get("size") == "big") == want_big]
     engine = min(suitable or fleet.engines, key=lambda engine: engine.snapshot.sequences)
-    async for chunk in engine.start_generate(request):
-        yield chunk
+    yield engine.start_generate(request)

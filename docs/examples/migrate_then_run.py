@@ -9,5 +9,4 @@ async def policy(request, fleet):
         async with target.prep_recv(request, end=end) as kv:
             await source.remote_send(request, kv)
             await kv.release(publish=True)
-    async for chunk in target.start_generate(request):
-        yield chunk
+    yield target.start_generate(request)

@@ -8,5 +8,4 @@ async def policy(request, fleet):
     end = len(request.prompt) - 1
     async with decode.prep_recv(request, end=end) as kv, asyncio.TaskGroup() as group:
         group.create_task(prefill.remote_send(request, kv))
-        async for chunk in decode.start_generate(request, begin=end, kv=kv):
-            yield chunk
+        yield decode.start_generate(request, begin=end, kv=kv)

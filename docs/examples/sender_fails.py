@@ -11,5 +11,4 @@ async def policy(request, fleet):
             await prefill.remote_send(request, kv)
         except ServiceError:
             kv, end = await kv.release(), 0
-        async for chunk in decode.start_generate(request, begin=end, kv=kv):
-            yield chunk
+        yield decode.start_generate(request, begin=end, kv=kv)

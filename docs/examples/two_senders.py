@@ -14,5 +14,4 @@ async def policy(request, fleet):
             first.remote_send(request, kv, TokenRange(kv.matched, middle)),
             second.remote_send(request, kv, TokenRange(middle, end)),
         )
-        async for chunk in decode.start_generate(request, begin=end, kv=kv):
-            yield chunk
+        yield decode.start_generate(request, begin=end, kv=kv)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import replace
 
 from services.router.asking import Beside
+from services.router.fleet.generation import Generation, Yielded
 from services.router.fleet.view import Fleet
 from services.router.programs.program import BoundProgram
 from services.router.request import PolicyRequest
-from services.router.values import Chunk
 
 
 def beside(other: Beside) -> BoundProgram:
@@ -18,11 +17,12 @@ def beside(other: Beside) -> BoundProgram:
     the same program as the other's, and so counts for no share of the traffic by itself."""
     program, engine = other.program, other.engine
 
-    async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
+    def policy(request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Yielded, None]:
         there = [each for each in fleet.engines if each.info.name == engine]
-        chunks = there[0].start_generate(request) if there else program.start(request, fleet)
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
+        return _whole(there[0].start_generate(request)) if there else program.start(request, fleet)
 
     return replace(program, program=replace(program.program, function=policy), arguments=())
+
+
+async def _whole(generation: Generation) -> AsyncGenerator[Yielded, None]:
+    yield generation

@@ -3,5 +3,4 @@
 
 async def policy(request, fleet):
     engine = min(fleet.engines, key=lambda each: each.info.name)
-    async for chunk in engine.start_generate(request):
-        yield chunk
+    yield engine.start_generate(request)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-from collections.abc import AsyncGenerator
+from typing import Protocol
 
 from services.router.cleanup import Cleanup
 from services.router.errors import PolicyFailed
@@ -13,9 +12,15 @@ from services.router.fleet.legs import Legs
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
-from services.router.values import Chunk
 
 _CALL_NUMBERS = itertools.count(1)
+
+
+class Stream(Protocol):
+    """Chunks that somebody may read."""
+
+    async def aclose(self) -> None:
+        """Ends what it reads, unless somebody waits for a chunk: then it ends with that."""
 
 
 class RequestScope:
@@ -27,7 +32,7 @@ class RequestScope:
         self.avoided: set[str] = set()  # addresses of engines that failed this request
         self._reservations: set[Reservation] = set()
         self._sequences: set[Sequence] = set()
-        self._streams: list[AsyncGenerator[Chunk, None]] = []
+        self._streams: list[Stream] = []
         self._members: set[Member] = set()
         self._closed = False
 
@@ -66,10 +71,9 @@ class RequestScope:
         sequence.cancel()
         self._sequences.discard(sequence)
 
-    def stream(self, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
-        """Registers a generator of chunks, so that it is closed even where a program forgets it half-read."""
+    def stream(self, chunks: Stream) -> None:
+        """Registers a stream of chunks, so that it is closed even where a program forgets it half-read."""
         self._streams.append(chunks)
-        return chunks
 
     def cancel_sequences(self) -> None:
         """Tells the engines to stop; each sequence still gives its last output."""
@@ -92,9 +96,7 @@ class RequestScope:
         self.cancel_sequences()
         streams, self._streams = self._streams, []
         for chunks in streams:
-            # One that a program left behind is waiting in ends with its sequence.
-            with contextlib.suppress(RuntimeError):
-                await chunks.aclose()
+            await chunks.aclose()
         if self._reservations:
             await asyncio.gather(*(self.let_go(reservation) for reservation in tuple(self._reservations)))
         return num_leaked

@@ -42,6 +42,10 @@ class Sequence:
         """
         return self._mailbox.take()
 
+    def each(self, take: Callable[[Chunk], bool]) -> Coroutine[Any, Any, bool]:
+        """Gives `take` every chunk as it comes, see Mailbox.each. Raises as take() does."""
+        return self._mailbox.each(take)
+
     def cancel(self) -> None:
         """Tells the engine to stop, if it has not ended; take() then still gives its last output, which has no account
         if the engine never heard of it. Never blocks."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from types import TracebackType
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
@@ -16,16 +15,17 @@ from services.router.cost.decision import Decision
 from services.router.cost.placement import SHORTLIST, Planner
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed
 from services.router.fleet.choose import least_loaded
+from services.router.fleet.generation import Generation
 from services.router.fleet.homes import Homes
 from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
-from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.roster import Roster
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.underway import Answer
+from services.router.fleet.watched import Watched
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, FinishReason, Verb
+from services.router.values import Verb
 
 SHORTEST_HOLD_S = 5e-3
 # After these an engine has certainly not made a reservation.
@@ -108,61 +108,18 @@ class Engine:
             self._costs.sent(self.snapshot, kv.receiver, tokens, timing, leg.leg().elapsed_s)
             return timing
 
-    def start_generate(
-        self, request: PolicyRequest, *, begin: int = 0, kv: Reservation | None = None
-    ) -> AsyncGenerator[Chunk, None]:
-        """Tokens that follow the prompt; prompt[:begin] comes from `kv`. Leaving the loop cancels the sequence."""
-        return self._scope.stream(self._generate(request, begin, kv))
-
-    async def _generate(
-        self, request: PolicyRequest, begin: int, kv: Reservation | None
-    ) -> AsyncGenerator[Chunk, None]:
-        begin = min(begin, request.num_movable)
-        scope, tokens = self._scope, TokenRange(begin, len(request.prompt))
-        answer = self._answer(request) if kv is None else kv.answer
-        with (
-            scope.legs.begin(Verb.START_GENERATE, self.info.name, tokens) as leg,
-            self._watched() as succeeded,
-            self._member.answering(answer),
-            self._member.computing(self._to_compute(request, tokens)) as prompt_computed,
-        ):
-            call_id = scope.next_call_id()
-            sequence = self._member.client.start_generate(call_id, request, begin, kv.kv if kv is not None else None)
-            scope.opened(sequence)
-            self._member.sequences.add(sequence)
-            has_token = False
-            try:
-                while (chunk := await sequence.take()) is not None:
-                    answer.generated += len(chunk.token_ids)
-                    if chunk.token_ids and not has_token:
-                        has_token = True
-                        leg.first_token()
-                        prompt_computed()
-                        succeeded()
-                        if kv is not None:
-                            kv.in_use()
-                    if chunk.finish is not None:
-                        # Before the chunk is handed on: whoever gets it may ask for the account at once.
-                        leg.end(chunk.timing)
-                        if kv is not None and chunk.timing is not None:  # else the engine never heard of it
-                            kv.used_up()
-                        if chunk.finish is not FinishReason.CANCELLED and chunk.timing is not None:
-                            self._costs.answered(chunk.timing.generated_tokens)
-                    yield chunk
-            finally:
-                self._member.sequences.discard(sequence)
-                scope.ended(sequence)
+    def start_generate(self, request: PolicyRequest, *, begin: int = 0, kv: Reservation | None = None) -> Generation:
+        """Tokens that follow the prompt; prompt[:begin] comes from `kv`. Yield it whole, or read it: then leaving the
+        loop cancels the sequence."""
+        generation = Generation(request, begin, kv, self.snapshot, self._member, self._scope, self._costs)
+        self._scope.stream(generation)
+        return generation
 
     def _answer(self, request: PolicyRequest) -> Answer:
         return Answer(self._costs.expected_output(request))
 
-    def _to_compute(self, request: PolicyRequest, tokens: TokenRange) -> int:
-        """How many of the tokens are not cached, if that is cheap to say; else all."""
-        known = request.is_hashed(self.info.page_size)
-        return max(1, tokens.end - max(tokens.begin, self.cached_prefix(request) if known else 0))
-
-    def _watched(self) -> _Watched:
-        return _Watched(self._member, self._scope)
+    def _watched(self) -> Watched:
+        return Watched(self._member, self._scope)
 
     async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float) -> Reservation:
         scope, client, call_id = self._scope, self._member.client, self._scope.next_call_id()
@@ -183,34 +140,6 @@ def _movable(tokens: TokenRange, request: PolicyRequest) -> TokenRange:
     """What of a range may come from another engine."""
     limit = request.num_movable
     return tokens if tokens.end <= limit else TokenRange(min(tokens.begin, limit), limit)
-
-
-class _Watched:
-    """Around every verb: an engine that fails is not chosen again for this request. What its beginning gives is to be
-    called where success shows before the verb's end."""
-
-    __slots__ = ("_call", "_member", "_scope")
-
-    def __init__(self, member: Member, scope: RequestScope) -> None:
-        self._member, self._scope, self._call = member, scope, member.breaker.call()
-
-    def __enter__(self) -> Callable[[], None]:
-        self._scope.use(self._member)
-        try:
-            return self._call.__enter__()
-        except ServiceError as error:
-            self._avoid(error)
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._call.__exit__(kind, error, trace)
-        self._avoid(error)
-
-    def _avoid(self, error: BaseException | None) -> None:
-        if isinstance(error, ServiceError) and remedy(error) is Remedy.ELSEWHERE:
-            self._scope.avoided.add(self._member.address)
 
 
 class Fleet:

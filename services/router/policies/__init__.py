@@ -3,6 +3,7 @@
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.errors import NoPair
+from services.router.fleet.generation import Generation
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.view import Engine, Fleet
 from services.router.request import PolicyRequest
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "FinishReason",
     "Fleet",
+    "Generation",
     "NoPair",
     "PolicyRequest",
     "Reservation",

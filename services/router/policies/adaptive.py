@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from services.router.policies import Chunk, Fleet, PolicyRequest
+from services.router.policies import Fleet, Generation, PolicyRequest
 
 
-async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Chunk]:
+async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Generation]:
     prefill, decode, split = await fleet.cheapest(request)
     if prefill is None:
-        async for chunk in decode.start_generate(request):
-            yield chunk
+        yield decode.start_generate(request)
         return
     async with decode.prep_recv(request, end=split) as kv:
         await prefill.remote_send(request, kv)
-        async for chunk in decode.start_generate(request, begin=split, kv=kv):
-            yield chunk
+        yield decode.start_generate(request, begin=split, kv=kv)

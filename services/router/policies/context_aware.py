@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from services.router.policies import Chunk, Fleet, PolicyRequest
+from services.router.policies import Fleet, Generation, PolicyRequest
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,12 @@ class Params:
             raise ValueError("little is a number of tokens, at least 0")
 
 
-async def policy(request: PolicyRequest, fleet: Fleet, params: Params) -> AsyncIterator[Chunk]:
+async def policy(request: PolicyRequest, fleet: Fleet, params: Params) -> AsyncIterator[Generation]:
     prefill, decode = fleet.pair_by_prefix(request)
     end = len(request.prompt) - 1
     if end - decode.cached_prefix(request) <= params.little:
-        async for chunk in decode.start_generate(request):
-            yield chunk
+        yield decode.start_generate(request)
         return
     async with decode.prep_recv(request, end=end) as kv:
         await prefill.remote_send(request, kv)
-        async for chunk in decode.start_generate(request, begin=end, kv=kv):
-            yield chunk
+        yield decode.start_generate(request, begin=end, kv=kv)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from services.router.policies import Chunk, Fleet, PolicyRequest
+from services.router.policies import Fleet, Generation, PolicyRequest
 
 
-async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Chunk]:
+async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncIterator[Generation]:
     engine = fleet.least_loaded(request)
-    async for chunk in engine.start_generate(request):
-        yield chunk
+    yield engine.start_generate(request)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import replace
 
 from services.protocol.errors import ServiceError
+from services.router.fleet.generation import Generation
 from services.router.fleet.view import Engine, Fleet
 from services.router.programs.program import BoundProgram
 from services.router.request import PolicyRequest
-from services.router.values import Chunk
 
 log = logging.getLogger(__name__)
 
@@ -20,16 +19,14 @@ def moving(program: BoundProgram, source: str) -> BoundProgram:
     """In place of `program`: the context moves from the engine at `source` to the least loaded one, which goes on. Like
     any context it is computed anew where it cannot be moved."""
 
-    async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
+    async def policy(request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Generation, None]:
         target = fleet.least_loaded(request)
         try:
             await _move(request, fleet.leaving(source), target)
         except ServiceError as error:
             fields = {"request": request.request_id, "reason": error.reason}
             log.info("a context is computed anew instead of moved", extra={"fields": fields})
-        async with aclosing(target.start_generate(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        yield target.start_generate(request)
 
     return replace(program, program=replace(program.program, function=policy), arguments=())
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.router.errors import BadPolicy
+from services.router.fleet.generation import Yielded
 from services.router.fleet.view import Fleet
 from services.router.programs.params import ParamsSpec
 from services.router.request import PolicyRequest
-from services.router.values import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class BoundProgram:
         """The name, and the parameters as given after a colon."""
         return f"{self.name}:{self.text}" if self.text else self.name
 
-    def start(self, request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Chunk, None]:
-        """A policy's chunks; nothing runs before the first is asked for."""
-        chunks: AsyncGenerator[Chunk, None] = self.program.function(request, fleet, *self.arguments)
-        return chunks
+    def start(self, request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Yielded, None]:
+        """What a policy yields; nothing runs before the first is asked for."""
+        steps: AsyncGenerator[Yielded, None] = self.program.function(request, fleet, *self.arguments)
+        return steps

@@ -12,6 +12,7 @@ from typing import Any
 from services.protocol.errors import ServiceError
 from services.router.eager import begin
 from services.router.errors import EngineDrained, NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
+from services.router.fleet.generation import Generation
 from services.router.fleet.legs import Legs
 from services.router.fleet.mailbox import Mailbox
 from services.router.fleet.recovery import Recovery, Remedy, RetryLimits
@@ -175,18 +176,39 @@ class PolicyRun:
         self.served_by = self._fallback()
 
     async def _forward(self, program: BoundProgram) -> None:
-        async with aclosing(program.start(self._recovery.request, self._fleet)) as chunks:
-            async for chunk in chunks:
-                if not isinstance(chunk, Chunk):
-                    raise PolicyFailed(f"policy {program.spec} yielded {type(chunk).__name__}, not a chunk")
-                self._yielded, self._yielded_at = True, self._loop.time()
-                self._recovery.handed_on(chunk)
-                self._mailbox.put(chunk)
-                if chunk.finish is not None:
-                    self._finished = True
-                    self._mailbox.close()
-                elif self._mailbox.closed:
-                    return  # the reader is too slow, or the program goes on after its last chunk
+        async with aclosing(program.start(self._recovery.request, self._fleet)) as steps:
+            failure: BaseException | None = None
+            goes_on = True
+            while goes_on:
+                try:
+                    step = await (anext(steps) if failure is None else steps.athrow(failure))
+                except StopAsyncIteration:
+                    return
+                failure = None
+                if isinstance(step, Chunk):
+                    goes_on = self._hand_on(step)
+                elif isinstance(step, Generation):
+                    try:
+                        goes_on = await step.each(self._hand_on)
+                    except BaseException as error:
+                        failure = error  # the program's, as if it had read the chunks itself
+                else:
+                    raise PolicyFailed(
+                        f"policy {program.spec} yielded {type(step).__name__}, neither a chunk nor a generation"
+                    )
+
+    def _hand_on(self, chunk: Chunk) -> bool:
+        """To the client. False: the reader is too slow, or the program goes on after its last chunk."""
+        if self._mailbox.closed:
+            return False
+        self._yielded, self._yielded_at = True, self._loop.time()
+        self._recovery.handed_on(chunk)
+        self._mailbox.put(chunk)
+        if chunk.finish is not None:
+            self._finished = True
+            self._mailbox.close()
+            return True
+        return not self._mailbox.closed
 
     def _set_timer(self) -> None:
         # One for all chunks, which looks when it is due whether it is: chunks are many.

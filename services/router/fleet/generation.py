@@ -1,0 +1,146 @@
+"""A sequence on an engine, as a policy has it: a stream of chunks to read or to hand on whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
+
+from services.protocol.ranges import TokenRange
+from services.router.cost.book import CostBook
+from services.router.fleet.info import EngineSnapshot
+from services.router.fleet.member import Member
+from services.router.fleet.reservation import Reservation
+from services.router.fleet.scope import RequestScope
+from services.router.fleet.session import Sequence
+from services.router.fleet.underway import Answer
+from services.router.fleet.watched import Watched
+from services.router.request import PolicyRequest
+from services.router.values import Chunk, FinishReason, Verb
+
+Result = TypeVar("Result")
+# By a policy: chunks of its own, or all of a sequence's.
+Yielded: TypeAlias = "Chunk | Generation"
+
+
+class Generation(AsyncIterator[Chunk]):
+    """`async for` gives its chunks. A policy that yields the generation itself hands all of them on: each goes to the
+    client in the turn of the event loop in which it came.
+
+    The engine is asked with the first read. Whatever ends a read ends the sequence, and so do aclose() and the
+    request's end.
+    """
+
+    def __init__(
+        self,
+        request: PolicyRequest,
+        begin: int,
+        kv: Reservation | None,
+        snapshot: EngineSnapshot,
+        member: Member,
+        scope: RequestScope,
+        costs: CostBook,
+    ) -> None:
+        """prompt[:begin] comes from `kv`."""
+        self._request = request
+        self._begin = min(begin, request.num_movable)
+        self._kv = kv
+        self._snapshot, self._member, self._scope, self._costs = snapshot, member, scope, costs
+        self._open = self._running()
+        self._sequence: Sequence | None = None
+        self._is_read = self._ended = self._has_token = False
+
+    async def __anext__(self) -> Chunk:
+        chunk = None if self._ended else await self._read(Sequence.take)
+        if chunk is None:
+            self._end()
+            raise StopAsyncIteration
+        self._count(chunk)
+        return chunk
+
+    async def each(self, take: Callable[[Chunk], bool]) -> bool:
+        """Gives `take` every chunk from now on, as Mailbox.each does: until it says False, or, True, to the end."""
+
+        def counted(chunk: Chunk) -> bool:
+            self._count(chunk)
+            return take(chunk)
+
+        is_over = self._ended or await self._read(lambda sequence: sequence.each(counted))
+        if is_over:
+            self._end()
+        return is_over
+
+    async def aclose(self) -> None:
+        """Ends the sequence; one that somebody is reading ends with that."""
+        if not self._is_read:
+            self._end(GeneratorExit())
+
+    async def _read(self, how: Callable[[Sequence], Awaitable[Result]]) -> Result:
+        if self._is_read:
+            raise RuntimeError("this generation is being read already")
+        self._is_read = True
+        try:
+            if self._sequence is None:
+                self._sequence = self._open.__enter__()
+            return await how(self._sequence)
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            self._is_read = False
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self._ended:
+            self._ended = True
+            if self._sequence is not None:
+                self._open.__exit__(None if error is None else type(error), error, None)
+
+    @contextmanager
+    def _running(self) -> Iterator[Sequence]:
+        scope, member, request, kv = self._scope, self._member, self._request, self._kv
+        tokens = TokenRange(self._begin, len(request.prompt))
+        self._answer = Answer(self._costs.expected_output(request)) if kv is None else kv.answer
+        with (
+            scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens) as self._leg,
+            Watched(member, scope) as self._succeeded,
+            member.answering(self._answer),
+            member.computing(self._to_compute(tokens)) as self._prompt_computed,
+        ):
+            call_id = scope.next_call_id()
+            sequence = member.client.start_generate(call_id, request, self._begin, kv.kv if kv is not None else None)
+            scope.opened(sequence)
+            member.sequences.add(sequence)
+            try:
+                yield sequence
+            finally:
+                member.sequences.discard(sequence)
+                scope.ended(sequence)
+
+    def _to_compute(self, tokens: TokenRange) -> int:
+        """How many of the tokens are not cached, if that is cheap to say; else all."""
+        request, snapshot = self._request, self._snapshot
+        if not request.is_hashed(snapshot.info.page_size):
+            return max(1, len(tokens))
+        return max(1, tokens.end - max(tokens.begin, min(snapshot.cached_prefix(request), request.num_movable)))
+
+    def _count(self, chunk: Chunk) -> None:
+        """Before it is handed on: whoever gets the last one may ask for the account at once."""
+        if chunk.token_ids:
+            self._answer.generated += len(chunk.token_ids)
+            if not self._has_token:
+                self._first_token()
+        if chunk.finish is not None:
+            self._leg.end(chunk.timing)
+            if chunk.timing is not None:  # else the engine never heard of it
+                if self._kv is not None:
+                    self._kv.used_up()
+                if chunk.finish is not FinishReason.CANCELLED:
+                    self._costs.answered(chunk.timing.generated_tokens)
+
+    def _first_token(self) -> None:
+        self._has_token = True
+        self._leg.first_token()
+        self._prompt_computed()
+        self._succeeded()
+        if self._kv is not None:
+            self._kv.in_use()

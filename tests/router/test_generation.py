@@ -1,0 +1,145 @@
+"""Sequences that a program reads, hands on whole, or both."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from textwrap import dedent, indent
+
+import pytest
+
+from services.router.values import FinishReason
+from tests.fakes import FakeError, Fault
+from tests.router.harness import PROMPT, Running, failing, first_tokens, model, running
+
+
+def program(folder: Path, body: str) -> str:
+    """A policy of this body; `said` is a list of its module."""
+    path = folder / "program.py"
+    header = "import asyncio\n\nsaid = []\n\nasync def policy(request, fleet):\n"
+    path.write_text(header + indent(dedent(body), "    "))
+    return str(path)
+
+
+def said(suite: Running) -> list[object]:
+    found: list[object] = suite.router.catalogue.get("program").function.__globals__["said"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "yield fleet.engines[0].start_generate(request)",
+        "async for chunk in fleet.engines[0].start_generate(request):\n    yield chunk",
+        "generation = fleet.engines[0].start_generate(request)\nyield await anext(generation)\nyield generation",
+        "generation = fleet.engines[0].start_generate(request)\nyield generation\nyield generation",
+    ],
+    ids=["handed on", "read", "read and handed on", "handed on twice"],
+)
+async def test_the_answer_is_the_same_however_it_comes(tmp_path: Path, body: str) -> None:
+    async with running(policy=program(tmp_path, body)) as suite:
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert [leg.engine for leg in answer.legs] == [suite.first.name]
+        assert answer.usage.output_token_count == 8
+
+
+async def test_a_program_goes_on_after_what_it_handed_on(tmp_path: Path) -> None:
+    body = """
+        yield fleet.least_loaded(request).start_generate(request)
+        said.append("over")
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        await suite.generate()
+        assert said(suite) == ["over"]
+
+
+async def test_a_failure_is_raised_where_the_program_handed_the_sequence_on(tmp_path: Path) -> None:
+    body = """
+        one, two = fleet.engines
+        try:
+            yield one.start_generate(request)
+        except Exception as error:
+            said.append(error.reason)
+            yield two.start_generate(request)
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        suite.first.faults["StartGenerate"] = Fault(FakeError("not here"))
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert answer.legs[-1].engine == suite.engines[1].name
+        assert said(suite) == [FakeError.reason]
+
+
+async def test_a_client_that_leaves_cancels_the_program_where_it_handed_the_sequence_on(tmp_path: Path) -> None:
+    body = """
+        ended = asyncio.Event()
+        said.append(ended)
+        try:
+            yield fleet.engines[0].start_generate(request)
+        except asyncio.CancelledError:
+            said.append("cancelled")
+            ended.set()
+            raise
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        call = suite.stream(max_tokens=10_000)
+        await first_tokens(call, 1)
+        call.cancel()
+        ended = said(suite)[0]
+        assert isinstance(ended, asyncio.Event)
+        await ended.wait()
+        assert said(suite)[1:] == ["cancelled"]
+        await suite.idle()
+
+
+async def test_a_stop_string_ends_a_sequence_that_was_handed_on(tmp_path: Path) -> None:
+    body = "yield fleet.engines[0].start_generate(request)"
+    async with running(policy=program(tmp_path, body)) as suite:
+        whole = await suite.generate()
+        stop = whole.text[2:4]
+        answer = await suite.generate(stop=[stop], max_tokens=10_000)
+        assert answer.text == whole.text[: whole.text.index(stop)]
+        await suite.idle()
+
+
+async def test_two_cannot_read_one_sequence_at_once(tmp_path: Path) -> None:
+    body = """
+        generation = fleet.engines[0].start_generate(request)
+        reader = asyncio.ensure_future(anext(generation))
+        await asyncio.sleep(0)
+        try:
+            await anext(generation)
+        except RuntimeError as error:
+            said.append(str(error))
+        yield await reader
+        yield generation
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        suite.first.gate.clear()
+        asked = asyncio.create_task(suite.generate())
+        await suite.first.until(lambda: suite.first.sequences)
+        suite.first.gate.set()
+        assert list((await asked).token_ids) == model().generate(PROMPT, 8)
+        assert said(suite) == ["this generation is being read already"]
+
+
+async def test_what_is_neither_a_chunk_nor_a_sequence_fails_the_request(tmp_path: Path) -> None:
+    async with running(policy=program(tmp_path, "yield 'text'")) as suite:
+        with failing("ABORTED", "POLICY_FAILED") as caught:
+            await suite.generate()
+        assert caught.value.message == "policy program yielded str, neither a chunk nor a generation"
+
+
+async def test_a_sequence_that_was_forgotten_half_read_is_cancelled(tmp_path: Path) -> None:
+    body = """
+        forgotten = fleet.engines[0].start_generate(request)
+        said.append((await anext(forgotten)).finish)
+        yield fleet.engines[1].start_generate(request)
+        said.append(forgotten)
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        answer = await suite.generate(max_tokens=5)
+        assert list(answer.token_ids) == model().generate(PROMPT, 5)
+        await suite.idle()
+        assert said(suite)[0] is not FinishReason.CANCELLED
