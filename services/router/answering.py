@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.router.admission.admission import Turn
+from services.router.admission.line import Turn
 from services.router.errors import PolicyFailed
 from services.router.fleet.legs import Legs
 from services.router.metrics import TOKENS, TTFT_SECONDS, of

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from services.protocol.hashes import block_hashes, hash_seed
 from services.router.errors import RequestTimeout
 from services.router.values import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class ModelKey:
-    """What engines must have in common to serve the same request: same weights, same vocabulary."""
+class ModelKey(NamedTuple):
+    """What engines must have in common to serve the same request: same weights, same vocabulary. A tuple, since several
+    things are looked up by it for every request, and hashing a dataclass runs Python."""
 
     name: str
     digest: bytes

@@ -240,6 +240,42 @@ def test_without_engines_nobody_waits_to_be_told() -> None:
     run(main())
 
 
+def test_what_is_known_of_a_model_that_is_gone_is_forgotten() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        served: set[ModelKey] = set()
+        admission = Admission(NO_LIMITS, lambda key: Capacity(1, 1) if key in served else Capacity(), loop.time)
+        for number in range(100):
+            served.clear()
+            served |= {KEY, KEY._replace(digest=b"%d" % number)}
+            for key in served:
+                await work(admission, replace(TICKET, model=key), 1, [], "")
+        assert set(admission._lines) <= served | {KEY._replace(digest=b"98")}
+        assert KEY in admission._lines
+
+    run(main())
+
+
+def test_a_model_without_engines_is_not_forgotten_while_requests_of_it_run() -> None:
+    async def main() -> None:
+        loop, done = asyncio.get_running_loop(), list[str]()
+        capacity = {KEY: Capacity(1, 1)}
+        admission = Admission(NO_LIMITS, lambda key: capacity.get(key, Capacity()), loop.time)
+        running = asyncio.create_task(work(admission, TICKET, 2, done, "running"))
+        waiting = asyncio.create_task(work(admission, TICKET, 2, done, "waiting"))
+        await asyncio.sleep(1)
+        capacity.clear()
+        await work(admission, replace(TICKET, model=KEY._replace(name="other")), 0.5, done, "other")
+        capacity[KEY] = Capacity(1, 1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.25):  # one runs, so there is no room
+                await work(admission, TICKET, 0, done, "no")
+        await asyncio.gather(running, waiting)
+        assert done == ["other", "running", "waiting"]
+
+    run(main())
+
+
 # --- overload ---------------------------------------------------------------------------------------------------
 
 PREFILL_RATE, TOKEN_S, SLOTS = 2000.0, 0.02, 16  # tokens a second, seconds a token, sequences of an engine

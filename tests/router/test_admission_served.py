@@ -11,7 +11,7 @@ import openai
 import pytest
 from microserve.router.v1 import admin_pb2, router_pb2
 
-from services.router.admission.admission import Turn
+from services.router.admission.line import Turn
 from services.router.admission.ticket import Capacity, Ticket
 from services.router.metrics import REFUSALS
 from services.rpc.status import from_rpc_error
@@ -127,7 +127,7 @@ async def test_room_is_counted_where_the_work_is_done() -> None:
         assert registry.capacity(key) == Capacity(num_engines=3, sequences=24)
         suite.router.membership.drain(engines[1].address, True)
         assert registry.capacity(key) == Capacity(num_engines=2, sequences=16)
-        assert registry.capacity(replace(key, digest=b"other")) == Capacity()
+        assert registry.capacity(key._replace(digest=b"other")) == Capacity()
 
 
 @pytest.mark.parametrize(("key", "value"), [("priority", "urgent"), ("tenant", "t" * 200)])

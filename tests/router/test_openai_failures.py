@@ -105,7 +105,7 @@ async def test_a_reader_that_takes_nothing_stalls_nobody_and_is_cut_off() -> Non
                 await client.completions.create(model="fake", prompt="x", max_tokens=1)
             await suite.idle()
             async with asyncio.timeout(60):
-                while REQUESTS_IN_FLIGHT._value.get():
+                while REQUESTS_IN_FLIGHT.collect()[0].samples[0].value:
                     await client.models.list()
             assert b"[DONE]" not in await asyncio.to_thread(rest, reader)
 

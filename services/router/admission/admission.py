@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
-from services.router.admission.line import Line, Waiter
+from services.router.admission.line import Line, Turn
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 from services.router.errors import InvalidRequest, Overloaded, RequestTimeout
 from services.router.metrics import QUEUE_SECONDS, QUEUED, REFUSALS, REQUESTS_IN_FLIGHT
@@ -14,45 +15,6 @@ from services.router.request import ModelKey
 
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
-# A prompt that takes longer is not waiting for its turn on an engine: its program or its engine hangs.
-_FORGET_PROMPT_S = 30.0
-
-
-class Turn:
-    """A request that runs."""
-
-    def __init__(self, line: Line, ticket: Ticket, clock: Callable[[], float]) -> None:
-        self.line, self._ticket, self._clock = line, ticket, clock
-        self._first_token_at: float | None = None
-        self._counts_prompt = True
-        self._forgetting = asyncio.get_running_loop().call_later(_FORGET_PROMPT_S, self._forget_prompt)
-
-    def first_token(self) -> None:
-        """Its prompt has been computed; only the first call counts."""
-        if self._counts_prompt:
-            self._counts_prompt = False
-            self._first_token_at = self._clock()
-            self._forgetting.cancel()
-            self.line.first_token(self._ticket)
-            self.line.pump()
-
-    def finished(self, num_tokens: int) -> None:
-        """It has ended well, with so many tokens; end() follows."""
-        if self._first_token_at is not None:
-            self.line.finished(self._ticket, num_tokens, self._clock() - self._first_token_at)
-
-    def end(self) -> None:
-        """It runs no more."""
-        self._forgetting.cancel()
-        if self._counts_prompt:
-            self._forget_prompt()
-        self.line.end()
-        self.line.pump()
-
-    def _forget_prompt(self) -> None:
-        self._counts_prompt = False
-        self.line.forget_prompt(self._ticket)
-        self.line.pump()
 
 
 class Admission:
@@ -69,18 +31,20 @@ class Admission:
         self._clock = clock
         self._num_requests = 0
         self._lines: dict[ModelKey, Line] = {}
+        self._one = _Entered(self, 1)
+        REQUESTS_IN_FLIGHT.set_function(lambda: self._num_requests)
         for priority in Priority:
             QUEUED.labels(priority.value)  # shown as 0 before anybody has waited
 
     def enter(self, number: int = 1) -> _Entered:
         """Counts so many requests for as long as the block runs, before anything is done for them. Overloaded,
         InvalidRequest."""
-        return _Entered(self, number)
+        return self._one if number == 1 else _Entered(self, number)
 
-    def turn(self, ticket: Ticket) -> _AwaitedTurn:
+    def turn(self, ticket: Ticket) -> Turn:
         """Waits for the request's turn, which lasts as long as the block. Overloaded at once where it could not end
         in time, and later where it did not; RequestTimeout if its deadline passes meanwhile."""
-        return _AwaitedTurn(self, ticket)
+        return Turn(self._lines.get(ticket.model) or self._begin_line(ticket.model), ticket, self._wait)
 
     def count(self, number: int) -> None:
         """So many more requests. Overloaded, InvalidRequest."""
@@ -92,32 +56,10 @@ class Admission:
             what = f"of {most} requests, as many as this router takes, {self._num_requests} wait or run"
             raise Overloaded(what, retry_delay_s=_RETRY_S)
         self._num_requests += number
-        REQUESTS_IN_FLIGHT.inc(number)
 
     def uncount(self, number: int) -> None:
         """So many that were counted are over."""
         self._num_requests -= number
-        REQUESTS_IN_FLIGHT.dec(number)
-
-    async def begin(self, ticket: Ticket) -> Turn:
-        """What `turn` does when the block begins; end() follows."""
-        line = self._lines.get(ticket.model)
-        if line is None:
-            line = self._lines[ticket.model] = Line(self._limits, lambda: self._capacity(ticket.model), self._clock)
-        if ticket.follows or (not line.num_waiting and line.has_room()):
-            line.begin(ticket)
-        else:
-            try:
-                await self._wait(line, ticket)
-            except BaseException:
-                self._forget_idle(line, ticket.model)
-                raise
-        return Turn(line, ticket, self._clock)
-
-    def end(self, turn: Turn, model: ModelKey) -> None:
-        """What `turn` does when the block ends."""
-        turn.end()
-        self._forget_idle(turn.line, model)
 
     def pump(self) -> None:
         """The fleet may have more room."""
@@ -129,30 +71,33 @@ class Admission:
         """Requests that wait for their turn."""
         return sum(line.num_waiting for line in self._lines.values())
 
-    def _forget_idle(self, line: Line, model: ModelKey) -> None:
-        """A model that is gone; others keep what their speed was."""
-        if line.idle and self._lines.get(model) is line and not self._capacity(model).num_engines:
-            del self._lines[model]
+    def _begin_line(self, model: ModelKey) -> Line:
+        """That of a model which has none. Lines of models that are gone end; others keep what their speed was."""
+        self._lines = {
+            key: line for key, line in self._lines.items() if not line.idle or self._capacity(key).num_engines
+        }
+        line = self._lines[model] = Line(self._limits, partial(self._capacity, model), self._clock)
+        return line
 
-    async def _wait(self, line: Line, ticket: Ticket) -> None:
+    async def _wait(self, line: Line, turn: Turn) -> None:
         """Until `line` has begun the request."""
+        ticket = turn.ticket
         limit_s = self._longest_wait_s(line, ticket)
-        waiter = Waiter(ticket)
-        line.push(waiter)
+        given = line.push(turn)
         begin, queued = self._clock(), QUEUED.labels(ticket.priority.value)
         queued.inc()
         try:
             # Not cancelled by the timeout's own passing: a turn that was given must not be lost.
-            await asyncio.wait({waiter.turn}, timeout=limit_s)
+            await asyncio.wait({given}, timeout=limit_s)
         except asyncio.CancelledError:
-            if waiter.turn.done():
-                Turn(line, ticket, self._clock).end()
+            if given.done():
+                line.end(turn)
             raise
         finally:
             queued.dec()
-            line.discard(waiter)
+            line.discard(turn)
             QUEUE_SECONDS.labels(ticket.priority.value).observe(self._clock() - begin)
-        if not waiter.turn.done():
+        if not given.done():
             if asyncio.get_running_loop().time() >= ticket.deadline:
                 raise self._too_late(ticket)
             self._refused(ticket, "queue_time")
@@ -210,19 +155,3 @@ class _Entered:
 
     def __exit__(self, *_: object) -> None:
         self._admission.uncount(self._number)
-
-
-class _AwaitedTurn:
-    """See Admission.turn."""
-
-    __slots__ = ("_admission", "_ticket", "_turn")
-
-    def __init__(self, admission: Admission, ticket: Ticket) -> None:
-        self._admission, self._ticket = admission, ticket
-
-    async def __aenter__(self) -> Turn:
-        self._turn = await self._admission.begin(self._ticket)
-        return self._turn
-
-    async def __aexit__(self, *_: object) -> None:
-        self._admission.end(self._turn, self._ticket.model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from services.router.admission.estimate import Estimate
 from services.router.admission.fair_queue import FairQueue
 from services.router.admission.meter import Meter
+from services.router.admission.prompts import Prompts
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 
 # Tokens of an answer that nobody bounded, until some of the model have been seen.
@@ -15,12 +16,34 @@ FIRST_GUESS_OUTPUT = 256.0
 _OUTPUT_WEIGHT = 1 / 8  # of the newest such answer in the running mean
 
 
-class Waiter:
-    """A request in the queue."""
+class Turn:
+    """What a request has in its line: it waits for it where the block begins, if it has to, then runs until its end."""
 
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
-        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    __slots__ = ("_first_token_at", "_line", "_wait", "given", "ticket")
+
+    def __init__(self, line: Line, ticket: Ticket, wait: Callable[[Line, Turn], Awaitable[None]]) -> None:
+        """`wait` returns when the line has given the turn."""
+        self._line, self.ticket, self._wait = line, ticket, wait
+        self.given: asyncio.Future[None] | None = None  # if it has to wait
+        self._first_token_at: float | None = None
+
+    async def __aenter__(self) -> Turn:
+        if not self._line.begins(self):
+            await self._wait(self._line, self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._line.end(self)
+
+    def first_token(self) -> None:
+        """Its prompt has been computed; only the first call counts."""
+        if self._first_token_at is None:
+            self._first_token_at = self._line.first_token(self)
+
+    def finished(self, num_tokens: int) -> None:
+        """It has ended well, with so many tokens."""
+        if self._first_token_at is not None:
+            self._line.finished(self.ticket, num_tokens, self._first_token_at)
 
 
 class Line:
@@ -33,13 +56,13 @@ class Line:
     def __init__(self, limits: AdmissionLimits, capacity: Callable[[], Capacity], clock: Callable[[], float]) -> None:
         self._limits = limits
         self._capacity = capacity
-        self._queues: dict[Priority, FairQueue[Waiter]] = {each: FairQueue() for each in Priority}
+        self._clock = clock
+        self._queues: dict[Priority, FairQueue[Turn]] = {each: FairQueue() for each in Priority}
         self._served = dict.fromkeys(Priority, 0.0)  # virtual time of each class
         self._now = 0.0
         self.num_waiting = 0  # requests in all queues
         self._num_running = 0
-        self._num_prompt_tokens = 0  # of those that run and have no token yet
-        self._prompts = Meter(clock)
+        self._prompts = Prompts(clock, self.pump)  # of those that run
         self._admitted = Meter(clock)  # cost, while somebody waits
         self._usual_output = FIRST_GUESS_OUTPUT  # of answers that were not bounded
         self._output_token_s = Estimate()  # of time after the first token, for each token that was asked for
@@ -60,11 +83,11 @@ class Line:
             return True
         if self._num_running + capacity.others_sequences >= capacity.sequences:
             return False
-        most = capacity.num_engines * self._limits.min_prompt_tokens
+        num_tokens = self._prompts.num_tokens + capacity.others_prompt_tokens
+        if num_tokens < capacity.num_engines * self._limits.min_prompt_tokens:
+            return True
         rate = self._prompts.rate()
-        if rate is not None:
-            most = max(most, int(rate * self._limits.prompt_s))
-        return self._num_prompt_tokens + capacity.others_prompt_tokens < most
+        return rate is not None and num_tokens < int(rate * self._limits.prompt_s)
 
     def expected_wait_s(self, ticket: Ticket) -> float:
         """Until a new request has its turn, as far as one can tell."""
@@ -78,62 +101,70 @@ class Line:
     def expected_service_s(self, ticket: Ticket) -> float:
         """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
         rate = self._prompts.rate()
-        prompt_s = 0.0 if rate is None else (self._num_prompt_tokens + ticket.num_prompt_tokens) / rate
+        prompt_s = 0.0 if rate is None else (self._prompts.num_tokens + ticket.num_prompt_tokens) / rate
         return prompt_s + ticket.expected_output(self._usual_output) * self._output_token_s.high()
 
-    def push(self, waiter: Waiter) -> None:
-        """A request waits."""
-        ticket = waiter.ticket
+    def begins(self, turn: Turn) -> bool:
+        """Lets it run, if it need not wait."""
+        if not turn.ticket.follows and (self.num_waiting or not self.has_room()):
+            return False
+        self._begin(turn)
+        return True
+
+    def push(self, turn: Turn) -> asyncio.Future[None]:
+        """It waits, until this is done."""
+        ticket = turn.ticket
+        turn.given = asyncio.get_running_loop().create_future()
         if not self._queues[ticket.priority]:
             self._served[ticket.priority] = max(self._served[ticket.priority], self._now)
-        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), waiter)
+        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), turn)
         self._count_waiting()
+        return turn.given
 
-    def discard(self, waiter: Waiter) -> None:
-        """A request waits no more."""
-        self._queues[waiter.ticket.priority].discard(waiter)
+    def discard(self, turn: Turn) -> None:
+        """It waits no more."""
+        self._queues[turn.ticket.priority].discard(turn)
         self._count_waiting()
 
     def pump(self) -> None:
         """Gives turns while there is room."""
         while self.num_waiting and self.has_room():
             priority = min((each for each in Priority if self._queues[each]), key=self._served.__getitem__)
-            waiter, cost = self._queues[priority].pop()
+            turn, cost = self._queues[priority].pop()
             self._now = self._served[priority]
             self._served[priority] += cost / priority.weight
             self._admitted.add(cost)
             self._count_waiting()
-            self.begin(waiter.ticket)
-            waiter.turn.set_result(None)
+            self._begin(turn)
+            if turn.given is not None:
+                turn.given.set_result(None)
 
-    def begin(self, ticket: Ticket) -> None:
-        """A request runs."""
-        self._num_running += 1
-        self._count_prompt(ticket.num_prompt_tokens)
+    def first_token(self, turn: Turn) -> float | None:
+        """Its prompt has been computed. When that was; None if it took so long that it was counted no more."""
+        if not self._prompts.computed(turn):
+            return None
+        if self.num_waiting:
+            self.pump()
+        return self._clock()
 
-    def first_token(self, ticket: Ticket) -> None:
-        """Its prompt has been computed."""
-        self._prompts.add(ticket.num_prompt_tokens)
-        self._count_prompt(-ticket.num_prompt_tokens)
-
-    def finished(self, ticket: Ticket, num_tokens: int, output_s: float) -> None:
-        """One has ended well with so many tokens, so long after the first."""
-        self._output_token_s.add(output_s / ticket.expected_output(self._usual_output))
+    def finished(self, ticket: Ticket, num_tokens: int, first_token_at: float) -> None:
+        """One has ended well with so many tokens."""
+        expected = ticket.expected_output(self._usual_output)
+        self._output_token_s.add((self._clock() - first_token_at) / expected)
         if not ticket.max_tokens:
             self._usual_output += _OUTPUT_WEIGHT * (num_tokens - self._usual_output)
 
-    def forget_prompt(self, ticket: Ticket) -> None:
-        """It has had no token for so long that it is not the fleet's speed that it waits for."""
-        self._count_prompt(-ticket.num_prompt_tokens)
-
-    def end(self) -> None:
-        """One that ran runs no more; its prompt was computed, or forgotten."""
+    def end(self, turn: Turn) -> None:
+        """It runs no more."""
+        self._prompts.drop(turn)
         self._num_running -= 1
+        if self.num_waiting:
+            self.pump()
+
+    def _begin(self, turn: Turn) -> None:
+        self._num_running += 1
+        self._prompts.begin(turn, turn.ticket.num_prompt_tokens)
 
     def _count_waiting(self) -> None:
         self.num_waiting = sum(map(len, self._queues.values()))
         self._admitted.set_busy(bool(self.num_waiting))
-
-    def _count_prompt(self, num_tokens: int) -> None:
-        self._num_prompt_tokens += num_tokens
-        self._prompts.set_busy(self._num_prompt_tokens > 0)

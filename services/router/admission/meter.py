@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 # Time after which what was seen counts half.
 _HALF_LIFE_S = 5.0
+_MEAN_LIFE_S = _HALF_LIFE_S / math.log(2)
 # Less busy time than this says nothing.
 _SHORTEST_S = 0.05
 
@@ -21,12 +23,14 @@ class Meter:
 
     def set_busy(self, busy: bool) -> None:
         """Whether there is something to do from now on."""
-        self._settle()
-        self._busy_since = self._clock() if busy else None
+        if busy != (self._busy_since is not None):
+            self._settle()
+            self._busy_since = self._clock() if busy else None
 
     def add(self, amount: float) -> None:
         """So much has been done."""
-        self._settle()
+        if self._busy_since is not None:
+            self._settle()
         self._amount += amount
 
     def rate(self) -> float | None:
@@ -37,11 +41,11 @@ class Meter:
         return self._amount / self._busy_s
 
     def _settle(self) -> None:
+        """Time fades as it passes, so that what comes out does not depend on how often this is called."""
         if self._busy_since is None:
             return
         now = self._clock()
-        passed_s = now - self._busy_since
-        fading = 0.5 ** (passed_s / _HALF_LIFE_S)
+        fading = 0.5 ** ((now - self._busy_since) / _HALF_LIFE_S)
         self._amount *= fading
-        self._busy_s = self._busy_s * fading + passed_s
+        self._busy_s = self._busy_s * fading + (1 - fading) * _MEAN_LIFE_S
         self._busy_since = now
