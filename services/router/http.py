@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable
 from typing import Any
 
 import uvicorn
@@ -23,6 +24,41 @@ _BACKLOG = 2048
 # What asyncio calls the backlog is also how often it tries again at once, and logs, when there is no descriptor left.
 _ACCEPTED_AT_ONCE = 1
 _CLOSE_S = 5.0
+# In the `state` of a scope: the Client that asks.
+CLIENT = "microserve.client"
+
+
+class ClientGone(Exception):
+    """Nobody is there any more who could be answered."""
+
+
+class Client:
+    """The other end of a connection. ASGI itself tells that a client leaves only to who waits for that, which takes a
+    task for every request, and that the connection has room only to who waits for that, which takes a turn."""
+
+    def __init__(self) -> None:
+        self.has_room = True  # what is sent is written at once
+        self._has_left = False
+        self._asking: asyncio.Task[Any] | None = None
+
+    async def stays_for(self, work: Awaitable[object]) -> None:
+        """Does the work; cancels it when the client leaves. ClientGone."""
+        asking = self._asking = asyncio.current_task()
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not self._has_left:
+                raise
+            raise ClientGone from None
+        finally:
+            if self._asking is asking:  # and not one that came while this one tidied up
+                self._asking = None
+
+    def leave(self) -> None:
+        """For the connection to say."""
+        self._has_left = True
+        if self._asking is not None:
+            self._asking.cancel()
 
 
 class HttpServer:
@@ -49,7 +85,7 @@ class HttpServer:
         self._config.load()
         listener = self._bind(listen)
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Protocol(self._config, self._state, {}), sock=listener, ssl=context, backlog=_ACCEPTED_AT_ONCE
+            lambda: _Protocol(self._config, self._state), sock=listener, ssl=context, backlog=_ACCEPTED_AT_ONCE
         )
         listener.listen(_BACKLOG)
         return join_address(split_address(listen)[0], listener.getsockname()[1])
@@ -94,32 +130,49 @@ class _Protocol(HttpToolsProtocol):
     """Uvicorn's connection takes any head of a request, and waits for it for ever, as for what is left of a body that
     was answered before its end; this one does not."""
 
-    _head_timer: asyncio.TimerHandle | None = None
-    _rest_timer: asyncio.TimerHandle | None = None
-    _num_head_bytes = 0
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        self._client = Client()
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
+        self._is_head = True  # what comes next
+        self._num_head_bytes = 0
+        super().__init__(config, state, {CLIENT: self._client})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._begin_head()
+        self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         self._end_rest()
         super().connection_lost(exc)
+        self._client.leave()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._is_head:
             self._num_head_bytes += len(data)
             if self._num_head_bytes > _MAX_HEAD_BYTES:
                 self.transport.abort()
+            elif self._head_timer is None:  # most heads come in one piece
+                self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        self._client.has_room = False
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._client.has_room = True
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
-        self._begin_head()
+        self._end_head()
+        self._is_head, self._num_head_bytes = True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._is_head = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -131,9 +184,7 @@ class _Protocol(HttpToolsProtocol):
             self._rest_timer = self.loop.call_later(_REST_TIMEOUT_S, self.transport.abort)
         super().on_response_complete()
 
-    def _begin_head(self) -> None:
-        self._end_head()
-        self._num_head_bytes = 0
+    def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
 
     def _end_head(self) -> None:

@@ -14,7 +14,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.router import http
-from services.router.http import HttpServer
+from services.router.http import CLIENT, Client, ClientGone, HttpServer
 from services.rpc.bind import split_address
 from services.rpc.errors import PortInUse, StartError
 from services.rpc.tls import ServerTls
@@ -168,6 +168,42 @@ async def test_what_a_client_does_not_take_is_given_up_by_the_kernel() -> None:
         async with asyncio.timeout(60):
             await given_up.wait()
     await server.close()
+
+
+async def test_a_client_that_leaves_ends_what_it_asked_for() -> None:
+    """Also one that has asked for something else meanwhile."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        begun.set()
+        with pytest.raises(ClientGone):
+            await scope["state"][CLIENT].stays_for(asyncio.Event().wait())
+        ended.set()
+
+    server = HttpServer(endless, client_timeout_s=10)
+    address = await server.start("127.0.0.1:0")
+    for num_requests in (1, 2):
+        begun.clear()
+        ended.clear()
+        _, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * num_requests)
+        async with asyncio.timeout(PATIENCE_S):
+            await begun.wait()
+            writer.close()
+            await ended.wait()
+    await server.close()
+
+
+async def test_who_is_cancelled_from_elsewhere_has_not_lost_its_client() -> None:
+    client = Client()
+    work = asyncio.create_task(client.stays_for(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    await client.stays_for(asyncio.sleep(0))
+    client.leave()  # nobody works for it any more
 
 
 async def test_close_cuts_off_what_is_under_way() -> None:

@@ -110,6 +110,26 @@ async def test_a_reader_that_takes_nothing_stalls_nobody_and_is_cut_off() -> Non
             assert b"[DONE]" not in await asyncio.to_thread(rest, reader)
 
 
+@pytest.mark.slow
+async def test_a_reader_that_is_late_gets_all_of_it() -> None:
+    """More than connection and router write ahead of it."""
+    wordy, num_tokens = Tokenizer.from_str(byte_level().to_str()), 5000
+    wordy.add_tokens(["x" * 2000])
+    speaker = FakeModel(files(wordy), script=(wordy.token_to_id("x" * 2000),) * num_tokens, max_context=10_000)
+    async with serving(fake_model=speaker, max_buffered_tokens=10_000) as (suite, _):
+        body = f'{{"model": "fake", "stream": true, "prompt": "x", "max_tokens": {num_tokens}}}'
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        host, port = suite.http.split(":")
+        with socket.create_connection((host, int(port))) as reader:
+            reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            await suite.first.until(lambda: suite.first.called("Session"))
+            await suite.idle()  # it has said everything, and nobody has read anything
+            received = await asyncio.to_thread(rest, reader)
+        assert received.count(b"x" * 2000) == num_tokens
+        assert received.count(b'"finish_reason":"length"') == 1
+        assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 def rest(reader: socket.socket) -> bytes:
     """Everything until the connection ends."""
     received = b""

@@ -18,11 +18,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from services.protocol.errors import ServiceError
 from services.router.fleet.registry import Model
+from services.router.http import ClientGone
 from services.router.keys import HEADER, Keys
 from services.router.metrics import HTTP_REQUESTS
 from services.router.openai.calls import chat, completion
 from services.router.openai.errors import Refusal, refusal
-from services.router.openai.generation import OWNER, ClientGone, Generation, HttpLimits
+from services.router.openai.generation import OWNER, Generation, HttpLimits
 from services.router.openai.shapes import ChatShape, CompletionShape
 from services.router.service import GenerationService
 
