@@ -16,7 +16,7 @@ from services.router.fleet import choose
 from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
-from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.fleet.info import EngineInfo, EngineSnapshot, Load
 from services.router.fleet.roster import Roster
 from services.router.fleet.underway import Answer, Underway
 from services.router.request import ModelKey, PolicyRequest
@@ -35,17 +35,16 @@ class Engine:
     info: EngineInfo
     blocks: CachedBlocks
     breaker: Breaker
-    in_flight: InFlight = field(default_factory=InFlight)
     load: Load = field(default_factory=Load)
     underway: Underway = field(default_factory=Underway)
 
     def snapshot(self) -> EngineSnapshot:
         """What is known now."""
-        return EngineSnapshot(self.address, self.info, self.load, self.in_flight, self.blocks, self.underway)
+        sequences = len(self.underway.answers)
+        return EngineSnapshot(self.address, self.info, self.load, sequences, 0, self.blocks, self.underway)
 
     def run(self, sequences: int) -> None:
         """So many sequences are under way there from now on."""
-        self.in_flight = replace(self.in_flight, sequences=sequences)
         self.underway.answers = {Answer(expected=64.0 + number) for number in range(sequences)}
 
 

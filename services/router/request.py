@@ -46,10 +46,10 @@ class PolicyRequest:
     def num_movable(self) -> int:
         """Tokens of the prompt whose KV may come from a cache or another engine: all, or those before the first one
         that has to be computed so that log-probabilities of the prompt can be told."""
-        num_told = min(self.num_told, len(self.prompt) - self.num_generated)
-        if self.sampling.prompt_logprobs is None or num_told == len(self.prompt) - self.num_generated:
+        if self.sampling.prompt_logprobs is None:
             return len(self.prompt)
-        return num_told - 1
+        num_given = len(self.prompt) - self.num_generated
+        return len(self.prompt) if self.num_told >= num_given else self.num_told - 1
 
     def continued(self, token_ids: Sequence[int], num_told: int = 0) -> PolicyRequest:
         """The same request when the client has got these tokens, and log-probabilities of `num_told` tokens of the

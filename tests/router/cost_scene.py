@@ -32,7 +32,15 @@ def snapshot(name: str, load: Load | None = None, **info: object) -> EngineSnaps
     )
     load = load or Load(usable_pages=10_000)
     others = InFlight(load.sequences, load.queued_tokens)
-    return EngineSnapshot(f"{name}:1", replace(described, **info), load, InFlight(), CachedBlocks(), others=others)
+    return EngineSnapshot(
+        f"{name}:1",
+        replace(described, **info),
+        load,
+        load.sequences,
+        load.queued_tokens,
+        CachedBlocks(),
+        others=others,
+    )
 
 
 def request(length: int = 1024, output: int = 32) -> PolicyRequest:

@@ -15,7 +15,7 @@ from services.router.fleet import choose
 from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.breaker import Breaker, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
-from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
+from services.router.fleet.info import EngineInfo, EngineSnapshot, Load
 from services.router.fleet.roster import Roster
 from services.router.request import ModelKey, PolicyRequest
 
@@ -45,7 +45,8 @@ class Listed:
         )
 
     def snapshot(self) -> EngineSnapshot:
-        return EngineSnapshot(self.address, self.info, self.load, InFlight(), self.blocks)
+        load = self.load
+        return EngineSnapshot(self.address, self.info, load, load.sequences, load.queued_tokens, self.blocks)
 
     def fail(self) -> None:
         with pytest.raises(Broken), self.breaker.call():

@@ -128,15 +128,19 @@ class Breaker:
 
     def begin(self, call: BreakerCall) -> None:
         """BreakerOpen."""
+        if self._open_until is None:
+            return
         if not self.admits:
             raise BreakerOpen(f"engine {self._engine} failed {self._num_failures} times and is left alone")
-        if self._open_until is not None:
-            self._trial = call
+        self._trial = call
 
     def succeeded(self, call: BreakerCall) -> None:
         """A call from before it opened does not count."""
-        if self._open_until is None or self._trial is call:
-            self._succeeded()
+        if self._open_until is None:
+            self._num_failures = 0
+        elif self._trial is call:
+            log.info("breaker closed", extra={"fields": {"engine": self._engine}})
+            self.reset()
 
     def end(self, call: BreakerCall, error: BaseException | None) -> None:
         """The call has ended, perhaps failed."""
@@ -144,11 +148,6 @@ class Breaker:
             self._failed(error)
         if self._trial is call:
             self._trial = None
-
-    def _succeeded(self) -> None:
-        if self._open_until is not None:
-            log.info("breaker closed", extra={"fields": {"engine": self._engine}})
-        self.reset()
 
     def _failed(self, error: ServiceError) -> None:
         self._num_failures += 1

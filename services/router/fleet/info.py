@@ -62,7 +62,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """What this router has asked of an engine and not got yet."""
+    """What was asked of an engine and has not come yet."""
 
     sequences: int = 0
     prompt_tokens: int = 0  # to be computed: of sends, and of sequences without a first token
@@ -72,27 +72,17 @@ class InFlight:
 class EngineSnapshot:
     """An engine at one moment: all that choosing may depend on.
 
-    `blocks` and `underway` are shared with the fleet, which goes on changing them; policies only read them. `others` is
-    what others than this router have it do.
+    `blocks` and `underway` are shared with the fleet, which goes on changing them; policies only read them.
     """
 
     address: str
     info: EngineInfo
     load: Load
-    in_flight: InFlight
+    sequences: int  # there
+    prompt_tokens: int  # of prompts that wait to be computed there
     blocks: CachedBlocks
     underway: Underway = field(default_factory=Underway)
-    others: InFlight = field(default_factory=InFlight)
-
-    @property
-    def sequences(self) -> int:
-        """Sequences there. A report lags behind our own calls, and our own calls are not all there is."""
-        return max(self.load.sequences, self.in_flight.sequences)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of prompts that wait to be computed there."""
-        return max(self.load.queued_tokens, self.in_flight.prompt_tokens)
+    others: InFlight = field(default_factory=InFlight)  # what others than this router have it do
 
     def cached_prefix(self, request: PolicyRequest) -> int:
         """Tokens of the prompt that are cached there, as far as its events have told."""

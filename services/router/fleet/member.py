@@ -83,7 +83,6 @@ class Member:
         self._num_users = 0
         self._gone = False
         self._unused = asyncio.Event()
-        self._unused.set()
 
     @property
     def healthy(self) -> bool:
@@ -127,7 +126,6 @@ class Member:
         if self._gone:
             raise EngineLost(f"engine {self.address} has been removed")
         self._num_users += 1
-        self._unused.clear()
 
     def end_use(self) -> None:
         """That request is over."""
@@ -138,6 +136,7 @@ class Member:
     async def unused(self) -> None:
         """Waits until no request calls it."""
         while self._num_users:
+            self._unused.clear()
             await self._unused.wait()
 
     def let_go(self) -> None:
@@ -148,8 +147,17 @@ class Member:
         """What is known now. Only for a member that has joined once."""
         if self._snapshot is None:
             assert self.info is not None
+            load, underway = self.load, self._underway
             self._snapshot = EngineSnapshot(
-                self.address, self.info, self.load, self._in_flight, self.blocks, self._underway, self.others
+                self.address,
+                self.info,
+                load,
+                # A report lags behind our own calls, and our own calls are not all there is.
+                max(load.sequences, len(underway.answers)),
+                max(load.queued_tokens, underway.prompt_tokens),
+                self.blocks,
+                underway,
+                self.others,
             )
         return self._snapshot
 
@@ -183,13 +191,10 @@ class Member:
         """Counts tokens of a prompt, until the block ends or what is yielded is called: then they are computed."""
         return Computing(self._underway, num_tokens)
 
-    @property
-    def _in_flight(self) -> InFlight:
-        return InFlight(len(self._underway.answers), self._underway.prompt_tokens)
-
     def _changed(self) -> None:
-        self._snapshot = None
-        self._listener.moved(self)
+        if self._snapshot is not None:  # else nobody has looked since the last change
+            self._snapshot = None
+            self._listener.moved(self)
 
     async def _join(self) -> None:
         info = await self.client.get_info()
@@ -258,8 +263,8 @@ class Member:
 
     def _take_load(self, load: Load) -> bool:
         drains = load.draining != self.load.draining
-        ours, before = self._in_flight, self._excess
-        self._excess = max(0, load.sequences - ours.sequences), max(0, load.queued_tokens - ours.prompt_tokens)
+        ours, before = self._underway, self._excess
+        self._excess = max(0, load.sequences - len(ours.answers)), max(0, load.queued_tokens - ours.prompt_tokens)
         # The less of two reports: one alone lags behind calls of ours that have just begun or ended.
         self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))
         self.load = load

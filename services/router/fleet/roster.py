@@ -7,7 +7,7 @@ BlockIndex by bisecting once for all engines. choose.py is what this is held equ
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
@@ -21,7 +21,8 @@ from services.router.fleet.breaker import Breaker, BreakerState
 from services.router.fleet.info import EngineSnapshot
 from services.router.request import PolicyRequest
 
-Positions: TypeAlias = npt.NDArray[np.intp]  # (num_engines,) of places in the roster
+Positions: TypeAlias = npt.NDArray[np.intp]  # (num_engines,) of places in the roster, ascending
+Loads: TypeAlias = npt.NDArray[np.int64] | npt.NDArray[np.complex128]  # (num_engines,) by place
 
 
 class Listed(Protocol):
@@ -69,8 +70,9 @@ class Roster(Generic[Item]):
         self._slots = np.array([snapshots[engine].blocks.slot for engine in self._engines], np.intp)
         self._position_of_slot = np.zeros(self._slots.max(initial=-1) + 1, np.intp)
         self._position_of_slot[self._slots] = np.arange(len(infos))
-        self._sequences = np.zeros(len(infos))  # for the engine's size
-        self._prompt_tokens = np.zeros(len(infos), np.int64)
+        self._prefill_loads = np.zeros(len(infos), np.int64)  # prompt tokens
+        # Sequences for the engine's size, then prompt tokens: complex numbers are compared so.
+        self._decode_loads = np.zeros(len(infos), np.complex128)
         self._moved: set[Item] = set(self._engines)
         self._opened: set[Item] = set()  # whose breaker is not closed
         self._all = self._candidates(frozenset())
@@ -81,85 +83,67 @@ class Roster(Generic[Item]):
 
     def least_loaded(self, avoided: Collection[str]) -> Item:
         """As choose.least_loaded, but for engines at these addresses. NoEngine."""
-
-        def choice(among: _Candidates) -> tuple[int]:
-            return (self._least(among.everyone.positions, self._sequences, self._prompt_tokens),)
-
-        return self._choose(choice, avoided)[0]
+        return self._least(self._among(avoided).everyone.positions, self._decode_loads)
 
     def pair(self, avoided: Collection[str]) -> tuple[Item, Item]:
         """As choose.pair. NoPair."""
-
-        def choice(among: _Candidates) -> tuple[int, int]:
-            prefill, decode = self._roles_of(among)
-            return (
-                self._least(prefill.positions, self._prompt_tokens),
-                self._least(decode.positions, self._sequences, self._prompt_tokens),
-            )
-
-        prefill, decode = self._choose(choice, avoided)
-        return prefill, decode
+        prefill, decode = self._roles_of(self._among(avoided))
+        return (
+            self._least(prefill.positions, self._prefill_loads),
+            self._least(decode.positions, self._decode_loads),
+        )
 
     def pair_by_prefix(self, request: PolicyRequest, avoided: Collection[str]) -> tuple[Item, Item]:
         """As choose.pair_by_prefix. NoPair."""
-
-        def choice(among: _Candidates) -> tuple[int, int]:
-            prefill, decode = self._roles_of(among)
-            return (
-                self._least(self._most_cached(request, prefill), self._prompt_tokens),
-                self._least(self._most_cached(request, decode), self._sequences, self._prompt_tokens),
-            )
-
-        prefill, decode = self._choose(choice, avoided)
-        return prefill, decode
+        prefill, decode = self._roles_of(self._among(avoided))
+        return (
+            self._least(self._most_cached(request, prefill), self._prefill_loads),
+            self._least(self._most_cached(request, decode), self._decode_loads),
+        )
 
     def shortlist(self, request: PolicyRequest, count: int, avoided: Collection[str]) -> list[Item]:
         """Those that any good choice is among: `count` with the fewest sequences for their size, with the fewest prompt
         tokens to compute, and with most of the prompt cached each; all where there are hardly more. NoEngine."""
-
-        def choice(among: _Candidates) -> tuple[int, ...]:
-            positions = among.everyone.positions
-            if len(positions) <= 3 * count:
-                return tuple(positions)
-            lists = [
-                self._few(positions, count, self._sequences, self._prompt_tokens),
-                self._few(positions, count, self._prompt_tokens),
-            ]
+        among = self._among(avoided)
+        positions = among.everyone.positions
+        if len(positions) > 3 * count:
+            lists = [_few(positions, count, self._decode_loads), _few(positions, count, self._prefill_loads)]
             holders = self._most_cached(request, among.everyone)
             if len(holders) < len(positions):
-                lists.append(self._few(holders, count, self._sequences, self._prompt_tokens))
-            return tuple(np.unique(np.concatenate(lists)))
+                lists.append(_few(holders, count, self._decode_loads))
+            positions = np.unique(np.concatenate(lists))
+        return [self._engines[position] for position in positions]
 
-        return self._choose(choice, avoided)
+    def _least(self, positions: Positions, loads: Loads) -> Item:
+        """The engine with the least load, of equal ones the first."""
+        best = loads[positions].argmin() if len(positions) > 1 else 0
+        return self._engines[int(positions[best])]
 
-    @staticmethod
-    def _few(positions: Positions, count: int, *keys: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Positions:
-        """`count` of these places with the least first keys, of equal ones the least second, and so on."""
-        return positions[np.lexsort([key[positions] for key in reversed(keys)])[:count]]
-
-    def _choose(self, choice: Callable[[_Candidates], tuple[int, ...]], avoided: Collection[str]) -> list[Item]:
-        """What `choice` says of those that may be chosen now. NoEngine."""
-        self._refresh()
-        shut = {self._positions[engine] for engine in self._opened if not engine.breaker.admits}
-        if avoided:
-            shut |= {position for position, engine in enumerate(self._engines) if engine.address in avoided}
-        among = self._candidates(shut) if shut else self._all
+    def _among(self, avoided: Collection[str]) -> _Candidates:
+        """Those that may be chosen now. NoEngine."""
+        if self._moved:
+            self._refresh()
+        among = self._without(avoided) if self._opened or avoided else self._all
         if not len(among.everyone.positions):
             raise NoEngine("no healthy engine serves this model", retry_delay_s=1.0)
-        return [self._engines[position] for position in choice(among)]
+        return among
 
     def _refresh(self) -> None:
-        self._opened = {engine for engine in self._opened if engine.breaker.state is not BreakerState.CLOSED}
-        for engine in self._moved:
-            position = self._positions.get(engine)
-            if position is None:
-                continue
-            snapshot = engine.snapshot()
-            self._sequences[position] = choose.relative_sequences(snapshot)
-            self._prompt_tokens[position] = snapshot.prompt_tokens
+        for engine in self._moved & self._positions.keys():
+            position, snapshot = self._positions[engine], engine.snapshot()
+            self._prefill_loads[position] = snapshot.prompt_tokens
+            self._decode_loads[position] = complex(choose.relative_sequences(snapshot), snapshot.prompt_tokens)
             if engine.breaker.state is not BreakerState.CLOSED:
                 self._opened.add(engine)
         self._moved.clear()
+
+    def _without(self, avoided: Collection[str]) -> _Candidates:
+        """Neither those at these addresses nor those whose breaker is open."""
+        self._opened = {engine for engine in self._opened if engine.breaker.state is not BreakerState.CLOSED}
+        shut = {self._positions[engine] for engine in self._opened if not engine.breaker.admits}
+        if avoided:
+            shut |= {position for position, engine in enumerate(self._engines) if engine.address in avoided}
+        return self._candidates(shut) if shut else self._all
 
     def _candidates(self, shut: Collection[int]) -> _Candidates:
         everyone = np.delete(np.arange(len(self._engines)), list(shut))
@@ -200,17 +184,14 @@ class Roster(Generic[Item]):
         return found
 
     def _at(self, slots: int) -> Positions:
-        """Places of the engines of these bits."""
+        """Places of the engines of these bits, in order."""
         data = slots.to_bytes((slots.bit_length() + 7) // 8, "little")
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-        return self._position_of_slot[np.flatnonzero(bits)]
+        positions = self._position_of_slot[np.flatnonzero(bits)]
+        positions.sort()
+        return positions
 
-    @staticmethod
-    def _least(positions: Positions, *keys: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> int:
-        """The place with the least first key, of those the one with the least second key, and so on."""
-        if len(positions) == 1:
-            return int(positions[0])
-        for key in keys:
-            values = key[positions]
-            positions = positions[values == values.min()]
-        return int(positions.min())
+
+def _few(positions: Positions, count: int, loads: Loads) -> Positions:
+    """`count` of these places with the least load."""
+    return positions[loads[positions].argsort(kind="stable")[:count]]
