@@ -53,7 +53,7 @@ def check_capability(config: EngineConfig, capability: tuple[int, int]) -> None:
 
 
 def set_torch_threads(config: EngineConfig) -> None:
-    """One where a team of our own computes what is large: two sets of threads that look for work slow each other."""
+    """One where a team of our own computes linear layers: two sets of threads that look for work slow each other."""
     has_team = config.device == "cpu" and config.dtype_name == "float32"
     torch.set_num_threads(1 if has_team else config.num_threads)
 

@@ -62,7 +62,7 @@ def load_model(
     try:
         config = load_config(folder)
     except UnsupportedModel as reason:
-        return _load_foreign(folder, device, dtype, numbers, shard, reason)
+        return _load_foreign(folder, device, dtype, numbers, linear, shard, reason)
     bounds = [config.max_context] if max_context is None else [config.max_context, max_context]
     if pool_bytes is not None:
         bounds.append(max(1, pool_bytes // _token_bytes(shard.of(config), kv_dtype or dtype)))
@@ -96,9 +96,15 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _load_foreign(
-    folder: Path, device: torch.device, dtype: torch.dtype, numbers: str, shard: Shard, reason: UnsupportedModel
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    numbers: str,
+    linear: LinearMaker,
+    shard: Shard,
+    reason: UnsupportedModel,
 ) -> LoadedModel:
-    """What is not native, through transformers, whose linear layers stay as they are."""
+    """What is not native, through transformers; its linear layers keep their weights as they are."""
     from services.engine.model.foreign.load import load_foreign
 
     if shard.count > 1:
@@ -106,7 +112,7 @@ def _load_foreign(
     with open_checkpoint(folder) as checkpoint:
         checkpoint.identify_all()
         weights = checkpoint.identity()
-    model = load_foreign(folder, device, dtype, reason)
+    model = load_foreign(folder, device, dtype, linear, reason)
     config = model.config
     _log.info("served through transformers", extra={"fields": {"architecture": config.architecture}})
     described = read_json(folder / "config.json")

@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from services.engine.model.errors import ModelCorrupt, UnsupportedModel
 from services.engine.model.foreign.model import ForeignModel
+from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
+from services.engine.model.linear.linear import DENSE, LinearMaker
 from services.engine.model.loader import LoadedModel, load_model
 from tests.engine.model.random_models import LINEAR_ROPE, WINDOW, save_random
 from tests.engine.model.running import (
@@ -52,15 +55,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def _load(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load_model(folder, device="cpu", dtype=dtype)
+TEAM = linear_maker(torch.device("cpu"), torch.float32, 2, WeightForm.PACKED)
+
+
+def _load(folder: Path, dtype: torch.dtype = torch.float32, linear: LinearMaker = DENSE) -> LoadedModel:
+    return load_model(folder, device="cpu", dtype=dtype, linear=linear)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("linear", [DENSE, TEAM], ids=["torch", "team"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_transformers(tmp_path: Path, name: str) -> None:
+def test_equals_transformers(tmp_path: Path, name: str, linear: LinearMaker) -> None:
     reference = save_random(tmp_path, *MODELS[name])
-    loaded = _load(tmp_path)
+    loaded = _load(tmp_path, linear=linear)
     assert isinstance(loaded.model, ForeignModel)
     assert loaded.config.eos_token_ids == (2, 3)
     prompts = [random_tokens(length, loaded.config.vocab_size, seed=length) for length in PROMPT_LENGTHS]

@@ -10,12 +10,16 @@ import torch
 from services.engine.model.config import end_tokens
 from services.engine.model.errors import ModelCorrupt, ModelError, UnsupportedModel
 from services.engine.model.foreign.interface import NAME, AttentionCall, ProbeStep, computing, register
+from services.engine.model.foreign.linears import replace_linears
 from services.engine.model.foreign.model import ForeignConfig, ForeignModel
 from services.engine.model.foreign.proof import Proof
+from services.engine.model.linear.linear import LinearMaker
 
 
-def load_foreign(folder: Path, device: torch.device, dtype: torch.dtype, reason: UnsupportedModel) -> ForeignModel:
-    """The model in `folder`, which is not native for `reason`.
+def load_foreign(
+    folder: Path, device: torch.device, dtype: torch.dtype, linear: LinearMaker, reason: UnsupportedModel
+) -> ForeignModel:
+    """The model in `folder`, which is not native for `reason`; a team of `linear` computes its linear layers.
 
     Raises UnsupportedModel if transformers is not installed or does not know it, if its attention cannot be replaced,
     or if it then computes something else; ModelCorrupt for weights that lack something.
@@ -31,7 +35,7 @@ def load_foreign(folder: Path, device: torch.device, dtype: torch.dtype, reason:
     config = _config(folder, reason)
     model = _model(folder, config, device, dtype)
     try:
-        return _over_pages(model, config)
+        return _over_pages(model, config, linear)
     except ModelError:
         raise
     except Exception as error:  # whatever a model makes of attention that is not its own
@@ -39,11 +43,16 @@ def load_foreign(folder: Path, device: torch.device, dtype: torch.dtype, reason:
 
 
 @torch.inference_mode()
-def _over_pages(model: Any, config: Any) -> ForeignModel:
-    """The model with our attention. Raises UnsupportedModel, or whatever the model's code raises, if that cannot be."""
+def _over_pages(model: Any, config: Any, linear: LinearMaker) -> ForeignModel:
+    """The model with our attention and a team's linear layers. Raises UnsupportedModel, or whatever the model's code
+    raises, if that cannot be."""
     proof = Proof.of(model, config.get_text_config().vocab_size)
     model.set_attn_implementation(NAME)
-    foreign = ForeignModel(_shape(model, config), model)
+    shape = _shape(model, config)
+    if linear.team is not None:
+        replace_linears(model, linear.make_exact)
+        linear.settle()
+    foreign = ForeignModel(shape, model)
     proof.check(foreign)
     return foreign
 

@@ -48,7 +48,7 @@ def linear_maker(device: torch.device, dtype: torch.dtype, num_threads: int, for
         made.clear()
 
     if form is WeightForm.EXACT:
-        return LinearMaker(exact, team=team, settle=settle)
+        return LinearMaker(exact, team=team, make_exact=exact, settle=settle)
     is_packed = form in (WeightForm.PACKED, WeightForm.PACKED_16)
     name = " int8" if activation_bytes == 1 else " int8 by int16"
-    return LinearMaker(rounded, name, team, packed if is_packed else None, settle)
+    return LinearMaker(rounded, name, team, exact, packed if is_packed else None, settle)

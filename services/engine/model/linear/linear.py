@@ -64,6 +64,8 @@ class LinearMaker:
     make: LinearFactory
     form: str = ""
     team: Team | None = None  # whose layers these are; None: they are no TeamLinear
+    # Makes a layer that computes with the weight as it is, whatever the form.
+    make_exact: LinearFactory = DenseLinear
     # Makes a layer of a weight that the checkpoint has in blocks. None: they are read as other weights are.
     make_packed: Callable[[Blocks, Tensor | None], Linear] | None = None
     settle: Callable[[], None] = _nothing  # to be called when all layers of a model are made: tries what is fastest
