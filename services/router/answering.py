@@ -1,95 +1,45 @@
-"""From the chunks of a program to the pieces of an answer, and what is noted of a request on the way."""
+"""From the chunks of a program to the pieces of an answer."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Self
 
 from services.router.admission.line import Turn
+from services.router.answer import Answer
 from services.router.errors import PolicyFailed
-from services.router.fleet.legs import Legs
 from services.router.metrics import TOKENS, TTFT_SECONDS, of
-from services.router.programs.program import BoundProgram
 from services.router.programs.runner import PolicyRun
 from services.router.prompt_logprobs import PromptLogprobs, joined
+from services.router.record import Record
 from services.router.request import PolicyRequest
-from services.router.text.output import NoOutput, Piece, TextOutput
-from services.router.traces import Trace
-from services.router.values import Chunk, FinishReason, Leg, Logprobs, Usage
+from services.router.text.output import NoOutput, TextOutput
+from services.router.values import Chunk, FinishReason, Usage
 
 _TOKENS = tuple(map(TOKENS.labels, ("prompt", "cached", "output")))
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A piece of an answer. The first has the request's name and program, the generating engine's name and the prompt's
-    token ids, and what was asked for of the prompt's tokens but the first; the last has finish, usage and legs."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[Logprobs, ...] = ()
-    finish: FinishReason | None = None
-    usage: Usage | None = None
-    legs: tuple[Leg, ...] = ()
-    request_id: str = ""
-    program: BoundProgram | None = None
-    engine: str = ""
-    prompt_ids: tuple[int, ...] = ()
-    prompt_logprobs: PromptLogprobs | None = None
-
-
-class Record:
-    """What is kept of a request while it runs: for metrics and its trace."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-        self.model, self.policy, self.spec = "none", "none", ""
-        self.program: BoundProgram | None = None
-        self.first_token_s: float | None = None
-        self.output_tokens = 0
-        self.is_answered = False  # the last piece was taken
-        self.legs = Legs()
-        self._begin = time.monotonic()
-
-    def elapsed_s(self) -> float:
-        """Since the request came."""
-        return time.monotonic() - self._begin
-
-    def told(self, code: str) -> dict[str, object]:
-        """For the log, when it has ended."""
-        return {
-            "request": self.request_id,
-            "model": self.model,
-            "policy": self.spec or self.policy,
-            "code": code,
-            "output": self.output_tokens,
-            "seconds": f"{self.elapsed_s():.3f}",
-        }
-
-    def trace(self, code: str) -> Trace:
-        """What is kept of it when it has ended."""
-        return Trace(
-            self.spec,
-            self.legs.legs(),
-            code,
-            self.elapsed_s(),
-            self.first_token_s,
-            self.output_tokens,
-            self.legs.decision,
-        )
-
-
 class Answering:
-    """The answer of one run, piece by piece. Who began the run closes it."""
+    """The answer of one run, piece by piece. As a context it closes the run: all it left on engines has ended then."""
 
     def __init__(
         self, run: PolicyRun, request: PolicyRequest, output: TextOutput | NoOutput, record: Record, turn: Turn
     ) -> None:
         self.ended = False
         self._told: list[PromptLogprobs] = []  # comes in pieces before the first token
-        self._cut_off = Piece()  # what the stop string that was completed leaves of its chunk
+        self._cut_off = Answer()  # what the stop string that was completed leaves of its chunk
         self._run, self._request, self._output, self._record, self._turn = run, request, output, record, turn
+        record.legs = run.legs
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._record.is_answered = True
+            self._turn.finished(self._record.output_tokens)
+        await self._run.close()
 
     async def next(self) -> Answer:
         """New tokens or text, in the end the account. Raises how the program failed."""
@@ -126,54 +76,43 @@ class Answering:
             return self._last(piece, chunk.finish)
         if self._output.stopped:
             self._cut_off = piece
-        elif piece.text or piece.token_ids:
-            return self._answer(piece.text, piece)
-        return None
+            return None
+        return self._noted(piece) if piece.text or piece.token_ids else None
 
     async def _stopped(self) -> Answer:
         """The end of an answer whose sequence has not ended."""
         await self._run.stop_early()
         return self._last(self._cut_off, None)
 
-    def _last(self, piece: Piece, finish: FinishReason | None) -> Answer:
+    def _last(self, piece: Answer, finish: FinishReason | None) -> Answer:
         self.ended = True
         run, text = self._run, piece.text
         if not self._output.stopped:
             text += self._output.finish()
-        finish = self._output.reason(finish)
         num_prompt_tokens = len(self._request.prompt)
         # What goes on after a failure finds tokens of the answer cached too.
         cached = min(run.legs.generation().matched_tokens, num_prompt_tokens)
         usage = Usage(num_prompt_tokens, cached, self._output.num_tokens)
         for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, usage.output_tokens), strict=True):
             counter.inc(number)
-        return self._answer(text, piece, finish, usage, run.legs.legs())
+        finish = self._output.reason(finish)
+        return self._noted(Answer(text, piece.token_ids, piece.logprobs, finish, usage, run.legs.legs()))
 
-    def _answer(
-        self,
-        text: str,
-        piece: Piece,
-        finish: FinishReason | None = None,
-        usage: Usage | None = None,
-        legs: tuple[Leg, ...] = (),
-    ) -> Answer:
+    def _noted(self, answer: Answer) -> Answer:
+        record = self._record
+        record.output_tokens += len(answer.token_ids)
+        return answer if record.first_token_s is not None else self._first(answer)
+
+    def _first(self, answer: Answer) -> Answer:
         record, run = self._record, self._run
-        record.output_tokens += len(piece.token_ids)
-        if record.first_token_s is not None:
-            return Answer(text, piece.token_ids, piece.logprobs, finish, usage, legs)
         self._turn.first_token()
-        record.spec, record.first_token_s = run.served_by.spec, record.elapsed_s()
+        record.served_by, record.first_token_s = run.served_by, record.elapsed_s()
         of(TTFT_SECONDS, record.model, record.policy).observe(record.first_token_s)
-        return Answer(
-            text,
-            piece.token_ids,
-            piece.logprobs,
-            finish,
-            usage,
-            legs,
-            record.request_id,
-            run.served_by,
-            run.legs.generating_engine(),
-            self._request.prompt,
-            joined(self._told),
+        return replace(
+            answer,
+            request_id=record.request_id,
+            program=run.served_by,
+            engine=run.legs.generating_engine(),
+            prompt_ids=self._request.prompt,
+            prompt_logprobs=joined(self._told),
         )

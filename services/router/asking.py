@@ -84,24 +84,38 @@ def new_seed() -> int:
 def check(ask: Ask) -> None:
     """EmptyPrompt, InvalidRequest."""
     check_prompt(ask.prompt)
-    _check_name("request_id", ask.request_id)
-    _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
-    _check_name("tenant", ask.tenant)
-    _check_name("policy", ask.policy, MAX_POLICY_CHARACTERS)
+    # What a request leaves out, as most do with most of it, is in order.
+    if ask.request_id:
+        _check_name("request_id", ask.request_id)
+    if ask.cache_salt:
+        _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
+    if ask.tenant:
+        _check_name("tenant", ask.tenant)
+    if ask.policy:
+        _check_name("policy", ask.policy, MAX_POLICY_CHARACTERS)
     if ask.priority and ask.priority not in _PRIORITIES:
         raise InvalidRequest(f"priority {ask.priority[:MAX_NAME_CHARACTERS]!r} is not one of {', '.join(_PRIORITIES)}")
-    _bounded("stop", len(ask.stop), MAX_STOPS, "strings")
-    for stop in ask.stop:
+    if ask.stop:
+        _check_stops(ask.stop)
+    sampling = ask.sampling
+    if sampling.stop_token_ids:
+        _bounded("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
+    if sampling.logit_bias:
+        _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
+    if sampling.logprobs:
+        _bounded("logprobs", sampling.logprobs, MAX_LOGPROBS, "alternatives")
+    if sampling.prompt_logprobs:
+        _bounded("prompt_logprobs", sampling.prompt_logprobs, MAX_LOGPROBS, "alternatives")
+    if sampling.guide is not None:
+        _bounded("guide", sum(len(text.encode()) for text in sampling.guide.texts), MAX_GUIDE_BYTES, "bytes")
+
+
+def _check_stops(stops: tuple[str, ...]) -> None:
+    _bounded("stop", len(stops), MAX_STOPS, "strings")
+    for stop in stops:
         _bounded("a stop string", len(stop), MAX_STOP_CHARACTERS, "characters")
         if not stop:
             raise InvalidRequest("a stop string is empty")
-    sampling = ask.sampling
-    _bounded("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
-    _bounded("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "entries")
-    _bounded("logprobs", sampling.logprobs or 0, MAX_LOGPROBS, "alternatives")
-    _bounded("prompt_logprobs", sampling.prompt_logprobs or 0, MAX_LOGPROBS, "alternatives")
-    if sampling.guide is not None:
-        _bounded("guide", sum(len(text.encode()) for text in sampling.guide.texts), MAX_GUIDE_BYTES, "bytes")
 
 
 def check_choices(n: int) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.asking import MAX_NAME_CHARACTERS, Ask, Beside
 from services.router.service import GenerationService
 
@@ -42,17 +42,26 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
                     yield piece
 
 
-async def deliver_choices(
+def deliver_choices(
+    service: GenerationService,
+    ask: Ask,
+    n: int,
+    take: Callable[[int, Answer], bool],
+    wait_for_room: Callable[[], Awaitable[None]],
+) -> Coroutine[Any, Any, None]:
+    """As generate_choices, for who need not wait to pass a piece on: see GenerationService.deliver."""
+    if n == 1:
+        return service.deliver(ask, partial(take, 0), wait_for_room)
+    return _deliver_all(service, ask, n, take, wait_for_room)
+
+
+async def _deliver_all(
     service: GenerationService,
     ask: Ask,
     n: int,
     take: Callable[[int, Answer], bool],
     wait_for_room: Callable[[], Awaitable[None]],
 ) -> None:
-    """As generate_choices, for who need not wait to pass a piece on: see GenerationService.deliver."""
-    if n == 1:
-        await service.deliver(ask, partial(take, 0), wait_for_room)
-        return
     async with aclosing(generate_choices(service, ask, n)) as answers:
         async for choice, answer in answers:
             if not take(choice, answer):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 from services.protocol.errors import ServiceError
 from services.router.admission.admission import Admission
+from services.router.admission.line import Turn
 from services.router.admission.ticket import Priority, Ticket
-from services.router.answering import Answer, Answering, Record
+from services.router.answer import Answer
+from services.router.answering import Answering
 from services.router.asking import (
     Ask,
     Chat,
@@ -30,6 +32,7 @@ from services.router.fleet.registry import Model, Registry
 from services.router.metrics import DURATION_SECONDS, REQUESTS, TPOT_SECONDS, of
 from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
+from services.router.record import Record
 from services.router.request import PolicyRequest
 from services.router.text.output import NoOutput, TextOutput
 from services.router.traces import Traces
@@ -60,9 +63,14 @@ class GenerationService:
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """The answer as it comes. Closing the generator, or cancelling its consumer, ends all work for it."""
-        async with self._answering(ask) as answering:
-            while not answering.ended:
-                yield await answering.next()
+        with self._record(ask) as record, self._enter(ask):
+            model, request = await self._request(ask, record)
+            async with (
+                self._admission.turn(_ticket(ask, request, model)) as turn,
+                self._run(ask, model, request, record, turn) as answering,
+            ):
+                while not answering.ended:
+                    yield await answering.next()
 
     async def deliver(
         self, ask: Ask, take: Callable[[Answer], bool], wait_for_room: Callable[[], Awaitable[None]]
@@ -70,40 +78,22 @@ class GenerationService:
         """As generate, for who need not wait to pass a piece on: `take` is given each in the turn of the event loop in
         which its tokens came; after it has said False, the next comes when `wait_for_room` has returned. Cancelling
         ends all work for it, and so does what `take` raises."""
-        async with self._answering(ask) as answering:
-            await answering.deliver(take)
-            while not answering.ended:
-                await wait_for_room()
+        with self._record(ask) as record, self._enter(ask):
+            model, request = await self._request(ask, record)
+            async with (
+                self._admission.turn(_ticket(ask, request, model)) as turn,
+                self._run(ask, model, request, record, turn) as answering,
+            ):
                 await answering.deliver(take)
-
-    @asynccontextmanager
-    async def _answering(self, ask: Ask) -> AsyncIterator[Answering]:
-        """The request runs from its turn until the end of the block."""
-        with self._recording(ask) as record:
-            check(ask)
-            with self._admission.enter(0 if ask.has_entered else 1):
-                # That of an answer which has begun stays what it is, whatever becomes of its name.
-                program = beside(ask.beside) if ask.beside is not None else self._catalogue.resolve(ask.policy)
-                record.program, record.policy, record.spec = program, program.name, program.spec
-                model = self._registry.model(ask.model)
-                record.model = model.key.name
-                request = await self._request(ask, model, record.request_id)
-                output = _output(ask, model)
-                async with self._admission.turn(_ticket(ask, request, model)) as turn:
-                    run = self._host.run(program, request)
-                    record.legs = run.legs
-                    try:
-                        yield Answering(run, request, output, record, turn)
-                        record.is_answered = True
-                        turn.finished(record.output_tokens)
-                    finally:
-                        await run.close()  # all it left on engines has ended then
+                while not answering.ended:
+                    await wait_for_room()
+                    await answering.deliver(take)
 
     @contextmanager
     def entering(self, ask: Ask, n: int, num_asks: int = 1) -> Iterator[None]:
         """Counts `n` answers to each of so many asks, `ask` the first, for as long as the block runs. A refusal counts
         as one request that ended. Overloaded, InvalidRequest, EmptyPrompt."""
-        record = _record(ask)
+        record = self._record(ask)
         with ExitStack() as stack:
             try:
                 check(ask)
@@ -138,47 +128,46 @@ class GenerationService:
         """The model of that name; for an empty name the only one."""
         return self._registry.model(name)
 
-    async def _request(self, ask: Ask, model: Model, request_id: str) -> PolicyRequest:
+    def _record(self, ask: Ask) -> Record:
+        return Record(ask.request_id or f"{random.getrandbits(64):016x}", ask.time_left_s, self._ended)
+
+    def _enter(self, ask: Ask) -> AbstractContextManager[None]:
+        """Counts the request, unless it was, for as long as the block runs. Overloaded, InvalidRequest, EmptyPrompt."""
+        check(ask)
+        return self._admission.enter(0 if ask.has_entered else 1)
+
+    async def _request(self, ask: Ask, record: Record) -> tuple[Model, PolicyRequest]:
+        """What is to be run, by the program on record from now on."""
+        # That of an answer which has begun stays what it is, whatever becomes of its name.
+        program = beside(ask.beside) if ask.beside is not None else self._catalogue.resolve(ask.policy)
+        record.program = record.served_by = program
+        record.policy = program.name
+        model = self._registry.model(ask.model)
+        record.model = model.key.name
         limit_s = self._max_request_s if ask.time_left_s is None else min(ask.time_left_s, self._max_request_s)
         deadline = asyncio.get_running_loop().time() + limit_s
         prompt = await _encode(ask.prompt, model)
         check_tokens(prompt, model)
         sampling = _scoring(ask.sampling) if ask.prompt_only else ask.sampling
-        return PolicyRequest(request_id, model.key, prompt, sampling, ask.cache_salt, deadline)
+        return model, PolicyRequest(record.request_id, model.key, prompt, sampling, ask.cache_salt, deadline)
 
-    @contextmanager
-    def _recording(self, ask: Ask) -> Iterator[Record]:
-        record, code = _record(ask), "INTERNAL"
-        try:
-            yield record
-            code = "OK"
-        except ServiceError as error:
-            code = error.code.name
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            # A client that goes away looks like this, one whose deadline passes, and one that has its answer and does
-            # not wait until all is tidied up.
-            late = ask.time_left_s is not None and record.elapsed_s() >= ask.time_left_s
-            code = "OK" if record.is_answered else "DEADLINE_EXCEEDED" if late else "CANCELLED"
-            raise
-        finally:
-            self._ended(record, code)
+    def _run(self, ask: Ask, model: Model, request: PolicyRequest, record: Record, turn: Turn) -> Answering:
+        assert record.program is not None
+        run = self._host.run(record.program, request)
+        # All else comes after it: the engine works meanwhile.
+        return Answering(run, request, _output(ask, model), record, turn)
 
     def _ended(self, record: Record, code: str) -> None:
+        trace = record.trace(code)
         of(REQUESTS, record.model, record.policy, code).inc()
-        of(DURATION_SECONDS, record.model, record.policy).observe(record.elapsed_s())
+        of(DURATION_SECONDS, record.model, record.policy).observe(trace.duration_s)
         if record.program is not None:
-            trace = record.trace(code)
             if (per_token_s := trace.per_token_s) is not None:
                 of(TPOT_SECONDS, record.model, record.policy).observe(per_token_s)
             self._traces.add(record.request_id, trace)
             self._catalogue.ended(record.program, trace)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("request ended", extra={"fields": record.told(code)})
-
-
-def _record(ask: Ask) -> Record:
-    return Record(ask.request_id or f"{random.getrandbits(64):016x}")
+            log.debug("request ended", extra={"fields": record.told(trace)})
 
 
 async def _encode(prompt: Prompt, model: Model) -> tuple[int, ...]:

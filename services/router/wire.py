@@ -9,8 +9,7 @@ from microserve.types.v1 import sampling_pb2
 
 from services.router.prompt_logprobs import PromptLogprobs
 from services.router.values import Chunk, FinishReason, Guide, Leg, Logprobs, Sampling, TokenLogprob, Verb
-from services.rpc.kv_messages import range_message
-from services.rpc.timing_messages import duration_message, timing_message, timing_of
+from services.rpc.timing_messages import set_duration, set_timing, timing_of
 
 _FINISH_FROM_WIRE = {
     sampling_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -34,14 +33,14 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampl
         repetition_penalty=message.repetition_penalty,
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
-        logit_bias=tuple(message.logit_bias.items()),
+        logit_bias=tuple(message.logit_bias.items()) if message.logit_bias else (),
         seed=seed,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         stop_token_ids=tuple(message.stop_token_ids),
         min_tokens=message.min_tokens,
         max_tokens=message.max_tokens,
         ignore_eos=message.ignore_eos,
-        guide=_guide_from_wire(message.guide),
+        guide=_guide_from_wire(message.guide) if message.HasField("guide") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
@@ -136,11 +135,12 @@ def finish_to_wire(finish: FinishReason) -> sampling_pb2.FinishReason.ValueType:
 
 
 def leg_to_wire(leg: Leg) -> sampling_pb2.Leg:
-    return sampling_pb2.Leg(
-        verb=_VERB_TO_WIRE[leg.verb],
-        engine=leg.engine,
-        range=range_message(leg.range),
-        timing=timing_message(leg.timing) if leg.timing is not None else None,
-        elapsed=duration_message(leg.elapsed_s),
-        first_token=duration_message(leg.first_token_s) if leg.first_token_s is not None else None,
-    )
+    message = sampling_pb2.Leg(verb=_VERB_TO_WIRE[leg.verb], engine=leg.engine)
+    # In place: a message that is passed to the making of another is copied, which takes longer than all the rest.
+    message.range.begin, message.range.end = leg.range.begin, leg.range.end
+    if leg.timing is not None:
+        set_timing(message.timing, leg.timing)
+    set_duration(message.elapsed, leg.elapsed_s)
+    if leg.first_token_s is not None:
+        set_duration(message.first_token, leg.first_token_s)
+    return message

@@ -10,8 +10,14 @@ from services.protocol.timing import Timing
 
 def duration_message(seconds: float) -> Duration:
     """Seconds as a message; what is below zero becomes zero."""
-    whole, nanos = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
-    return Duration(seconds=whole, nanos=nanos)
+    message = Duration()
+    set_duration(message, seconds)
+    return message
+
+
+def set_duration(message: Duration, seconds: float) -> None:
+    """The same in place, as a field of a message, which has it then: several times as quick as one to be copied."""
+    message.seconds, message.nanos = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
 
 
 def seconds_of(message: Duration) -> float:
@@ -21,18 +27,23 @@ def seconds_of(message: Duration) -> float:
 
 def timing_message(timing: Timing) -> sampling_pb2.Timing:
     """An account as a message."""
-    return sampling_pb2.Timing(
-        matched_token_count=timing.matched_tokens,
-        transferred_token_count=timing.transferred_tokens,
-        computed_token_count=timing.computed_tokens,
-        generated_token_count=timing.generated_tokens,
-        transferred_bytes=timing.transferred_bytes,
-        queue=duration_message(timing.queue_s),
-        prefill=duration_message(timing.prefill_s),
-        transfer=duration_message(timing.transfer_s),
-        total=duration_message(timing.total_s),
-        preemption_count=timing.preemptions,
-    )
+    message = sampling_pb2.Timing()
+    set_timing(message, timing)
+    return message
+
+
+def set_timing(message: sampling_pb2.Timing, timing: Timing) -> None:
+    """The same in place."""
+    message.matched_token_count = timing.matched_tokens
+    message.transferred_token_count = timing.transferred_tokens
+    message.computed_token_count = timing.computed_tokens
+    message.generated_token_count = timing.generated_tokens
+    message.transferred_bytes = timing.transferred_bytes
+    set_duration(message.queue, timing.queue_s)
+    set_duration(message.prefill, timing.prefill_s)
+    set_duration(message.transfer, timing.transfer_s)
+    set_duration(message.total, timing.total_s)
+    message.preemption_count = timing.preemptions
 
 
 def timing_of(message: sampling_pb2.Timing) -> Timing:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.asking import Ask, Text
 from services.router.http import Client, ClientGone
 from services.router.openai.answers import Answers

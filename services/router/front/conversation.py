@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from services.protocol.errors import ServiceError
@@ -54,21 +53,21 @@ class Conversation(Generic[OutputT]):
         self._max_output_bytes = max_message_bytes - _FRAME_BYTES
         self._failed = failed
         self._open: dict[int, asyncio.Task[None]] = {}
+        self._loop = asyncio.get_running_loop()
         self._waiting: deque[tuple[OutputT, int]] = deque()  # with their bytes
         self._waiting_bytes = 0
         self._ended = False
         self._end_error: ServiceError | None = None
-        self._ready = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._taker: asyncio.Future[None] | None = None  # while take() waits
+        self.has_room = True  # not too much is waiting for the client
+        self._got_room = asyncio.Event()
 
     def begin(self, call_id: int, answer: Callable[[Say[OutputT]], Coroutine[Any, Any, None]]) -> None:
         """Begins a request at once, whose number must be new; after end() it fails with what ended the conversation."""
         if self._end_error is not None:
-            self._put(self._failed(call_id, self._end_error))
-            return
-        task = self._open[call_id] = begin(self._answer(call_id, answer), f"{self._method} {call_id}")
-        task.add_done_callback(partial(self._task_ended, call_id))
+            self._fail(call_id, self._end_error)
+        else:
+            begin(self._answer(call_id, answer), f"{self._method} {call_id}")
 
     def cancel(self, call_id: int) -> None:
         """Ends a request as if its client had left. One that is not open is ignored."""
@@ -80,7 +79,7 @@ class Conversation(Generic[OutputT]):
         """No request is begun any more; those that are open go on. The first `error` counts."""
         self._ended = True
         self._end_error = self._end_error or error
-        self._ready.set()
+        self._wake()
 
     async def take(self) -> list[OutputT]:
         """What has come since, at least one output and as many as make a frame; empty once all is over. Raises what
@@ -90,8 +89,11 @@ class Conversation(Generic[OutputT]):
                 if self._end_error is not None:
                     raise self._end_error
                 return []
-            self._ready.clear()
-            await self._ready.wait()
+            self._taker = self._loop.create_future()
+            try:
+                await self._taker
+            finally:
+                self._taker = None
         taken, num_bytes = list[OutputT](), 0
         while self._waiting:
             output, size = self._waiting[0]
@@ -101,14 +103,16 @@ class Conversation(Generic[OutputT]):
             taken.append(output)
             num_bytes += size
         self._waiting_bytes -= num_bytes
-        if self._waiting_bytes < MAX_WAITING_BYTES:
-            self._room.set()
+        if not self.has_room and self._waiting_bytes < MAX_WAITING_BYTES:
+            self.has_room = True
+            self._got_room.set()
         return taken
 
     async def wait_for_room(self) -> None:
-        """Waits while too much is waiting for the client."""
-        while self._waiting_bytes >= MAX_WAITING_BYTES:
-            await self._room.wait()
+        """Waits until `has_room`."""
+        while not self.has_room:
+            self._got_room.clear()
+            await self._got_room.wait()
 
     def cancel_all(self) -> None:
         """Ends every request, and begins no more."""
@@ -121,8 +125,11 @@ class Conversation(Generic[OutputT]):
         await asyncio.gather(*self._open.values(), return_exceptions=True)
 
     async def _answer(self, call_id: int, answer: Callable[[Say[OutputT]], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[call_id] = task
         is_over = False
-        failure: ServiceError
+        failure: ServiceError | None = None
 
         def say(output: OutputT) -> bool:
             nonlocal is_over
@@ -130,33 +137,36 @@ class Conversation(Generic[OutputT]):
             if size > self._max_output_bytes:  # gRPC would end the stream
                 raise InvalidRequest(f"a piece of the answer has {size} bytes, more than fit into a message")
             is_over = output.last
-            self._put(output)
-            return self._waiting_bytes < MAX_WAITING_BYTES
+            self._put(output, size)
+            return self.has_room
 
         try:
             await answer(say)
         except Exception as error:
             failure = error if isinstance(error, ServiceError) else internal_error(self._method, error)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if task.cancelling():
                 failure = RequestCancelled("the client cancelled the request")
             else:  # nobody asked for it: somebody cancelled a task that the request was waiting for
                 failure = internal_error(self._method, error)
-        else:
-            return
-        if not is_over:
-            self._put(self._failed(call_id, failure))
-
-    def _task_ended(self, call_id: int, _: asyncio.Task[None]) -> None:
+        if failure is not None and not is_over:
+            self._fail(call_id, failure)
         del self._open[call_id]
         if self._ended:
-            self._ready.set()
+            self._wake()
 
-    def _put(self, output: OutputT) -> None:
-        size = output.ByteSize()
+    def _fail(self, call_id: int, error: ServiceError) -> None:
+        output = self._failed(call_id, error)
+        self._put(output, output.ByteSize())
+
+    def _put(self, output: OutputT, size: int) -> None:
         self._waiting.append((output, size))
         self._waiting_bytes += size
         if self._waiting_bytes >= MAX_WAITING_BYTES:
-            self._room.clear()
-        self._ready.set()
+            self.has_room = False
+        if self._taker is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)

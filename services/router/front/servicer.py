@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.asking import Text, check_choices
 from services.router.choices import deliver_choices, generate_choices
 from services.router.errors import Draining, InvalidRequest, SlowConsumer
@@ -20,7 +20,7 @@ from services.router.front.conversation import Conversation, Say
 from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
 from services.router.keys import Keys, shown_in
 from services.router.service import GenerationService
-from services.router.wait_limit import WaitLimit
+from services.router.wait_limit import WaitedTooLong, WaitLimit
 from services.rpc.deadline import earlier, time_left
 from services.rpc.timing_messages import seconds_of
 
@@ -66,7 +66,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
                 async for choice, answer in answers:
                     for piece in spelling.pieces(choice, answer):
-                        await self._write(context, piece, limit)
+                        await limit.wait(context.write(piece))
+        except WaitedTooLong:
+            raise self._slow_consumer() from None
         finally:
             limit.stop()
 
@@ -81,8 +83,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         reader = asyncio.create_task(self._read(session, request_iterator, context), name=READER)
         try:
             while outputs := await session.take():
-                await self._write(context, router_pb2.SessionResponse(outputs=outputs), limit)
+                await limit.wait(context.write(router_pb2.SessionResponse(outputs=outputs)))
             reader.result()
+        except WaitedTooLong:
+            raise self._slow_consumer() from None
         finally:
             # All of it before anything is awaited: another cancellation may end the wait.
             limit.stop()
@@ -132,11 +136,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ],
         )
 
-    async def _write(self, context: Context, message: object, limit: WaitLimit) -> None:
-        try:
-            await limit.wait(context.write(message))
-        except TimeoutError:
-            raise SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s") from None
+    def _slow_consumer(self) -> SlowConsumer:
+        return SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s")
 
     async def _read(
         self, session: _Session, commands: AsyncIterator[router_pb2.SessionRequest], context: Context
@@ -157,7 +158,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                         session.cancel(command.cancel.call_id)
                     case None:
                         raise InvalidRequest("a session request has no command that is known here")
-                await session.wait_for_room()
+                if not session.has_room:
+                    await session.wait_for_room()
         except DecodeError:
             session.end(InvalidRequest("a session request is no message of this contract"))
         except InvalidRequest as error:
@@ -165,21 +167,23 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         finally:
             session.end()
 
-    async def _answer(
+    def _answer(
         self, session: _Session, call: router_pb2.GenerateCall, terms: Terms, say: Say[router_pb2.SessionOutput]
-    ) -> None:
-        ask, num_live = ask_of(call.request, terms), call.request.n or 1
+    ) -> Coroutine[Any, Any, None]:
+        call_id, num_live = call.call_id, call.request.n or 1
+        ask = ask_of(call.request, terms)
         spelling = Spelling(self._service, ask, echo=call.request.echo)
 
         def take(choice: int, answer: Answer) -> bool:
             nonlocal num_live
-            num_live -= answer.finish is not None
-            *others, piece = spelling.pieces(choice, answer)
-            for other in others:
-                say(router_pb2.SessionOutput(call_id=call.call_id, response=other))
-            return say(router_pb2.SessionOutput(call_id=call.call_id, response=piece, last=not num_live))
+            if answer.finish is not None:
+                num_live -= 1
+            output = router_pb2.SessionOutput(call_id=call_id, last=not num_live)
+            for before in spelling.write(output.response, choice, answer):
+                say(router_pb2.SessionOutput(call_id=call_id, response=before))
+            return say(output)
 
-        await deliver_choices(self._service, ask, num_live, take, session.wait_for_room)
+        return deliver_choices(self._service, ask, num_live, take, session.wait_for_room)
 
     def _terms(self, context: Context) -> Terms:
         """As call metadata says them."""
@@ -196,11 +200,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
 def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None) -> Terms:
     """Those of a request of a session whose stream has so much time left."""
-    limit_s = seconds_of(call.timeout) if call.HasField("timeout") else None
+    if call.HasField("timeout"):
+        left_s = earlier(left_s, seconds_of(call.timeout))
     return Terms(
         call.policy or stream.policy,
         call.priority or stream.priority,
         call.tenant or stream.tenant,
-        earlier(left_s, limit_s),
+        left_s,
         stream.owner,
     )

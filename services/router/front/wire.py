@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from microserve.router.v1 import router_pb2
 
 from services.protocol.errors import ServiceError
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.asking import Ask, Chat, Prompt, Text, Tokens, new_seed
 from services.router.errors import EmptyPrompt
 from services.router.keys import tenant_of
@@ -41,19 +41,41 @@ class Spelling:
         self._service, self._ask = service, ask
         self._wants_echo = echo
 
-    def pieces(self, choice: int, answer: Answer) -> tuple[router_pb2.GenerateResponse, ...]:
-        """The next message, or several where one cannot hold all that is told of the prompt."""
-        message = self._message(choice, answer)
-        return (message,) if answer.prompt_logprobs is None else tuple(_telling(message, answer.prompt_logprobs))
+    def write(
+        self, message: router_pb2.GenerateResponse, choice: int, answer: Answer
+    ) -> Sequence[router_pb2.GenerateResponse]:
+        """Makes an empty message the next one. Gives those that come before it, where one cannot hold all that is told
+        of the prompt."""
+        message.text = answer.text
+        message.token_ids.extend(answer.token_ids)
+        if choice:
+            message.choice = choice
+        if answer.logprobs:
+            message.logprobs.extend(map(logprobs_to_wire, answer.logprobs))
+        if answer.finish is not None:
+            message.finish_reason = finish_to_wire(answer.finish)
+            message.legs.extend(map(leg_to_wire, answer.legs))
+        if answer.usage is not None:
+            message.usage.prompt_token_count = answer.usage.prompt_tokens
+            message.usage.cached_token_count = answer.usage.cached_tokens
+            message.usage.output_token_count = answer.usage.output_tokens
+        return self._begin(message, choice, answer) if answer.program is not None else ()
 
-    def _message(self, choice: int, answer: Answer) -> router_pb2.GenerateResponse:
-        """The first of choice 0 has the prompt where it is wished for."""
-        message = _to_wire(choice, answer)
+    def pieces(self, choice: int, answer: Answer) -> list[router_pb2.GenerateResponse]:
+        """The next message, after those that come before it."""
+        message = router_pb2.GenerateResponse()
+        return [*self.write(message, choice, answer), message]
+
+    def _begin(
+        self, message: router_pb2.GenerateResponse, choice: int, answer: Answer
+    ) -> Sequence[router_pb2.GenerateResponse]:
+        """What the first message has beside others; that of choice 0 has the prompt where it is wished for."""
+        assert answer.program is not None
+        message.request_id, message.policy = answer.request_id, answer.program.spec
         if self._wants_echo and not choice:
             message.prompt.text = self._service.echo(self._ask, answer.prompt_ids)
             message.prompt.token_ids.extend(answer.prompt_ids)
-            self._wants_echo = False
-        return message
+        return () if answer.prompt_logprobs is None else _tell(message, answer.prompt_logprobs)
 
 
 def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
@@ -96,37 +118,16 @@ def chat_of(chat: router_pb2.ChatMessages) -> Chat:
     return Chat(tuple(ChatMessage(message.role, message.content) for message in chat.messages))
 
 
-def _to_wire(choice: int, answer: Answer) -> router_pb2.GenerateResponse:
-    message = router_pb2.GenerateResponse(
-        text=answer.text,
-        token_ids=answer.token_ids,
-        request_id=answer.request_id,
-        policy=answer.program.spec if answer.program is not None else "",
-        choice=choice,
-    )
-    if answer.logprobs:
-        message.logprobs.extend(map(logprobs_to_wire, answer.logprobs))
-    if answer.finish is not None:
-        message.finish_reason = finish_to_wire(answer.finish)
-        message.legs.extend(map(leg_to_wire, answer.legs))
-    if answer.usage is not None:
-        message.usage.prompt_token_count = answer.usage.prompt_tokens
-        message.usage.cached_token_count = answer.usage.cached_tokens
-        message.usage.output_token_count = answer.usage.output_tokens
-    return message
-
-
-def _telling(message: router_pb2.GenerateResponse, prompt: PromptLogprobs) -> Iterator[router_pb2.GenerateResponse]:
-    """`message` with the last that is told of its prompt, and before it what comes before that."""
+def _tell(message: router_pb2.GenerateResponse, prompt: PromptLogprobs) -> Sequence[router_pb2.GenerateResponse]:
+    """Puts the last that is told of its prompt into the first message. Gives those that then come before it."""
     *parts, last = prompt.split(MAX_PROMPT_NUMBERS)
-    for part in parts:
-        yield router_pb2.GenerateResponse(
-            request_id=message.request_id,
-            policy=message.policy,
-            prompt=message.prompt if message.HasField("prompt") else None,
-            prompt_logprobs=prompt_to_wire(part),
-        )
-        for field in ("request_id", "policy", "prompt"):
-            message.ClearField(field)
     message.prompt_logprobs.CopyFrom(prompt_to_wire(last))
-    yield message
+    if not parts:
+        return ()
+    before = [router_pb2.GenerateResponse(prompt_logprobs=prompt_to_wire(part)) for part in parts]
+    before[0].request_id, before[0].policy = message.request_id, message.policy
+    if message.HasField("prompt"):
+        before[0].prompt.CopyFrom(message.prompt)
+    for field in ("request_id", "policy", "prompt"):
+        message.ClearField(field)
+    return before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.errors import EngineLost
 from services.router.openai.calls import Call
 from services.router.openai.shapes import Choice

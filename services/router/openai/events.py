@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 
 from starlette.types import Message, Send
 
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.http import Client, ClientGone
 from services.router.openai.answers import Answers
 from services.router.openai.shapes import ChatShape, Choice, CompletionShape, Json, Offsets

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from services.protocol.errors import ServiceError
-from services.router.answering import Answer
+from services.router.answer import Answer
 from services.router.choices import deliver_choices, generate_choices, merge
 from services.router.fleet.registry import Model
 from services.router.http import CLIENT, Client, ClientGone

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Iterable
 
 from services.router.text.token_bytes import TokenBytes
-
-_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
@@ -18,17 +16,20 @@ class Detokenizer:
 
     def __init__(self, table: TokenBytes, num_stripped_spaces: int = 0) -> None:
         self._table = table
-        self._utf8 = _UTF8(errors="replace")
+        self._unfinished = b""
         self._to_strip = num_stripped_spaces
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """The characters that these tokens complete; may be empty."""
-        table = self._table
-        return self._strip(self._utf8.decode(b"".join([table[token_id] for token_id in token_ids])))
+        spelled = self._unfinished + b"".join(map(self._table.__getitem__, token_ids))
+        text, num_decoded = utf_8_decode(spelled, "replace")
+        self._unfinished = spelled[num_decoded:]
+        return self._strip(text) if self._to_strip else text
 
     def finish(self) -> str:
         """What was kept back, as U+FFFD; nothing if the last character was whole."""
-        return self._strip(self._utf8.decode(b"", final=True))
+        rest, self._unfinished = self._unfinished, b""
+        return self._strip(rest.decode(errors="replace")) if rest else ""
 
     def _strip(self, text: str) -> str:
         while self._to_strip and text:

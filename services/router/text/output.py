@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from services.router.answer import Answer
 from services.router.text.detokenizer import Detokenizer
 from services.router.text.stops import StopMatcher
-from services.router.values import Chunk, FinishReason, Logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New tokens, and the text that has become certain with them (it may lag behind)."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[Logprobs, ...] = ()
+from services.router.values import Chunk, FinishReason
 
 
 class TextOutput:
@@ -26,34 +17,37 @@ class TextOutput:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops, include_stop=include_stop) if stops else None
         self.num_tokens = 0
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has been completed. What follows it is not part of the answer."""
-        return self._matcher is not None and self._matcher.stopped
+        self.stopped = False  # a stop string has been completed; what follows it is not part of the answer
 
     def reason(self, finish: FinishReason | None) -> FinishReason | None:
         """Why the answer ends, when its sequence did for that reason or a stop string was completed."""
         return FinishReason.STOP if self.stopped else finish
 
-    def feed(self, chunk: Chunk) -> Piece:
-        """Takes the chunk's tokens, or those up to a stop string."""
-        if self._matcher is None:
-            self.num_tokens += len(chunk.token_ids)
-            return Piece(self._detokenizer.feed(chunk.token_ids), chunk.token_ids, chunk.logprobs)
-        text, taken = "", 0
-        while taken < len(chunk.token_ids) and not self.stopped:
-            text += self._matcher.feed(self._detokenizer.feed(chunk.token_ids[taken : taken + 1]))
-            taken += 1
-        self.num_tokens += taken
-        return Piece(text, chunk.token_ids[:taken], chunk.logprobs[:taken])
+    def feed(self, chunk: Chunk) -> Answer:
+        """The chunk's tokens, or those up to a stop string, and the text that has become certain with them (it may lag
+        behind)."""
+        if self._matcher is not None:
+            return self._feed(chunk, self._matcher)
+        self.num_tokens += len(chunk.token_ids)
+        return Answer(self._detokenizer.feed(chunk.token_ids), chunk.token_ids, chunk.logprobs)
 
     def finish(self) -> str:
         """Text still held back when the tokens have ended."""
         rest = self._detokenizer.finish()
         if self._matcher is None:
             return rest
-        return self._matcher.feed(rest) + self._matcher.finish()
+        text = self._matcher.feed(rest) + self._matcher.finish()
+        self.stopped = self._matcher.stopped
+        return text
+
+    def _feed(self, chunk: Chunk, matcher: StopMatcher) -> Answer:
+        text, taken = "", 0
+        while taken < len(chunk.token_ids) and not matcher.stopped:
+            text += matcher.feed(self._detokenizer.feed(chunk.token_ids[taken : taken + 1]))
+            taken += 1
+        self.num_tokens += taken
+        self.stopped = matcher.stopped
+        return Answer(text, chunk.token_ids[:taken], chunk.logprobs[:taken])
 
 
 class NoOutput:
@@ -66,9 +60,9 @@ class NoOutput:
         """Its end is the limit of no token, not what a token happens to be."""
         return FinishReason.LENGTH if finish is FinishReason.STOP else finish
 
-    def feed(self, chunk: Chunk) -> Piece:
+    def feed(self, chunk: Chunk) -> Answer:
         """Nothing."""
-        return Piece()
+        return Answer()
 
     def finish(self) -> str:
         """Nothing."""

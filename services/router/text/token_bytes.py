@@ -61,21 +61,19 @@ def _stripped(step: Mapping[str, Any]) -> int:
     return int(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
 
 
-class TokenBytes:
-    """Token id to bytes. Special tokens, and ids that name no token, stand for none."""
+class TokenBytes(dict[int, bytes]):
+    """Token id to bytes, of any id. Special tokens, and ids that name no token, stand for none."""
 
     def __init__(self, backend: Backend, spelling: Spelling) -> None:
+        added = backend.get_added_tokens_decoder()
+        super().__init__((token_id, b"") for token_id, token in added.items() if token.special)
         self._backend = backend
         self._spell = _byte_level if spelling is Spelling.BYTE_LEVEL else _sentencepiece
-        added = backend.get_added_tokens_decoder()
-        self._known = {token_id: b"" for token_id, token in added.items() if token.special}
 
-    def __getitem__(self, token_id: int) -> bytes:
-        known = self._known.get(token_id)
-        if known is None:
-            # Filled as tokens are met: spelling out a whole vocabulary would take a second of the loop's time.
-            piece = self._backend.id_to_token(token_id)
-            known = self._known[token_id] = b"" if piece is None else self._spell(piece)
+    def __missing__(self, token_id: int) -> bytes:
+        # Filled as tokens are met: spelling out a whole vocabulary would take a second of the loop's time.
+        piece = self._backend.id_to_token(token_id)
+        known = self[token_id] = b"" if piece is None else self._spell(piece)
         return known
 
 
