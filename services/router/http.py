@@ -34,10 +34,12 @@ class ClientGone(Exception):
 
 class Client:
     """The other end of a connection. ASGI itself tells that a client leaves only to who waits for that, which takes a
-    task for every request, and that the connection has room only to who waits for that, which takes a turn."""
+    task for every request, that the connection has room only to who waits for that, which takes a turn, and that a
+    body is all here only to who waits for that, which takes a timer."""
 
     def __init__(self) -> None:
         self.has_room = True  # what is sent is written at once
+        self.has_spoken = False  # what it has begun to ask for is here with all of its body
         self._has_left = False
         self._asking: asyncio.Task[Any] | None = None
 
@@ -168,6 +170,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._end_head()
         self._is_head, self._num_head_bytes = True, 0
+        self._client.has_spoken = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -177,6 +180,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._end_rest()
+        self._client.has_spoken = True
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

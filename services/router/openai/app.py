@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from email.utils import formatdate
+from functools import lru_cache
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.exceptions import HTTPException
@@ -20,7 +21,7 @@ from services.protocol.errors import ServiceError
 from services.router.fleet.registry import Model
 from services.router.http import ClientGone
 from services.router.keys import HEADER, Keys
-from services.router.metrics import HTTP_REQUESTS
+from services.router.metrics import HTTP_REQUESTS, of
 from services.router.openai.calls import chat, completion
 from services.router.openai.errors import Refusal, refusal
 from services.router.openai.generation import OWNER, Generation, HttpLimits
@@ -30,6 +31,7 @@ from services.router.service import GenerationService
 log = logging.getLogger(__name__)
 
 _API = "/v1/"
+_HEADER = HEADER.encode()
 _CLIENT_GONE = 499  # nobody sees it but the metrics
 
 
@@ -51,13 +53,13 @@ class HttpApp:
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        routes: list[BaseRoute] = [
-            Route("/health", self._health),
-            Route("/metrics", _metrics),
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._model),
+        routes: list[BaseRoute] = [  # they are tried in this order
             Route("/v1/completions", Generation(service, completion, CompletionShape, limits), methods=["POST"]),
             Route("/v1/chat/completions", Generation(service, chat, ChatShape, limits), methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/health", self._health),
+            Route("/metrics", _metrics),
         ]
         self._paths = {route.path for route in routes if isinstance(route, Route)}
         self._router = Router(routes, redirect_slashes=False)
@@ -74,45 +76,40 @@ class HttpApp:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"date", formatdate(usegmt=True).encode())]
+                message["headers"] = [*message["headers"], (b"date", _date(int(time.time())))]
             await send(message)
 
         # With it the router raises what it refuses, in place of answering in plain text.
         scope["app"] = self
+        path = scope["path"]
+        is_call = path.startswith(_API)
+        if is_call:
+            self._num_calls += 1
+            self._idle.clear()
         try:
-            with self._counted(scope["path"]):
+            if is_call:
                 self._admit(scope)
-                await self._router(scope, receive, send_and_see)
+            await self._router(scope, receive, send_and_see)
         except ClientGone:
             pass
         except Exception as error:
-            refused = _refusal(error, scope["path"])
+            refused = _refusal(error, path)
             if status:
                 raise  # too late to answer: the connection ends
             await JSONResponse(refused.body(), refused.status, refused.headers())(scope, receive, send_and_see)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            HTTP_REQUESTS.labels(path, str(status or _CLIENT_GONE)).inc()
+            if is_call:
+                self._ended()
+            of(HTTP_REQUESTS, path if path in self._paths else "other", str(status or _CLIENT_GONE)).inc()
 
-    @contextmanager
-    def _counted(self, path: str) -> Iterator[None]:
-        """Counts a call of the API for as long as the block runs."""
-        number = int(path.startswith(_API))
-        self._num_calls += number
-        if number:
-            self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_calls -= number
-            if not self._num_calls:
-                self._idle.set()
+    def _ended(self) -> None:
+        self._num_calls -= 1
+        if not self._num_calls:
+            self._idle.set()
 
     def _admit(self, scope: Scope) -> None:
         """Refusal, WrongKey for who may not use the API, or not now. Health and metrics are open."""
-        if not scope["path"].startswith(_API):
-            return
-        scope[OWNER] = self._keys.check(b"".join(value for name, value in scope["headers"] if name == HEADER.encode()))
+        scope[OWNER] = self._keys.check(b"".join([value for name, value in scope["headers"] if name == _HEADER]))
         if self._draining:
             raise Refusal(503, "the server is about to stop", "draining")
         if self._num_calls > self._max_calls:
@@ -127,6 +124,11 @@ class HttpApp:
 
     async def _model(self, request: Request) -> Response:
         return JSONResponse(_shown(self._service.model(request.path_params["name"])))
+
+
+@lru_cache(maxsize=1)
+def _date(now_s: int) -> bytes:
+    return formatdate(now_s, usegmt=True).encode()
 
 
 async def _metrics(request: Request) -> Response:

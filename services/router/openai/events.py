@@ -92,8 +92,8 @@ class EventStream:
 
     async def end(self, events: bytes) -> None:
         """The last ones. ClientGone."""
-        self._waiting.append({"type": "http.response.body", "body": events, "more_body": False})
-        await self.wait_for_room()
+        if not self._put({"type": "http.response.body", "body": events, "more_body": False}):
+            await self.wait_for_room()
 
     async def wait_for_room(self) -> None:
         """Until nothing waits. ClientGone if the client takes nothing for too long."""

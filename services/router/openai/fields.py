@@ -13,6 +13,13 @@ MAX_INTEGER = 2**31 - 1
 MAX_TOKEN_ID = 2**32 - 1
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant)
+
+
 class Fields:
     """The members of one object. A member that is null counts as absent. Every method raises Refusal."""
 
@@ -25,7 +32,7 @@ class Fields:
     def parse(cls, body: bytes) -> Fields:
         """From the text of a JSON object."""
         try:
-            members = json.loads(body, parse_constant=_no_constant)
+            members = _JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
         except (ValueError, RecursionError):
             raise Refusal(400, "the body is not valid JSON", "invalid_json") from None
         if not isinstance(members, dict):
@@ -38,7 +45,7 @@ class Fields:
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number within [low, high]."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -49,7 +56,7 @@ class Fields:
 
     def integer(self, name: str, low: int, high: int = MAX_INTEGER) -> int | None:
         """A whole number within [low, high]."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
@@ -60,30 +67,30 @@ class Fields:
 
     def flag(self, name: str) -> bool:
         """True or false; false if it is absent."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         if value is not None and not isinstance(value, bool):
             raise bad_value(self._path + name, "must be true or false")
         return bool(value)
 
     def text(self, name: str) -> str | None:
         """A string of whole characters."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         return None if value is None else text_of(value, self._path + name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """One string or an array of strings; empty if it is absent."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         values = [] if value is None else value if isinstance(value, list) else [value]
         return tuple(text_of(each, self._path + name) for each in values)
 
     def tokens(self, name: str) -> tuple[int, ...]:
         """An array of token ids; empty if it is absent."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         return () if value is None else tokens_of(value, self._path + name)
 
     def nested(self, name: str) -> Fields | None:
         """An object, to be taken apart in turn."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         return None if value is None else object_of(value, self._path + name)
 
     def biases(self, name: str) -> tuple[tuple[int, float], ...]:
@@ -101,11 +108,11 @@ class Fields:
     def ignore(self, names: Iterable[str]) -> None:
         """Lets members pass that change nothing here."""
         for name in names:
-            self.take(name)
+            self._members.pop(name, None)
 
     def only(self, name: str, *neutral: object) -> None:
         """Refuses a member that asks for something unsupported; the `neutral` values ask for nothing."""
-        value = self.take(name)
+        value = self._members.pop(name, None)
         if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
             raise unsupported(self._path + name)
 
@@ -139,10 +146,6 @@ def object_of(value: object, path: str) -> Fields:
     if not isinstance(value, dict):
         raise bad_value(path, "must be an object")
     return Fields(value, f"{path}.")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def finite(value: float) -> float:

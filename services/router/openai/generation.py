@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 
-from starlette.datastructures import Headers as HttpHeaders
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +27,7 @@ from services.router.service import GenerationService
 # In a scope: the tenant whose key the client has shown, empty: no tenant's.
 OWNER = "microserve.owner"
 _BODY_TIMEOUT_S = 60.0
+_NAMES = (b"x-microserve-policy", b"x-request-id", b"x-microserve-priority", b"x-microserve-tenant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,12 @@ class Generation:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = HttpHeaders(scope=scope)
-        body = await _body(receive, headers, self._limits.max_body_bytes)
-        named = Headers(
-            headers.get("x-microserve-policy", ""),
-            headers.get("x-request-id", ""),
-            headers.get("x-microserve-priority", ""),
-            tenant_of(scope[OWNER], headers.get("x-microserve-tenant", "")),
-        )
-        call = self._read(Fields.parse(body), named)
         client: Client = scope["state"][CLIENT]
+        headers = dict(reversed(scope["headers"]))  # the first of a name counts
+        body = await _body(receive, client, headers.get(b"content-length", b""), self._limits.max_body_bytes)
+        policy, request_id, priority, tenant = (headers.get(name, b"").decode("latin-1") for name in _NAMES)
+        named = Headers(policy, request_id, priority, tenant_of(scope[OWNER], tenant))
+        call = self._read(Fields.parse(body), named)
         if call.stream:
             stream = EventStream(send, client, self._limits.client_timeout_s)
             await client.stays_for(self._answer_in_pieces(call, stream))
@@ -141,14 +137,13 @@ async def _room() -> None:
     """There is always some for what is answered whole."""
 
 
-async def _body(receive: Receive, headers: HttpHeaders, limit: int) -> bytes:
+async def _body(receive: Receive, client: Client, announced: bytes, limit: int) -> bytes:
     """The whole body. Refusal if it is too large or too slow, ClientGone."""
-    announced = headers.get("content-length", "")
-    body = bytearray()
-    if announced.isdecimal() and int(announced[:20]) > limit:
+    if announced.isdigit() and int(announced[:20]) > limit:
         raise _too_large(limit)
+    body = bytearray()
     try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
+        async with nullcontext() if client.has_spoken else asyncio.timeout(_BODY_TIMEOUT_S):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
