@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import sys
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -14,11 +15,18 @@ from services.protocol.errors import ServiceError
 from services.rpc.errors import StartError
 
 
+class ServiceLoop(asyncio.SelectorEventLoop):
+    """Its clock is asyncio's, but read without running Python: asyncio and every call read it again and again."""
+
+    time = staticmethod(time.monotonic)
+
+
 def run_main(prog: str, main: Coroutine[Any, Any, None]) -> NoReturn:
     """Runs `main` to its end, which is that of the process. StartError and ServiceError become one line on stderr and
     exit code 2."""
     try:
-        asyncio.run(main)
+        with asyncio.Runner(loop_factory=ServiceLoop) as runner:
+            runner.run(main)
     except (StartError, ServiceError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         _leave(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from services.router.fleet.underway import Answer, Underway
+from services.router.fleet.underway import Answer, Computing, Underway
 from services.rpc.virtual_loop import run
 
 
@@ -13,14 +13,17 @@ def test_a_prompt_is_computed_from_when_the_one_before_it_was_done() -> None:
         underway = Underway()
         assert underway.head == (0, 0.0)
         await asyncio.sleep(2.0)
-        first, second = underway.begin_prompt(100), underway.begin_prompt(40)
+        first, second = Computing(underway, 100), Computing(underway, 40)
+        first_computed = first.__enter__()
+        second.__enter__()
         await asyncio.sleep(1.0)
         assert (underway.prompt_tokens, underway.head) == (140, (100, 1.0))
-        assert underway.end_prompt(first)
+        first_computed()
         await asyncio.sleep(0.5)
         assert (underway.prompt_tokens, underway.head) == (40, (40, 0.5))
-        assert not underway.end_prompt(first)
-        assert underway.end_prompt(second)
+        first.__exit__()
+        assert underway.prompt_tokens == 40
+        second.__exit__()
         assert (underway.prompt_tokens, underway.head) == (0, (0, 0.0))
 
     run(main())

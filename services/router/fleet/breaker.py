@@ -64,9 +64,10 @@ class BreakerCall:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is not None:
+            self._breaker.failed(self, error)
+        else:
             self._succeeded()
-        self._breaker.end(self, error)
 
     def _succeeded(self) -> None:
         if not self._has_told:
@@ -142,14 +143,14 @@ class Breaker:
             log.info("breaker closed", extra={"fields": {"engine": self._engine}})
             self.reset()
 
-    def end(self, call: BreakerCall, error: BaseException | None) -> None:
-        """The call has ended, perhaps failed."""
+    def failed(self, call: BreakerCall, error: BaseException) -> None:
+        """It is the engine's failure, or somebody else's."""
         if isinstance(error, ServiceError) and is_fault(error):
-            self._failed(error)
+            self._count(error)
         if self._trial is call:
             self._trial = None
 
-    def _failed(self, error: ServiceError) -> None:
+    def _count(self, error: ServiceError) -> None:
         self._num_failures += 1
         if self._count_failure is not None:
             self._count_failure()

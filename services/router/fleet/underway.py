@@ -23,14 +23,6 @@ class Answer:
         return max(1.0, left if left > 0 else self.generated)
 
 
-@dataclass(slots=True, eq=False)
-class Prompt:
-    """Tokens that are to be computed for a send or a sequence, and when that was asked for."""
-
-    tokens: int
-    asked_s: float
-
-
 class Underway:
     """Belongs to one member of the fleet, which goes on changing it; policies only read it."""
 
@@ -41,36 +33,8 @@ class Underway:
         self._changed = changed
         self.answers: set[Answer] = set()
         self.prompt_tokens = 0
-        self._prompts: dict[Prompt, None] = {}  # in the order of asking, in which an engine takes them
+        self._prompts: dict[Computing, None] = {}  # in the order of asking, in which an engine takes them
         self._turn_s = 0.0  # when the last one was done
-
-    def begin_answer(self, answer: Answer) -> None:
-        """The engine is asked for it, or will be."""
-        self.answers.add(answer)
-        self._changed()
-
-    def end_answer(self, answer: Answer) -> None:
-        """It has ended, or was given up."""
-        self.answers.discard(answer)
-        self._changed()
-
-    def begin_prompt(self, tokens: int) -> Prompt:
-        """The engine is asked to compute it."""
-        prompt = Prompt(tokens, now())
-        self._prompts[prompt] = None
-        self.prompt_tokens += tokens
-        self._changed()
-        return prompt
-
-    def end_prompt(self, prompt: Prompt) -> bool:
-        """It has been computed, or given up. False if it had been before."""
-        if prompt not in self._prompts:
-            return False
-        del self._prompts[prompt]
-        self.prompt_tokens -= prompt.tokens
-        self._turn_s = now()
-        self._changed()
-        return True
 
     @property
     def head(self) -> tuple[int, float]:
@@ -88,26 +52,39 @@ class Answering:
         self._underway, self._answer = underway, answer
 
     def __enter__(self) -> None:
-        self._underway.begin_answer(self._answer)
+        self._underway.answers.add(self._answer)
+        self._underway._changed()
 
     def __exit__(self, *_: object) -> None:
-        self._underway.end_answer(self._answer)
+        self._underway.answers.discard(self._answer)
+        self._underway._changed()
 
 
 class Computing:
-    """Counts tokens of a prompt until the block ends or what its beginning gives is called."""
+    """Counts tokens of a prompt that are to be computed for a send or a sequence, until the block ends or what its
+    beginning gives is called."""
 
-    __slots__ = ("_prompt", "_tokens", "_underway")
+    __slots__ = ("_underway", "asked_s", "tokens")
 
     def __init__(self, underway: Underway, tokens: int) -> None:
-        self._underway, self._tokens = underway, tokens
+        self._underway, self.tokens = underway, tokens
 
     def __enter__(self) -> Callable[[], None]:
-        self._prompt = self._underway.begin_prompt(self._tokens)
+        underway = self._underway
+        self.asked_s = now()
+        underway._prompts[self] = None
+        underway.prompt_tokens += self.tokens
+        underway._changed()
         return self._end
 
     def __exit__(self, *_: object) -> None:
         self._end()
 
     def _end(self) -> None:
-        self._underway.end_prompt(self._prompt)
+        """Computed, or given up. Only the first call counts."""
+        underway = self._underway
+        if self in underway._prompts:
+            del underway._prompts[self]
+            underway.prompt_tokens -= self.tokens
+            underway._turn_s = now()
+            underway._changed()

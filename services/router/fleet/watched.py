@@ -32,8 +32,9 @@ class Watched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._call.__exit__(kind, error, trace)
-        self._avoid(error)
+        if error is not None:
+            self._avoid(error)
 
-    def _avoid(self, error: BaseException | None) -> None:
+    def _avoid(self, error: BaseException) -> None:
         if isinstance(error, ServiceError) and remedy(error) is Remedy.ELSEWHERE:
             self._scope.avoided.add(self._member.address)

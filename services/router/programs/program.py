@@ -49,9 +49,9 @@ class Program:
         if self.params is None:
             if text:
                 raise BadPolicy(f"{self.kind.function} {self.name} takes no parameters")
-            return BoundProgram(self, "", ())
+            return BoundProgram(self, self.name, ())
         try:
-            return BoundProgram(self, text, (self.params.parse(text),))
+            return BoundProgram(self, f"{self.name}:{text}" if text else self.name, (self.params.parse(text),))
         except Exception as error:  # checks of the program's own may raise anything
             raise BadPolicy(f"{self.kind.function} {self.name}: {error}") from None
 
@@ -61,18 +61,13 @@ class BoundProgram:
     """A program ready to run. It stays what it is when the catalogue changes, so requests end on what they began."""
 
     program: Program
-    text: str
+    spec: str  # the name, and the parameters as given after a colon
     arguments: tuple[Any, ...]
 
     @property
     def name(self) -> str:
         """The program's name, without parameters."""
         return self.program.name
-
-    @property
-    def spec(self) -> str:
-        """The name, and the parameters as given after a colon."""
-        return f"{self.name}:{self.text}" if self.text else self.name
 
     def start(self, request: PolicyRequest, fleet: Fleet) -> AsyncGenerator[Yielded, None]:
         """What a policy yields; nothing runs before the first is asked for."""
