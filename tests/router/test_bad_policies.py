@@ -15,7 +15,9 @@ from services.router.metrics import ABANDONED_POLICIES
 from services.router.programs.loader import load_source
 from services.router.programs.program import POLICY, Program
 from services.router.programs.runner import RunLimits
-from tests.fakes import FakeBug, FakeError, Fault
+from services.router.request import PolicyRequest
+from services.router.values import Sampling
+from tests.fakes import PATIENCE_S, FakeBug, FakeError, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running, verbs
 
 GOOD = """
@@ -189,6 +191,29 @@ async def test_what_a_program_does_after_the_last_chunk_does_not_hurt_the_answer
     async with running(policy=str(path)) as suite:
         answer = await suite.generate()
         assert list(answer.token_ids) == model().generate(PROMPT, 8)
+
+
+@pytest.mark.slow
+async def test_a_client_that_leaves_after_its_last_chunk_ends_the_program_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever turn of the event loop it leaves in."""
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
+    path = write(tmp_path, "lingers", GOOD.strip("\n") + "\n    await asyncio.Event().wait()")
+    async with running(policy=str(path)) as suite:
+        program, [served] = suite.router.catalogue.resolve(""), suite.router.registry.models()
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        asked = PolicyRequest("r", served.key, PROMPT, Sampling(max_tokens=2), deadline=deadline)
+        for num_turns in range(1, 4):
+            run = suite.router._host.run(program, asked)
+            await run.each(lambda chunk: chunk.finish is None)
+            closing = asyncio.create_task(run.close())
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            closing.cancel()
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.wait({run._task})
+        await suite.idle()
 
 
 async def test_a_program_may_use_task_groups_and_keeps_the_engines_error(tmp_path: Path) -> None:
