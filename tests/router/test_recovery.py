@@ -156,6 +156,18 @@ async def test_what_was_generated_counts_as_output_where_the_stream_goes_on() ->
         ]
 
 
+async def test_who_sends_what_was_generated_is_told_that_it_is_output() -> None:
+    async with running(3, policy="disaggregated") as suite:
+        suite.engines[1].faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=6)
+        suite.engines[2].faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=6)
+        answer = await suite.generate(max_tokens=20)
+        assert list(answer.token_ids) == model().generate(PROMPT, 20)
+        sent = suite.first.called("RemoteSend")
+        assert len(sent) >= 2
+        assert len(sent[-1].prompt_token_ids) > len(PROMPT)
+        assert {each.prompt_token_count for each in sent} == {len(PROMPT)}
+
+
 async def test_a_stop_string_is_found_across_the_break() -> None:
     async with running(2, fake_model=script("never say stopword again")) as suite:
         suite.first.faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=len("never say stop"))

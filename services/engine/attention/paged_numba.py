@@ -20,7 +20,7 @@ from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import address, addresses, team_of
 from services.engine.kernels.writer import LANES
 
-MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks
+MAX_SINGLE_ROWS = 8  # a sequence with more rows of its prompt in a step has them computed in blocks
 TOKENS_A_WRITE = 64  # by one thread
 
 
@@ -49,7 +49,8 @@ class PackedRows:
 
 
 class PagedNumbaAttention(GatherSdpaAttention):
-    """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result.
+    """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result: one by
+    one what was generated and what few tokens of a prompt come together, the rest of a prompt in blocks.
 
     Heads whose size is no multiple of 16 are left to torch.
     """
@@ -114,14 +115,19 @@ class PagedNumbaAttention(GatherSdpaAttention):
             singles[:, 2] = contexts
             return PackedRows(batch, singles, _NO_BLOCKS, tables)
         counts = np.diff(starts)
-        is_single = (counts <= self._max_single_rows) | (group > BLOCK_LANES)  # a block holds whole rows
+        # Output is computed again as it was when it was generated, so that what follows it is the same to the last bit.
+        output_begins = starts[1:] if batch.output_rows is None else starts[1:] - batch.output_rows.numpy()
+        prompt_rows = np.maximum(output_begins - starts[:-1], 0)
+        is_in_blocks = (prompt_rows > self._max_single_rows) & (group <= BLOCK_LANES)  # a block holds whole rows
+        block_ends = starts[:-1] + np.where(is_in_blocks, prompt_rows, 0)
         rows = np.arange(starts[-1], dtype=np.int32)
         sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         seen = contexts[sequences] - (starts[sequences + 1] - rows) + 1
         every = np.stack((rows, sequences, seen), axis=1).astype(np.int32)
         rows_a_block = BLOCK_LANES // min(group, BLOCK_LANES)
         # Blocks begin at multiples of their size in the sequence's own rows, whatever lies before it in the batch.
-        begins = ~is_single[sequences] & ((rows - starts[sequences]) % rows_a_block == 0)
-        lengths = np.minimum(starts[sequences + 1] - rows, rows_a_block)
+        is_single = rows >= block_ends[sequences]
+        begins = ~is_single & ((rows - starts[sequences]) % rows_a_block == 0)
+        lengths = np.minimum(block_ends[sequences] - rows, rows_a_block)
         blocks = np.concatenate((every, lengths[:, None].astype(np.int32)), axis=1)[begins]
-        return PackedRows(batch, every[is_single[sequences]], np.ascontiguousarray(blocks), tables)
+        return PackedRows(batch, every[is_single], np.ascontiguousarray(blocks), tables)

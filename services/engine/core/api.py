@@ -99,6 +99,7 @@ class RemoteSend:
     cache_salt: str
     deadline: float | None
     reply: Reply[Timing]
+    prompt_token_count: int = 0  # 0: all
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def fingerprint(command: PrepRecv | RemoteSend | StartGenerate) -> bytes:
         case RemoteSend():
             address = command.address
             place = (address.endpoint, address.epoch, address.reservation_id, address.window, address.secret)
-            arguments = ("RemoteSend", command.range, command.attempt, place)
+            arguments = ("RemoteSend", command.range, command.attempt, place, command.prompt_token_count)
         case StartGenerate():
             ref = command.reservation
             arguments = (

@@ -55,7 +55,8 @@ class ScoreSpec:
 class Segment:
     """The next tokens of one sequence: positions [begin, end). page_ids cover [0, end).
 
-    One that `follows` has a single token, which the step before chose for the sequence and nobody knows yet.
+    One that `follows` has a single token, which the step before chose for the sequence and nobody knows yet. Its last
+    `num_output` tokens are output, generated here or elsewhere.
     """
 
     number: int  # of the sequence
@@ -65,6 +66,7 @@ class Segment:
     sample: SampleSpec | None
     score: ScoreSpec | None = None
     follows: bool = False
+    num_output: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -131,7 +131,9 @@ class Sends:
     def _begin(self, command: api.RemoteSend, mark: bytes) -> None:
         context, end = self._context, command.range.end
         chain = context.chain(command.prompt[:end], command.cache_salt)
-        sequence = Sequence(next(context.arrivals), command.key, chain, Account(context.clock()), goal=end)
+        num_prompt = command.prompt_token_count or len(command.prompt)
+        account = Account(context.clock())
+        sequence = Sequence(next(context.arrivals), command.key, chain, account, goal=end, num_prompt=num_prompt)
         send = Send(command, sequence, self._abort)
         if not command.range:
             sequence.phase = Phase.COMPUTED

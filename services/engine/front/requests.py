@@ -69,8 +69,10 @@ def to_remote_send(
     check_address(address)
     check_position("address.window.end", address.window.end, len(prompt))
     check_inside(tokens, address.window)
+    check_position("prompt_token_count", request.prompt_token_count, len(prompt))
+    prompt_count = request.prompt_token_count or len(prompt)
     return lambda reply: api.RemoteSend(
-        key, prompt, tokens, address, max(request.attempt, 1), request.cache_salt, deadline, reply
+        key, prompt, tokens, address, max(request.attempt, 1), request.cache_salt, deadline, reply, prompt_count
     )
 
 

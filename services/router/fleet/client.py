@@ -112,6 +112,7 @@ class EngineClient:
             address=kv_pb2.KvAddress.FromString(kv.address),
             attempt=attempt,
             cache_salt=request.cache_salt,
+            prompt_token_count=len(request.prompt) - request.num_generated,
         )
         left_s = request.time_left_s()
         if self._session_has_all_verbs:

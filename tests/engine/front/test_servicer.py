@@ -151,6 +151,7 @@ BAD = {
     "BAD_REQUEST shards": send(address=_of_many_shards(), range=kv_pb2.TokenRange()),
     "BAD_REQUEST attempt": send(attempt=2**32 - 1),
     "INVALID_RANGE backwards": send(range=kv_pb2.TokenRange(begin=8, end=4)),
+    "INVALID_RANGE more prompt than tokens": send(prompt_token_count=len(PROMPT) + 1),
     "INVALID_RANGE prompt shorter than the window": send(prompt_token_ids=PROMPT[:6], range=kv_pb2.TokenRange()),
 }
 

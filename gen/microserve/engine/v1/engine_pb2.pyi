@@ -169,6 +169,7 @@ class RemoteSendRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller."""
     request_id: _builtins.str
@@ -179,6 +180,8 @@ class RemoteSendRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """As in PrepRecv."""
+    prompt_token_count: _builtins.int
+    """As in StartGenerate. KV of output is computed again as it was when the output was generated."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The whole prompt, the same as given to PrepRecv (at least its first window.end tokens)."""
@@ -206,10 +209,11 @@ class RemoteSendRequest(_message.Message):
         attempt: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        prompt_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "range", b"range", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "owner_id", b"owner_id", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

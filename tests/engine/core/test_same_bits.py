@@ -1,0 +1,100 @@
+"""What was generated is computed again as it was: whatever interrupts a sequence, it goes on with the same logits, to
+the last bit. Else a sampled answer would go on with other tokens after a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.engine.attention.paged_numba import PagedNumbaAttention
+from services.engine.core.config import CoreConfig
+from services.engine.core.runner import TorchRunner
+from services.engine.model.linear.factory import linear_maker
+from services.engine.model.linear.form import WeightForm
+from services.engine.model.loader import LoadedModel, load_model
+from services.engine.sampling.params import SamplingParams
+from tests.engine.core.answers import Clock, Stream
+from tests.engine.core.test_torch import OPTIONS, ByteRows, pool_of, prompt_of
+from tests.engine.core.world import Node, World, ref_of
+from tests.models import make_tiny_llama
+
+pytestmark = pytest.mark.slow
+
+PROMPT, NUM_TOKENS = prompt_of(21), 60
+SAMPLED = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, logprobs=4, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[WeightForm.EXACT, WeightForm.BYTES])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+    threads, cpu = torch.get_num_threads(), torch.device("cpu")
+    torch.set_num_threads(1)
+    folder: Path = make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    linear = linear_maker(cpu, torch.float32, 1, request.param)
+    yield load_model(folder, device=cpu, dtype=torch.float32, linear=linear)
+    torch.set_num_threads(threads)
+
+
+def maker(model: LoadedModel, pools: list[torch.Tensor]) -> Callable[[CoreConfig], TorchRunner]:
+    def make(config: CoreConfig) -> TorchRunner:
+        pools.append(pool_of(config))
+        return TorchRunner(model.model, PagedNumbaAttention(pools[-1]), pools[-1])
+
+    return make
+
+
+def alone(model: LoadedModel, **options: Any) -> Node:
+    defaults = {**OPTIONS, "num_pages": 64, "max_step_tokens": 128}
+    return Node(Clock(), None, "E", make_runner=maker(model, []), **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: LoadedModel) -> Stream:
+    engine = alone(model)
+    stream = engine.generate(PROMPT, SAMPLED)
+    engine.run()
+    assert len(stream.tokens) == NUM_TOKENS
+    return stream
+
+
+@pytest.mark.parametrize("num_got", [1, 13, 40])
+@pytest.mark.parametrize("max_step_tokens", [24, 128])
+def test_on_another_engine(model: LoadedModel, undisturbed: Stream, num_got: int, max_step_tokens: int) -> None:
+    engine, got = alone(model, max_step_tokens=max_step_tokens), undisturbed.tokens[:num_got]
+    stream = engine.generate((*PROMPT, *got), SAMPLED, prompt_token_count=len(PROMPT))
+    engine.run()
+    assert stream.tokens == undisturbed.tokens[num_got:]
+    assert stream.logprobs == undisturbed.logprobs[num_got:]
+
+
+def test_after_a_preemption(model: LoadedModel, undisturbed: Stream) -> None:
+    engine = alone(model, num_pages=17)
+    streams = [engine.generate(PROMPT, SAMPLED), engine.generate(prompt_of(21, start=1), SAMPLED)]
+    engine.run()
+    assert sum(stream.account.preemptions for stream in streams) > 0
+    second = alone(model)
+    other = second.generate(prompt_of(21, start=1), SAMPLED)
+    second.run()
+    for stream, expected in zip(streams, (undisturbed, other), strict=True):
+        assert stream.tokens == expected.tokens
+        assert stream.logprobs == expected.logprobs
+
+
+def test_with_kv_that_another_engine_computed_again(model: LoadedModel, undisturbed: Stream) -> None:
+    pools: list[torch.Tensor] = []
+    world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
+    for node, pool in zip(world.nodes, pools, strict=True):
+        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
+    tokens = (*PROMPT, *undisturbed.tokens[:40])
+    reserved = world.reserve(tokens, len(tokens) - 1)
+    sent = world.p.remote_send(tokens, 0, len(tokens) - 1, reserved, prompt_token_count=len(PROMPT))
+    world.run()
+    assert sent.value.computed_tokens == len(tokens) - 1
+    options = {"reservation": ref_of(reserved), "begin": len(tokens) - 1, "prompt_token_count": len(PROMPT)}
+    stream = world.d.generate(tokens, SAMPLED, **options)
+    world.run()
+    assert stream.tokens == undisturbed.tokens[40:]
+    assert stream.logprobs == undisturbed.logprobs[40:]
