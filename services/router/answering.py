@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
@@ -39,7 +40,11 @@ class Answering:
         if kind is None:
             self._record.is_answered = True
             self._turn.finished(self._record.output_tokens)
-        await self._run.close()
+        try:
+            if kind is None:
+                await asyncio.sleep(0)  # in which most programs end by themselves
+        finally:
+            await self._run.close()
 
     async def next(self) -> Answer:
         """New tokens or text, in the end the account. Raises how the program failed."""
@@ -94,7 +99,8 @@ class Answering:
         cached = min(run.legs.generation().matched_tokens, num_prompt_tokens)
         usage = Usage(num_prompt_tokens, cached, self._output.num_tokens)
         for counter, number in zip(_TOKENS, (num_prompt_tokens, cached, usage.output_tokens), strict=True):
-            counter.inc(number)
+            if number:
+                counter.inc(number)
         finish = self._output.reason(finish)
         return self._noted(Answer(text, piece.token_ids, piece.logprobs, finish, usage, run.legs.legs()))
 
@@ -114,5 +120,5 @@ class Answering:
             program=run.served_by,
             engine=run.legs.generating_engine(),
             prompt_ids=self._request.prompt,
-            prompt_logprobs=joined(self._told),
+            prompt_logprobs=joined(self._told) if self._told else None,
         )

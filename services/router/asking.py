@@ -144,7 +144,8 @@ def check_tokens(token_ids: tuple[int, ...], model: Model) -> None:
     """Of a prompt. EmptyPrompt, InvalidRequest, PromptTooLong."""
     if not token_ids:
         raise EmptyPrompt("the prompt has no tokens")
-    _check_vocabulary(token_ids, model)
+    if max(token_ids) >= model.vocab_size:
+        raise _not_in_vocabulary(token_ids, model)
     if len(token_ids) >= model.max_context:
         raise PromptTooLong(
             f"a prompt of {len(token_ids)} tokens leaves no room for an answer in a context of {model.max_context}"
@@ -154,13 +155,12 @@ def check_tokens(token_ids: tuple[int, ...], model: Model) -> None:
 def check_detokenized(token_ids: tuple[int, ...], model: Model) -> None:
     """InvalidRequest for ids that are not the model's, or so many that the event loop would stand still."""
     _bounded("token_ids", len(token_ids), max(MAX_DETOKENIZED, model.max_context), "ids")
-    _check_vocabulary(token_ids, model)
+    if max(token_ids, default=0) >= model.vocab_size:
+        raise _not_in_vocabulary(token_ids, model)
 
 
-def _check_vocabulary(token_ids: tuple[int, ...], model: Model) -> None:
-    """InvalidRequest for ids that no engine of the model knows."""
-    if token_ids and max(token_ids) >= model.vocab_size:
-        raise InvalidRequest(f"token id {max(token_ids)} is not below {model.vocab_size}")
+def _not_in_vocabulary(token_ids: tuple[int, ...], model: Model) -> InvalidRequest:
+    return InvalidRequest(f"token id {max(token_ids)} is not below {model.vocab_size}")
 
 
 def _check_name(what: str, name: str, limit: int = MAX_NAME_CHARACTERS) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import textwrap
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 from microserve.types.v1 import sampling_pb2
 from tokenizers import Tokenizer
 
+from services.router.cleanup import Cleanup
 from services.router.front import conversation, wire
 from services.router.metrics import REQUESTS
 from services.rpc.status import remote_errors
@@ -59,6 +63,24 @@ async def test_many_at_once_and_the_stream_ends_with_the_last() -> None:
             assert tokens(outputs) == model().generate(tuple(range(10, 60 + call_id)), 8)
         with pytest.raises(EOFError):
             await talk.next()
+
+
+async def test_a_program_that_ends_by_itself_is_not_closed_by_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned, spawn = [], Cleanup.spawn
+
+    def watched(cleanup: Cleanup, what: str, work: Coroutine[Any, Any, object]) -> asyncio.Task[None]:
+        spawned.append(what)
+        return spawn(cleanup, what, work)
+
+    monkeypatch.setattr(Cleanup, "spawn", watched)
+    async with running(1) as suite:
+        talk = Talk(suite.stub)
+        await talk.ask(1)
+        await talk.call.done_writing()
+        assert tokens(await talk.answer(1)) == model().generate(PROMPT, 8)
+        with pytest.raises(EOFError):
+            await talk.next()
+    assert not spawned
 
 
 async def test_answers_that_wait_for_room_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
