@@ -98,20 +98,21 @@ class Generation(AsyncIterator[Chunk]):
     @contextmanager
     def _running(self) -> Iterator[Sequence]:
         scope, member, request, kv = self._scope, self._member, self._request, self._kv
-        tokens = TokenRange(self._begin, len(request.prompt))
-        self._answer = Answer(self._costs.expected_output(request)) if kv is None else kv.answer
-        with (
-            scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens) as self._leg,
-            Watched(member, scope) as self._succeeded,
-            member.answering(self._answer),
-            member.computing(self._to_compute(tokens)) as self._prompt_computed,
-        ):
-            call_id = scope.next_call_id()
-            sequence = member.client.start_generate(call_id, request, self._begin, kv.kv if kv is not None else None)
+        with Watched(member, scope) as self._succeeded:
+            # First of all: while the account of it is opened, the engine is at work.
+            address = kv.kv if kv is not None else None
+            sequence = member.client.start_generate(scope.next_call_id(), request, self._begin, address)
             scope.opened(sequence)
             member.sequences.add(sequence)
             try:
-                yield sequence
+                tokens = TokenRange(self._begin, len(request.prompt))
+                self._answer = Answer(self._costs.expected_output(request)) if kv is None else kv.answer
+                with (
+                    scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens) as self._leg,
+                    member.answering(self._answer),
+                    member.computing(self._to_compute(tokens)) as self._prompt_computed,
+                ):
+                    yield sequence
             finally:
                 member.sequences.discard(sequence)
                 scope.ended(sequence)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -208,10 +207,10 @@ class _Stream:
 
     async def _write(self) -> None:
         try:
-            # A failed write says only that the call is over; the reader learns why.
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                while self._outbox:
-                    await self._call.write(self._outbox.popitem(last=False)[1])
+            while self._outbox:
+                await self._call.write(self._outbox.popitem(last=False)[1])
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # it says only that the call is over; the reader learns why
         finally:
             self._is_writing = False
 

@@ -81,9 +81,11 @@ class PolicyRun:
         self._closing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._yielded_at = self._loop.time()
-        self._set_timer()
+        self._on_end = on_end
         self._task = begin(self._run(), f"policy {program.spec}")
-        self._task.add_done_callback(lambda _: on_end(self))
+        # After its first steps, which are to come soon.
+        self._set_timer()
+        self._task.add_done_callback(self._ended)
 
     @property
     def legs(self) -> Legs:
@@ -151,9 +153,12 @@ class PolicyRun:
         except BaseException as raised:  # also SystemExit: a program must not end the router
             error = self._explain(raised)
         self._mailbox.close(error)
-        self._timer.cancel()
         # At once, and not only when the client has read what there is.
         await self._close_scope()
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        self._timer.cancel()
+        self._on_end(self)
 
     async def _drive(self) -> None:
         """Runs the program, and again after failures of engines, until its sequence has ended."""
@@ -221,6 +226,8 @@ class PolicyRun:
     def _check_time(self) -> None:
         """Ends an answer that takes too long."""
         now, limit_s = self._loop.time(), self._limits.between_chunks_s
+        if self._mailbox.closed:
+            return
         if now >= self._request.deadline:
             self._mailbox.close(RequestTimeout("the request's time is over"))
         elif now >= self._yielded_at + limit_s:
