@@ -66,25 +66,29 @@ def _guide_to_wire(guide: Guide) -> sampling_pb2.Guide:
     raise ValueError("a guide has one text")
 
 
-def sampling_to_wire(sampling: Sampling) -> sampling_pb2.SamplingParams:
-    return sampling_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else None,
-        seed=sampling.seed,
-        logprobs=sampling.logprobs,
-        stop_token_ids=sampling.stop_token_ids,
-        min_tokens=sampling.min_tokens,
-        max_tokens=sampling.max_tokens,
-        ignore_eos=sampling.ignore_eos,
-        guide=_guide_to_wire(sampling.guide) if sampling.guide is not None else None,
-        prompt_logprobs=sampling.prompt_logprobs,
-    )
+def write_sampling(sampling: Sampling, message: sampling_pb2.SamplingParams) -> None:
+    """Into an empty message, where it is: one that is given to another as a field is copied."""
+    message.temperature = sampling.temperature
+    message.top_p = sampling.top_p
+    message.top_k = sampling.top_k
+    message.min_p = sampling.min_p
+    message.repetition_penalty = sampling.repetition_penalty
+    message.presence_penalty = sampling.presence_penalty
+    message.frequency_penalty = sampling.frequency_penalty
+    if sampling.logit_bias:
+        message.logit_bias.update(dict(sampling.logit_bias))
+    message.seed = sampling.seed
+    if sampling.logprobs is not None:
+        message.logprobs = sampling.logprobs
+    if sampling.stop_token_ids:
+        message.stop_token_ids.extend(sampling.stop_token_ids)
+    message.min_tokens = sampling.min_tokens
+    message.max_tokens = sampling.max_tokens
+    message.ignore_eos = sampling.ignore_eos
+    if sampling.guide is not None:
+        message.guide.CopyFrom(_guide_to_wire(sampling.guide))
+    if sampling.prompt_logprobs is not None:
+        message.prompt_logprobs = sampling.prompt_logprobs
 
 
 def chunk_from_wire(message: engine_pb2.StartGenerateResponse) -> Chunk:

@@ -154,10 +154,11 @@ async def test_a_verb_that_is_too_large_to_send_fails_alone(limits: dict[str, in
 
 async def test_a_verb_that_is_just_not_too_large_is_sent() -> None:
     message = engine_pb2.StartGenerateRequest(owner_id="o", request_id="g", prompt_token_ids=100 * PROMPT)
-    limit = engine_pb2.SessionRequest(start=message).ByteSize()
+    command = engine_pb2.SessionRequest(start=message)
+    limit = command.ByteSize()
     async with connected(limit=limit) as (_, _, channel):
         session = session_with(engine_pb2_grpc.EngineServiceStub(channel).Session, limit)
-        assert await session.start(message).take() is not None
+        assert await session.start(command).take() is not None
         await session.close()
 
 
@@ -210,13 +211,13 @@ async def test_a_command_is_written_in_the_turn_that_gives_it_and_others_follow_
     session = session_with(lambda: call)  # type: ignore[arg-type,return-value]
     names = ["first", "second", "third"]
     for name in names:
-        session.start(engine_pb2.StartGenerateRequest(owner_id="o", request_id=name))
+        session.start(engine_pb2.SessionRequest(start=engine_pb2.StartGenerateRequest(owner_id="o", request_id=name)))
         assert call.written == ["first"]
     call.gate.set()
     for _ in range(4):  # turns of the loop, in which nothing else is to be waited for
         await asyncio.sleep(0)
     assert call.written == names
-    session.start(engine_pb2.StartGenerateRequest(owner_id="o", request_id="later"))
+    session.start(engine_pb2.SessionRequest(start=engine_pb2.StartGenerateRequest(owner_id="o", request_id="later")))
     assert call.written == [*names, "later"]
     await session.close()
 

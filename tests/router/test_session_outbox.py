@@ -48,7 +48,7 @@ def held_session(channel: grpc.aio.Channel) -> tuple[HeldCall, Session]:
 def start(session: Session, name: str) -> Sequence:
     message = engine_pb2.StartGenerateRequest(owner_id="o", request_id=name, prompt_token_ids=PROMPT)
     message.sampling.max_tokens = 3
-    return session.start(message)
+    return session.start(engine_pb2.SessionRequest(start=message))
 
 
 def ask(session: Session, name: str) -> asyncio.Task[engine_pb2.PrepRecvResponse]:

@@ -21,7 +21,7 @@ from services.router.fleet.port import ReservedKv
 from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.session import Sequence, Session
 from services.router.request import ModelKey, PolicyRequest
-from services.router.wire import sampling_to_wire
+from services.router.wire import write_sampling
 from services.rpc.channel import MAX_MESSAGE_BYTES
 from services.rpc.kv_messages import range_message
 from services.rpc.status import remote_errors
@@ -124,19 +124,21 @@ class EngineClient:
 
     def start_generate(self, call_id: str, request: PolicyRequest, begin: int, kv: ReservedKv | None) -> Sequence:
         """Begins a sequence over the session."""
-        message = engine_pb2.StartGenerateRequest(
-            owner_id=self._owner_id,
-            request_id=call_id,
-            prompt_token_ids=request.prompt,
-            begin=begin,
-            prompt_token_count=len(request.prompt) - request.num_generated,
-            sampling=sampling_to_wire(request.sampling),
-            reservation=_reference(kv) if kv is not None else None,
-            cache_salt=request.cache_salt,
-            timeout=duration_message(request.time_left_s()),
-            prompt_logprobs_begin=request.num_told if request.sampling.prompt_logprobs is not None else 0,
-        )
-        return self._session.start(message)
+        command = engine_pb2.SessionRequest()
+        message = command.start
+        message.owner_id = self._owner_id
+        message.request_id = call_id
+        message.prompt_token_ids.extend(request.prompt)
+        message.begin = begin
+        message.prompt_token_count = len(request.prompt) - request.num_generated
+        write_sampling(request.sampling, message.sampling)
+        if kv is not None:
+            message.reservation.CopyFrom(_reference(kv))
+        message.cache_salt = request.cache_salt
+        message.timeout.CopyFrom(duration_message(request.time_left_s()))
+        if request.sampling.prompt_logprobs is not None:
+            message.prompt_logprobs_begin = request.num_told
+        return self._session.start(command)
 
     async def release(self, kv: ReservedKv, *, publish: bool, timeout_s: float) -> None:
         """Ends a reservation; with `publish` what was filled stays cached."""

@@ -79,9 +79,9 @@ class Session:
         self.max_message_bytes = max_message_bytes
         self._stream: _Stream | None = None
 
-    def start(self, request: engine_pb2.StartGenerateRequest) -> Sequence:
-        """Begins a sequence; whether the engine takes it shows in take(). InvalidRequest if it is too large to send."""
-        command = engine_pb2.SessionRequest(start=request)
+    def start(self, command: engine_pb2.SessionRequest) -> Sequence:
+        """Begins the sequence of `command.start`; whether the engine takes it shows in take(). InvalidRequest if it is
+        too large to send."""
         return self._open_for(command).start(command, Mailbox(self._max_buffered))
 
     async def prep_recv(self, request: engine_pb2.PrepRecvRequest, timeout_s: float) -> engine_pb2.PrepRecvResponse:

@@ -61,7 +61,7 @@ class Catalogue(Library):
             return self.bind(spec)
         if self._split is not None and not self._split.ended:
             return self._split.pick()
-        return self.current
+        return self._use.program
 
     def use(self, spec: str) -> BoundProgram:
         """Makes it the current one, at once and for requests that begin from now on; a split ends. UnknownPolicy,
