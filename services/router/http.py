@@ -45,7 +45,9 @@ class Client:
 
     async def stays_for(self, work: Awaitable[object]) -> None:
         """Does the work; cancels it when the client leaves. ClientGone."""
-        asking = self._asking = asyncio.current_task()
+        self._asking = asyncio.current_task()
+        if self._has_left:
+            self.leave()
         try:
             await work
         except asyncio.CancelledError:
@@ -53,8 +55,7 @@ class Client:
                 raise
             raise ClientGone from None
         finally:
-            if self._asking is asking:  # and not one that came while this one tidied up
-                self._asking = None
+            self._asking = None
 
     def leave(self) -> None:
         """For the connection to say."""

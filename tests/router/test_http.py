@@ -204,6 +204,8 @@ async def test_who_is_cancelled_from_elsewhere_has_not_lost_its_client() -> None
         await work
     await client.stays_for(asyncio.sleep(0))
     client.leave()  # nobody works for it any more
+    with pytest.raises(ClientGone):
+        await client.stays_for(asyncio.sleep(0))
 
 
 async def test_close_cuts_off_what_is_under_way() -> None:
