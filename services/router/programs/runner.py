@@ -115,14 +115,11 @@ class PolicyRun:
 
     async def close(self) -> None:
         """Ends the program and all that it left on engines. Cancelling the caller does not stop it. Idempotent."""
-        try:
-            if self._finished and not self._task.done():
-                await asyncio.sleep(0)  # the turn in which most programs end that have yielded their last chunk
-        finally:
-            if self._closing is None and not (self._tidy and self._task.done()):
-                self._closing = self._scope.cleanup.spawn("close policy", self._close())
-        if self._closing is not None:
-            await asyncio.wait({self._closing}, timeout=self._limits.client_waits_s)
+        if self._tidy and self._task.done():
+            return
+        if self._closing is None:
+            self._closing = self._scope.cleanup.spawn("close policy", self._close())
+        await asyncio.wait({self._closing}, timeout=self._limits.client_waits_s)
 
     async def _close(self) -> None:
         if self._finished:
