@@ -28,7 +28,7 @@ class ForwardBatch:
     logits_rows: Tensor  # (num_rows,) int64, packed rows whose logits are wanted, may be empty
     contexts: Tensor | None = None  # context_lengths on the device, where they are there already
     last: LastRows | None = None  # the rows that the last layer need compute; None: all
-    output_rows: Tensor | None = None  # (num_sequences,) int32, on the CPU: rows at the end that are output
+    single_rows: Tensor | None = None  # (num_sequences,) int32, on the CPU: last rows that are computed one by one
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +60,6 @@ def last_rows(batch: ForwardBatch, counts: NDArray[np.int64]) -> LastRows:
         context_lengths=batch.context_lengths[torch.from_numpy(some)],
         block_tables=batch.block_tables[torch.from_numpy(some).to(batch.block_tables.device)],
         logits_rows=batch.logits_rows[:0],
-        output_rows=None if batch.output_rows is None else batch.output_rows[torch.from_numpy(some)],
+        single_rows=None if batch.single_rows is None else batch.single_rows[torch.from_numpy(some)],
     )
     return LastRows(rows, own)

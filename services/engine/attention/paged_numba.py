@@ -20,7 +20,7 @@ from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import address, addresses, team_of
 from services.engine.kernels.writer import LANES
 
-MAX_SINGLE_ROWS = 8  # a sequence with more rows of its prompt in a step has them computed in blocks
+MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step, beside its single ones, has them computed in blocks
 TOKENS_A_WRITE = 64  # by one thread
 
 
@@ -49,8 +49,10 @@ class PackedRows:
 
 
 class PagedNumbaAttention(GatherSdpaAttention):
-    """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result: one by
-    one what was generated and what few tokens of a prompt come together, the rest of a prompt in blocks.
+    """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result.
+
+    Output and the last token of a prompt are computed one by one whether they come alone, as they do at first, or with
+    what is before them: after an interruption or without a cached prefix. The two kernels differ in the last bits.
 
     Heads whose size is no multiple of 16 are left to torch.
     """
@@ -115,11 +117,10 @@ class PagedNumbaAttention(GatherSdpaAttention):
             singles[:, 2] = contexts
             return PackedRows(batch, singles, _NO_BLOCKS, tables)
         counts = np.diff(starts)
-        # Output is computed again as it was when it was generated, so that what follows it is the same to the last bit.
-        output_begins = starts[1:] if batch.output_rows is None else starts[1:] - batch.output_rows.numpy()
-        prompt_rows = np.maximum(output_begins - starts[:-1], 0)
-        is_in_blocks = (prompt_rows > self._max_single_rows) & (group <= BLOCK_LANES)  # a block holds whole rows
-        block_ends = starts[:-1] + np.where(is_in_blocks, prompt_rows, 0)
+        single_counts = np.zeros_like(counts) if batch.single_rows is None else batch.single_rows.numpy()
+        other_counts = np.maximum(counts - single_counts, 0)
+        is_in_blocks = (other_counts > self._max_single_rows) & (group <= BLOCK_LANES)  # a block holds whole rows
+        block_ends = starts[:-1] + np.where(is_in_blocks, other_counts, 0)
         rows = np.arange(starts[-1], dtype=np.int32)
         sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         seen = contexts[sequences] - (starts[sequences + 1] - rows) + 1

@@ -38,7 +38,7 @@ class Draft:
             sample,
             sequence.score_spec(begin, end),
             follows=begin == len(sequence.tokens),
-            num_output=max(0, end - max(begin, sequence.num_prompt)),
+            num_single=max(0, end - max(begin, sequence.num_prompt - 1)),
         )
         sequence.num_planned = end
         if sample is not None:

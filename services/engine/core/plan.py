@@ -55,8 +55,8 @@ class ScoreSpec:
 class Segment:
     """The next tokens of one sequence: positions [begin, end). page_ids cover [0, end).
 
-    One that `follows` has a single token, which the step before chose for the sequence and nobody knows yet. Its last
-    `num_output` tokens are output, generated here or elsewhere.
+    One that `follows` has a single token, which the step before chose for the sequence and nobody knows yet. The last
+    `num_single` tokens are computed one by one where that makes a difference: output, and the prompt's last one.
     """
 
     number: int  # of the sequence
@@ -66,7 +66,7 @@ class Segment:
     sample: SampleSpec | None
     score: ScoreSpec | None = None
     follows: bool = False
-    num_output: int = 0
+    num_single: int = 0
 
     @property
     def num_tokens(self) -> int:

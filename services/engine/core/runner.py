@@ -167,6 +167,6 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
     )
     if num_tokens == len(segments):
         return batch
-    batch = replace(batch, output_rows=torch.tensor([segment.num_output for segment in segments], dtype=torch.int32))
+    batch = replace(batch, single_rows=torch.tensor([segment.num_single for segment in segments], dtype=torch.int32))
     counts = np.array([s.num_tokens if s.score is not None else int(s.sample is not None) for s in segments])
     return replace(batch, last=last_rows(batch, counts))

@@ -176,22 +176,22 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(implementation: Callabl
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_output_is_computed_as_when_it_was_generated_and_a_prompt_as_without_it(form: str) -> None:
+def test_single_rows_are_computed_as_alone_and_those_before_them_as_without_them(form: str) -> None:
     """To the last bit."""
-    shape, output = ((70, 90), (30, 40), (12, 12), (5, 25)), (30, 0, 12, 2)
+    shape, single = ((70, 90), (30, 40), (12, 12), (5, 25)), (30, 0, 12, 2)
     pool = Pool(shape, 16)
     backend, row_by_row = PagedNumbaAttention(pool.kv), PagedNumbaAttention(pool.kv, max_single_rows=10**6)
     pool.fill(backend)
-    batch = replace(pool.batch(range(len(shape))), output_rows=torch.tensor(output, dtype=torch.int32))
+    batch = replace(pool.batch(range(len(shape))), single_rows=torch.tensor(single, dtype=torch.int32))
     result = backend.attend(0, pool.query, batch, FORMS[form]).split([rows for rows, _ in shape])
     singly = row_by_row.attend(0, pool.query, batch, FORMS[form]).split([rows for rows, _ in shape])
-    for sequence, ((rows, context), generated) in enumerate(zip(shape, output, strict=True)):
-        prompt = rows - generated
-        assert torch.equal(result[sequence][prompt:], singly[sequence][prompt:])
-        if prompt:
-            before = batch_of([prompt], [context - generated], pool.tables[[sequence]], "cpu")
-            alone = backend.attend(0, pool.query_of(sequence)[:prompt], before, FORMS[form])
-            assert torch.equal(result[sequence][:prompt], alone)
+    for sequence, ((rows, context), num_single) in enumerate(zip(shape, single, strict=True)):
+        others = rows - num_single
+        assert torch.equal(result[sequence][others:], singly[sequence][others:])
+        if others:
+            before = batch_of([others], [context - num_single], pool.tables[[sequence]], "cpu")
+            alone = backend.attend(0, pool.query_of(sequence)[:others], before, FORMS[form])
+            assert torch.equal(result[sequence][:others], alone)
 
 
 def test_query_may_be_a_slice(implementation: Callable[[Tensor], AttentionBackend]) -> None:

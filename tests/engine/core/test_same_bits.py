@@ -1,5 +1,5 @@
-"""What was generated is computed again as it was: whatever interrupts a sequence, it goes on with the same logits, to
-the last bit. Else a sampled answer would go on with other tokens after a while."""
+"""The same logits, to the last bit, whatever interrupts a sequence, and wherever its prompt comes from. Else a sampled
+answer would go on with other tokens after a while."""
 
 from __future__ import annotations
 
@@ -83,12 +83,23 @@ def test_after_a_preemption(model: LoadedModel, undisturbed: Stream) -> None:
         assert stream.logprobs == expected.logprobs
 
 
-def test_with_kv_that_another_engine_computed_again(model: LoadedModel, undisturbed: Stream) -> None:
+def test_behind_a_cached_prompt(model: LoadedModel, undisturbed: Stream) -> None:
+    engine = alone(model)
+    for _ in range(2):
+        stream = engine.generate(PROMPT, SAMPLED)
+        engine.run()
+        assert stream.tokens == undisturbed.tokens
+        assert stream.logprobs == undisturbed.logprobs
+    assert stream.account.matched_tokens == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("num_got", [0, 40])
+def test_with_kv_that_another_engine_computed(model: LoadedModel, undisturbed: Stream, num_got: int) -> None:
     pools: list[torch.Tensor] = []
     world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
     for node, pool in zip(world.nodes, pools, strict=True):
         node.service.memory = ByteRows(pool)  # type: ignore[assignment]
-    tokens = (*PROMPT, *undisturbed.tokens[:40])
+    tokens = (*PROMPT, *undisturbed.tokens[:num_got])
     reserved = world.reserve(tokens, len(tokens) - 1)
     sent = world.p.remote_send(tokens, 0, len(tokens) - 1, reserved, prompt_token_count=len(PROMPT))
     world.run()
@@ -96,5 +107,5 @@ def test_with_kv_that_another_engine_computed_again(model: LoadedModel, undistur
     options = {"reservation": ref_of(reserved), "begin": len(tokens) - 1, "prompt_token_count": len(PROMPT)}
     stream = world.d.generate(tokens, SAMPLED, **options)
     world.run()
-    assert stream.tokens == undisturbed.tokens[40:]
-    assert stream.logprobs == undisturbed.logprobs[40:]
+    assert stream.tokens == undisturbed.tokens[num_got:]
+    assert stream.logprobs == undisturbed.logprobs[num_got:]
