@@ -17,6 +17,7 @@ from services.engine.convert import from_duration
 from services.engine.core import api
 from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
+from services.engine.front.call_log import logged
 from services.engine.front.calls import within
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits, shown
@@ -219,21 +220,23 @@ class EngineServicer(EngineServiceServicer):
                     yield CancelCall(message.cancel.request_id)
 
     async def _prep_recv(self, request: pb.PrepRecvRequest, context: Context) -> api.Reserved:
-        key = requests.to_key(request.owner_id, request.request_id)
-        self._require_kvtransfer()
-        timeout_s = requests.to_timeout(request)
-        ask = requests.to_prep_recv(request, key, self._limits)
-        reserved = await within(timeout_s, self._front.calls.ask_for(key, ask))
+        key = requests.to_key(request.owner_id, request.request_id, request.client_request_id)
+        with logged("PrepRecv", key):
+            self._require_kvtransfer()
+            timeout_s = requests.to_timeout(request)
+            ask = requests.to_prep_recv(request, key, self._limits)
+            reserved = await within(timeout_s, self._front.calls.ask_for(key, ask))
         count_verb(reserved.timing)
         return reserved
 
     async def _remote_send(self, request: pb.RemoteSendRequest, context: Context) -> Timing:
-        key = requests.to_key(request.owner_id, request.request_id)
-        self._require_kvtransfer()
-        timeout_s = requests.to_timeout(request)
-        left_s = earlier(time_left(context), timeout_s)
-        ask = requests.to_remote_send(request, key, self._limits, self._at(left_s))
-        timing = await self._front.calls.ask_for(key, ask)
+        key = requests.to_key(request.owner_id, request.request_id, request.client_request_id)
+        with logged("RemoteSend", key):
+            self._require_kvtransfer()
+            timeout_s = requests.to_timeout(request)
+            left_s = earlier(time_left(context), timeout_s)
+            ask = requests.to_remote_send(request, key, self._limits, self._at(left_s))
+            timing = await self._front.calls.ask_for(key, ask)
         count_verb(timing)
         return timing
 

@@ -49,6 +49,15 @@ def test_record_is_one_line_of_pairs(stream: io.StringIO) -> None:
     assert ' level=warning service=engine logger=a.b msg="two\\nlines" pages=3 who="x \\"y\\""' in line
 
 
+def test_what_a_terminal_would_obey_is_escaped(stream: io.StringIO) -> None:
+    """C1 controls, line separators that are no line feed, and changes of direction pass JSON as they are."""
+    hostile = {"a": "\x9b2J\x7f", "b": "one\u2028two\x85three", "c": "\u202eabc", "d": "süß 猫"}
+    logging.getLogger("a").warning("x", extra={"fields": hostile})
+    line = stream.getvalue().removesuffix("\n")
+    assert line.isprintable()
+    assert line.endswith(r'a="\u009b2J\u007f" b="one\u2028two\u0085three" c="\u202eabc" d="süß 猫"')
+
+
 def test_secrets_are_masked_and_bytes_are_hex(stream: io.StringIO) -> None:
     fields = {"secret": b"\x01", "ticket": "t", "api_key": "k", "epoch": b"\xab\xcd", "tokens": 5}
     logging.getLogger("a").info("x", extra={"fields": fields})

@@ -41,10 +41,11 @@ Reply: TypeAlias = Callable[[T | ServiceError], None]
 
 @dataclass(frozen=True, slots=True)
 class RequestKey:
-    """A verb call: who asked, and their name for it."""
+    """A verb call: who asked, and their name for it. For logs: which of their clients' requests it is part of."""
 
     owner_id: str
     request_id: str
+    client_request_id: str = field(default="", compare=False)
 
 
 def writer_id(incarnation: bytes, key: RequestKey) -> str:

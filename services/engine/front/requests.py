@@ -25,6 +25,7 @@ from services.engine.front.limits import (
     check_inside,
     check_name,
     check_salt,
+    shown,
 )
 from services.protocol.timing import Timing
 
@@ -32,11 +33,11 @@ T = TypeVar("T")
 Ask: TypeAlias = Callable[[Reply[T]], api.Command]
 
 
-def to_key(owner_id: str, request_id: str) -> RequestKey:
+def to_key(owner_id: str, request_id: str, client_request_id: str = "") -> RequestKey:
     """Who calls, and their name for the call."""
     check_name("owner_id", owner_id)
     check_name("request_id", request_id)
-    return RequestKey(owner_id, request_id)
+    return RequestKey(owner_id, request_id, shown(client_request_id))
 
 
 def to_prep_recv(request: engine_pb2.PrepRecvRequest, key: RequestKey, limits: Limits) -> Ask[api.Reserved]:
@@ -91,7 +92,7 @@ def to_start_generate(
     if request.HasField("timeout"):
         deadlines.append(now + from_duration(request.timeout, "timeout"))
     command = api.StartGenerate(
-        key=to_key(request.owner_id, request.request_id),
+        key=to_key(request.owner_id, request.request_id, request.client_request_id),
         prompt=prompt,
         begin=request.begin,
         prompt_token_count=request.prompt_token_count or len(prompt),

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from services.engine.core.api import (
     Cancel,
     Command,
+    FinishReason,
     RequestKey,
     Reserved,
     SequenceOutput,
     StartGenerate,
 )
 from services.engine.errors import SequenceExists
+from services.engine.front.call_log import log_end, log_failure
 from services.engine.front.untaken import Untaken
 from services.protocol.errors import RequestIdReused, ServiceError
 from services.protocol.timing import Timing
@@ -35,6 +37,7 @@ MAX_UNTAKEN = 1024
 MAX_TAKEN_NUMBERS = 100_000
 # What an answer takes beside its page ids, in numbers: digests, secret, names, times.
 _NUMBERS_PER_ANSWER = 50
+_VERB = "StartGenerate"  # as logs name it, whichever call it came by
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,7 @@ class Streams:
             for key in list(caller.live):
                 # Its last outputs find no listener; a new sequence of the name has another call id.
                 self._forget(self._by_key[key])
+                log_end(_VERB, key, FinishReason.CANCELLED)
                 self._submit(Cancel(key))
 
     def start(self, command: StartGenerate, caller: Caller) -> None:
@@ -197,8 +201,12 @@ class Streams:
             if (live := self._live.get(output.call_id)) is None:
                 continue
             command, caller = live
-            if output.finish_reason is not None or output.error is not None:
+            if output.error is not None:
                 self._forget(command)
+                log_failure(_VERB, command.key, output.error)
+            elif output.finish_reason is not None:
+                self._forget(command)
+                log_end(_VERB, command.key, output.finish_reason)
             caller.put(output)
 
     def end_callers(self) -> None:

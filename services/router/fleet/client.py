@@ -80,6 +80,7 @@ class EngineClient:
         message = engine_pb2.PrepRecvRequest(
             owner_id=self._owner_id,
             request_id=call_id,
+            client_request_id=request.request_id,
             prompt_token_ids=request.prompt,
             end=end,
             cache_salt=request.cache_salt,
@@ -107,6 +108,7 @@ class EngineClient:
         message = engine_pb2.RemoteSendRequest(
             owner_id=self._owner_id,
             request_id=call_id,
+            client_request_id=request.request_id,
             prompt_token_ids=request.prompt,
             range=range_message(tokens),
             address=kv_pb2.KvAddress.FromString(kv.address),
@@ -128,6 +130,7 @@ class EngineClient:
         message = command.start
         message.owner_id = self._owner_id
         message.request_id = call_id
+        message.client_request_id = request.request_id
         message.prompt_token_ids.extend(request.prompt)
         message.begin = begin
         message.prompt_token_count = len(request.prompt) - request.num_generated

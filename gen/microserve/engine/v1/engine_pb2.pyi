@@ -69,6 +69,7 @@ class PrepRecvRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller, for instance a router instance. 1 to 128 characters."""
     request_id: _builtins.str
@@ -79,6 +80,10 @@ class PrepRecvRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """Prefixes are shared only between requests with equal salts. At most 128 characters."""
+    client_request_id: _builtins.str
+    """The request of the caller's client that the call is part of, for the engine's log and nothing else: it is no
+    argument, and a retry may have another. Longer than 128 characters: the first 128. Empty: not told.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The whole prompt. At least one token."""
@@ -106,10 +111,11 @@ class PrepRecvRequest(_message.Message):
         lease: _duration_pb2.Duration | None = ...,
         max_wait: _duration_pb2.Duration | None = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        client_request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_wait", b"max_wait", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "end", b"end", "lease", b"lease", "max_wait", b"max_wait", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "client_request_id", b"client_request_id", "end", b"end", "lease", b"lease", "max_wait", b"max_wait", "owner_id", b"owner_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -170,6 +176,7 @@ class RemoteSendRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller."""
     request_id: _builtins.str
@@ -182,6 +189,8 @@ class RemoteSendRequest(_message.Message):
     """As in PrepRecv."""
     prompt_token_count: _builtins.int
     """As in StartGenerate. KV of output is computed again as it was when the output was generated."""
+    client_request_id: _builtins.str
+    """As in PrepRecv."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The whole prompt, the same as given to PrepRecv (at least its first window.end tokens)."""
@@ -210,10 +219,11 @@ class RemoteSendRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
         prompt_token_count: _builtins.int = ...,
+        client_request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "range", b"range", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "owner_id", b"owner_id", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "cache_salt", b"cache_salt", "client_request_id", b"client_request_id", "owner_id", b"owner_id", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "range", b"range", "request_id", b"request_id", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,6 +296,7 @@ class StartGenerateRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     FORCED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_BEGIN_FIELD_NUMBER: _builtins.int
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """The caller."""
     request_id: _builtins.str
@@ -303,6 +314,8 @@ class StartGenerateRequest(_message.Message):
     elsewhere tells of none twice. What comes before may be taken from caches and reservations. At most
     prompt_token_count, which tells of none. Zero means 1: nothing precedes position 0.
     """
+    client_request_id: _builtins.str
+    """As in PrepRecv."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, and after it any tokens already generated elsewhere. At least one token."""
@@ -341,10 +354,11 @@ class StartGenerateRequest(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         forced_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs_begin: _builtins.int = ...,
+        client_request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cache_salt", b"cache_salt", "forced_token_ids", b"forced_token_ids", "owner_id", b"owner_id", "prompt_logprobs_begin", b"prompt_logprobs_begin", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cache_salt", b"cache_salt", "client_request_id", b"client_request_id", "forced_token_ids", b"forced_token_ids", "owner_id", b"owner_id", "prompt_logprobs_begin", b"prompt_logprobs_begin", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "reservation", b"reservation", "sampling", b"sampling", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
