@@ -13,7 +13,7 @@ from services.engine.errors import BadRequest, EngineDraining, NoPages, StepFail
 from services.engine.errors import DeadlineExceeded as EngineDeadline
 from services.protocol.errors import Code, ReservationGone, ServiceError
 from services.router.errors import BreakerOpen, EngineLost, PolicyFailed, RequestTimeout, SlowConsumer
-from services.router.fleet.breaker import Breaker, BreakerConfig, BreakerState
+from services.router.fleet.breaker import Breaker, BreakerCall, BreakerConfig, BreakerState
 from services.rpc.status import RemoteError
 from tests.fakes import FakeBug, FakeError, FakeLoss, Fault
 from tests.router.harness import PROMPT, failing, model, running
@@ -38,7 +38,7 @@ def breaker_of(num_failures: int = 3) -> tuple[Breaker, Clock]:
 
 def call(breaker: Breaker, error: BaseException | None = None) -> None:
     try:
-        with breaker.call():
+        with BreakerCall(breaker):
             if error is not None:
                 raise error
     except BaseException as raised:
@@ -56,7 +56,7 @@ def test_it_opens_tries_once_and_closes() -> None:
         call(breaker)
     clock.now += 1.0
     assert (breaker.state, breaker.admits) == (BreakerState.HALF_OPEN, True)
-    with breaker.call():
+    with BreakerCall(breaker):
         assert not breaker.admits  # one at a time
     assert breaker.state is BreakerState.CLOSED
 
@@ -65,12 +65,12 @@ def test_a_trial_that_hangs_holds_up_no_later_one() -> None:
     breaker, clock = breaker_of(1)
     call(breaker, LOSS)
     clock.now += 1.0
-    with breaker.call():
+    with BreakerCall(breaker):
         breaker.reset()  # the engine has restarted
         call(breaker, LOSS)
         clock.now += 1.0
         assert breaker.admits
-        with breaker.call():
+        with BreakerCall(breaker):
             assert not breaker.admits
 
 
@@ -78,19 +78,19 @@ def test_a_trial_that_became_a_long_call_ends_no_later_one() -> None:
     breaker, clock = breaker_of(1)
     call(breaker, LOSS)
     clock.now += 1.0
-    long_call = breaker.call()
+    long_call = BreakerCall(breaker)
     long_call.__enter__()()
     assert breaker.state is BreakerState.CLOSED
     call(breaker, LOSS)
     clock.now += 1.0
-    with breaker.call():
+    with BreakerCall(breaker):
         long_call.__exit__(None, None, None)
         assert not breaker.admits
 
 
 def test_a_long_call_that_goes_well_hides_no_failures() -> None:
     breaker, _ = breaker_of()
-    with breaker.call() as succeeded:
+    with BreakerCall(breaker) as succeeded:
         for _ in range(3):
             call(breaker, LOSS)
             succeeded()  # with every token
@@ -119,7 +119,7 @@ def test_a_failed_trial_opens_it_for_longer_up_to_a_limit() -> None:
 
 def test_calls_that_began_before_it_opened_do_not_open_it_longer() -> None:
     breaker, clock = breaker_of(1)
-    calls = [breaker.call() for _ in range(3)]
+    calls = [BreakerCall(breaker) for _ in range(3)]
     for each in calls:
         each.__enter__()
     for each in calls:
@@ -140,7 +140,7 @@ def test_a_success_that_shows_early_counts_at_once() -> None:
     breaker, clock = breaker_of(1)
     call(breaker, LOSS)
     clock.now += 1.0
-    with breaker.call() as succeeded:
+    with BreakerCall(breaker) as succeeded:
         succeeded()
         assert breaker.state is BreakerState.CLOSED
 

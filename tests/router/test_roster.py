@@ -13,7 +13,7 @@ from services.protocol.errors import Code, ServiceError
 from services.router.errors import NoEngine, NoPair
 from services.router.fleet import choose
 from services.router.fleet.block_index import BlockIndex
-from services.router.fleet.breaker import Breaker, BreakerConfig
+from services.router.fleet.breaker import Breaker, BreakerCall, BreakerConfig
 from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, Load
 from services.router.fleet.roster import Roster
@@ -49,7 +49,7 @@ class Listed:
         return EngineSnapshot(self.address, self.info, load, load.sequences, load.queued_tokens, self.blocks)
 
     def fail(self) -> None:
-        with pytest.raises(Broken), self.breaker.call():
+        with pytest.raises(Broken), BreakerCall(self.breaker):
             raise Broken("gone")
 
 

@@ -50,8 +50,10 @@ def is_fault(error: ServiceError) -> bool:
 
 
 class BreakerCall:
-    """A call under way. What its beginning gives is to be called where success shows before the end; it tells of it
-    once."""
+    """To put around a call; its beginning may raise BreakerOpen. What that gives is to be called where success shows
+    before the end; it tells of it once."""
+
+    __slots__ = ("_breaker", "_has_told")
 
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker
@@ -122,10 +124,6 @@ class Breaker:
         """It is another engine now."""
         self._num_failures, self._open_s, self._open_until = 0, self._config.first_s, None
         self._trial = None
-
-    def call(self) -> BreakerCall:
-        """To put around a call. Its beginning may raise BreakerOpen."""
-        return BreakerCall(self)
 
     def begin(self, call: BreakerCall) -> None:
         """BreakerOpen."""

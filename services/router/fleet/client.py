@@ -25,7 +25,7 @@ from services.router.wire import write_sampling
 from services.rpc.channel import MAX_MESSAGE_BYTES
 from services.rpc.kv_messages import range_message
 from services.rpc.status import remote_errors
-from services.rpc.timing_messages import duration_message, seconds_of, timing_of
+from services.rpc.timing_messages import duration_message, seconds_of, set_duration, timing_of
 
 SERVICE_NAME = "microserve.engine.v1.EngineService"
 CONTRACT_MAJOR = "1"
@@ -138,7 +138,7 @@ class EngineClient:
         if kv is not None:
             message.reservation.CopyFrom(_reference(kv))
         message.cache_salt = request.cache_salt
-        message.timeout.CopyFrom(duration_message(request.time_left_s()))
+        set_duration(message.timeout, request.time_left_s())
         if request.sampling.prompt_logprobs is not None:
             message.prompt_logprobs_begin = request.num_told
         return self._session.start(command)

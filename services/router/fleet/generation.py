@@ -13,7 +13,7 @@ from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.session import Sequence
-from services.router.fleet.underway import Answer
+from services.router.fleet.underway import Answer, Answering, Computing
 from services.router.fleet.watched import Watched
 from services.router.request import PolicyRequest
 from services.router.values import Chunk, FinishReason, Verb
@@ -109,8 +109,8 @@ class Generation(AsyncIterator[Chunk]):
                 self._answer = Answer(self._costs.expected_output(request)) if kv is None else kv.answer
                 with (
                     scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens) as self._leg,
-                    member.answering(self._answer),
-                    member.computing(self._to_compute(tokens)) as self._prompt_computed,
+                    Answering(member.underway, self._answer),
+                    Computing(member.underway, self._to_compute(tokens)) as self._prompt_computed,
                 ):
                     yield sequence
             finally:

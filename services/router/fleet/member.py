@@ -17,7 +17,7 @@ from services.router.fleet.cached_blocks import CachedBlocks, KvEvent
 from services.router.fleet.info import EngineInfo, EngineSnapshot, InFlight, Load
 from services.router.fleet.port import EnginePort
 from services.router.fleet.session import Sequence
-from services.router.fleet.underway import Answer, Answering, Computing, Underway
+from services.router.fleet.underway import Underway
 from services.router.text.store import TokenizerStore
 from services.router.text.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class Member:
         self._excess = (0, 0)  # sequences and prompt tokens of others, by the last report
         self.others = InFlight()  # what others than this router have it do
         self._backoff_config = backoff
-        self._underway = Underway(self._changed)
+        self.underway = Underway(self._changed)  # what this router has asked of it
         self._snapshot: EngineSnapshot | None = None
         self._followers: list[asyncio.Task[None]] = []
         self._num_users = 0
@@ -147,7 +147,7 @@ class Member:
         """What is known now. Only for a member that has joined once."""
         if self._snapshot is None:
             assert self.info is not None
-            load, underway = self.load, self._underway
+            load, underway = self.load, self.underway
             self._snapshot = EngineSnapshot(
                 self.address,
                 self.info,
@@ -182,14 +182,6 @@ class Member:
                 await backoff.wait()
         finally:
             await self._stop_following()
-
-    def answering(self, answer: Answer) -> Answering:
-        """Counts a sequence: from its reservation on, so that others see it coming while its KV is on the way."""
-        return Answering(self._underway, answer)
-
-    def computing(self, num_tokens: int) -> Computing:
-        """Counts tokens of a prompt, until the block ends or what is yielded is called: then they are computed."""
-        return Computing(self._underway, num_tokens)
 
     def _changed(self) -> None:
         if self._snapshot is not None:  # else nobody has looked since the last change
@@ -263,7 +255,7 @@ class Member:
 
     def _take_load(self, load: Load) -> bool:
         drains = load.draining != self.load.draining
-        ours, before = self._underway, self._excess
+        ours, before = self.underway, self._excess
         self._excess = max(0, load.sequences - len(ours.answers)), max(0, load.queued_tokens - ours.prompt_tokens)
         # The less of two reports: one alone lags behind calls of ours that have just begun or ended.
         self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))

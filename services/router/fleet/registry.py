@@ -215,16 +215,17 @@ class Registry:
 
 def _capacity(members: Sequence[Member]) -> Capacity:
     """Where engines are labelled with both roles, sequences count where they decode and prompts where they prefill."""
-    members = [member for member in members if member.breaker.admits]
-    has_roles = {PREFILL, DECODE} <= {member.label(ROLE) for member in members}
-    computing = [each for each in members if not (has_roles and each.label(ROLE) == DECODE)]
-    decoding = [each for each in members if not (has_roles and each.label(ROLE) == PREFILL)]
-    return Capacity(
-        num_engines=len(computing),
-        sequences=sum(max(1, member.info.max_batch_size) for member in decoding if member.info is not None),
-        others_sequences=sum(member.others.sequences for member in decoding),
-        others_prompt_tokens=sum(member.others.prompt_tokens for member in computing),
-    )
+    roles = {member: member.label(ROLE) for member in members if member.breaker.admits}
+    has_roles = {PREFILL, DECODE} <= set(roles.values())
+    num_engines = sequences = others_sequences = others_prompt_tokens = 0
+    for member, role in roles.items():
+        if not (has_roles and role == DECODE):
+            num_engines += 1
+            others_prompt_tokens += member.others.prompt_tokens
+        if not (has_roles and role == PREFILL) and member.info is not None:
+            sequences += max(1, member.info.max_batch_size)
+            others_sequences += member.others.sequences
+    return Capacity(num_engines, sequences, others_sequences, others_prompt_tokens)
 
 
 def _models(healthy: Iterable[Member]) -> dict[str, Model]:

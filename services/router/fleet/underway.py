@@ -44,7 +44,8 @@ class Underway:
 
 
 class Answering:
-    """Counts a sequence for as long as the block runs."""
+    """Counts a sequence for as long as the block runs: from its reservation on, so that others see it coming while its
+    KV is on the way."""
 
     __slots__ = ("_answer", "_underway")
 

@@ -22,7 +22,7 @@ from services.router.fleet.member import Member
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.roster import Roster
 from services.router.fleet.scope import RequestScope
-from services.router.fleet.underway import Answer
+from services.router.fleet.underway import Answer, Answering, Computing
 from services.router.fleet.watched import Watched
 from services.router.request import PolicyRequest
 from services.router.values import Verb
@@ -86,7 +86,7 @@ class Engine:
         reservation = await self._reserve(request, end, max_wait_s)
         await self._scope.hold(reservation)
         try:
-            with self._member.answering(reservation.answer):
+            with Answering(self._member.underway, reservation.answer):
                 yield reservation
         finally:
             await self._scope.let_go(reservation)
@@ -100,7 +100,7 @@ class Engine:
         with (
             self._scope.legs.begin(Verb.REMOTE_SEND, self.info.name, tokens) as leg,
             self._watched(),
-            self._member.computing(len(tokens)),
+            Computing(self._member.underway, len(tokens)),
         ):
             call_id, attempt = self._scope.next_call_id(), kv.next_attempt(tokens)
             timing = await self._member.client.remote_send(call_id, request, tokens, kv.kv, attempt)

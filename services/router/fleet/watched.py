@@ -6,24 +6,26 @@ from collections.abc import Callable
 from types import TracebackType
 
 from services.protocol.errors import ServiceError
+from services.router.fleet.breaker import BreakerCall
 from services.router.fleet.member import Member
 from services.router.fleet.recovery import Remedy, remedy
 from services.router.fleet.scope import RequestScope
 
 
-class Watched:
+class Watched(BreakerCall):
     """Around every verb: an engine that fails is not chosen again for this request. What its beginning gives is to be
     called where success shows before the verb's end."""
 
-    __slots__ = ("_call", "_member", "_scope")
+    __slots__ = ("_member", "_scope")
 
     def __init__(self, member: Member, scope: RequestScope) -> None:
-        self._member, self._scope, self._call = member, scope, member.breaker.call()
+        super().__init__(member.breaker)
+        self._member, self._scope = member, scope
 
     def __enter__(self) -> Callable[[], None]:
         self._scope.use(self._member)
         try:
-            return self._call.__enter__()
+            return super().__enter__()
         except ServiceError as error:
             self._avoid(error)
             raise
@@ -31,7 +33,7 @@ class Watched:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._call.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         if error is not None:
             self._avoid(error)
 
