@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STRUCTURE = (ROOT / "docs/structure.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Every program has --help; then those of pip, of the benchmarks under bench/, and of AIPerf.
-BENCH_FLAGS = ("append", "minutes", "policies", "full", "servers", "loads", "parts", "tokens")
+BENCH_FLAGS = ("append", "minutes", "policies", "full", "servers", "loads", "parts", "python", "tokens")
 AIPERF_FLAGS = ("url", "endpoint-type", "streaming", "tokenizer", "concurrency", "request-count", "isl", "osl", "ui")
 TOOL_FLAGS = {"--" + name for name in ("help", "no-deps", *BENCH_FLAGS, *AIPERF_FLAGS)}
 SERVICES = ["protocol", "rpc", "engine", "kvtransfer", "router", "cli"]
