@@ -6,10 +6,12 @@ they say how much two calls differ that meet the same arrivals, which two direct
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from dataclasses import replace
 
+from bench.router.affinity import own_core
 from bench.router.calls import Open, Stream, closed_loop, direct, open_loop, through
 from bench.router.figures import Figure, percentile
 from bench.router.streams import direct_session, through_session
@@ -21,11 +23,12 @@ from services.rpc.heap import settle_heap
 NUM_TOKENS = 16
 STEP_MS = 5.0
 PERIOD_S = 1.5  # for which one arm is measured before the other
+_WAYS = {"": "over Session", "calls_": "a call a request", "own_core_": "over Session to a router on a core of its own"}
 
 
 async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
     """Requests of 16 tokens arrive as a Poisson process, at the router and then, at the same times, at the engine: over
-    one Session each, and then as a call each."""
+    one Session each, as a call each, and over Session once more with routers on a core where nothing else runs."""
     stub = stubs.start_stub(step_ms=STEP_MS, name="latency")
     router = stubs.start_roomy_router([stub], name="latency-router")
     relay = stubs.start_relay(stub)
@@ -43,9 +46,11 @@ async def measure(stubs: Stubs, rounds: int) -> list[Figure]:
         over_session = await _compared("", [routed, relayed, plain, plain], rounds)
         calls = [through(to_router), through(to_relay), direct(to_stub), direct(to_stub)]
         by_calls = await _compared("calls_", calls, rounds)
+        with own_core([router.pid, relay.pid], [os.getpid(), stub.pid]):
+            alone = await _compared("own_core_", [routed, relayed, plain, plain], rounds)
     for process in (router, relay, stub):
         process.terminate()
-    return over_session + by_calls
+    return over_session + by_calls + alone
 
 
 async def _compared(prefix: str, ways: list[Open], rounds: int) -> list[Figure]:
@@ -53,7 +58,7 @@ async def _compared(prefix: str, ways: list[Open], rounds: int) -> list[Figure]:
     full_rate = await _full_rate(ways[0])
     routed, relayed, plain, again = await _in_turn(ways, full_rate / 2, rounds)
     light = await _in_turn(ways[:3], full_rate / 20, rounds)
-    at = f"{'a call a request' if prefix else 'over Session'}, {full_rate / 2:.0f} requests/s, half of what it takes"
+    at = f"{_WAYS[prefix]}, {full_rate / 2:.0f} requests/s, half of what it takes"
     aims = (None, None) if prefix else (0.5, 2.0)
     figures = [
         Figure("added_ms_p50", f"added to the first token, {at}: median, ms", _added_ms(routed, plain, 0.5), aims[0]),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,6 +13,7 @@ import pytest
 from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 
 from bench.router import http_calls, http_stub
+from bench.router.affinity import own_core
 from bench.router.calls import Open, closed_loop, direct, open_loop, read, through
 from bench.router.figures import Figure, Report, percentile
 from bench.router.streams import direct_session, through_session
@@ -91,3 +95,19 @@ def test_percentiles_and_aims() -> None:
     assert Figure("a", "", 0.5, 0.5).reached
     assert Figure("a", "", 0.5, 0.6, at_least=True).reached is False
     assert Report([Figure("a", "", 0.5), Figure("b", "", 2.0)]).flat() == {"a": 0.5, "b": 2.0}
+
+
+def test_a_measured_process_has_a_core_that_the_others_leave_alone() -> None:
+    command = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE) as measured,
+        subprocess.Popen(command, stdin=subprocess.PIPE) as other,
+    ):
+        before = os.sched_getaffinity(measured.pid)
+        with own_core([measured.pid], [other.pid]):
+            mine, theirs = os.sched_getaffinity(measured.pid), os.sched_getaffinity(other.pid)
+            assert (mine == theirs == before) if len(before) == 1 else (len(mine) == 1 and mine | theirs == before)
+            assert len(before) == 1 or not mine & theirs
+        assert os.sched_getaffinity(measured.pid) == os.sched_getaffinity(other.pid) == before
+        for process in (measured, other):
+            process.communicate(b"\n")
