@@ -40,6 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN}),
     "starcoder2": ("Starcoder2Config", {}),
+    "gpt-2": ("GPT2Config", {}),
+    "gpt-bigcode": ("GPTBigCodeConfig", {}),
 }
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

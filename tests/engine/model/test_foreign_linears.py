@@ -7,17 +7,20 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from services.engine.kernels.team import team_of
 from services.engine.model.foreign.linears import replace_linears
 from services.engine.model.linear.linear import DenseLinear, Linear
 from services.engine.model.linear.tiled import TiledLinear
 
+LINEARS = (torch.nn.Linear, Conv1D)
+
 
 class _Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up = torch.nn.Linear(24, 40)
+        self.up = Conv1D(40, 24)
         self.down = torch.nn.Linear(40, 24, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -36,7 +39,7 @@ def test_computes_what_torch_does(shape: tuple[int, ...]) -> None:
     model, inputs = _model(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     expected = model(inputs)
     replace_linears(model, lambda weight, bias: TiledLinear(weight, bias, team_of(2)))
-    assert not [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    assert not [layer for layer in model.modules() if isinstance(layer, LINEARS)]
     torch.testing.assert_close(model(inputs), expected)
 
 
@@ -44,7 +47,7 @@ def test_computes_what_torch_does(shape: tuple[int, ...]) -> None:
 def test_a_weight_is_let_go_before_the_next_is_replaced() -> None:
     """Else a model would take twice its memory while it is loaded."""
     model = _model()
-    of_torch = [weakref.ref(layer) for layer in model.modules() if type(layer) is torch.nn.Linear]
+    of_torch = [weakref.ref(layer) for layer in model.modules() if isinstance(layer, LINEARS)]
     alive = []
 
     def make(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -1,8 +1,9 @@
-"""Linear layers of ours in the place of torch's, inside a model of transformers."""
+"""Linear layers of ours in the place of its own, inside a model of transformers."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from services.engine.model.linear.linear import Linear, LinearFactory
 
 
 def replace_linears(model: torch.nn.Module, make: LinearFactory) -> None:
-    """Every torch.nn.Linear of the model becomes what `make` gives for its weight and bias."""
+    """Every linear layer of the model, torch's and those of GPT-2's kind, becomes what `make` gives for its weight and
+    bias."""
+    from transformers.pytorch_utils import Conv1D
+
     # Nothing here keeps a layer that was replaced: its weight is let go before the next one is made.
     for parent in model.modules():
-        names = [name for name, child in parent.named_children() if type(child) is torch.nn.Linear]
+        names = [name for name, child in parent.named_children() if type(child) in (torch.nn.Linear, Conv1D)]
         for name in names:
             setattr(parent, name, _InPlaceOfLinear(_made(getattr(parent, name), make)))
 
@@ -33,5 +37,7 @@ class _InPlaceOfLinear(torch.nn.Module):
         return rows.view(*leading, rows.shape[-1])
 
 
-def _made(layer: torch.nn.Linear, make: LinearFactory) -> Linear:
-    return make(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+def _made(layer: Any, make: LinearFactory) -> Linear:
+    weight = layer.weight.detach()  # of a Conv1D (in, out)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return make(weight if isinstance(layer, torch.nn.Linear) else weight.T.contiguous(), bias)

@@ -87,6 +87,17 @@ class _Body(torch.nn.Module):
         """See the body."""
         if self.given is None:
             return self.body(*arguments, **options)
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return _Given(self.given)
 
-        return MoeModelOutputWithPast(last_hidden_state=self.given)
+
+class _Given:
+    """What a body returns, as heads read it: hidden states, and none of what it may return besides."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
