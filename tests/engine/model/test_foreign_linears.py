@@ -44,6 +44,18 @@ def test_computes_what_torch_does(shape: tuple[int, ...]) -> None:
 
 
 @torch.inference_mode()
+def test_parameters_may_lie_in_others() -> None:
+    """As those do that were one tensor in the checkpoint."""
+    layer = torch.nn.Linear(24, 40)
+    layer.weight = torch.nn.Parameter(torch.randn(24, 80).T[::2])
+    layer.bias = torch.nn.Parameter(torch.randn(80)[::2])
+    model, inputs = torch.nn.Sequential(layer), torch.randn(3, 24)
+    expected = model(inputs)
+    replace_linears(model, lambda weight, bias: TiledLinear(weight, bias, team_of(2)))
+    torch.testing.assert_close(model(inputs), expected)
+
+
+@torch.inference_mode()
 def test_a_weight_is_let_go_before_the_next_is_replaced() -> None:
     """Else a model would take twice its memory while it is loaded."""
     model = _model()

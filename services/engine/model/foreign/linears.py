@@ -38,6 +38,6 @@ class _InPlaceOfLinear(torch.nn.Module):
 
 
 def _made(layer: Any, make: LinearFactory) -> Linear:
-    weight = layer.weight.detach()  # of a Conv1D (in, out)
-    bias = None if layer.bias is None else layer.bias.detach()
-    return make(weight if isinstance(layer, torch.nn.Linear) else weight.T.contiguous(), bias)
+    weight = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach().contiguous()  # kernels know only where it begins
+    return make(weight if isinstance(layer, torch.nn.Linear) else weight.T, bias)  # a Conv1D has (in, out)
