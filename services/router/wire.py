@@ -1,4 +1,7 @@
-"""Values to and from protobuf, shared by the servicers and the engine client."""
+"""Values to and from protobuf, shared by the servicers and the engine client.
+
+Repeated numbers and strings are read as slices: iterating over the field itself takes two to four times as long.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampl
         logit_bias=tuple(message.logit_bias.items()) if message.logit_bias else (),
         seed=seed,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_token_ids=tuple(message.stop_token_ids[:]),
         min_tokens=message.min_tokens,
         max_tokens=message.max_tokens,
         ignore_eos=message.ignore_eos,
@@ -93,7 +96,7 @@ def write_sampling(sampling: Sampling, message: sampling_pb2.SamplingParams) -> 
 
 def chunk_from_wire(message: engine_pb2.StartGenerateResponse) -> Chunk:
     return Chunk(
-        token_ids=tuple(message.token_ids),
+        token_ids=tuple(message.token_ids[:]),
         logprobs=tuple(map(_logprobs_from_wire, message.logprobs)) if message.logprobs else (),
         finish=_FINISH_FROM_WIRE.get(message.finish_reason) if message.finish_reason else None,
         timing=timing_of(message.timing) if message.HasField("timing") else None,

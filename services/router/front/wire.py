@@ -84,7 +84,7 @@ def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
     return Ask(
         prompt=_prompt(request),
         sampling=sampling_from_wire(request.sampling, request.sampling.seed if is_seeded else new_seed()),
-        stop=tuple(request.stop),
+        stop=tuple(request.stop[:]),
         include_stop=request.include_stop,
         model=request.model,
         cache_salt=request.cache_salt,
@@ -109,7 +109,7 @@ def _prompt(request: router_pb2.GenerateRequest) -> Prompt:
         case "chat":
             return chat_of(request.chat)
         case "tokens":
-            return Tokens(tuple(request.tokens.ids))
+            return Tokens(tuple(request.tokens.ids[:]))  # a slice: see router/wire.py
     raise EmptyPrompt("the request has no prompt")
 
 
