@@ -116,7 +116,7 @@ async def test_a_reader_that_is_late_gets_all_of_it() -> None:
     wordy, num_tokens = Tokenizer.from_str(byte_level().to_str()), 5000
     wordy.add_tokens(["x" * 2000])
     speaker = FakeModel(files(wordy), script=(wordy.token_to_id("x" * 2000),) * num_tokens, max_context=10_000)
-    async with serving(fake_model=speaker, max_buffered_tokens=10_000) as (suite, _):
+    async with serving(fake_model=speaker, max_buffered_tokens=10_000, client_timeout=600) as (suite, _):
         body = f'{{"model": "fake", "stream": true, "prompt": "x", "max_tokens": {num_tokens}}}'
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         host, port = suite.http.split(":")

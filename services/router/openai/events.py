@@ -78,11 +78,9 @@ class EventStream:
         self._client = client
         self._client_timeout_s = client_timeout_s
         self._waiting: deque[Message] = deque()
-        self.has_begun = False
 
     def begin(self, request_id: str) -> None:
         """Comes before the first event."""
-        self.has_begun = True
         headers = [*_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]  # as headers come
         self._put({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -100,9 +98,10 @@ class EventStream:
         while self._waiting:
             try:
                 async with asyncio.timeout(self._client_timeout_s):
-                    await self._send(self._waiting.popleft())
+                    await self._send(self._waiting[0])
             except TimeoutError:
                 raise ClientGone from None
+            self._waiting.popleft()  # now, since what comes meanwhile comes after it
 
     def _put(self, message: Message) -> bool:
         if self._waiting or not self._client.has_room:
