@@ -109,7 +109,7 @@ def test_it_chooses_as_the_plain_way(size: int, roles: tuple[str, ...]) -> None:
             engine.now += source.choice((0.0, 0.6))
             if source.random() < 0.1 and engine.breaker.admits:
                 engine.fail()
-                roster.moved(engine.opened.pop())
+                roster.opened(engine.opened.pop())
         avoided = {each.address for each in source.sample(engines, source.choice((0, size // 3)))}
         left = [each.snapshot() for each in engines if each.breaker.admits and each.address not in avoided]
         same(lambda: roster.least_loaded(avoided), lambda: choose.least_loaded(left))  # noqa: B023
@@ -187,7 +187,8 @@ def test_an_engine_that_recovers_is_chosen_again() -> None:
     roster = Roster(engines, index)
     assert roster.least_loaded(()) is engines[0]
     engines[0].fail()
-    roster.moved(engines[0].opened.pop())
+    roster.opened(engines[0].opened.pop())
     assert roster.least_loaded(()) is engines[1]
+    assert Roster(engines, index).least_loaded(()) is engines[1]  # also where the fleet has changed since
     engines[0].now = 10.0
     assert roster.least_loaded(()) is engines[0]

@@ -41,7 +41,10 @@ class MemberListener(Protocol):
         """A member has told its load."""
 
     def moved(self, member: Member) -> None:
-        """A member's load has changed, or its breaker has opened."""
+        """A member's load has changed."""
+
+    def opened(self, member: Member) -> None:
+        """A member's breaker has opened."""
 
 
 class Member:
@@ -66,7 +69,7 @@ class Member:
         self.tokenizer: Tokenizer | None = None
         self.load = Load()
         self.blocks = CachedBlocks(listener.block_index)
-        self.breaker = Breaker(address, breaker, on_open=lambda: listener.moved(self))
+        self.breaker = Breaker(address, breaker, on_open=lambda: listener.opened(self))
         self.problem = _NOT_CONTACTED  # empty while it is joined
         self.drained = False  # by an operator
         self.duplicate_of = ""  # the address under which the same engine is in the fleet already

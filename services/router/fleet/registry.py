@@ -126,9 +126,14 @@ class Registry:
                 listener()
 
     def moved(self, member: Member) -> None:
-        """An engine's load has changed, or its breaker has opened."""
+        """An engine's load has changed."""
         for roster in self._rosters.values():
             roster.moved(member)
+
+    def opened(self, member: Member) -> None:
+        """An engine's breaker has opened."""
+        for roster in self._rosters.values():
+            roster.opened(member)
 
     def changed(self) -> None:
         """An engine joined or left."""

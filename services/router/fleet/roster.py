@@ -74,12 +74,17 @@ class Roster(Generic[Item]):
         # Sequences for the engine's size, then prompt tokens: complex numbers are compared so.
         self._decode_loads = np.zeros(len(infos), np.complex128)
         self._moved: set[Item] = set(self._engines)
-        self._opened: set[Item] = set()  # whose breaker is not closed
+        self._opened = {engine for engine in engines if engine.breaker.state is not BreakerState.CLOSED}
         self._all = self._candidates(frozenset())
 
     def moved(self, engine: Item) -> None:
-        """Its load has changed, or its breaker has opened."""
+        """Its load has changed."""
         self._moved.add(engine)
+
+    def opened(self, engine: Item) -> None:
+        """Its breaker has opened."""
+        if engine in self._positions:
+            self._opened.add(engine)
 
     def least_loaded(self, avoided: Collection[str]) -> Item:
         """As choose.least_loaded, but for engines at these addresses. NoEngine."""
@@ -133,8 +138,6 @@ class Roster(Generic[Item]):
             position, snapshot = self._positions[engine], engine.snapshot()
             self._prefill_loads[position] = snapshot.prompt_tokens
             self._decode_loads[position] = complex(choose.relative_sequences(snapshot), snapshot.prompt_tokens)
-            if engine.breaker.state is not BreakerState.CLOSED:
-                self._opened.add(engine)
         self._moved.clear()
 
     def _without(self, avoided: Collection[str]) -> _Candidates:
