@@ -131,6 +131,35 @@ async def test_what_is_neither_a_chunk_nor_a_sequence_fails_the_request(tmp_path
         assert caught.value.message == "policy program yielded str, neither a chunk nor a generation"
 
 
+async def test_after_its_end_nothing_is_handed_on(tmp_path: Path) -> None:
+    body = """
+        generation = fleet.engines[0].start_generate(request)
+        for _ in range(100):
+            yield generation
+        said.append("went on")
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        await suite.idle()
+        assert said(suite) == []
+
+
+async def test_a_sequence_that_is_over_is_no_way_to_keep_the_event_loop(tmp_path: Path) -> None:
+    body = """
+        generation = fleet.engines[0].start_generate(request)
+        await generation.aclose()
+        asyncio.get_running_loop().call_soon(said.append, "others")
+        for _ in range(100):
+            yield generation
+        said.append("over")
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        with failing("ABORTED", "POLICY_FAILED"):
+            await suite.generate()
+        assert said(suite) == ["others", "over"]
+
+
 async def test_a_sequence_that_was_forgotten_half_read_is_cancelled(tmp_path: Path) -> None:
     body = """
         forgotten = fleet.engines[0].start_generate(request)

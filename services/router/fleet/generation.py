@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
@@ -65,7 +66,10 @@ class Generation(AsyncIterator[Chunk]):
             self._count(chunk)
             return take(chunk)
 
-        is_over = self._ended or await self._read(lambda sequence: sequence.each(counted))
+        if self._ended:
+            await asyncio.sleep(0)  # a program that hands it on again and again is to keep nobody from their turn
+            return True
+        is_over = await self._read(lambda sequence: sequence.each(counted))
         if is_over:
             self._end()
         return is_over

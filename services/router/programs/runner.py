@@ -194,7 +194,7 @@ class PolicyRun:
                     goes_on = self._hand_on(step)
                 elif isinstance(step, Generation):
                     try:
-                        goes_on = await step.each(self._hand_on)
+                        goes_on = not self._mailbox.closed and await step.each(self._hand_on)
                     except BaseException as error:
                         failure = error  # the program's, as if it had read the chunks itself
                 else:
