@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -127,8 +128,23 @@ STUBBORN = """
 """
 
 
-async def test_a_program_that_cannot_be_interrupted_ends_the_process(tmp_path: Path) -> None:
-    path = write(tmp_path, "stubborn", STUBBORN)
+NATIVE = """
+    sum(range(10**14))
+    yield
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "code", "said"),
+    [
+        ("stubborn", STUBBORN, os.EX_SOFTWARE, b"policy=stubborn"),
+        ("native", NATIVE, -signal.SIGPROF, b'native.py", line 7 in policy'),  # it lets no thread run
+    ],
+)
+async def test_a_program_that_cannot_be_interrupted_ends_the_process(
+    tmp_path: Path, name: str, body: str, code: int, said: bytes
+) -> None:
+    path = write(tmp_path, name, body)
     engine = FakeEngine(model(), "a")
     address = await engine.start()
     launcher = (
@@ -143,9 +159,9 @@ async def test_a_program_that_cannot_be_interrupted_ends_the_process(tmp_path: P
                 await serving(channel)
                 with failing("UNAVAILABLE", "UNAVAILABLE"):
                     await complete(router_pb2_grpc.RouterServiceStub(channel), request())
-            assert await asyncio.wait_for(process.wait(), 60) == os.EX_SOFTWARE
+            assert await asyncio.wait_for(process.wait(), 240) == code
             assert process.stderr is not None
-            assert b"policy=stubborn" in await process.stderr.read()
+            assert said in await process.stderr.read()
         await engine.idle()
     finally:
         await engine.stop()

@@ -3,13 +3,15 @@
 A program runs on the router's one event loop, so a busy loop or a blocking call in it stops every request. A thread
 sees that the loop no longer beats, finds the program on the loop's stack, and sends the main thread a signal whose
 handler raises inside the program: that ends Python loops as well as blocking calls, such as time.sleep. Code of the
-router that a program calls is never cut off in the middle: the next looks try again. A program that swallows even that,
-or sits in native code, leaves one way out: the process ends, and its supervisor starts another.
+router that a program calls is never cut off in the middle: the next looks try again. A program that swallows even that
+leaves one way out: the process ends, and its supervisor starts another. The same happens where native code keeps the
+interpreter, as a sum over an endless range does: then no thread of ours runs either, and it is the kernel that counts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import signal
 import sys
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 BLOCK_TIMEOUT_S = 2.0
 GIVE_UP_TIMEOUT_S = 30.0
 SIGNAL = signal.SIGUSR2
+# Ends the process. It comes when so much processor time has passed: a process that was stopped is not late.
+LAST_SIGNAL, LAST_TIMER = signal.SIGPROF, signal.ITIMER_PROF
 _ROUTER = "services."
 
 
@@ -40,6 +44,11 @@ class WatchdogLimits:
     block_s: float = BLOCK_TIMEOUT_S
     give_up_s: float = GIVE_UP_TIMEOUT_S
     ticks: int = 4  # how often it looks within block_s
+
+    @property
+    def last_s(self) -> float:
+        """Processor time after which the process ends where not even a thread can end it."""
+        return 2 * self.give_up_s
 
     @property
     def tick_s(self) -> float:
@@ -77,6 +86,8 @@ class Watchdog:
         self._can_interrupt = threading.current_thread() is threading.main_thread()
         if self._can_interrupt:
             signal.signal(SIGNAL, self._interrupt)
+        if self._ends_process:
+            faulthandler.register(LAST_SIGNAL, chain=True)  # says where, without the interpreter
         self._beat()
         self._thread.start()
 
@@ -84,11 +95,19 @@ class Watchdog:
         """Ends the thread."""
         if self._timer is not None:
             self._timer.cancel()
+            if self._ends_process:
+                signal.setitimer(LAST_TIMER, 0)
             self._stopped.set()
             self._thread.join()
 
+    @property
+    def _ends_process(self) -> bool:
+        return self._on_stuck is not None and self._can_interrupt
+
     def _beat(self) -> None:
         self._beats += 1
+        if self._ends_process:
+            signal.setitimer(LAST_TIMER, self._limits.last_s)
         self._timer = asyncio.get_running_loop().call_later(self._limits.tick_s, self._beat)
 
     def _watch(self) -> None:
