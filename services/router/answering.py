@@ -37,6 +37,7 @@ class Answering:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._turn.num_tokens = self._record.output_tokens
         if kind is None:
             self._record.is_answered = True
             self._turn.finished(self._record.output_tokens)

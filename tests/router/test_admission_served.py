@@ -11,11 +11,11 @@ import openai
 import pytest
 from microserve.router.v1 import admin_pb2, router_pb2
 
-from services.router.admission.line import Turn
+from services.router.admission.line import Line, Turn
 from services.router.admission.ticket import Capacity, Ticket
 from services.router.metrics import REFUSALS
 from services.rpc.status import from_rpc_error
-from tests.fakes import PATIENCE_S, FakeEngine
+from tests.fakes import PATIENCE_S, FakeEngine, Fault
 from tests.router.harness import PROMPT, Running, failing, model, request, running
 
 
@@ -211,3 +211,23 @@ async def test_a_request_costs_what_it_can_get_at_most_and_all_its_answers(monke
         await suite.generate(max_tokens=3, n=4)
     [context] = {each.info.max_context for each in suite.router.registry.members.values() if each.info is not None}
     assert costs[:2] == [context, len(PROMPT) + 4 * 3]
+
+
+async def test_an_answer_that_is_cut_off_has_cost_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    had: asyncio.Queue[int] = asyncio.Queue()
+    end = Line.end
+
+    def watched(line: Line, turn: Turn) -> None:
+        had.put_nowait(turn.num_tokens)
+        end(line, turn)
+
+    monkeypatch.setattr(Line, "end", watched)
+    async with running(1) as suite:
+        await suite.generate(max_tokens=5)
+        suite.first.faults["StartGenerate"] = Fault(after_tokens=3)
+        call, num_tokens = suite.stream(), 0
+        while num_tokens < 3:
+            num_tokens += len((await call.read()).token_ids)
+        call.cancel()
+        async with asyncio.timeout(PATIENCE_S):
+            assert [await had.get(), await had.get()] == [5, 3]

@@ -2,84 +2,100 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from services.router.admission.account import Account, Charge
+
 Item = TypeVar("Item", bound=Hashable)
 
+# Flows that have none waiting and are remembered nevertheless, so that one that asks again is not taken for a new one.
+_MOST_IDLE = 1024
 
-@dataclass(order=True, slots=True)
-class _Entry(Generic[Item]):
-    start: float  # on the queue's virtual time
-    number: int
-    item: Item = field(compare=False)
-    flow: Hashable = field(compare=False)
-    cost: float = field(compare=False)
+
+@dataclass(frozen=True, slots=True)
+class _Flow(Generic[Item]):
+    account: Account
+    items: dict[Item, tuple[int, float]] = field(default_factory=dict)  # numbers and costs, as they came
+
+    def rank(self) -> tuple[float, int]:
+        """The flow with the lowest is next."""
+        number, _ = next(iter(self.items.values()))
+        return self.account.time, number
 
 
 class FairQueue(Generic[Item]):
     """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) among flows of equal weight.
 
-    Each item gets a start on a virtual time that passes with the cost of what is taken; a flow's next item starts
-    where its last one ends, or now if the flow was idle. The earliest start is taken first. So a flow that asks for
-    much waits for itself, and its past is forgotten when it has none waiting.
+    A flow's next item starts where its account is, or where the last item that was taken started if the flow had none
+    waiting and is behind. The earliest start is taken first, items of a flow as they came. So a flow that asks for much
+    waits for itself. All is forgotten when nobody waits.
     """
 
     def __init__(self) -> None:
-        self._heap: list[_Entry[Item]] = []
-        self._live: dict[Item, _Entry[Item]] = {}
-        self._ends: dict[Hashable, float] = {}  # where each flow's last item ends
+        self._waiting: dict[Hashable, _Flow[Item]] = {}
+        self._idle: dict[Hashable, Account] = {}  # that became so last is last
+        self._flows: dict[Item, Hashable] = {}  # of all items
         self._now = 0.0
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._flows)
 
     def push(self, flow: Hashable, cost: float, item: Item) -> None:
         """Puts in an item of a flow; `cost` is above 0."""
-        start = self._start(flow)
-        self._ends[flow] = start + cost
-        entry = _Entry(start, next(self._numbers), item, flow, cost)
-        self._live[item] = entry
-        heapq.heappush(self._heap, entry)
+        waiting = self._waiting.get(flow)
+        if waiting is None:
+            account = self._idle.pop(flow, None) or Account()
+            account.join(self._now)
+            waiting = self._waiting[flow] = _Flow(account)
+        waiting.items[item] = next(self._numbers), cost
+        self._flows[item] = flow
 
-    def pop(self) -> tuple[Item, float]:
-        """Takes out the next item, with its cost. IndexError if there is none."""
-        while True:
-            entry = heapq.heappop(self._heap)
-            if self._live.pop(entry.item, None) is entry:
-                self._now = entry.start
-                self._forget()
-                return entry.item, entry.cost
+    def pop(self) -> tuple[Item, Charge]:
+        """Takes out the next item, for which its flow is charged. IndexError if there is none."""
+        if not self._waiting:
+            raise IndexError("nobody waits")
+        flow = min(self._waiting.values(), key=_Flow.rank)
+        self._now = flow.account.time
+        item, (_, cost) = next(iter(flow.items.items()))
+        charge = flow.account.charge(cost)
+        self.discard(item)
+        return item, charge
 
     def discard(self, item: Item) -> None:
-        """Takes out an item that does not wait any more; what the flow has behind it moves up by its cost."""
-        gone = self._live.pop(item, None)
-        if gone is not None:
-            for entry in self._live.values():
-                if entry.flow == gone.flow and entry.start > gone.start:
-                    entry.start -= gone.cost
-            heapq.heapify(self._heap)
-            self._ends[gone.flow] -= gone.cost
-            self._forget()
+        """Takes out an item that does not wait any more, if it does."""
+        if item not in self._flows:
+            return
+        name = self._flows.pop(item)
+        flow = self._waiting[name]
+        del flow.items[item]
+        if not flow.items:
+            self._idle[name] = self._waiting.pop(name).account
+        if not self._waiting:
+            self._idle.clear()
+        elif len(self._idle) > _MOST_IDLE:
+            del self._idle[next(iter(self._idle))]
 
     def cost_before(self, flow: Hashable) -> float:
         """Cost of what would be taken before a new item of the flow."""
-        start = self._start(flow)
-        return sum(entry.cost for entry in self._live.values() if entry.start <= start)
+        own = self._waiting.get(flow)
+        account = own.account if own is not None else self._idle.get(flow)
+        before = 0.0 if own is None else sum(cost for _, cost in own.items.values())
+        start = max(self._now, account.time if account is not None else 0.0) + before
+        for other in self._waiting.values():
+            if other is not own:
+                before += _cost_until(start, other)
+        return before
 
-    def _start(self, flow: Hashable) -> float:
-        return max(self._now, self._ends.get(flow, 0.0))
 
-    def _forget(self) -> None:
-        """Flows and entries that matter no more go: all of them when nobody waits, else when they are the most."""
-        if not self._live:
-            self._ends.clear()
-            self._heap.clear()
-        if len(self._ends) > 2 * len(self._live) + 64:
-            self._ends = {flow: end for flow, end in self._ends.items() if end > self._now}
-        if len(self._heap) > 2 * len(self._live) + 64:
-            self._heap = sorted(self._live.values())
+def _cost_until(end: float, flow: _Flow[Item]) -> float:
+    """Cost of those of a flow's items that start until then."""
+    start = flow.account.time
+    for _, cost in flow.items.values():
+        if start > end:
+            break
+        start += cost
+    return start - flow.account.time

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from services.router.admission.account import Charge
 from services.router.admission.estimate import Estimate
-from services.router.admission.fair_queue import FairQueue
+from services.router.admission.habits import Habits
 from services.router.admission.meter import Meter
 from services.router.admission.prompts import Prompts
+from services.router.admission.queues import Queues
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 
 # Tokens of an answer that nobody bounded, until some of the model have been seen.
@@ -19,12 +21,14 @@ _OUTPUT_WEIGHT = 1 / 8  # of the newest such answer in the running mean
 class Turn:
     """What a request has in its line: it waits for it where the block begins, if it has to, then runs until its end."""
 
-    __slots__ = ("_first_token_at", "_line", "_wait", "given", "ticket")
+    __slots__ = ("_first_token_at", "_line", "_wait", "charges", "given", "num_tokens", "ticket")
 
     def __init__(self, line: Line, ticket: Ticket, wait: Callable[[Line, Turn], Awaitable[None]]) -> None:
         """`wait` returns when the line has given the turn."""
         self._line, self.ticket, self._wait = line, ticket, wait
         self.given: asyncio.Future[None] | None = None  # if it has to wait
+        self.charges: tuple[Charge, ...] = ()  # if it had to wait
+        self.num_tokens = 0  # that its answer has, or each of its answers; whoever runs it says so before it ends
         self._first_token_at: float | None = None
 
     async def __aenter__(self) -> Turn:
@@ -57,9 +61,8 @@ class Line:
         self._limits = limits
         self._capacity = capacity
         self._clock = clock
-        self._queues: dict[Priority, FairQueue[Turn]] = {each: FairQueue() for each in Priority}
-        self._served = dict.fromkeys(Priority, 0.0)  # virtual time of each class
-        self._now = 0.0
+        self._queues: Queues[Turn] = Queues()
+        self._habits = Habits()
         self.num_waiting = 0  # requests in all queues
         self._num_running = 0
         self._prompts = Prompts(clock, self.pump)  # of those that run
@@ -74,7 +77,7 @@ class Line:
 
     def num_waiting_of(self, priority: Priority) -> int:
         """Requests of a class in its queue."""
-        return len(self._queues[priority])
+        return self._queues.num_of(priority)
 
     def has_room(self) -> bool:
         """Whether one more may begin. A fleet without engines is no reason to wait: the request is to be told."""
@@ -92,11 +95,7 @@ class Line:
     def expected_wait_s(self, ticket: Ticket) -> float:
         """Until a new request has its turn, as far as one can tell."""
         rate = self._admitted.rate()
-        if rate is None:
-            return 0.0
-        waiting = {each for each in Priority if self._queues[each]} | {ticket.priority}
-        share = ticket.priority.weight / sum(each.weight for each in waiting)
-        return self._queues[ticket.priority].cost_before(ticket.tenant) / (rate * share)
+        return 0.0 if rate is None else self._queues.work_before(ticket.priority, ticket.tenant) / rate
 
     def expected_service_s(self, ticket: Ticket) -> float:
         """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
@@ -115,25 +114,22 @@ class Line:
         """It waits, until this is done."""
         ticket = turn.ticket
         turn.given = asyncio.get_running_loop().create_future()
-        if not self._queues[ticket.priority]:
-            self._served[ticket.priority] = max(self._served[ticket.priority], self._now)
-        self._queues[ticket.priority].push(ticket.tenant, ticket.cost(self._usual_output), turn)
+        cost = ticket.cost(self._usual_output, self._habits.ratio(ticket.tenant))
+        self._queues.push(ticket.priority, ticket.tenant, cost, turn)
         self._count_waiting()
         return turn.given
 
     def discard(self, turn: Turn) -> None:
         """It waits no more."""
-        self._queues[turn.ticket.priority].discard(turn)
+        self._queues.discard(turn.ticket.priority, turn)
         self._count_waiting()
 
     def pump(self) -> None:
         """Gives turns while there is room."""
         while self.num_waiting and self.has_room():
-            priority = min((each for each in Priority if self._queues[each]), key=self._served.__getitem__)
-            turn, cost = self._queues[priority].pop()
-            self._now = self._served[priority]
-            self._served[priority] += cost / priority.weight
-            self._admitted.add(cost)
+            turn, charges = self._queues.pop()
+            turn.charges = charges
+            self._admitted.add(charges[0].expected)
             self._count_waiting()
             self._begin(turn)
             if turn.given is not None:
@@ -158,13 +154,23 @@ class Line:
         """It runs no more."""
         self._prompts.drop(turn)
         self._num_running -= 1
+        if turn.charges:
+            self._settle(turn)
         if self.num_waiting:
             self.pump()
+
+    def _settle(self, turn: Turn) -> None:
+        """Its class and its tenant pay what it has really cost, however it ended."""
+        ticket = turn.ticket
+        self._habits.add(ticket.tenant, ticket.expected_output(self._usual_output), turn.num_tokens)
+        cost = ticket.num_prompt_tokens + ticket.num_answers * turn.num_tokens
+        for charge in turn.charges:
+            charge.settle(cost)
 
     def _begin(self, turn: Turn) -> None:
         self._num_running += 1
         self._prompts.begin(turn, turn.ticket.num_prompt_tokens)
 
     def _count_waiting(self) -> None:
-        self.num_waiting = sum(map(len, self._queues.values()))
+        self.num_waiting = len(self._queues)
         self._admitted.set_busy(bool(self.num_waiting))

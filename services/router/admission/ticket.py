@@ -35,13 +35,15 @@ class Ticket:
     num_answers: int = 1  # to the prompt, those that follow included
     follows: bool = False  # part of a request that has begun, so it does not queue
 
-    def cost(self, usual_output: float) -> float:
+    def cost(self, usual_output: float, ratio: float = 1.0) -> float:
         """Work in tokens, for fairness."""
-        return self.num_prompt_tokens + self.num_answers * self.expected_output(usual_output)
+        return self.num_prompt_tokens + self.num_answers * self.expected_output(usual_output, ratio)
 
-    def expected_output(self, usual_output: float) -> float:
-        """Tokens that an answer may have, at least 1; `usual_output` of one that the client does not bound."""
-        return max(1.0, min(self.max_tokens or usual_output, self.room))
+    def expected_output(self, usual_output: float, ratio: float = 1.0) -> float:
+        """Tokens that an answer may have, at least 1: `usual_output` of one that the client does not bound, and `ratio`
+        times as many where answers are like that, but never more than the client and the context allow."""
+        most = min(self.max_tokens or self.room, self.room)
+        return max(1.0, min((self.max_tokens or usual_output) * ratio, most))
 
 
 @dataclass(frozen=True, slots=True)
