@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.admission.account import MOST_CREDIT, Account, Charge
@@ -11,6 +11,7 @@ from services.router.admission.account import MOST_CREDIT, Account, Charge
 _TURNS = st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.booleans()), max_size=40)
 
 
+@settings(deadline=None)
 @given(_TURNS)
 def test_what_was_expected_wrongly_is_made_up_for_and_time_never_goes_back(
     turns: list[tuple[int, int, bool]],

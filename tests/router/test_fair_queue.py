@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.admission.fair_queue import FairQueue
@@ -88,6 +88,7 @@ def test_what_waits_behind_a_discarded_item_does_not_pay_for_it() -> None:
     assert drained(queue) == ["small", "other 0", "other 1", "last", "other 2"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.booleans()), max_size=40), st.integers(0, 3))
 def test_turns_are_as_if_what_is_discarded_had_never_come(pushed: list[tuple[str, int, bool]], num_taken: int) -> None:
     queue, without = FairQueue[int](), FairQueue[int]()
@@ -106,6 +107,7 @@ def test_turns_are_as_if_what_is_discarded_had_never_come(pushed: list[tuple[str
     assert [queue.pop()[0] for _ in range(len(queue))] == [without.pop()[0] for _ in range(len(without))]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 50)), min_size=1, max_size=60))
 def test_flows_that_wait_get_equal_shares(pushed: list[tuple[str, int]]) -> None:
     """While both wait, what they got differs by no more than two largest items."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.admission.meter import Meter
@@ -24,6 +24,7 @@ def shown(seen: list[tuple[float, float]], *, is_asked: bool) -> float | None:
     return meter.rate()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 60), st.integers(0, 1000)), min_size=1, max_size=20))
 def test_how_often_one_looks_changes_nothing(seen: list[tuple[float, float]]) -> None:
     assert shown(seen, is_asked=True) == pytest.approx(shown(seen, is_asked=False))

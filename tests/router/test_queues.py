@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.admission.account import MOST_CREDIT, Charge
@@ -16,6 +16,7 @@ HIGH, NORMAL, LOW = Priority
 _COST = st.integers(1, 4000)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(_COST, _COST), min_size=1, max_size=40),
     st.lists(_COST, min_size=1, max_size=60),
@@ -44,6 +45,7 @@ def test_no_refund_lets_low_pass_high(alone: list[tuple[int, int]], together: li
         assert had[LOW] <= had[HIGH] / 16 + largest + MOST_CREDIT
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), _COST, _COST, st.integers(0, 3)), max_size=60),
     st.lists(_COST, max_size=10),
