@@ -153,6 +153,26 @@ def test_end_tokens_are_in_the_vocabulary(tmp_path: Path, token: object) -> None
         _load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "field", "most"),
+    [
+        ("max_position_embeddings", "gpt-neox", "max_position_embeddings", 2**31 - 1),
+        ("num_hidden_layers", "gpt-neox", "num_hidden_layers", 4096),
+        ("n_layer", "gpt-2", "num_hidden_layers", 4096),
+    ],
+)
+def test_counts_that_no_model_has_are_refused(tmp_path: Path, name: str, model: str, field: str, most: int) -> None:
+    """Zero and less would serve and refuse every prompt; layers without end would be made without end."""
+    save_random(tmp_path, *MODELS[model])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert name in config
+    for wrong in (0, -5, most + 1):
+        path.write_text(json.dumps({**config, name: wrong}))
+        with pytest.raises(ModelCorrupt, match=f"{field} must be an integer from 1 to {most}, not {wrong}"):
+            _load(tmp_path)
+
+
 def test_unknown_and_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_random(tmp_path, *MODELS["olmo2"])
     path = tmp_path / "config.json"

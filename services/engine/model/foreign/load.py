@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from services.engine.model.config import end_tokens
+from services.engine.model.config import MAX_LAYERS, end_tokens
 from services.engine.model.errors import ModelCorrupt, ModelError, UnsupportedModel
 from services.engine.model.foreign.interface import NAME, AttentionCall, ProbeStep, computing, register
 from services.engine.model.foreign.linears import replace_linears
 from services.engine.model.foreign.model import ForeignConfig, ForeignModel
 from services.engine.model.foreign.proof import Proof
+from services.engine.model.json_fields import Fields
 from services.engine.model.linear.linear import LinearMaker
 
 
@@ -35,7 +36,7 @@ def load_foreign(
     config = _config(folder, reason)
     model = _model(folder, config, device, dtype)
     try:
-        return _over_pages(model, config, linear)
+        return _over_pages(model, config, linear, _counts(config, folder))
     except ModelError:
         raise
     except Exception as error:  # whatever a model makes of attention that is not its own
@@ -43,12 +44,12 @@ def load_foreign(
 
 
 @torch.inference_mode()
-def _over_pages(model: Any, config: Any, linear: LinearMaker) -> ForeignModel:
+def _over_pages(model: Any, config: Any, linear: LinearMaker, counts: Fields) -> ForeignModel:
     """The model with our attention and a team's linear layers. Raises UnsupportedModel, or whatever the model's code
     raises, if that cannot be."""
     proof = Proof.of(model, config.get_text_config().vocab_size)
     model.set_attn_implementation(NAME)
-    shape = _shape(model, config)
+    shape = _shape(model, config, counts.count("max_position_embeddings", default=2048))
     if linear.team is not None:
         replace_linears(model, linear.make_exact)
         linear.settle()
@@ -70,7 +71,15 @@ def _config(folder: Path, reason: UnsupportedModel) -> Any:
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     if _name(config) not in ((known,) if isinstance(known, str) else known):
         raise UnsupportedModel(f"{_name(config)} is no causal language model of transformers.")
+    _counts(config, folder).count("num_hidden_layers", default=1, most=MAX_LAYERS)  # before they are made
     return config
+
+
+def _counts(config: Any, folder: Path) -> Fields:
+    """Whatever the model's own names for them are."""
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "max_position_embeddings")
+    return Fields({name: getattr(text, name, None) for name in names}, folder / "config.json")
 
 
 def _model(folder: Path, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -94,7 +103,7 @@ def _model(folder: Path, config: Any, device: torch.device, dtype: torch.dtype) 
     return model.to(device).eval()
 
 
-def _shape(model: Any, config: Any) -> ForeignConfig:
+def _shape(model: Any, config: Any, max_context: int) -> ForeignConfig:
     """What the calls of its attention tell. Raises UnsupportedModel for what pages cannot hold."""
     probe = ProbeStep()
     ids = torch.arange(2, device=model.device)[None]
@@ -116,7 +125,7 @@ def _shape(model: Any, config: Any) -> ForeignConfig:
     return ForeignConfig(
         architecture=name,
         vocab_size=vocab_size,
-        max_context=int(getattr(text, "max_position_embeddings", 2048)),
+        max_context=max_context,
         num_layers=len(calls),
         num_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
