@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Self
 
 from services.router.admission.line import Turn
@@ -115,8 +114,7 @@ class Answering:
         self._turn.first_token()
         record.served_by, record.first_token_s = run.served_by, record.elapsed_s()
         of(TTFT_SECONDS, record.model, record.policy).observe(record.first_token_s)
-        return replace(
-            answer,
+        return answer._replace(
             request_id=record.request_id,
             program=run.served_by,
             engine=run.legs.generating_engine(),
