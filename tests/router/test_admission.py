@@ -124,6 +124,27 @@ def test_tenants_share_alike_however_many_requests_they_send() -> None:
     run(main())
 
 
+def test_a_tenant_that_fills_the_queue_keeps_no_other_out_of_it() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, max_queued=4)), []
+
+        def begin(tenant: str) -> asyncio.Task[None]:
+            return asyncio.create_task(work(admission, replace(TICKET, tenant=tenant), 1, done, tenant))
+
+        many = [begin("many") for _ in range(5)]
+        await asyncio.sleep(0.5)
+        few = [begin("few") for _ in range(3)]
+        with pytest.raises(Overloaded, match="4 requests of priority normal wait already"):
+            await work(admission, replace(TICKET, tenant="many"), 1, done, "late")
+        ends = await all_of([*many, *few])
+        # Two places of four for each; those who waited last among many have lost theirs.
+        assert [type(end) for end in ends] == [*[type(None)] * 3, Overloaded, Overloaded, *[type(None)] * 2, Overloaded]
+        assert Counter(done) == {"many": 3, "few": 2}
+        assert admission.num_waiting == 0
+
+    run(main())
+
+
 def test_one_that_cannot_begin_in_time_is_refused_at_once() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()

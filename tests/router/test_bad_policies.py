@@ -36,6 +36,22 @@ BAD = {
     "exits": ("    import sys\n    sys.exit(3)\n    yield", FAILED),
     "yields_nothing": ("    if False:\n        yield", FAILED),
     "yields_nonsense": ("    yield 'text'", FAILED),
+    **{
+        f"yields_a_chunk_with_{name}": (
+            "    from dataclasses import replace\n"
+            "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
+            f"        yield replace(chunk, {wrong})",
+            FAILED,
+        )
+        for name, wrong in {
+            "a_negative_token": "token_ids=(-5,)",
+            "a_huge_token": "token_ids=(2**40,)",
+            "a_text": "token_ids=('a',)",
+            "a_list": "token_ids=[5]",
+            "another_end": "finish='stop'",
+            "other_logprobs": "logprobs=(0.5,)",
+        }.items()
+    },
     "ends_early": (
         "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
         "        yield chunk\n        return",

@@ -90,13 +90,15 @@ class Admission:
             # Not cancelled by the timeout's own passing: a turn that was given must not be lost.
             await asyncio.wait({given}, timeout=limit_s)
         except asyncio.CancelledError:
-            if given.done():
+            if given.done() and given.result():
                 line.end(turn)
             raise
         finally:
             queued.dec()
             line.discard(turn)
             QUEUE_SECONDS.labels(ticket.priority.value).observe(self._clock() - begin)
+        if given.done() and not given.result():
+            raise self._full(line, ticket)
         if not given.done():
             if asyncio.get_running_loop().time() >= ticket.deadline:
                 raise self._too_late(ticket)
@@ -110,12 +112,8 @@ class Admission:
         left_s = ticket.deadline - asyncio.get_running_loop().time()
         if left_s <= 0:
             raise self._too_late(ticket)
-        if line.num_waiting_of(ticket.priority) >= self._limits.max_queued:
-            self._refused(ticket, "queue_full")
-            raise Overloaded(
-                f"{self._limits.max_queued} requests of priority {ticket.priority.value} wait already",
-                retry_delay_s=self._retry_s(line, ticket),
-            )
+        if line.is_full_for(ticket):
+            raise self._full(line, ticket)
         wait_s = line.expected_wait_s(ticket)
         if wait_s > self._limits.queue_s:
             self._refused(ticket, "queue_time")
@@ -132,6 +130,11 @@ class Admission:
     @staticmethod
     def _retry_s(line: Line, ticket: Ticket) -> float:
         return min(line.expected_wait_s(ticket) or _RETRY_S, _LONGEST_RETRY_S)
+
+    def _full(self, line: Line, ticket: Ticket) -> Overloaded:
+        self._refused(ticket, "queue_full")
+        what = f"{self._limits.max_queued} requests of priority {ticket.priority.value} wait already"
+        return Overloaded(what, retry_delay_s=self._retry_s(line, ticket))
 
     def _too_late(self, ticket: Ticket) -> RequestTimeout:
         self._refused(ticket, "deadline")

@@ -25,6 +25,16 @@ class _Flow(Generic[Item]):
         number, _ = next(iter(self.items.values()))
         return self.account.time, number
 
+    @property
+    def cost(self) -> float:
+        """Of all items."""
+        return sum(cost for _, cost in self.items.values())
+
+    def last(self) -> tuple[float, int, Item]:
+        """Where its last item starts, that item's number, and the item."""
+        item, (number, cost) = next(reversed(self.items.items()))
+        return self.account.time + self.cost - cost, number, item
+
 
 class FairQueue(Generic[Item]):
     """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) among flows of equal weight.
@@ -79,12 +89,23 @@ class FairQueue(Generic[Item]):
         elif len(self._idle) > _MOST_IDLE:
             del self._idle[next(iter(self._idle))]
 
-    def cost_before(self, flow: Hashable) -> float:
-        """Cost of what would be taken before a new item of the flow."""
+    def last_behind(self, flow: Hashable) -> Item | None:
+        """What would be taken last, if a new item of the flow would be taken before it."""
+        if not self._waiting:
+            return None
+        start, _, item = max((each.last() for each in self._waiting.values()), key=lambda last: last[:2])
+        return item if self._start(flow) < start else None
+
+    def _start(self, flow: Hashable) -> float:
+        """Where a new item of the flow would start."""
         own = self._waiting.get(flow)
         account = own.account if own is not None else self._idle.get(flow)
-        before = 0.0 if own is None else sum(cost for _, cost in own.items.values())
-        start = max(self._now, account.time if account is not None else 0.0) + before
+        return max(self._now, account.time if account is not None else 0.0) + (0.0 if own is None else own.cost)
+
+    def cost_before(self, flow: Hashable) -> float:
+        """Cost of what would be taken before a new item of the flow."""
+        own, start = self._waiting.get(flow), self._start(flow)
+        before = 0.0 if own is None else own.cost
         for other in self._waiting.values():
             if other is not own:
                 before += _cost_until(start, other)

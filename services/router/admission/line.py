@@ -11,7 +11,7 @@ from services.router.admission.habits import Habits
 from services.router.admission.meter import Meter
 from services.router.admission.prompts import Prompts
 from services.router.admission.queues import Queues
-from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
+from services.router.admission.ticket import AdmissionLimits, Capacity, Ticket
 
 # Tokens of an answer that nobody bounded, until some of the model have been seen.
 FIRST_GUESS_OUTPUT = 256.0
@@ -26,7 +26,7 @@ class Turn:
     def __init__(self, line: Line, ticket: Ticket, wait: Callable[[Line, Turn], Awaitable[None]]) -> None:
         """`wait` returns when the line has given the turn."""
         self._line, self.ticket, self._wait = line, ticket, wait
-        self.given: asyncio.Future[None] | None = None  # if it has to wait
+        self.given: asyncio.Future[bool] | None = None  # if it has to wait
         self.charges: tuple[Charge, ...] = ()  # if it had to wait
         self.num_tokens = 0  # that its answer has, or each of its answers; whoever runs it says so before it ends
         self._first_token_at: float | None = None
@@ -75,9 +75,10 @@ class Line:
         """Whether nobody runs or waits."""
         return not self._num_running and not self.num_waiting
 
-    def num_waiting_of(self, priority: Priority) -> int:
-        """Requests of a class in its queue."""
-        return self._queues.num_of(priority)
+    def is_full_for(self, ticket: Ticket) -> bool:
+        """Whether it must not wait: its class has as many as may, and none of a tenant with more to do than its own."""
+        is_full = self._queues.num_of(ticket.priority) >= self._limits.max_queued
+        return is_full and self._queues.last_behind(ticket.priority, ticket.tenant) is None
 
     def has_room(self) -> bool:
         """Whether one more may begin. A fleet without engines is no reason to wait: the request is to be told."""
@@ -110,9 +111,15 @@ class Line:
         self._begin(turn)
         return True
 
-    def push(self, turn: Turn) -> asyncio.Future[None]:
-        """It waits, until this is done."""
+    def push(self, turn: Turn) -> asyncio.Future[bool]:
+        """It waits, until this is done. True: its turn is there; False: a tenant with less to do has got its place.
+        Unless is_full_for() it."""
         ticket = turn.ticket
+        if self._queues.num_of(ticket.priority) >= self._limits.max_queued:
+            last = self._queues.last_behind(ticket.priority, ticket.tenant)
+            if last is not None and last.given is not None:
+                self.discard(last)
+                last.given.set_result(False)
         turn.given = asyncio.get_running_loop().create_future()
         cost = ticket.cost(self._usual_output, self._habits.ratio(ticket.tenant))
         self._queues.push(ticket.priority, ticket.tenant, cost, turn)
@@ -133,7 +140,7 @@ class Line:
             self._count_waiting()
             self._begin(turn)
             if turn.given is not None:
-                turn.given.set_result(None)
+                turn.given.set_result(True)
 
     def first_token(self, turn: Turn) -> float | None:
         """Its prompt has been computed. When that was; None if it took so long that it was counted no more."""

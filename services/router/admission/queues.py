@@ -31,6 +31,10 @@ class Queues(Generic[Item]):
         """Requests of a class that wait."""
         return len(self._queues[priority])
 
+    def last_behind(self, priority: Priority, tenant: str) -> Item | None:
+        """Of a class, what would have its turn last, if a new request of the tenant would have it before."""
+        return self._queues[priority].last_behind(tenant)
+
     def push(self, priority: Priority, tenant: str, cost: float, item: Item) -> None:
         """A request waits that will cost so much work."""
         if not self._queues[priority]:

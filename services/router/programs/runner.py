@@ -25,12 +25,13 @@ from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
 from services.router.programs.watchdog import ProgramInterrupted
 from services.router.request import PolicyRequest
-from services.router.values import Chunk
+from services.router.values import Chunk, FinishReason, Logprobs
 
 log = logging.getLogger(__name__)
 
 POLICY_TIMEOUT_S = 120.0
 MAX_BUFFERED_TOKENS = 1 << 16
+MAX_TOKEN_ID = 2**32 - 1  # that messages have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,8 @@ class PolicyRun:
                     return
                 failure = None
                 if isinstance(step, Chunk):
+                    if not _makes_sense(step):
+                        raise PolicyFailed(f"policy {program.spec} yielded a chunk that no engine gives")
                     goes_on = self._hand_on(step)
                 elif isinstance(step, Generation):
                     try:
@@ -243,6 +246,16 @@ class PolicyRun:
             fields = {"policy": self.served_by.spec, "request": self._request.request_id}
             log.error("policy failed", exc_info=raised, extra={"fields": fields})
         return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
+
+
+def _makes_sense(chunk: Chunk) -> bool:
+    """Whether what a program may have made itself can be part of an answer: what comes behind it relies on that."""
+    return (
+        isinstance(chunk.token_ids, tuple)
+        and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in chunk.token_ids)
+        and (chunk.finish is None or isinstance(chunk.finish, FinishReason))
+        and all(isinstance(each, Logprobs) for each in chunk.logprobs)
+    )
 
 
 def _is_cancelled() -> bool:
