@@ -21,8 +21,9 @@ MAX_MESSAGE_BYTES = 1_000
 
 
 def _cut(message: str) -> str:
-    """At most MAX_MESSAGE_BYTES: the trailers hold it twice, once percent-encoded, three bytes for one."""
-    return message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+    """At most MAX_MESSAGE_BYTES: the trailers hold it twice, once percent-encoded, three bytes for one. Lone
+    surrogates, as names of files may have, become question marks."""
+    return message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
 
 
 _GRPC_CODES: dict[int, grpc.StatusCode] = {int(code.value[0]): code for code in grpc.StatusCode}

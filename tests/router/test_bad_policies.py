@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -32,6 +33,11 @@ BAD = {
         "    async for chunk in fleet.least_loaded(request).start_generate(request):\n"
         "        yield chunk\n        raise RuntimeError",
         FAILED,
+    ),
+    "raises_what_is_no_text": (
+        "    from services.router.policies import ServiceError\n"
+        "    raise ServiceError('no file named \\udcff')\n    yield",
+        ("INTERNAL", "INTERNAL"),
     ),
     "exits": ("    import sys\n    sys.exit(3)\n    yield", FAILED),
     "yields_nothing": ("    if False:\n        yield", FAILED),
@@ -214,7 +220,7 @@ async def test_a_client_that_leaves_after_its_last_chunk_ends_the_program_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever turn of the event loop it leaves in."""
-    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
+    monkeypatch.setattr(RouterConfig, "run_limits", replace(QUICK, between_chunks_s=PATIENCE_S))
     path = write(tmp_path, "lingers", GOOD.strip("\n") + "\n    await asyncio.Event().wait()")
     async with running(policy=str(path)) as suite:
         program, [served] = suite.router.catalogue.resolve(""), suite.router.registry.models()

@@ -238,3 +238,20 @@ async def test_all_are_cancelled_at_once() -> None:
     for each in requests:
         await each.tidied.wait()
     await talk.over()
+
+
+async def test_an_error_that_cannot_be_told_leaves_nothing_open() -> None:
+    def cannot_tell(call_id: int, error: ServiceError) -> Said:
+        raise ValueError("no text")
+
+    async def fails(say: Say[Said]) -> None:
+        await asyncio.sleep(0)
+        raise NoEngine("none")
+
+    talk = Conversation[Said]("/service/Session", cannot_tell, max_message_bytes=MAX_MESSAGE_BYTES)
+    talk.begin(1, fails)
+    [task] = talk._open.values()
+    talk.end()
+    with pytest.raises(ValueError, match="no text"):
+        await task
+    assert await talk.take() == []

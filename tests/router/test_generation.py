@@ -172,3 +172,38 @@ async def test_a_sequence_that_was_forgotten_half_read_is_cancelled(tmp_path: Pa
         assert list(answer.token_ids) == model().generate(PROMPT, 5)
         await suite.idle()
         assert said(suite)[0] is not FinishReason.CANCELLED
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["yield fleet.engines[0].start_generate(replace(request, deadline=0.0))", "yield Chunk()"],
+    ids=["what cannot be begun", "nothing"],
+)
+async def test_a_program_that_hands_on_nothing_for_ever_keeps_nobody_from_their_turn(tmp_path: Path, step: str) -> None:
+    body = f"""
+        from dataclasses import replace
+        from services.router.policies import Chunk
+        asyncio.get_running_loop().call_soon(said.append, "others")
+        while not said:
+            try:
+                {step}
+            except Exception as error:
+                assert error.reason == "DEADLINE_EXCEEDED", error.reason
+        yield fleet.engines[0].start_generate(request)
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
+        assert said(suite) == ["others"]
+
+
+async def test_a_sequence_that_cannot_be_begun_is_accounted_for(tmp_path: Path) -> None:
+    body = """
+        from dataclasses import replace
+        try:
+            yield fleet.engines[0].start_generate(replace(request, deadline=0.0))
+        except Exception:
+            yield fleet.engines[1].start_generate(request)
+    """
+    async with running(policy=program(tmp_path, body)) as suite:
+        answer = await suite.generate()
+        assert [leg.engine for leg in answer.legs] == [engine.name for engine in suite.engines]

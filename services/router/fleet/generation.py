@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
+from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
 from services.router.cost.book import CostBook
 from services.router.fleet.info import EngineSnapshot
+from services.router.fleet.legs import OpenLeg
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.scope import RequestScope
@@ -85,7 +87,13 @@ class Generation(AsyncIterator[Chunk]):
         self._is_read = True
         try:
             if self._sequence is None:
-                self._sequence = self._open.__enter__()
+                try:
+                    self._sequence = self._open.__enter__()
+                except ServiceError as error:
+                    self._account().__exit__(type(error), error, None)
+                    # A program that tries again at once, and again, is to keep nobody from their turn.
+                    await asyncio.sleep(0)
+                    raise
             return await how(self._sequence)
         except BaseException as error:
             self._end(error)
@@ -93,11 +101,16 @@ class Generation(AsyncIterator[Chunk]):
         finally:
             self._is_read = False
 
+    def _account(self) -> OpenLeg:
+        tokens = TokenRange(self._begin, len(self._request.prompt))
+        return self._scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens)
+
     def _end(self, error: BaseException | None = None) -> None:
         if not self._ended:
             self._ended = True
             if self._sequence is not None:
-                self._open.__exit__(None if error is None else type(error), error, None)
+                kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
+                self._open.__exit__(kind, error, trace)
 
     @contextmanager
     def _running(self) -> Iterator[Sequence]:
@@ -109,24 +122,23 @@ class Generation(AsyncIterator[Chunk]):
             scope.opened(sequence)
             member.sequences.add(sequence)
             try:
-                tokens = TokenRange(self._begin, len(request.prompt))
                 self._answer = Answer(self._costs.expected_output(request)) if kv is None else kv.answer
                 with (
-                    scope.legs.begin(Verb.START_GENERATE, self._snapshot.info.name, tokens) as self._leg,
+                    self._account() as self._leg,
                     Answering(member.underway, self._answer),
-                    Computing(member.underway, self._to_compute(tokens)) as self._prompt_computed,
+                    Computing(member.underway, self._to_compute()) as self._prompt_computed,
                 ):
                     yield sequence
             finally:
                 member.sequences.discard(sequence)
                 scope.ended(sequence)
 
-    def _to_compute(self, tokens: TokenRange) -> int:
-        """How many of the tokens are not cached, if that is cheap to say; else all."""
-        request, snapshot = self._request, self._snapshot
-        if not request.is_hashed(snapshot.info.page_size):
-            return max(1, len(tokens))
-        return max(1, tokens.end - max(tokens.begin, min(snapshot.cached_prefix(request), request.num_movable)))
+    def _to_compute(self) -> int:
+        """How many tokens of the prompt are not cached, if that is cheap to say; else all."""
+        request, snapshot, there = self._request, self._snapshot, self._begin
+        if request.is_hashed(snapshot.info.page_size):
+            there = max(there, min(snapshot.cached_prefix(request), request.num_movable))
+        return max(1, len(request.prompt) - there)
 
     def _count(self, chunk: Chunk) -> None:
         """Before it is handed on: whoever gets the last one may ask for the account at once."""

@@ -149,11 +149,13 @@ class Conversation(Generic[OutputT]):
                 failure = RequestCancelled("the client cancelled the request")
             else:  # nobody asked for it: somebody cancelled a task that the request was waiting for
                 failure = internal_error(self._method, error)
-        if failure is not None and not is_over:
-            self._fail(call_id, failure)
-        del self._open[call_id]
-        if self._ended:
-            self._wake()
+        try:
+            if failure is not None and not is_over:
+                self._fail(call_id, failure)
+        finally:
+            del self._open[call_id]
+            if self._ended:
+                self._wake()
 
     def _fail(self, call_id: int, error: ServiceError) -> None:
         output = self._failed(call_id, error)

@@ -194,6 +194,8 @@ class PolicyRun:
                 if isinstance(step, Chunk):
                     if not _makes_sense(step):
                         raise PolicyFailed(f"policy {program.spec} yielded a chunk that no engine gives")
+                    if not step.token_ids:
+                        await asyncio.sleep(0)  # with no end of these nobody else would ever have a turn
                     goes_on = self._hand_on(step)
                 elif isinstance(step, Generation):
                     try:
