@@ -32,7 +32,7 @@ async def generate_choices(service: GenerationService, ask: Ask, n: int) -> Asyn
         return
     # All of them at once: a refusal after the first token would be none of an answer that has begun.
     with service.entering(ask, n):
-        ask = replace(ask, request_id=ask.request_id or secrets.token_hex(8), num_answers=n, has_entered=True)
+        ask = replace(ask, request_id=ask.request_id or secrets.token_hex(8), has_entered=True)
         async with aclosing(service.generate(ask)) as answers:
             first = await anext(answers)
             yield 0, first

@@ -190,7 +190,6 @@ def _ticket(ask: Ask, request: PolicyRequest, model: Model) -> Ticket:
         request.deadline,
         # What a client asks for beyond the context it cannot get, and must not count against its class.
         model.max_context - len(request.prompt),
-        ask.num_answers,
         follows=ask.beside is not None,
     )
 

@@ -14,6 +14,7 @@ import pytest
 from services.router.admission.admission import Admission
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 from services.router.errors import Overloaded, RequestTimeout, RouterError
+from services.router.metrics import REQUESTS_IN_FLIGHT
 from services.router.request import ModelKey
 from services.rpc.virtual_loop import run
 
@@ -248,6 +249,33 @@ def test_choices_of_a_request_that_has_begun_do_not_queue() -> None:
         await work(admission, replace(TICKET, follows=True), 1, done, "choice")
         assert done == ["choice"]
         await first
+
+    run(main())
+
+
+def test_all_requests_of_a_process_are_told_together() -> None:
+    async def main() -> None:
+        def told() -> float:
+            return REQUESTS_IN_FLIGHT.collect()[0].samples[0].value
+
+        before, busy, idle = told(), admission_of(1), admission_of(1)
+        with busy.enter(2), idle.enter():
+            assert told() == before + 3
+        assert told() == before
+
+    run(main())
+
+
+def test_nobody_is_told_to_come_again_in_hours() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=700.0)), []
+        works = [asyncio.create_task(work(admission, TICKET, 1, done, "quick")) for _ in range(4)]
+        works += [asyncio.create_task(work(admission, TICKET, 300, done, "slow")) for _ in range(3)]
+        await asyncio.sleep(303.5)
+        with pytest.raises(Overloaded, match="would wait for about") as caught:
+            await work(admission, TICKET, 1, done, "late")
+        assert caught.value.retry_delay_s == 30
+        await asyncio.gather(*works)
 
     run(main())
 

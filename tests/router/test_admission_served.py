@@ -195,7 +195,7 @@ async def test_both_doors_say_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("high", "one"), ("low", "two"), ("normal", "")]
 
 
-async def test_a_request_costs_what_it_can_get_at_most_and_all_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_costs_what_it_can_get_at_most_and_so_does_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     costs: list[int] = []
     async with running(1) as suite:
         admission = suite.router.admission
@@ -210,7 +210,7 @@ async def test_a_request_costs_what_it_can_get_at_most_and_all_its_answers(monke
         await suite.generate(max_tokens=2**31)
         await suite.generate(max_tokens=3, n=4)
     [context] = {each.info.max_context for each in suite.router.registry.members.values() if each.info is not None}
-    assert costs[:2] == [context, len(PROMPT) + 4 * 3]
+    assert costs == [context, len(PROMPT) + 3, 3, 3, 3]
 
 
 async def test_an_answer_that_is_cut_off_has_cost_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -32,6 +32,7 @@ class Client:
     number: int = 8
     priority: Priority = Priority.NORMAL
     is_cut: bool = False  # it goes away when it has had that
+    others: tuple[int, int] = (0, 0)  # how many answers follow the first to each request, and how long they are
 
 
 def always(length: int) -> Callable[[random.Random], int]:
@@ -46,19 +47,24 @@ def shares(sequences: int, seconds: float, **clients: Client) -> dict[str, float
         loop, rng = asyncio.get_running_loop(), random.Random(5)
         admission = Admission(LIMITS, lambda _: Capacity(1, sequences), loop.time)
 
+        async def answer(ticket: Ticket, length: int, is_cut: bool) -> None:
+            with suppress(asyncio.CancelledError):
+                async with admission.turn(ticket) as turn:
+                    turn.first_token()
+                    await asyncio.sleep(length * TOKEN_S)
+                    got[ticket.tenant] += length if loop.time() > seconds / 10 else 0
+                    turn.num_tokens = length
+                    if is_cut:
+                        raise asyncio.CancelledError
+                    turn.finished(length)
+
         async def ask(tenant: str, client: Client) -> None:
-            key = ModelKey("m", b"d", b"t")
+            ticket = Ticket(ModelKey("m", b"d", b"t"), 1, client.max_tokens, client.priority, tenant)
+            number, length = client.others
             while loop.time() < seconds:
-                length = client.length(rng)
-                with suppress(asyncio.CancelledError):
-                    async with admission.turn(Ticket(key, 1, client.max_tokens, client.priority, tenant)) as turn:
-                        turn.first_token()
-                        await asyncio.sleep(length * TOKEN_S)
-                        got[tenant] += length if loop.time() > seconds / 10 else 0
-                        turn.num_tokens = length
-                        if client.is_cut:
-                            raise asyncio.CancelledError
-                        turn.finished(length)
+                await answer(ticket, client.length(rng), client.is_cut)
+                others = [answer(replace(ticket, follows=True), length, client.is_cut) for _ in range(number)]
+                await asyncio.gather(*others)
 
         await asyncio.gather(*(ask(name, client) for name, client in clients.items() for _ in range(client.number)))
 
@@ -112,6 +118,12 @@ def test_classes_share_by_weight_whatever_was_expected(high: int, normal: int, m
         normal=Client(always(normal), max_tokens),
     )
     assert 3 < seen["high"] / seen["normal"] < 5.33  # 16 : 4
+
+
+def test_several_answers_are_paid_whichever_of_them_are_long() -> None:
+    """What is the first one's alone says nothing of the others'."""
+    seen = shares(8, 2000, several=Client(always(1), 1000, 4, others=(7, 1000)), one=Client(always(100), 100, 16))
+    assert 0.67 < seen["several"] / seen["one"] < 1.5
 
 
 def test_a_tenant_cannot_make_itself_cheap() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakSet
 
 from services.router.admission.line import Line, Turn
 from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
@@ -15,6 +16,9 @@ from services.router.request import ModelKey
 
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
+
+_ALL: WeakSet[Admission] = WeakSet()
+REQUESTS_IN_FLIGHT.set_function(lambda: sum(each.num_requests for each in _ALL))
 
 
 class Admission:
@@ -32,7 +36,7 @@ class Admission:
         self._num_requests = 0
         self._lines: dict[ModelKey, Line] = {}
         self._one = _Entered(self, 1)
-        REQUESTS_IN_FLIGHT.set_function(lambda: self._num_requests)
+        _ALL.add(self)
         for priority in Priority:
             QUEUED.labels(priority.value)  # shown as 0 before anybody has waited
 
@@ -65,6 +69,11 @@ class Admission:
         """The fleet may have more room."""
         for line in self._lines.values():
             line.pump()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests under way: those that wait and those that run."""
+        return self._num_requests
 
     @property
     def num_waiting(self) -> int:
@@ -117,7 +126,9 @@ class Admission:
         wait_s = line.expected_wait_s(ticket)
         if wait_s > self._limits.queue_s:
             self._refused(ticket, "queue_time")
-            raise Overloaded(f"the request would wait for about {wait_s:.3g} s", retry_delay_s=wait_s)
+            raise Overloaded(
+                f"the request would wait for about {wait_s:.3g} s", retry_delay_s=self._retry_s(line, ticket)
+            )
         in_time_s = left_s - line.expected_service_s(ticket)
         if wait_s > in_time_s:
             self._refused(ticket, "deadline")

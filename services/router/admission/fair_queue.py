@@ -75,6 +75,16 @@ class FairQueue(Generic[Item]):
         self.discard(item)
         return item, charge
 
+    def charge(self, flow: Hashable, cost: float) -> Charge:
+        """A flow has something that did not wait. It is forgotten with the rest if nobody waits."""
+        waiting = self._waiting.get(flow)
+        if waiting is not None:
+            return waiting.account.charge(cost)
+        account = self._idle.pop(flow, None) or Account()
+        account.join(self._now)
+        self._keep(flow, account)
+        return account.charge(cost)
+
     def discard(self, item: Item) -> None:
         """Takes out an item that does not wait any more, if it does."""
         if item not in self._flows:
@@ -83,7 +93,11 @@ class FairQueue(Generic[Item]):
         flow = self._waiting[name]
         del flow.items[item]
         if not flow.items:
-            self._idle[name] = self._waiting.pop(name).account
+            self._keep(name, self._waiting.pop(name).account)
+
+    def _keep(self, flow: Hashable, account: Account) -> None:
+        """Remembers a flow that has none waiting, while another has."""
+        self._idle[flow] = account
         if not self._waiting:
             self._idle.clear()
         elif len(self._idle) > _MOST_IDLE:

@@ -27,8 +27,8 @@ class Turn:
         """`wait` returns when the line has given the turn."""
         self._line, self.ticket, self._wait = line, ticket, wait
         self.given: asyncio.Future[bool] | None = None  # if it has to wait
-        self.charges: tuple[Charge, ...] = ()  # if it had to wait
-        self.num_tokens = 0  # that its answer has, or each of its answers; whoever runs it says so before it ends
+        self.charges: tuple[Charge, ...] = ()  # if somebody had to wait
+        self.num_tokens = 0  # that its answer has; whoever runs it says so before it ends
         self._first_token_at: float | None = None
 
     async def __aenter__(self) -> Turn:
@@ -106,7 +106,10 @@ class Line:
 
     def begins(self, turn: Turn) -> bool:
         """Lets it run, if it need not wait."""
-        if not turn.ticket.follows and (self.num_waiting or not self.has_room()):
+        if turn.ticket.follows:
+            if self.num_waiting:
+                turn.charges = self._queues.charge(turn.ticket.priority, turn.ticket.tenant, self._cost(turn.ticket))
+        elif self.num_waiting or not self.has_room():
             return False
         self._begin(turn)
         return True
@@ -121,8 +124,7 @@ class Line:
                 self.discard(last)
                 last.given.set_result(False)
         turn.given = asyncio.get_running_loop().create_future()
-        cost = ticket.cost(self._usual_output, self._habits.ratio(ticket.tenant))
-        self._queues.push(ticket.priority, ticket.tenant, cost, turn)
+        self._queues.push(ticket.priority, ticket.tenant, self._cost(ticket), turn)
         self._count_waiting()
         return turn.given
 
@@ -170,9 +172,11 @@ class Line:
         """Its class and its tenant pay what it has really cost, however it ended."""
         ticket = turn.ticket
         self._habits.add(ticket.tenant, ticket.expected_output(self._usual_output), turn.num_tokens)
-        cost = ticket.num_prompt_tokens + ticket.num_answers * turn.num_tokens
         for charge in turn.charges:
-            charge.settle(cost)
+            charge.settle(ticket.work(turn.num_tokens))
+
+    def _cost(self, ticket: Ticket) -> float:
+        return ticket.cost(self._usual_output, self._habits.ratio(ticket.tenant))
 
     def _begin(self, turn: Turn) -> None:
         self._num_running += 1

@@ -50,6 +50,12 @@ class Queues(Generic[Item]):
         self._forget()
         return item, (of_tenant, of_class)
 
+    def charge(self, priority: Priority, tenant: str, cost: float) -> tuple[Charge, Charge]:
+        """A request begins without having waited, while others wait."""
+        if not self._queues[priority]:
+            self._accounts[priority].join(self._now)
+        return self._queues[priority].charge(tenant, cost), self._accounts[priority].charge(cost)
+
     def discard(self, priority: Priority, item: Item) -> None:
         """Takes out one that does not wait any more, if it does."""
         self._queues[priority].discard(item)

@@ -32,12 +32,15 @@ class Ticket:
     tenant: str = ""  # those of one tenant share its part; requests without one share one part together
     deadline: float = float("inf")  # on the event loop's clock
     room: float = float("inf")  # tokens of an answer that the model's context leaves after the prompt
-    num_answers: int = 1  # to the prompt, those that follow included
-    follows: bool = False  # part of a request that has begun, so it does not queue
+    follows: bool = False  # another answer to a prompt that has begun, so it does not queue
 
     def cost(self, usual_output: float, ratio: float = 1.0) -> float:
-        """Work in tokens, for fairness."""
-        return self.num_prompt_tokens + self.num_answers * self.expected_output(usual_output, ratio)
+        """Work in tokens that is expected, for fairness."""
+        return self.work(self.expected_output(usual_output, ratio))
+
+    def work(self, num_tokens: float) -> float:
+        """Of an answer with so many tokens. The prompt is the first answer's alone."""
+        return num_tokens if self.follows else self.num_prompt_tokens + num_tokens
 
     def expected_output(self, usual_output: float, ratio: float = 1.0) -> float:
         """Tokens that an answer may have, at least 1: `usual_output` of one that the client does not bound, and `ratio`
