@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP
 
 from services.engine.model.errors import ModelCorrupt, UnsupportedModel
 from services.engine.model.foreign.model import ForeignModel
 from services.engine.model.linear.factory import linear_maker
 from services.engine.model.linear.form import WeightForm
-from services.engine.model.linear.linear import DENSE, LinearMaker
+from services.engine.model.linear.linear import DENSE, DenseLinear, LinearMaker
 from services.engine.model.loader import LoadedModel, load_model
 from tests.engine.model.random_models import LINEAR_ROPE, WINDOW, save_random
 from tests.engine.model.running import (
@@ -40,6 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN}),
     "starcoder2": ("Starcoder2Config", {}),
+    "hunyuan, experts": ("HunYuanMoEV1Config", {"num_experts": 4, "moe_topk": 2}),
     "gpt-2": ("GPT2Config", {}),
     "gpt-bigcode": ("GPTBigCodeConfig", {}),
 }
@@ -67,9 +73,10 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32, linear: LinearMaker 
 @torch.inference_mode()
 @pytest.mark.parametrize("linear", [DENSE, TEAM], ids=["torch", "team"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_transformers(tmp_path: Path, name: str, linear: LinearMaker) -> None:
+def test_equals_transformers(tmp_path: Path, name: str, linear: LinearMaker, caplog: pytest.LogCaptureFixture) -> None:
     reference = save_random(tmp_path, *MODELS[name])
     loaded = _load(tmp_path, linear=linear)
+    assert not _warnings(caplog)  # none is left with torch's layers
     assert isinstance(loaded.model, ForeignModel)
     assert loaded.config.eos_token_ids == (2, 3)
     prompts = [random_tokens(length, loaded.config.vocab_size, seed=length) for length in PROMPT_LENGTHS]
@@ -82,6 +89,35 @@ def test_equals_transformers(tmp_path: Path, name: str, linear: LinearMaker) -> 
         sequence = PagedSequence(prompts[-1])
         pieces = [runner.step([(sequence, count)])[0] for count in (1, 15, 33, 231, *[1] * 20)]
         assert relative_error(torch.cat(pieces), expected[-1]) < RELATIVE_ERROR, backend
+
+
+def _reading_its_weights(mlp: Any, inputs: Tensor) -> Tensor:
+    gate: Tensor = F.linear(inputs, mlp.gate_proj.weight)
+    result: Tensor = mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(inputs))
+    return result
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fails", ["reads its weights", "differs"])
+def test_what_fails_with_the_layers_of_a_team_serves_with_its_own(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    linear = TEAM
+    if fails == "differs":
+        linear = dataclasses.replace(TEAM, make_exact=lambda weight, bias: DenseLinear(1.1 * weight, bias))
+    else:
+        monkeypatch.setattr(Olmo2MLP, "forward", _reading_its_weights)
+    reference = save_random(tmp_path, *MODELS["olmo2"])
+    loaded = _load(tmp_path, linear=linear)
+    (warning,) = _warnings(caplog)
+    assert warning.getMessage() == "linear layers stay torch's, on one thread"
+    prompt = random_tokens(17, loaded.config.vocab_size)
+    (actual,) = PagedRunner(loaded.model).step([(PagedSequence(prompt), len(prompt))])
+    assert relative_error(actual, reference(torch.tensor([prompt])).logits[0]) < RELATIVE_ERROR
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_layers_report_as_they_are_written(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def test_parameters_may_lie_in_others() -> None:
     expected = model(inputs)
     replace_linears(model, lambda weight, bias: TiledLinear(weight, bias, team_of(2)))
     torch.testing.assert_close(model(inputs), expected)
+
+
+@torch.inference_mode()
+def test_a_weight_can_be_asked_for_but_not_read() -> None:
+    """What stands in its place must fail where it is read: torch multiplies by a meta tensor, and gives anything."""
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(24, 40)), torch.randn(3, 24)
+    of_torch = model[0].weight
+    replace_linears(model, DenseLinear)
+    weight: Any = model[0].weight
+    assert (weight.shape, weight.dtype, weight.device) == (of_torch.shape, of_torch.dtype, of_torch.device)
+    with pytest.raises(TypeError):
+        torch.nn.functional.linear(inputs, weight)
+    with pytest.raises(TypeError):
+        weight[:, :3]
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +21,26 @@ def replace_linears(model: torch.nn.Module, make: LinearFactory) -> None:
     for parent in model.modules():
         names = [name for name, child in parent.named_children() if type(child) in (torch.nn.Linear, Conv1D)]
         for name in names:
-            setattr(parent, name, _InPlaceOfLinear(_made(getattr(parent, name), make)))
+            setattr(parent, name, _in_place_of(getattr(parent, name), make))
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What a model may ask of a weight without reading it: some choose a dtype or a device by it. No tensor of the
+    meta device, because torch multiplies by one without an error, and what comes of it is whatever memory held."""
+
+    shape: torch.Size  # (out, in), or (in, out) of a Conv1D
+    dtype: torch.dtype
+    device: torch.device
 
 
 class _InPlaceOfLinear(torch.nn.Module):
     """See torch.nn.Linear."""
 
-    def __init__(self, layer: Linear) -> None:
+    def __init__(self, layer: Linear, weight: _Described) -> None:
         super().__init__()
         self._layer = layer
+        self.weight = weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs (..., in) to (..., out)."""
@@ -37,7 +49,8 @@ class _InPlaceOfLinear(torch.nn.Module):
         return rows.view(*leading, rows.shape[-1])
 
 
-def _made(layer: Any, make: LinearFactory) -> Linear:
+def _in_place_of(layer: Any, make: LinearFactory) -> _InPlaceOfLinear:
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach().contiguous()  # kernels know only where it begins
-    return make(weight if isinstance(layer, torch.nn.Linear) else weight.T, bias)  # a Conv1D has (in, out)
+    made = make(weight if isinstance(layer, torch.nn.Linear) else weight.T, bias)  # a Conv1D has (in, out)
+    return _InPlaceOfLinear(made, _Described(weight.shape, weight.dtype, weight.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,20 @@ from services.engine.model.foreign.linears import replace_linears
 from services.engine.model.foreign.model import ForeignConfig, ForeignModel
 from services.engine.model.foreign.proof import Proof
 from services.engine.model.json_fields import Fields
-from services.engine.model.linear.linear import LinearMaker
+from services.engine.model.linear.linear import DENSE, LinearMaker
+
+_log = logging.getLogger(__name__)
+
+
+class _TeamDoesNotFit(UnsupportedModel):
+    """The model fails with a team's linear layers; it may serve with torch's."""
 
 
 def load_foreign(
     folder: Path, device: torch.device, dtype: torch.dtype, linear: LinearMaker, reason: UnsupportedModel
 ) -> ForeignModel:
-    """The model in `folder`, which is not native for `reason`; a team of `linear` computes its linear layers.
+    """The model in `folder`, which is not native for `reason`; a team of `linear` computes its linear layers, unless it
+    then fails: such a model is loaded again, and they stay torch's.
 
     Raises UnsupportedModel if transformers is not installed or does not know it, if its attention cannot be replaced,
     or if it then computes something else; ModelCorrupt for weights that lack something.
@@ -34,6 +42,19 @@ def load_foreign(
     logs.disable_progress_bar()
     register()
     config = _config(folder, reason)
+    try:
+        return _proved(folder, config, device, dtype, linear)
+    except _TeamDoesNotFit as error:
+        why = str(error)
+    # Behind the handler, which would keep the model that failed in memory beside this one.
+    model = _proved(folder, config, device, dtype, DENSE)
+    fields = {"architecture": _name(config), "why": why}
+    _log.warning("linear layers stay torch's, on one thread", extra={"fields": fields})
+    return model
+
+
+def _proved(folder: Path, config: Any, device: torch.device, dtype: torch.dtype, linear: LinearMaker) -> ForeignModel:
+    """See load_foreign. Raises _TeamDoesNotFit, too."""
     model = _model(folder, config, device, dtype)
     try:
         return _over_pages(model, config, linear, _counts(config, folder))
@@ -45,17 +66,19 @@ def load_foreign(
 
 @torch.inference_mode()
 def _over_pages(model: Any, config: Any, linear: LinearMaker, counts: Fields) -> ForeignModel:
-    """The model with our attention and a team's linear layers. Raises UnsupportedModel, or whatever the model's code
-    raises, if that cannot be."""
+    """The model with our attention and a team's linear layers. Raises _TeamDoesNotFit if it fails with these,
+    UnsupportedModel, or whatever the model's code raises, if it fails without."""
     proof = Proof.of(model, config.get_text_config().vocab_size)
     model.set_attn_implementation(NAME)
     shape = _shape(model, config, counts.count("max_position_embeddings", default=2048))
-    if linear.team is not None:
+    if linear.team is None:
+        return proof.checked(ForeignModel(shape, model))
+    try:
         replace_linears(model, linear.make_exact)
         linear.settle()
-    foreign = ForeignModel(shape, model)
-    proof.check(foreign)
-    return foreign
+        return proof.checked(ForeignModel(shape, model))
+    except Exception as error:  # whatever a model makes of layers that are not its own
+        raise _TeamDoesNotFit(_first_line(error)) from None
 
 
 def _config(folder: Path, reason: UnsupportedModel) -> Any:

@@ -33,8 +33,9 @@ class Proof:
         ids = [torch.tensor([sequence], device=model.device) for sequence in tokens]
         return Proof(tokens, [model(input_ids=each, use_cache=False).logits[0].float() for each in ids])
 
-    def check(self, model: ForeignModel) -> None:
-        """Raises UnsupportedModel unless the sequences over pages, beside each other and in pieces, give the same.
+    def checked(self, model: ForeignModel) -> ForeignModel:
+        """The model, whose sequences over pages, beside each other and in pieces, give the same. Else raises
+        UnsupportedModel.
 
         State that is not in the KV, sight of what a row should not see, positions of another kind: all show here.
         """
@@ -54,6 +55,7 @@ class Proof:
                 raise UnsupportedModel(
                     f"{name} over pages differs from transformers by {error:.1e} of the largest logit."
                 )
+        return model
 
 
 def _pool(model: ForeignModel) -> Tensor:
