@@ -66,8 +66,10 @@ def log_failure(task: asyncio.Task[Any]) -> None:
 
 def _value(key: str, value: object) -> str:
     """One word or one JSON string, so that a record is always one line. Bytes become hex, and text that a terminal may
-    obey or break at (C1 controls, U+2028, changes of direction) is escaped."""
+    obey or break at (C1 controls, U+2028, changes of direction) is escaped; JSON escapes line feeds and tabs anyway."""
     if _SECRET.search(key):
         return "***"
     text = value.hex() if isinstance(value, bytes) else str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())
+    if _PLAIN.fullmatch(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.replace("\n", "").replace("\t", "").isprintable())

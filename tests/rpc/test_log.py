@@ -58,6 +58,13 @@ def test_what_a_terminal_would_obey_is_escaped(stream: io.StringIO) -> None:
     assert line.endswith(r'a="\u009b2J\u007f" b="one\u2028two\u0085three" c="\u202eabc" d="süß 猫"')
 
 
+def test_lines_of_readable_text_stay_readable(stream: io.StringIO) -> None:
+    logging.getLogger("a").warning("x", extra={"fields": {"a": "süß\n\t猫", "b": "süß\n\x9b2J"}})
+    line = stream.getvalue().removesuffix("\n")
+    assert line.isprintable()
+    assert line.endswith(r'a="süß\n\t猫" b="s\u00fc\u00df\n\u009b2J"')
+
+
 def test_secrets_are_masked_and_bytes_are_hex(stream: io.StringIO) -> None:
     fields = {"secret": b"\x01", "ticket": "t", "api_key": "k", "epoch": b"\xab\xcd", "tokens": 5}
     logging.getLogger("a").info("x", extra={"fields": fields})
