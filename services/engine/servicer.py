@@ -17,7 +17,7 @@ from services.engine.convert import from_duration
 from services.engine.core import api
 from services.engine.errors import BadRequest
 from services.engine.front import replies, requests
-from services.engine.front.call_log import logged
+from services.engine.front.call_log import log_failure, logged
 from services.engine.front.calls import within
 from services.engine.front.front import Front
 from services.engine.front.limits import Limits, shown
@@ -241,7 +241,12 @@ class EngineServicer(EngineServiceServicer):
         return timing
 
     def _start_command(self, request: pb.StartGenerateRequest, context: Context) -> api.StartGenerate:
-        return requests.to_start_generate(request, self._limits, self._clock(), self._at(time_left(context)))
+        try:
+            return requests.to_start_generate(request, self._limits, self._clock(), self._at(time_left(context)))
+        except ServiceError as error:
+            names = (request.owner_id, request.request_id, request.client_request_id)
+            log_failure("StartGenerate", api.RequestKey(*map(shown, names)), error)
+            raise
 
     def _at(self, left_s: float | None) -> float | None:
         """What is left of a call's time as a deadline on the engine's clock."""

@@ -81,7 +81,11 @@ class Caller:
 
     def start(self, command: StartGenerate) -> None:
         """Begins a sequence. Raises SequenceExists, RequestIdReused, EngineStopped; then nothing has begun."""
-        self._streams.start(command, self)
+        try:
+            self._streams.start(command, self)
+        except ServiceError as error:
+            log_failure(_VERB, command.key, error)
+            raise
 
     def cancel(self, key: RequestKey) -> None:
         """Asks for a sequence of this caller to end; its last output says when it has. Unknown ones are ignored."""

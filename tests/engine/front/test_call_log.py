@@ -76,6 +76,21 @@ async def test_a_caller_that_leaves(served: Served, told: pytest.LogCaptureFixtu
     assert ended(told) == [("DEBUG", fields("StartGenerate", "CANCELLED", "of a client"))]
 
 
+@pytest.mark.parametrize("reader", READERS)
+async def test_a_start_that_is_refused(served: Served, reader: Reader, told: pytest.LogCaptureFixture) -> None:
+    live = StartGenerateReader(served.stub, start_request(client_request_id="of a client"))
+    await served.engine.next(StartGenerate)
+    for wrong, outcome in (
+        ({}, "SEQUENCE_EXISTS"),
+        ({"forced_token_ids": [7]}, "REQUEST_ID_REUSED"),
+        ({"cache_salt": "x" * 10_000}, "BAD_REQUEST"),
+    ):
+        told.clear()
+        await reader(served.stub, start_request(client_request_id="of a client", **wrong)).result()
+        assert ended(told) == [("DEBUG", fields("StartGenerate", outcome, "of a client"))]
+    await live.cancel()
+
+
 async def test_the_other_verbs(served: Served, told: pytest.LogCaptureFixture) -> None:
     left = asyncio.ensure_future(by_itself(served, send(client_request_id="of a client")))
     await served.engine.next(api.RemoteSend)
