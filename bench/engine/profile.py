@@ -87,8 +87,8 @@ def _plan(sequences: int, begin: int, count: int) -> StepPlan:
     spec = SampleSpec(SamplingParams(), tokens, len(tokens))
     return StepPlan(
         tuple(
-            Segment(number, begin, tokens[begin:], array("i", range(number * pages, (number + 1) * pages)), spec)
-            for number in range(sequences)
+            Segment(n, begin, tokens[begin:], array("i", range(n * pages, (n + 1) * pages)), spec, num_single=1)
+            for n in range(sequences)
         )
     )
 

@@ -28,7 +28,9 @@ class ForwardBatch:
     logits_rows: Tensor  # (num_rows,) int64, packed rows whose logits are wanted, may be empty
     contexts: Tensor | None = None  # context_lengths on the device, where they are there already
     last: LastRows | None = None  # the rows that the last layer need compute; None: all
-    single_rows: Tensor | None = None  # (num_sequences,) int32, on the CPU: last rows that are computed one by one
+    single_rows: Tensor | None = (
+        None  # (num_sequences,) int32, on the CPU: last rows to compute one by one, no others; None: all may be
+    )
 
     @property
     def num_tokens(self) -> int:

@@ -20,10 +20,11 @@ from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import address, addresses, team_of
 from services.engine.kernels.writer import LANES
 
-MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step, beside its single ones, has them computed in blocks
+MAX_SINGLE_ROWS = 8  # a sequence with more rows in a step has them computed in blocks; where the batch does not say
 TOKENS_A_WRITE = 64  # by one thread
 
 
+_NO_SINGLES = np.zeros(1, dtype=np.int32)  # of every sequence
 _NO_BLOCKS = np.empty((0, 4), dtype=np.int32)
 _NO_WINDOW = 1 << 40
 
@@ -52,7 +53,8 @@ class PagedNumbaAttention(GatherSdpaAttention):
     """Which kernel a row goes to depends on its own sequence only, so other sequences never change its result.
 
     Output and the last token of a prompt are computed one by one whether they come alone, as they do at first, or with
-    what is before them: after an interruption or without a cached prefix. The two kernels differ in the last bits.
+    what is before them: after an interruption or without a cached prefix. What is before them goes in blocks, however
+    little of it a step has: how it is cut depends on what is cached. The two kernels differ in the last bits.
 
     Heads whose size is no multiple of 16 are left to torch.
     """
@@ -111,15 +113,17 @@ class PagedNumbaAttention(GatherSdpaAttention):
     def _split_batch(self, batch: ForwardBatch, group: int) -> PackedRows:
         starts, contexts = batch.query_starts.numpy(), batch.context_lengths.numpy()
         tables = np.ascontiguousarray(batch.block_tables.numpy())
-        if batch.num_tokens == batch.num_sequences and self._max_single_rows:  # all decode
+        single_counts, max_single_rows = _NO_SINGLES, self._max_single_rows
+        if batch.single_rows is not None:
+            single_counts, max_single_rows = batch.single_rows.numpy(), 0
+        if batch.num_tokens == batch.num_sequences and (max_single_rows or single_counts.all()):
             singles = np.empty((len(contexts), 3), dtype=np.int32)
             singles[:, :2] = np.arange(len(contexts))[:, None]
             singles[:, 2] = contexts
             return PackedRows(batch, singles, _NO_BLOCKS, tables)
         counts = np.diff(starts)
-        single_counts = np.zeros_like(counts) if batch.single_rows is None else batch.single_rows.numpy()
         other_counts = np.maximum(counts - single_counts, 0)
-        is_in_blocks = (other_counts > self._max_single_rows) & (group <= BLOCK_LANES)  # a block holds whole rows
+        is_in_blocks = (other_counts > max_single_rows) & (group <= BLOCK_LANES)  # a block holds whole rows
         block_ends = starts[:-1] + np.where(is_in_blocks, other_counts, 0)
         rows = np.arange(starts[-1], dtype=np.int32)
         sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)

@@ -165,7 +165,7 @@ def make_batch(segments: Sequence[Segment], page_size: int, device: torch.device
         block_tables=placed(tables),
         logits_rows=placed(np.array(wanted, dtype=np.int64)),
     )
-    if num_tokens == len(segments):
+    if num_tokens == len(segments) and all(segment.num_single for segment in segments):
         return batch
     batch = replace(batch, single_rows=torch.tensor([segment.num_single for segment in segments], dtype=torch.int32))
     counts = np.array([s.num_tokens if s.score is not None else int(s.sample is not None) for s in segments])

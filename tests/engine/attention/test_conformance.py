@@ -178,19 +178,21 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(implementation: Callabl
 @pytest.mark.parametrize("form", FORMS)
 def test_single_rows_are_computed_as_alone_and_those_before_them_as_without_them(form: str) -> None:
     """To the last bit."""
-    shape, single = ((70, 90), (30, 40), (12, 12), (5, 25)), (30, 0, 12, 2)
+    shape, single = ((70, 90), (30, 40), (12, 12), (5, 25), (1, 9), (1, 30)), (30, 0, 12, 2, 0, 1)
     pool = Pool(shape, 16)
-    backend, row_by_row = PagedNumbaAttention(pool.kv), PagedNumbaAttention(pool.kv, max_single_rows=10**6)
+    backend, in_blocks = PagedNumbaAttention(pool.kv), PagedNumbaAttention(pool.kv, max_single_rows=0)
+    row_by_row = PagedNumbaAttention(pool.kv, max_single_rows=10**6)
     pool.fill(backend)
-    batch = replace(pool.batch(range(len(shape))), single_rows=torch.tensor(single, dtype=torch.int32))
+    every = pool.batch(range(len(shape)))
+    batch = replace(every, single_rows=torch.tensor(single, dtype=torch.int32))
     result = backend.attend(0, pool.query, batch, FORMS[form]).split([rows for rows, _ in shape])
-    singly = row_by_row.attend(0, pool.query, batch, FORMS[form]).split([rows for rows, _ in shape])
+    singly = row_by_row.attend(0, pool.query, every, FORMS[form]).split([rows for rows, _ in shape])
     for sequence, ((rows, context), num_single) in enumerate(zip(shape, single, strict=True)):
         others = rows - num_single
         assert torch.equal(result[sequence][others:], singly[sequence][others:])
         if others:
             before = batch_of([others], [context - num_single], pool.tables[[sequence]], "cpu")
-            alone = backend.attend(0, pool.query_of(sequence)[:others], before, FORMS[form])
+            alone = in_blocks.attend(0, pool.query_of(sequence)[:others], before, FORMS[form])
             assert torch.equal(result[sequence][:others], alone)
 
 

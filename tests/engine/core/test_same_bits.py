@@ -70,17 +70,30 @@ def test_on_another_engine(model: LoadedModel, undisturbed: Stream, num_got: int
     assert stream.logprobs == undisturbed.logprobs[num_got:]
 
 
-def test_after_a_preemption(model: LoadedModel, undisturbed: Stream) -> None:
-    engine = alone(model, num_pages=17)
-    streams = [engine.generate(PROMPT, SAMPLED), engine.generate(prompt_of(21, start=1), SAMPLED)]
+@pytest.mark.parametrize("num_pages", [15, 17])
+@pytest.mark.parametrize("length", [17, 21, 26, 30])
+def test_after_a_preemption(model: LoadedModel, length: int, num_pages: int) -> None:
+    """Of the prompt what fills pages may stay cached, and a rest of one token or more is computed again."""
+    prompts = [prompt_of(length), prompt_of(length, start=1)]
+    engine = alone(model, num_pages=num_pages)
+    streams = [engine.generate(prompt, SAMPLED) for prompt in prompts]
     engine.run()
     assert sum(stream.account.preemptions for stream in streams) > 0
-    second = alone(model)
-    other = second.generate(prompt_of(21, start=1), SAMPLED)
-    second.run()
-    for stream, expected in zip(streams, (undisturbed, other), strict=True):
+    for prompt, stream in zip(prompts, streams, strict=True):
+        second = alone(model)
+        expected = second.generate(prompt, SAMPLED)
+        second.run()
         assert stream.tokens == expected.tokens
         assert stream.logprobs == expected.logprobs
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 3, 7, 20])
+def test_in_pieces(model: LoadedModel, undisturbed: Stream, max_step_tokens: int) -> None:
+    engine = alone(model, max_step_tokens=max_step_tokens)
+    stream = engine.generate(PROMPT, SAMPLED)
+    engine.run()
+    assert stream.tokens == undisturbed.tokens
+    assert stream.logprobs == undisturbed.logprobs
 
 
 def test_behind_a_cached_prompt(model: LoadedModel, undisturbed: Stream) -> None:

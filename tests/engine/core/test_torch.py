@@ -159,7 +159,7 @@ def test_a_batch_is_packed_as_the_model_wants_it() -> None:
 
     segments = [
         Segment(1, 6, [10, 11, 12], array("i", [7, 3, 5]), None),
-        Segment(2, 0, [20], array("i", [9]), None),
+        Segment(2, 0, [20], array("i", [9]), None, num_single=1),
     ]
     batch = make_batch(segments, 4, torch.device("cpu"))
     assert batch.token_ids.tolist() == [10, 11, 12, 20]
