@@ -31,20 +31,21 @@ class Answering:
         self._cut_off = Answer()  # what the stop string that was completed leaves of its chunk
         self._run, self._request, self._output, self._record, self._turn = run, request, output, record, turn
         record.legs = run.legs
+        run.on_end(self._end_turn)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._turn.num_tokens = self._record.output_tokens
-        if kind is None:
-            self._record.is_answered = True
-            self._turn.finished(self._record.output_tokens)
+        self._record.is_answered = kind is None
         try:
             if kind is None:
                 await asyncio.sleep(0)  # in which most programs end by themselves
         finally:
-            await self._run.close()
+            try:
+                await self._run.close()
+            finally:
+                self._end_turn()
 
     async def next(self) -> Answer:
         """New tokens or text, in the end the account. Raises how the program failed."""
@@ -70,6 +71,14 @@ class Answering:
             raise PolicyFailed("the policy ended without a last chunk")
         if self._output.stopped and not self.ended:
             take(await self._stopped())
+
+    def _end_turn(self) -> None:
+        """Engines have no more to do for it, though its reader may not have taken all yet: others need not wait."""
+        run, turn = self._run, self._turn
+        turn.num_tokens = run.num_tokens
+        if run.finished:
+            turn.finished(run.num_tokens)
+        turn.end()
 
     def _feed(self, chunk: Chunk) -> Answer | None:
         """What it adds to the answer. None: nothing yet, or a stop string ends the answer before its sequence, and what

@@ -280,6 +280,30 @@ def test_nobody_is_told_to_come_again_in_hours() -> None:
     run(main())
 
 
+def test_a_turn_can_be_over_before_its_block() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1), []
+
+        async def slow_reader() -> None:
+            async with admission.turn(TICKET) as turn:
+                turn.end()
+                await asyncio.sleep(100)
+                turn.finished(100)
+
+        reader = asyncio.create_task(slow_reader())
+        await asyncio.sleep(0)
+        works = [asyncio.create_task(work(admission, TICKET, 150, done, name)) for name in "ab"]
+        await asyncio.sleep(120)  # the reader's block ends while a's turn lasts
+        assert reader.done()
+        await asyncio.sleep(90)
+        assert done == ["a"]
+        await asyncio.gather(*works)
+        assert done == ["a", "b"]
+        assert asyncio.get_running_loop().time() == pytest.approx(300)
+
+    run(main())
+
+
 def test_without_engines_nobody_waits_to_be_told() -> None:
     async def main() -> None:
         admission, done = admission_of(0, num_engines=0), []

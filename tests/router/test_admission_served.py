@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 
 import grpc.aio
@@ -13,7 +13,11 @@ from microserve.router.v1 import admin_pb2, router_pb2
 
 from services.router.admission.line import Line, Turn
 from services.router.admission.ticket import Capacity, Ticket
+from services.router.asking import Ask, Tokens
 from services.router.metrics import REFUSALS
+from services.router.service import GenerationService
+from services.router.traces import Traces
+from services.router.values import Sampling, Usage
 from services.rpc.status import from_rpc_error
 from tests.fakes import PATIENCE_S, FakeEngine, Fault
 from tests.router.harness import PROMPT, Running, failing, model, request, running
@@ -60,6 +64,23 @@ async def test_a_turn_that_does_not_come_is_refused_with_advice() -> None:
         assert caught.value.retry_delay_s
         call.cancel()
     assert REFUSALS.labels("normal", "queue_time")._value.get() == before + 1
+
+
+async def test_what_engines_have_ended_keeps_nobody_waiting_whatever_its_reader_takes() -> None:
+    async with running(engines=small_engines("a"), queue_timeout=PATIENCE_S) as suite:
+        router = suite.router
+        service = GenerationService(
+            router.registry, router.catalogue, router._host, Traces(1), admission=router.admission, max_request_s=600
+        )
+        async with aclosing(service.generate(Ask(Tokens(PROMPT), Sampling(max_tokens=8)))) as unread:
+            answer = await anext(unread)
+            async with asyncio.timeout(PATIENCE_S / 2):
+                await suite.generate()
+            token_ids = list(answer.token_ids)
+            async for answer in unread:
+                token_ids += answer.token_ids
+        assert token_ids == model().generate(PROMPT, 8)
+        assert answer.usage == Usage(len(PROMPT), 0, 8)
 
 
 async def test_a_client_that_leaves_the_queue_leaves_nothing_behind() -> None:

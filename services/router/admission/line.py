@@ -21,7 +21,7 @@ _OUTPUT_WEIGHT = 1 / 8  # of the newest such answer in the running mean
 class Turn:
     """What a request has in its line: it waits for it where the block begins, if it has to, then runs until its end."""
 
-    __slots__ = ("_first_token_at", "_line", "_wait", "charges", "given", "num_tokens", "ticket")
+    __slots__ = ("_first_token_at", "_has_ended", "_line", "_wait", "charges", "given", "num_tokens", "ticket")
 
     def __init__(self, line: Line, ticket: Ticket, wait: Callable[[Line, Turn], Awaitable[None]]) -> None:
         """`wait` returns when the line has given the turn."""
@@ -30,6 +30,7 @@ class Turn:
         self.charges: tuple[Charge, ...] = ()  # if somebody had to wait
         self.num_tokens = 0  # that its answer has; whoever runs it says so before it ends
         self._first_token_at: float | None = None
+        self._has_ended = False
 
     async def __aenter__(self) -> Turn:
         if not self._line.begins(self):
@@ -37,7 +38,7 @@ class Turn:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._line.end(self)
+        self.end()
 
     def first_token(self) -> None:
         """Its prompt has been computed; only the first call counts."""
@@ -46,8 +47,14 @@ class Turn:
 
     def finished(self, num_tokens: int) -> None:
         """It has ended well, with so many tokens."""
-        if self._first_token_at is not None:
+        if self._first_token_at is not None and not self._has_ended:
             self._line.finished(self.ticket, num_tokens, self._first_token_at)
+
+    def end(self) -> None:
+        """It is over, at the latest with its block; only the first call counts."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._line.end(self)
 
 
 class Line:

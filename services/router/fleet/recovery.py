@@ -98,6 +98,11 @@ class Recovery:
         self._stranded_at: float | None = None
         self._without_transfer = False
 
+    @property
+    def num_tokens(self) -> int:
+        """That the client got in all."""
+        return self.request.num_generated + len(self._tokens)
+
     def handed_on(self, chunk: Chunk) -> None:
         """The client gets what is in it, so that is never generated again."""
         self._tokens.extend(chunk.token_ids)

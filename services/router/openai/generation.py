@@ -112,7 +112,8 @@ class Generation:
     async def _deliver(
         self, call: Call, take: Callable[[int, Answer], bool], wait_for_room: Callable[[], Awaitable[None]]
     ) -> None:
-        """As choices.deliver_choices, over all asks, which begin together or not at all."""
+        """As choices.deliver_choices, over all asks. All are counted before the first begins, but each waits for a turn
+        of its own; one that is refused then ends the call."""
         if len(call.asks) == 1:
             await deliver_choices(self._service, call.asks[0], call.n, take, wait_for_room)
             return

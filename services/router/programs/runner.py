@@ -93,6 +93,20 @@ class PolicyRun:
         """The verbs called so far."""
         return self._scope.legs
 
+    @property
+    def finished(self) -> bool:
+        """Whether its last chunk has come, if not been taken."""
+        return self._finished
+
+    @property
+    def num_tokens(self) -> int:
+        """In all chunks that have come."""
+        return self._recovery.num_tokens
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Calls it when the program has ended and left nothing on engines, whatever has been taken of its chunks."""
+        self._task.add_done_callback(lambda _: call())
+
     def take(self) -> Coroutine[Any, Any, Chunk | None]:
         """The next chunk; the last has `finish`, after it comes None. Raises how the program failed: an engine's
         error with its own code, PolicyFailed, PolicyTimeout, RequestTimeout, SlowConsumer."""
