@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,7 +19,9 @@ from services.rpc.tls import ServerTls
 
 _HEAD_TIMEOUT_S = 10.0
 _REST_TIMEOUT_S = 10.0
+# Also of what is neither head nor body: lines of chunks, trailers.
 _MAX_HEAD_BYTES = 1 << 16
+_MAX_PIPELINED = 8
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 # What asyncio calls the backlog is also how often it tries again at once, and logs, when there is no descriptor left.
@@ -129,16 +132,24 @@ class HttpServer:
         return listener
 
 
+class _TooMany(Exception):
+    """Stops the parser."""
+
+
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's connection takes any head of a request, and waits for it for ever, as for what is left of a body that
-    was answered before its end; this one does not."""
+    """Uvicorn's connection takes any head of a request, any trailers and any number of requests at once, and waits for
+    a head for ever, as for what is left of a body that was answered before its end; this one does not. Nor does it take
+    the body of a request that offers to upgrade for a request: it declines the offer, as HTTP lets a server do."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         self._client = Client()
         self._head_timer: asyncio.TimerHandle | None = None
         self._rest_timer: asyncio.TimerHandle | None = None
         self._is_head = True  # what comes next
-        self._num_head_bytes = 0
+        self._is_head_again = False
+        # Both at most: what was parsed since a message began or had a body, and what is left of a piece.
+        self._num_bodiless_bytes = 0
+        self._num_piece_bytes = 0
         super().__init__(config, state, {CLIENT: self._client})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -152,13 +163,10 @@ class _Protocol(HttpToolsProtocol):
         self._client.leave()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_head:
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > _MAX_HEAD_BYTES:
-                self.transport.abort()
-            elif self._head_timer is None:  # most heads come in one piece
-                self._wait_for_head()
+        rest = memoryview(data)
+        while rest and not self.transport.is_closing():
+            piece, rest = rest[:_MAX_HEAD_BYTES], rest[_MAX_HEAD_BYTES:]
+            self._take(piece)
 
     def pause_writing(self) -> None:
         self._client.has_room = False
@@ -169,25 +177,77 @@ class _Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def on_message_begin(self) -> None:
+        if self._is_head_again:
+            return
         self._end_head()
-        self._is_head, self._num_head_bytes = True, 0
+        self._unset_keepalive_if_required()
+        self._is_head, self._num_bodiless_bytes = True, self._num_piece_bytes
         self._client.has_spoken = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self._is_head_again:
+            return
         self._end_head()
         self._is_head = False
         super().on_headers_complete()
+        self.headers = []  # trailers are nobody's
+        if len(self.pipeline) > _MAX_PIPELINED:
+            self.transport.abort()
+            raise _TooMany
+
+    def on_body(self, body: bytes) -> None:
+        self._num_piece_bytes -= len(body)
+        self._num_bodiless_bytes = self._num_piece_bytes
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the body comes after it
         self._end_rest()
         self._client.has_spoken = True
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if self.cycle.more_body and not self.transport.is_closing():
+        # A request that others wait behind is here with all of its body.
+        if not self.pipeline and self.cycle.more_body and not self.transport.is_closing():
             self._rest_timer = self.loop.call_later(_REST_TIMEOUT_S, self.transport.abort)
         super().on_response_complete()
+
+    def _take(self, piece: memoryview) -> None:
+        self._num_piece_bytes = len(piece)
+        self._num_bodiless_bytes += len(piece)
+        try:
+            self._parse(piece)
+        except httptools.HttpParserError:
+            if not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
+            return
+        if self._num_bodiless_bytes > _MAX_HEAD_BYTES:
+            self.transport.abort()
+        elif self._is_head and self._head_timer is None:  # most heads come in one piece
+            self._wait_for_head()
+
+    def _parse(self, piece: memoryview) -> None:
+        while piece:
+            try:
+                self.parser.feed_data(piece)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                piece = piece[upgrade.args[0] :]
+                self._parse_head_again()
+
+    def _parse_head_again(self) -> None:
+        """A parser takes no body after a head that offers to upgrade, nor anything if that head also ends the
+        connection; another one does after a head that says only where body and connection end."""
+        ends = [item for item in self.scope["headers"] if item[0] in (b"content-length", b"transfer-encoding")]
+        if not self.cycle.keep_alive:
+            ends.append((b"connection", b"close"))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._is_head_again = True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(b"%b: %b\r\n" % item for item in ends))
+        self._is_head_again = False
 
     def _wait_for_head(self) -> None:
         self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
