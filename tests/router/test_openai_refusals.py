@@ -15,7 +15,7 @@ from services.router.openai.calls import Headers, chat
 from services.router.openai.errors import Refusal
 from services.router.openai.fields import Fields
 from tests.router.openai_client import USER, serving
-from tests.router.test_http import fetch, get
+from tests.router.raw_http import fetch, get
 
 
 async def test_keys() -> None:

@@ -21,8 +21,8 @@ from services.router.programs.catalogue import FALLBACK
 from services.rpc.channel import make_channel
 from tests.fakes import FakeEngine
 from tests.router.harness import PROMPT, complete, failing, model, request
+from tests.router.raw_http import get
 from tests.router.talk import Talk, tokens
-from tests.router.test_http import get
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'gen'}"}

@@ -109,6 +109,14 @@ class Scene:
             await self.layers(lane, 99)
         return caught.value
 
+    async def succeeds(self, name: str) -> None:
+        """A push of that name goes through, whole."""
+        lane = await self.open(name)
+        lane.post(3)
+        await self.layers(lane, 3)
+        assert await lane.finish() is True
+        await lane.close()
+
     def _link(self, unique_id: bytes, rank: int) -> Link:
         clock, timeout_s = asyncio.get_running_loop().time, self.timeout_s
 

@@ -42,11 +42,7 @@ async def test_the_death_of_the_peer_fails_the_push_and_a_new_pair_takes_its_pla
     await lane.close()
     scene.nccl.broken = False
     await scene.receiver.revoke("r")
-    again = await scene.open("again")
-    again.post(3)
-    await scene.layers(again, 3)
-    assert await again.finish() is True
-    await again.close()
+    await scene.succeeds("again")
 
 
 async def test_a_receiver_that_lost_the_communicator_sends_the_push_elsewhere(scene: Scene) -> None:
@@ -93,11 +89,7 @@ async def test_a_gpu_that_gives_no_buffer_fails_the_push(scene: Scene) -> None:
     await lane.close()
     scene.device.failing.clear()
     await scene.receiver.revoke("r")
-    again = await scene.open("again")
-    again.post(3)
-    await scene.layers(again, 3)
-    assert await again.finish() is True
-    await again.close()
+    await scene.succeeds("again")
 
 
 async def test_a_lane_is_closed_when_its_source_is_read_no_more(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
