@@ -25,7 +25,8 @@ from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.front.servicer import RouterServicer
 from services.router.http import HttpServer
-from services.router.keys import KeyInterceptor, Keys, read_key, read_tenant_keys
+from services.router.key_files import key_of, tenants_of
+from services.router.keys import KeyFile, KeyInterceptor, Keys
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.planning.host import BUILT_IN, PlannerHost
@@ -39,7 +40,6 @@ from services.router.service import GenerationService
 from services.router.text.store import TokenizerStore
 from services.router.traces import Traces
 from services.rpc.channel import make_channel
-from services.rpc.errors import StartError
 from services.rpc.server import Server, ServerConfig
 from services.rpc.tls import check_client
 
@@ -102,7 +102,7 @@ class Router:
             admission=self.admission,
             max_request_s=config.request_timeout,
         )
-        keys = Keys(config.api_key, tenants=_tenants(config))
+        keys = Keys(config.api_key, file=_tenants(config))
         # Never those of tenants.
         admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else Keys(config.api_key)
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
@@ -238,21 +238,19 @@ class Router:
                 log.warning("no engine can serve")
 
 
-def _tenants(config: RouterConfig) -> dict[str, str]:
-    """Those of --tenant-key-file by their keys. StartError."""
+def _tenants(config: RouterConfig) -> KeyFile | None:
+    """What --tenant-key-file says, if there is one. StartError."""
     if config.tenant_key_file is None:
-        return {}
-    tenants = read_tenant_keys(config.tenant_key_file)
-    if tenants.keys() & {*config.api_key, *config.admin_key}:
-        raise StartError(f"a key in {config.tenant_key_file} is one of --api-key or --admin-key too")
-    return tenants
+        return None
+    return tenants_of(config.tenant_key_file, (*config.api_key, *config.admin_key))
 
 
 def _own_keys(config: RouterConfig) -> Keys | None:
     """Those of --admin-listen, if it has one of its own. StartError."""
     if config.upload_key_file is None:
         return None
-    return Keys((read_key(config.upload_key_file), *config.admin_key), "key (of --upload-key-file or --admin-key)")
+    what = "key (of --upload-key-file or --admin-key)"
+    return Keys(config.admin_key, what, file=key_of(config.upload_key_file))
 
 
 def _admin_config(config: RouterConfig, listen: str) -> ServerConfig:

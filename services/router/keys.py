@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
+from hashlib import blake2b
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
 
-from services.router.asking import MAX_NAME_CHARACTERS
 from services.router.errors import WrongKey, WrongTenant
-from services.rpc.errors import StartError
 from services.rpc.interceptor import with_behaviour
 
 HEADER = "authorization"
+_PEPPER = secrets.token_bytes(16)
+# The keys that a file holds now, as fingerprints, each with the tenant whose it is, empty: no tenant's.
+KeyFile: TypeAlias = "Callable[[], Mapping[bytes, str]]"
 
 
 class Keys:
     """The keys of a router. Without any, all may call."""
 
-    def __init__(
-        self, keys: Collection[str], what: str = "API key", *, tenants: Mapping[str, str] | None = None
-    ) -> None:
-        """`what` they are called when one is missing; `tenants`: further keys, each with whose it is."""
-        self._keys = [(key.encode(), "") for key in keys]
-        self._keys += [(key.encode(), tenant) for key, tenant in (tenants or {}).items()]
+    def __init__(self, keys: Collection[str], what: str = "API key", *, file: KeyFile | None = None) -> None:
+        """`what` they are called when one is missing; `file` has further keys."""
+        self._keys = dict.fromkeys(map(fingerprint, keys), "")
+        self._file = file
         self._what = what
 
     def check(self, authorization: bytes) -> str:
         """The header's value, empty if there was none. Gives the tenant whose key it shows, empty: no tenant's.
         WrongKey."""
-        if not self._keys:
+        if not self._keys and self._file is None:
             return ""
         scheme, _, key = authorization.partition(b" ")
-        # Against every key, so that the time taken does not tell which one matched.
-        matches = [tenant for known, tenant in self._keys if secrets.compare_digest(key.strip(), known)]
-        if not matches or scheme.lower() != b"bearer":
+        shown = fingerprint(key.strip())
+        tenant = self._keys.get(shown)
+        if tenant is None and self._file is not None:
+            tenant = self._file().get(shown)
+        if tenant is None or scheme.lower() != b"bearer":
             raise WrongKey(f"no valid {self._what}: send authorization: Bearer KEY")
-        return matches[0]
+        return tenant
+
+
+def fingerprint(key: str | bytes) -> bytes:
+    """Stands for a key where one is looked for among many: how long that takes tells nothing of any key, since nobody
+    outside knows a fingerprint."""
+    return blake2b(key.encode() if isinstance(key, str) else key, digest_size=16, key=_PEPPER).digest()
 
 
 def tenant_of(owner: str, named: str) -> str:
@@ -59,42 +66,6 @@ def shown_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> bytes:
 def is_key(text: str) -> bool:
     """Whether a header can carry it as it stands."""
     return bool(text) and text.isascii() and text.isprintable() and text.strip() == text
-
-
-def read_key(path: Path) -> str:
-    """The key in a file, which may end with a newline. StartError."""
-    text = _text(path).removesuffix("\n")
-    if not is_key(text):
-        raise StartError(f"the key in {path} must be one line of printable ASCII with no space around it")
-    return text
-
-
-def read_tenant_keys(path: Path) -> dict[str, str]:
-    """Tenants by their keys, from a file of lines TENANT KEY. Blank lines count for nothing. StartError, also
-    if it has no other: without any key all may call."""
-    tenants: dict[str, str] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or not all(map(is_key, words)):  # headers carry both
-            raise StartError(f"line {number} of {path} must be a tenant and a key of printable ASCII")
-        tenant, key = words
-        if len(tenant) > MAX_NAME_CHARACTERS:
-            raise StartError(f"the tenant in line {number} of {path} must have 1 to {MAX_NAME_CHARACTERS} characters")
-        if key in tenants:
-            raise StartError(f"the key in line {number} of {path} stands there before")
-        tenants[key] = tenant
-    if not tenants:
-        raise StartError(f"{path} has no line with a tenant and a key")
-    return tenants
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"cannot read the key in {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import grpc
 import grpc.aio
 
-from services.rpc.tls import Reloaded
+from services.rpc.reloaded import Reloaded
 
 # Calls that were begun before a replacement may go on for as long as they like: streams have no end.
 _LONGEST_CALL_S = 1e9

@@ -8,64 +8,15 @@ Issuers of short-lived certificates replace such files every few hours, some of 
 
 from __future__ import annotations
 
-import logging
-import os
 import ssl
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
-from typing import Generic, TypeVar
 
 import grpc
 
 from services.rpc.errors import StartError
-
-log = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
-
-
-class Reloaded(Generic[Made]):
-    """What is made of some files, made anew when they have changed. Any thread may ask for it.
-
-    While the files cannot be used, as when one of a pair has been replaced and the other not yet, what was made last
-    stays.
-    """
-
-    def __init__(self, paths: Iterable[Path | None], make: Callable[[], Made]) -> None:
-        """`make` raises StartError where the files cannot be used, and so does this."""
-        self._paths = tuple(path for path in paths if path is not None)
-        self._make = make
-        self._lock = Lock()
-        self._seen = self._look()
-        self._told = ""  # why the present files are of no use
-        self._made = make()
-
-    def latest(self) -> Made:
-        """What the files make now, or the last that they did."""
-        with self._lock:
-            seen = self._look()
-            if seen != self._seen or self._told:
-                self._make_anew()
-                self._seen = seen  # only now: what fails in another way is tried again too
-            return self._made
-
-    def _make_anew(self) -> None:
-        try:
-            self._made = self._make()
-        except StartError as error:
-            # Again with the next connection: it may be no fault of the files.
-            if str(error) != self._told:
-                log.warning("certificates stay as they were", extra={"fields": {"why": error}})
-            self._told = str(error)
-        else:
-            self._told = ""
-            log.info("certificates replaced", extra={"fields": {"files": " ".join(map(str, self._paths))}})
-
-    def _look(self) -> tuple[object, ...]:
-        return tuple(map(_stamp, self._paths))
+from services.rpc.reloaded import Reloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +119,6 @@ def check_client(tls: ClientTls | None) -> None:
     """Whether clients can be made with it. StartError."""
     if tls is not None:
         grpc_certificates(tls)
-
-
-def _stamp(path: Path) -> object:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read_roots(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.router import metrics as of_router
+from services.rpc.reloaded import RELOADS
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Suite, ask
 
@@ -54,13 +55,13 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def labels_of(scraped: dict[str, list[Metric]]) -> dict[str, set[str]]:
-    """Labels by name of a series: what was seen, and what the router declares and has had no reason to count."""
+    """Labels by name of a series: what was seen, and what is declared and nobody has had a reason to count."""
     found: dict[str, set[str]] = {}
     for family in (each for families in scraped.values() for each in families):
         found.setdefault(f"{family.name}_total" if family.type == "counter" else family.name, set())
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
-    for metric in vars(of_router).values():
+    for metric in (RELOADS, *vars(of_router).values()):
         if isinstance(metric, Counter | Gauge | Histogram):
             name = f"{metric._name}_total" if isinstance(metric, Counter) else metric._name
             found.setdefault(name, set()).update(metric._labelnames)

@@ -27,7 +27,7 @@ from services.router.admission.admission import Admission
 from services.router.admission.ticket import Ticket
 from services.router.app import Router
 from services.router.config import RouterConfig
-from services.router.keys import read_key, read_tenant_keys
+from services.router.key_files import MAX_FILE_CHARACTERS, read_key, read_tenant_keys
 from services.rpc.bind import split_address
 from services.rpc.errors import StartError
 from services.rpc.status import remote_errors
@@ -312,7 +312,9 @@ def test_tenants_alone_would_leave_the_admin_service_open(tmp_path: Path) -> Non
         ("red a\néquipe b\n", "line 2 of .* must be a tenant and a key of printable ASCII"),
         ("red\x7f a\n", "line 1 of .* must be a tenant and a key of printable ASCII"),
         ("", "tenants has no line"),
-        (" \n\n", "tenants has no line"),
+        (" \n\n# red a\n#red a\n", "tenants has no line"),
+        ("r" * (MAX_FILE_CHARACTERS + 1), "tenants has more than"),
+        ("red\0 a\n", "line 1 of .* must be a tenant and a key of printable ASCII"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, lines: str, why: str) -> None:
@@ -320,6 +322,26 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, lines: str, why: 
         read_tenant_keys(tenant_keys(tmp_path, lines))
     with pytest.raises(StartError, match="cannot read"):
         read_tenant_keys(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfred a\nblue b",
+        b"red a\r\nblue b\r\n",
+        b"# of red\nred a\n\n #red c\nblue b\n",
+        b"\tred  a \n\n blue b",
+    ],
+)
+def test_a_file_that_somebodys_editor_wrote_is_understood(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tenants"
+    path.write_bytes(content)
+    assert read_tenant_keys(path) == {"a": "red", "b": "blue"}
+
+
+def test_a_file_that_never_ends_is_refused() -> None:
+    with pytest.raises(StartError, match="more than"):
+        read_tenant_keys(Path("/dev/zero"))
 
 
 async def test_a_key_of_a_tenant_is_nobody_elses(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.rpc import tls as tls_module
 from services.rpc.channel import make_channel
 from services.rpc.errors import StartError
+from services.rpc.reloaded import Reloaded
 from services.rpc.server import Server, ServerConfig
-from services.rpc.tls import ClientTls, Reloaded, ServerTls, check_client
+from services.rpc.tls import ClientTls, ServerTls, check_client
 from tests.fakes import PATIENCE_S
 from tests.rpc.conftest import SERVICE, Running, Serve
 
@@ -176,7 +177,7 @@ async def replaced_under(serve: Serve, folders: tuple[Path, Path]) -> tuple[Runn
 async def test_half_a_replacement_changes_nothing(
     serve: Serve, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "services.rpc.tls")
+    caplog.set_level("INFO", "services.rpc.reloaded")
     of_server, of_client = folders
     running = await serve(tls=client(of_client), **mutual(of_server))
     other = trustme.CA()

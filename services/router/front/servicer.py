@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from microserve.router.v1 import router_pb2, router_pb2_grpc
 
 from services.router.answer import Answer
-from services.router.asking import Text, check_choices
+from services.router.asking import Ask, Text, check_choices
 from services.router.choices import deliver_choices, generate_choices
 from services.router.errors import Draining, InvalidRequest, SlowConsumer
 from services.router.front.conversation import Conversation, Say
@@ -60,7 +60,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(  # type: ignore[override]
         self, request: router_pb2.GenerateRequest, context: Context
     ) -> None:
-        ask, limit = ask_of(request, self._terms(context)), WaitLimit(self._client_timeout_s)
+        ask, limit = self._ask(request, context), WaitLimit(self._client_timeout_s)
         spelling = Spelling(self._service, ask, echo=request.echo)
         try:
             async with aclosing(generate_choices(self._service, ask, request.n or 1)) as answers:
@@ -97,7 +97,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         check_choices(request.request.n)
-        ask = ask_of(request.request, self._terms(context))
+        ask = self._ask(request.request, context)
         spelling = Spelling(self._service, ask, echo=request.request.echo)
         choices = [router_pb2.GenerateResponse() for _ in range(request.request.n or 1)]
         texts: list[list[str]] = [[] for _ in choices]
@@ -143,7 +143,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, session: _Session, commands: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
         """Carries commands out until no more come."""
-        terms, last_id = self._terms(context), None
+        terms, shown, last_id = _terms(context), shown_in(context.invocation_metadata()), None
         try:
             async for command in commands:
                 match command.WhichOneof("command"):
@@ -153,7 +153,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                             raise InvalidRequest(f"call_id {call.call_id} comes after {last_id}")
                         last_id = call.call_id
                         its_terms = _terms_of(call, terms, time_left(context))
-                        session.begin(last_id, partial(self._answer, session, call, its_terms))
+                        session.begin(last_id, partial(self._answer, session, call, its_terms, shown))
                     case "cancel":
                         session.cancel(command.cancel.call_id)
                     case None:
@@ -168,10 +168,16 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             session.end()
 
     def _answer(
-        self, session: _Session, call: router_pb2.GenerateCall, terms: Terms, say: Say[router_pb2.SessionOutput]
+        self,
+        session: _Session,
+        call: router_pb2.GenerateCall,
+        terms: Terms,
+        shown: bytes,
+        say: Say[router_pb2.SessionOutput],
     ) -> Coroutine[Any, Any, None]:
         call_id, num_live = call.call_id, call.request.n or 1
-        ask = ask_of(call.request, terms)
+        # Each time: a key may be taken away, or change hands, while the stream is open.
+        ask = ask_of(call.request, terms, self._keys.check(shown))
         spelling = Spelling(self._service, ask, echo=call.request.echo)
 
         def take(choice: int, answer: Answer) -> bool:
@@ -185,17 +191,20 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
         return deliver_choices(self._service, ask, num_live, take, session.wait_for_room)
 
-    def _terms(self, context: Context) -> Terms:
-        """As call metadata says them."""
-        metadata = context.invocation_metadata() or ()
-        said = {key: str(value) for key, value in metadata}
-        return Terms(
-            said.get(POLICY_METADATA, ""),
-            said.get(PRIORITY_METADATA, ""),
-            said.get(TENANT_METADATA, ""),
-            time_left(context),
-            self._keys.check(shown_in(metadata)),
-        )
+    def _ask(self, request: router_pb2.GenerateRequest, context: Context) -> Ask:
+        """What a call of its own asks for."""
+        return ask_of(request, _terms(context), self._keys.check(shown_in(context.invocation_metadata())))
+
+
+def _terms(context: Context) -> Terms:
+    """As call metadata says them."""
+    said = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    return Terms(
+        said.get(POLICY_METADATA, ""),
+        said.get(PRIORITY_METADATA, ""),
+        said.get(TENANT_METADATA, ""),
+        time_left(context),
+    )
 
 
 def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None) -> Terms:
@@ -207,5 +216,4 @@ def _terms_of(call: router_pb2.GenerateCall, stream: Terms, left_s: float | None
         call.priority or stream.priority,
         call.tenant or stream.tenant,
         left_s,
-        stream.owner,
     )

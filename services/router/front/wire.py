@@ -24,14 +24,12 @@ MAX_PROMPT_NUMBERS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How a request is to be served, beside what it asks for. Empty: as Ask has it. `owner`: the tenant whose key the
-    client has shown."""
+    """How a request is to be served, beside what it asks for. Empty: as Ask has it."""
 
     policy: str = ""
     priority: str = ""
     tenant: str = ""
     time_left_s: float | None = None
-    owner: str = ""
 
 
 class Spelling:
@@ -78,8 +76,8 @@ class Spelling:
         return () if answer.prompt_logprobs is None else _tell(message, answer.prompt_logprobs)
 
 
-def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
-    """EmptyPrompt, WrongTenant."""
+def ask_of(request: router_pb2.GenerateRequest, terms: Terms, owner: str) -> Ask:
+    """`owner` is the tenant whose key the client shows, empty: no tenant's. EmptyPrompt, WrongTenant."""
     is_seeded = request.seed_given or request.sampling.seed != 0
     return Ask(
         prompt=_prompt(request),
@@ -91,7 +89,7 @@ def ask_of(request: router_pb2.GenerateRequest, terms: Terms) -> Ask:
         request_id=request.request_id,
         policy=terms.policy,
         priority=terms.priority,
-        tenant=tenant_of(terms.owner, terms.tenant),
+        tenant=tenant_of(owner, terms.tenant),
         time_left_s=terms.time_left_s,
         prompt_only=request.prompt_only,
     )

@@ -29,7 +29,8 @@ from services.protocol.errors import LayoutMismatch, ServiceError
 from services.protocol.grants import AlreadyCommitted
 from services.protocol.ranges import TokenRange
 from services.rpc.bind import advertised_address, split_address
-from services.rpc.tls import ClientTls, Reloaded, ServerTls
+from services.rpc.reloaded import Reloaded
+from services.rpc.tls import ClientTls, ServerTls
 
 # Each is sent only if the one before took less than this.
 _PROBE_BYTES = (64 << 10, 1 << 20, 8 << 20)

@@ -1,0 +1,122 @@
+"""Files of keys that change while the router runs: from the next request on, over every door."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import openai
+import pytest
+from microserve.router.v1 import admin_pb2, router_pb2
+
+from services.rpc.status import RemoteError, remote_errors
+from tests.router.harness import PROMPT, UPLOAD_KEY, Running, failing, model, request, running
+from tests.router.openai_client import serving
+from tests.router.talk import Talk, tokens
+
+REFUSED = ("UNAUTHENTICATED", "INVALID_API_KEY")
+
+
+def shown(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+def put(path: Path, *lines: str) -> Path:
+    """In place of what is there, at once."""
+    beside = path.with_name("beside")
+    beside.write_text("".join(f"{line}\n" for line in lines))
+    beside.rename(path)
+    return path
+
+
+async def passes(suite: Running, keys: Sequence[str]) -> list[str]:
+    """Those of the keys that open the door."""
+    refusals = []
+    for key in keys:
+        call = router_pb2.CompleteRequest(request=request())
+        try:
+            with remote_errors():
+                await suite.stub.Complete(call, metadata=shown(key))
+        except RemoteError as error:
+            refusals.append((key, error.reason))
+    refused = [key for key, _ in refusals]
+    assert refusals == [(key, REFUSED[1]) for key in refused]
+    return [key for key in keys if key not in refused]
+
+
+async def test_keys_come_and_go_without_a_restart(tmp_path: Path) -> None:
+    path, keys = put(tmp_path / "tenants", "red a", "blue b"), ("a", "b", "c", "")
+    async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
+        assert await passes(suite, keys) == ["a", "b"]
+        put(path, "blue b", "green c")
+        assert await passes(suite, keys) == ["b", "c"]
+        put(path, "blue b", "blue b")
+        assert await passes(suite, keys) == ["b", "c"]
+        path.unlink()
+        assert await passes(suite, keys) == ["b", "c"]
+        put(path, "red boss", "green a")
+        assert await passes(suite, (*keys, "boss")) == ["b", "c"]
+        put(path, "green a")
+        assert await passes(suite, keys) == ["a"]
+
+
+async def test_a_file_that_is_written_where_it_stands_is_never_half_a_file(tmp_path: Path) -> None:
+    path, keys = put(tmp_path / "tenants", "red a", "blue b"), ("a", "b", "c", "cc", "")
+    async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
+        for text in ("", "red a\n", "red a\ngreen c", "red a\ngreen cc\n"):
+            path.write_text(text)
+            assert await passes(suite, keys) == ["a", "b"]
+        os.utime(path, (1e9, 1e9))
+        assert await passes(suite, keys) == ["a", "cc"]
+
+
+async def test_an_open_session_loses_its_key_and_gets_it_back(tmp_path: Path) -> None:
+    path = put(tmp_path / "tenants", "red a", "blue b")
+    async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
+        talk = Talk(suite.stub, shown("a"))
+        suite.first.gate.clear()
+        await talk.ask(1, request(max_tokens=50))
+        await suite.first.until(lambda: suite.first.sequences)
+        put(path, "blue b")
+        await talk.ask(2)
+        assert await talk.error(2) == REFUSED
+        suite.first.gate.set()
+        # What had begun is answered.
+        assert (await talk.answer(1))[-1].response.usage.output_token_count == 50
+        put(path, "red a", "blue b")
+        await talk.ask(3)
+        assert tokens(await talk.answer(3)) == model().generate(PROMPT, 8)
+        put(path, "blue a")
+        await talk.ask(4, tenant="red")
+        assert await talk.error(4) == ("PERMISSION_DENIED", "WRONG_TENANT")
+        talk.call.cancel()
+
+
+async def test_a_new_session_wants_a_key_that_counts(tmp_path: Path) -> None:
+    path = put(tmp_path / "tenants", "red a", "blue b")
+    async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
+        put(path, "blue b")
+        with failing(*REFUSED):
+            await Talk(suite.stub, shown("a")).next()
+
+
+async def test_over_http_the_same_connection_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "tenants", "red a")
+    async with serving(key="a", admin_key=("boss",), tenant_key_file=path) as (_, client):
+        await client.completions.create(model="fake", prompt="x", max_tokens=1)
+        put(path, "red b")
+        with pytest.raises(openai.AuthenticationError):
+            await client.completions.create(model="fake", prompt="x", max_tokens=1)
+
+
+async def test_the_key_of_the_upload_port_changes_too() -> None:
+    async with running(1, takes_uploads=True) as suite:
+        path = suite.router.config.upload_key_file
+        assert path is not None
+        await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())
+        put(path, "another")
+        with failing(*REFUSED), remote_errors():
+            await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())
+        put(path, UPLOAD_KEY)
+        await suite.admin.ListEngines(admin_pb2.ListEnginesRequest())
