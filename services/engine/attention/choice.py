@@ -19,9 +19,16 @@ _log = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def choose(
-    candidates: Mapping[str, Factory], kv: Tensor, num_heads: int, num_threads: int, dtype: torch.dtype
+    candidates: Mapping[str, Factory],
+    kv: Tensor,
+    num_heads: int,
+    num_threads: int,
+    dtype: torch.dtype,
+    *,
+    by_speed: bool,
 ) -> AttentionBackend:
-    """The first of `candidates` that computes right, or a later one that is clearly faster, over the pool `kv`.
+    """The first of `candidates` that computes right over the pool `kv`, or with `by_speed` a later one that is clearly
+    faster: then a busy moment may decide what numbers an engine computes, for backends differ in their last bits.
 
     Queries come in `dtype`.
 
@@ -41,11 +48,13 @@ def choose(
             _log.warning("an attention backend is broken", extra={"fields": {"backend": name, "why": why}})
         else:
             sound[name] = backend
+            if not by_speed:
+                break
     if not sound:
         raise BackendUnavailable(f"none of {', '.join(candidates)} computes attention over this pool")
     seconds = problem.seconds(sound) if len(sound) > 1 else {}
     name = _best(list(sound), seconds)
-    fields = {"backend": name, "why": "fastest of those that are right" if seconds else "the only one that is right"}
+    fields = {"backend": name, "why": "fastest of those that are right" if seconds else "the first that is right"}
     times = {f"{each}_ms": round(1000 * value, 3) for each, value in seconds.items()}
     _log.info("attention backend chosen", extra={"fields": {**fields, **times}})
     return candidates[name](kv, num_threads)

@@ -21,9 +21,9 @@ LAST_ROWS = [10, 11]  # of the two sequences: what they would compute if both de
 FORMS = (PLAIN, AttentionForm(scale=0.1, window=300, softcap=5.0))
 # Values go up to about 3, and kernels round probabilities to the query's type before they weigh values with them.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-TIMED = ([1] * 8, [32])  # rows of each sequence: decoding, and a chunk
-# The same on a GPU, where so little would time the launches: of contexts so long, over pages used again and again.
-TIMED_ON_GPU, LONG = ([1] * 8, [2048]), 4096
+# Rows of each sequence: decoding, and a chunk; of contexts so long, over pages used again and again. With less the
+# launches would be timed.
+TIMED, LONG = ([1] * 8, [2048]), 4096
 TIMING_S = 0.05  # begun rounds are finished
 MAX_ROUNDS = 5
 
@@ -73,10 +73,7 @@ class Problem:
     def seconds(self, backends: Mapping[str, AttentionBackend]) -> dict[str, float]:
         """The shortest time of each for a decoding batch and a chunk, in rounds that take turns."""
         device = self.kv.device
-        batches = [
-            self._long_batch(rows, device) if device.type == "cuda" else self._batch(rows, [0, 1] * 4, device)
-            for rows in (TIMED_ON_GPU if device.type == "cuda" else TIMED)
-        ]
+        batches = [self._long_batch(rows, device) for rows in TIMED]
         work = [(self._query[:1].expand(each.num_tokens, -1, -1).to(device), each) for each in batches]
         shortest = dict.fromkeys(backends, float("inf"))
         end = time.perf_counter() + TIMING_S

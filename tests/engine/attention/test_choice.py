@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +27,25 @@ def _pool(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tens
     return torch.zeros(config.num_layers, 3, 2, config.num_kv_heads, 16, config.head_dim, dtype=dtype)
 
 
-def test_default_is_the_fastest_that_fits(config: ModelConfig) -> None:
+def test_default_is_the_best_that_fits(config: ModelConfig) -> None:
     assert isinstance(make_attention(None, _pool(config), config), PagedNumbaAttention)
     assert isinstance(make_attention(None, _pool(config, torch.bfloat16), config), GatherSdpaAttention)
     assert isinstance(make_attention(None, _pool(config, FLOAT8), config, 1, torch.float32), GatherSdpaAttention)
+
+
+def test_a_busy_moment_does_not_change_what_numbers_an_engine_computes(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's attention adds up in another order, so an answer that goes on there may go on with other tokens."""
+    now_s, attend = [0.0], PagedNumbaAttention.attend
+    monkeypatch.setattr("services.engine.attention.problem.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+
+    def interrupted(self: PagedNumbaAttention, *arguments: Any) -> torch.Tensor:
+        now_s[0] += 0.1
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(PagedNumbaAttention, "attend", interrupted)
+    assert isinstance(make_attention(None, _pool(config), config), PagedNumbaAttention)
 
 
 def test_by_name(config: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +70,12 @@ def pool(page_size: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(1, 3, 2, KV_HEADS, page_size, HEAD_DIM, dtype=dtype)
 
 
+def chosen_of(
+    candidates: Mapping[str, Factory], kv: Tensor, dtype: torch.dtype = torch.float32, *, by_speed: bool = False
+) -> AttentionBackend:
+    return choose(candidates, kv, NUM_HEADS, 1, dtype, by_speed=by_speed)
+
+
 def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]]:
     return [(record.levelname, record.__dict__["fields"]) for record in caplog.records]
 
@@ -87,7 +93,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]
 def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     kv = pool()
-    chosen = choose({"broken": broken, "right": of(AlsoRight)}, kv, NUM_HEADS, 1, torch.float32)
+    chosen = chosen_of({"broken": broken, "right": of(AlsoRight)}, kv)
     assert isinstance(chosen, AlsoRight)
     assert chosen.kv is kv, "the one that serves has the real pool"
     (level, first), (_, last) = said(caplog)
@@ -98,9 +104,7 @@ def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, ca
 
 def test_one_that_is_not_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert isinstance(
-        choose({"absent": absent, "right": of(AlsoRight)}, pool(), NUM_HEADS, 1, torch.float32), AlsoRight
-    )
+    assert isinstance(chosen_of({"absent": absent, "right": of(AlsoRight)}, pool()), AlsoRight)
     assert said(caplog)[0] == ("INFO", {"backend": "absent", "why": "its library is not installed"})
 
 
@@ -121,7 +125,7 @@ def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(
         takes_s = 0.02
 
     caplog.set_level(logging.INFO)
-    chosen = choose({"slow": of(Slow), "right": of(Quick)}, pool(), NUM_HEADS, 1, torch.float32)
+    chosen = chosen_of({"slow": of(Slow), "right": of(Quick)}, pool(), by_speed=True)
     assert isinstance(chosen, Quick)
     assert not isinstance(chosen, Slow)
     ((_, fields),) = said(caplog)
@@ -129,14 +133,28 @@ def test_a_clearly_slower_one_is_not_taken_though_it_comes_first(
     assert fields["slow_ms"] > fields["right_ms"]  # type: ignore[operator]
 
 
+def test_where_speed_decides_nothing_the_first_that_is_right_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made: list[str] = []
+
+    def not_wanted(kv: Tensor, num_threads: int) -> AttentionBackend:
+        made.append("later")
+        return AlsoRight(kv)
+
+    candidates = {"broken": of(Raises), "right": of(AlsoRight), "later": not_wanted}
+    assert isinstance(chosen_of(candidates, pool()), AlsoRight)
+    assert not made
+    assert said(caplog)[-1] == ("INFO", {"backend": "right", "why": "the first that is right"})
+
+
 def test_none_left_is_an_error() -> None:
     with pytest.raises(BackendUnavailable, match="none of absent, broken computes"):
-        choose({"absent": absent, "broken": of(Raises)}, pool(), NUM_HEADS, 1, torch.float32)
+        chosen_of({"absent": absent, "broken": of(Raises)}, pool())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_that_reads_kv_of_eight_bits_is_right_in_every_type(dtype: torch.dtype) -> None:
-    assert isinstance(choose({"right": of(AlsoRight)}, pool(16, FLOAT8), NUM_HEADS, 1, dtype), AlsoRight)
+    assert isinstance(chosen_of({"right": of(AlsoRight)}, pool(16, FLOAT8), dtype), AlsoRight)
 
 
 def test_one_that_reads_eight_bits_as_others_is_passed_over() -> None:
@@ -145,11 +163,11 @@ def test_one_that_reads_eight_bits_as_others_is_passed_over() -> None:
             return self.kv[layer].view(torch.uint8)[pages].view(torch.float8_e5m2).to(dtype)
 
     candidates = {"other": of(OtherBytes), "right": of(AlsoRight)}
-    assert isinstance(choose(candidates, pool(16, FLOAT8), NUM_HEADS, 1, torch.float32), AlsoRight)
+    assert isinstance(chosen_of(candidates, pool(16, FLOAT8)), AlsoRight)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 256, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_right_one_passes_for_every_page_size_and_type(page_size: int, dtype: torch.dtype) -> None:
     assert max(CONTEXTS) < 1024, "one page may hold a whole sequence"
-    assert isinstance(choose({"right": of(AlsoRight)}, pool(page_size, dtype), NUM_HEADS, 1, dtype), AlsoRight)
+    assert isinstance(chosen_of({"right": of(AlsoRight)}, pool(page_size, dtype), dtype), AlsoRight)
