@@ -101,6 +101,7 @@ class Router:
             traces,
             admission=self.admission,
             max_request_s=config.request_timeout,
+            salt_by_tenant=config.salt_by_tenant,
         )
         keys = Keys(config.api_key, file=_tenants(config))
         # Never those of tenants.

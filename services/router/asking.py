@@ -70,6 +70,7 @@ class Ask:
     time_left_s: float | None = None  # of the client's deadline
     priority: str = ""  # of admission.ticket.Priority; empty: normal
     tenant: str = ""  # who shares the fleet fairly with the others
+    owner: str = ""  # the tenant whose key was shown; empty: no tenant's
     has_entered: bool = False  # counted already, with all that is asked for at once
     prompt_only: bool = False  # the answer ends before its first token
     beside: Beside | None = None  # an answer to the same prompt that has begun; None: there is none

@@ -110,6 +110,12 @@ class RouterConfig(ServerConfig):
         default=None,
         metadata={"help": "file of lines TENANT KEY: a client with such a key is that tenant, whatever it says"},
     )
+    salt_by_tenant: bool = field(
+        default=False,
+        metadata={
+            "help": "keep what is cached of a tenant's prompts from all others, who could tell by the time taken"
+        },
+    )
     admin_key: tuple[str, ...] = field(
         default=(),
         metadata={"help": "key that AdminService wants instead of --api-key; may be repeated", "secret": True},
@@ -177,6 +183,8 @@ class RouterConfig(ServerConfig):
             raise ValueError("--engine-tls-name needs --engine-tls-ca")
         if self.tenant_key_file is not None and not (self.api_key or self.admin_key):
             raise ValueError("--tenant-key-file needs --admin-key: without one all could change the fleet")
+        if self.salt_by_tenant and self.tenant_key_file is None:
+            raise ValueError("--salt-by-tenant needs --tenant-key-file: tenants would be whoever clients say they are")
         self._check_upload()
 
     @property

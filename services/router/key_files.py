@@ -14,7 +14,7 @@ from services.router.keys import KeyFile, fingerprint, is_key
 from services.rpc.errors import StartError
 from services.rpc.reloaded import Reloaded
 
-# Enough for ten thousand tenants, and read in milliseconds, for which the event loop stands still.
+# Enough for ten thousand tenants, and read in about a tenth of a second, for which the event loop stands still.
 MAX_FILE_CHARACTERS = 1 << 20
 # After the last write to a file that is written where it stands.
 REST_S = 1.0

@@ -34,6 +34,7 @@ from services.router.programs.catalogue import Catalogue
 from services.router.programs.host import PolicyHost
 from services.router.record import Record
 from services.router.request import PolicyRequest
+from services.router.salts import tenant_salt
 from services.router.text.output import NoOutput, TextOutput
 from services.router.traces import Traces
 from services.router.values import Sampling
@@ -53,13 +54,16 @@ class GenerationService:
         *,
         admission: Admission,
         max_request_s: float,
+        salt_by_tenant: bool = False,
     ) -> None:
+        """`salt_by_tenant`: prompts are cached for each tenant apart."""
         self._registry = registry
         self._catalogue = catalogue
         self._host = host
         self._traces = traces
         self._admission = admission
         self._max_request_s = max_request_s
+        self._salt_by_tenant = salt_by_tenant
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Answer, None]:
         """The answer as it comes. Closing the generator, or cancelling its consumer, ends all work for it."""
@@ -149,7 +153,9 @@ class GenerationService:
         prompt = await _encode(ask.prompt, model)
         check_tokens(prompt, model)
         sampling = _scoring(ask.sampling) if ask.prompt_only else ask.sampling
-        return model, PolicyRequest(record.request_id, model.key, prompt, sampling, ask.cache_salt, deadline)
+        # All that follows, on whatever engine, has this salt: lookups of what is cached, moves, replays, other answers.
+        salt = tenant_salt(ask.owner, ask.tenant, ask.cache_salt) if self._salt_by_tenant else ask.cache_salt
+        return model, PolicyRequest(record.request_id, model.key, prompt, sampling, salt, deadline)
 
     def _run(self, ask: Ask, model: Model, request: PolicyRequest, record: Record, turn: Turn) -> Answering:
         assert record.program is not None

@@ -90,6 +90,7 @@ def ask_of(request: router_pb2.GenerateRequest, terms: Terms, owner: str) -> Ask
         policy=terms.policy,
         priority=terms.priority,
         tenant=tenant_of(owner, terms.tenant),
+        owner=owner,
         time_left_s=terms.time_left_s,
         prompt_only=request.prompt_only,
     )

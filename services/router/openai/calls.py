@@ -33,13 +33,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What a call says beside its body: the policy wanted, the caller's name for the request, its priority and its
-    tenant; empty: none."""
+    """What a call says beside its body: the policy wanted, the caller's name for the request, its priority, its tenant,
+    and the tenant whose key it shows; empty: none."""
 
     policy: str = ""
     request_id: str = ""
     priority: str = ""
     tenant: str = ""
+    owner: str = ""
 
 
 def completion(fields: Fields, headers: Headers) -> Call:
@@ -118,6 +119,7 @@ def _call(
             headers.policy,
             priority=headers.priority,
             tenant=headers.tenant,
+            owner=headers.owner,
             prompt_only=max_tokens == 0,
         )
         for prompt in prompts

@@ -60,7 +60,8 @@ class Generation:
         headers = dict(reversed(scope["headers"]))  # the first of a name counts
         body = await _body(receive, client, headers.get(b"content-length", b""), self._limits.max_body_bytes)
         policy, request_id, priority, tenant = (headers.get(name, b"").decode("latin-1") for name in _NAMES)
-        named = Headers(policy, request_id, priority, tenant_of(scope[OWNER], tenant))
+        owner = scope[OWNER]
+        named = Headers(policy, request_id, priority, tenant_of(owner, tenant), owner)
         call = self._read(Fields.parse(body), named)
         if call.stream:
             stream = EventStream(send, client, self._limits.client_timeout_s)
