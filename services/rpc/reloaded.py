@@ -92,7 +92,7 @@ class Reloaded(Generic[Made]):
                     raise StartError(f"{path} is no regular file")
             made = self._make()
         except StartError as error:
-            if str(error) != self._told:
+            if str(error) != self._told or seen != self._seen:
                 log.warning(f"{self._what} stay as they were", extra={"fields": {"why": error}})
                 self._num_refused.inc()
             self._told = str(error)

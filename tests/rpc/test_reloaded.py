@@ -119,6 +119,15 @@ def test_one_that_is_of_no_use_changes_nothing_until_it_is(
     assert file.latest() == ["three"]
 
 
+def test_each_that_is_of_no_use_is_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, before = words(path), counted("refused")
+    for _ in range(2):
+        empty(path)
+        for _ in range(2):
+            file.latest()
+    assert caplog.text.count("words stay as they were") == counted("refused") - before == 2
+
+
 def test_it_is_not_read_again_and_again_while_it_is_of_no_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, now_s = 0, 0.0
 
