@@ -24,6 +24,7 @@ from services.router.fleet.membership import STATIC, Membership
 from services.router.fleet.registration import Registrations
 from services.router.fleet.registry import Registry
 from services.router.front.servicer import RouterServicer
+from services.router.front.sessions import OpenSessions
 from services.router.http import HttpServer
 from services.router.key_files import key_of, tenants_of
 from services.router.keys import KeyFile, KeyInterceptor, Keys
@@ -109,7 +110,11 @@ class Router:
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
         self.server = Server(config, "router", interceptors=(guard,))
         self._front = RouterServicer(
-            service, keys, client_timeout_s=config.client_timeout, max_message_bytes=config.max_message_bytes
+            service,
+            keys,
+            OpenSessions(max_sessions=config.max_sessions, max_client_sessions=config.max_client_sessions),
+            client_timeout_s=config.client_timeout,
+            max_message_bytes=config.max_message_bytes,
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self._front, self.server.grpc)
         shown = (self.registry, self.membership, self.catalogue, self.planners, traces)

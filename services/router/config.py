@@ -80,6 +80,11 @@ class RouterConfig(ServerConfig):
         default=60.0, metadata={"help": "seconds for which a client may take nothing of its answer"}
     )
     max_requests: int = field(default=1024, metadata={"help": "requests waiting and running; more are refused"})
+    max_sessions: int = field(default=4096, metadata={"help": "sessions open at once; more are refused"})
+    max_client_sessions: int = field(
+        default=1024,
+        metadata={"help": "of these, those of one tenant by its key, or, without such a key, of one host"},
+    )
     max_queued: int = field(default=256, metadata={"help": "requests that wait in each priority; more are refused"})
     queue_timeout: float = field(default=5.0, metadata={"help": "seconds a request may wait for its turn"})
     prompt_queue: float = field(
@@ -157,6 +162,8 @@ class RouterConfig(ServerConfig):
             "request_timeout",
             "client_timeout",
             "max_requests",
+            "max_sessions",
+            "max_client_sessions",
             "max_queued",
             "queue_timeout",
             "prompt_queue",

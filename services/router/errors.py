@@ -30,6 +30,7 @@ RouterError
 ├── BadTokenizer           FAILED_PRECONDITION  an engine's tokenizer cannot be used
 ├── IncompatibleEngine     FAILED_PRECONDITION  an engine speaks another contract
 ├── Overloaded             RESOURCE_EXHAUSTED   the request cannot begin in time
+├── TooManySessions      RESOURCE_EXHAUSTED   as many sessions are open as one client, or all, may have
 ├── RequestCancelled       CANCELLED            the client ended a request of a session
 ├── Draining               UNAVAILABLE          the router is about to stop
 └── SlowConsumer           RESOURCE_EXHAUSTED   a client reads too slowly for the room there is
@@ -254,6 +255,13 @@ class Overloaded(RouterError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
+
+
+class TooManySessions(RouterError):
+    """As many sessions are open as one client, or all of them together, may have."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_SESSIONS"
 
 
 class RequestCancelled(RouterError):

@@ -20,6 +20,7 @@ REQUESTS = Counter(
     ["model", "policy", "code"],
 )
 REQUESTS_IN_FLIGHT = Gauge("microserve_router_requests_in_flight", "Requests under way.")
+SESSIONS = Gauge("microserve_router_sessions", "Sessions of clients that are open, busy or not.")
 QUEUED = Gauge("microserve_router_queued", "Requests that wait for their turn, by priority.", ["priority"])
 QUEUE_SECONDS = Histogram(
     "microserve_router_queue_seconds",

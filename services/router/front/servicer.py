@@ -17,6 +17,7 @@ from services.router.asking import Ask, Text, check_choices
 from services.router.choices import deliver_choices, generate_choices
 from services.router.errors import Draining, InvalidRequest, SlowConsumer
 from services.router.front.conversation import Conversation, Say
+from services.router.front.sessions import OpenSessions, client_of
 from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
 from services.router.keys import Keys, shown_in
 from services.router.service import GenerationService
@@ -39,14 +40,20 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Translates; what is done is GenerationService's."""
 
     def __init__(
-        self, service: GenerationService, keys: Keys, *, client_timeout_s: float, max_message_bytes: int
+        self,
+        service: GenerationService,
+        keys: Keys,
+        sessions: OpenSessions[_Session],
+        *,
+        client_timeout_s: float,
+        max_message_bytes: int,
     ) -> None:
         """`keys` are those that clients were asked for; here they tell whose the requests are."""
         self._service = service
         self._keys = keys
         self._client_timeout_s = client_timeout_s
         self._max_message_bytes = max_message_bytes
-        self._sessions: set[_Session] = set()
+        self._sessions = sessions
         self._draining: Draining | None = None
 
     def drain(self) -> None:
@@ -75,25 +82,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
+        client = client_of(self._keys.check(shown_in(context.invocation_metadata())), context.peer())
         session = _Session(_SESSION_METHOD, failed, max_message_bytes=self._max_message_bytes)
-        limit = WaitLimit(self._client_timeout_s)
-        if self._draining is not None:
-            session.end(self._draining)
-        self._sessions.add(session)
-        reader = asyncio.create_task(self._read(session, request_iterator, context), name=READER)
-        try:
-            while outputs := await session.take():
-                await limit.wait(context.write(router_pb2.SessionResponse(outputs=outputs)))
-            reader.result()
-        except WaitedTooLong:
-            raise self._slow_consumer() from None
-        finally:
-            # All of it before anything is awaited: another cancellation may end the wait.
-            limit.stop()
-            self._sessions.discard(session)
-            reader.cancel()
-            session.cancel_all()
-            await asyncio.gather(session.over(), reader, return_exceptions=True)
+        with self._sessions.entered(session, client):
+            if self._draining is not None:
+                session.end(self._draining)
+            await self._converse(session, request_iterator, context)
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
         check_choices(request.request.n)
@@ -135,6 +129,24 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 for model in self._service.models()
             ],
         )
+
+    async def _converse(
+        self, session: _Session, commands: AsyncIterator[router_pb2.SessionRequest], context: Context
+    ) -> None:
+        limit = WaitLimit(self._client_timeout_s)
+        reader = asyncio.create_task(self._read(session, commands, context), name=READER)
+        try:
+            while outputs := await session.take():
+                await limit.wait(context.write(router_pb2.SessionResponse(outputs=outputs)))
+            reader.result()
+        except WaitedTooLong:
+            raise self._slow_consumer() from None
+        finally:
+            # All of it before anything is awaited: another cancellation may end the wait.
+            limit.stop()
+            reader.cancel()
+            session.cancel_all()
+            await asyncio.gather(session.over(), reader, return_exceptions=True)
 
     def _slow_consumer(self) -> SlowConsumer:
         return SlowConsumer(f"the client took nothing for {self._client_timeout_s:g} s")
