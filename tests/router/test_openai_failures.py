@@ -155,6 +155,24 @@ async def test_a_request_under_way_outlives_the_drain() -> None:
         await draining
 
 
+async def test_what_outlives_the_grace_is_told_so() -> None:
+    async with serving() as (suite, client):
+        suite.first.faults["StartGenerate"] = Fault(after_tokens=3)  # each stands then, and does not end
+        whole = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        pieces = aiter(await client.completions.create(model="fake", prompt="x", stream=True))
+        await anext(pieces)
+        await suite.first.until(lambda: len(suite.first.sequences) == 2)
+        await suite.router._http.close()
+        with pytest.raises(openai.InternalServerError) as caught:
+            await whole
+        assert (caught.value.status_code, caught.value.code) == (503, "draining")
+        with pytest.raises(openai.APIError, match="the server stopped") as told:
+            async for _ in pieces:
+                pass
+        assert told.value.code == "draining"
+        await suite.idle()
+
+
 async def test_a_failing_choice_ends_all() -> None:
     async with serving(2) as (suite, client):
         for engine in suite.engines:

@@ -23,7 +23,7 @@ from services.router.http import ClientGone
 from services.router.keys import HEADER, Keys
 from services.router.metrics import HTTP_REQUESTS, of
 from services.router.openai.calls import chat, completion
-from services.router.openai.errors import Refusal, refusal
+from services.router.openai.errors import CUT_OFF, Refusal, refusal
 from services.router.openai.generation import OWNER, Generation, HttpLimits
 from services.router.openai.shapes import ChatShape, CompletionShape
 from services.router.service import GenerationService
@@ -92,6 +92,10 @@ class HttpApp:
             await self._router(scope, receive, send_and_see)
         except ClientGone:
             pass
+        except asyncio.CancelledError:
+            if status:
+                raise
+            await JSONResponse(CUT_OFF.body(), CUT_OFF.status, CUT_OFF.headers())(scope, receive, send_and_see)
         except Exception as error:
             refused = _refusal(error, path)
             if status:

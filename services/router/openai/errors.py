@@ -62,6 +62,10 @@ class Refusal(Exception):
         return {"retry-after": str(max(1, math.ceil(delay_s)))}
 
 
+# For calls that outlive the grace of a router that stops.
+CUT_OFF = Refusal(503, "the server stopped before the answer was whole", "draining")
+
+
 def refusal(error: ServiceError) -> Refusal:
     """The same error over HTTP; codes that stand for a failure of ours become 500."""
     code = _CODES.get(error.reason, error.reason.lower())

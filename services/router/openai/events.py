@@ -78,9 +78,11 @@ class EventStream:
         self._client = client
         self._client_timeout_s = client_timeout_s
         self._waiting: deque[Message] = deque()
+        self.has_begun = False
 
     def begin(self, request_id: str) -> None:
         """Comes before the first event."""
+        self.has_begun = True
         headers = [*_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]  # as headers come
         self._put({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -18,7 +18,7 @@ from services.router.http import CLIENT, Client, ClientGone
 from services.router.keys import tenant_of
 from services.router.openai.answers import Answers
 from services.router.openai.calls import Call, Headers
-from services.router.openai.errors import Refusal, refusal
+from services.router.openai.errors import CUT_OFF, Refusal, refusal
 from services.router.openai.events import DONE, EventStream, Spelling, event
 from services.router.openai.fields import Fields
 from services.router.openai.shapes import ChatShape, CompletionShape, Wishes
@@ -65,7 +65,12 @@ class Generation:
         call = self._read(Fields.parse(body), named)
         if call.stream:
             stream = EventStream(send, client, self._limits.client_timeout_s)
-            await client.stays_for(self._answer_in_pieces(call, stream))
+            try:
+                await client.stays_for(self._answer_in_pieces(call, stream))
+            except asyncio.CancelledError:  # not by the client
+                if not stream.has_begun:
+                    raise
+                await stream.end(event(CUT_OFF.body()))
         else:
             await client.stays_for(self._answer(call, scope, receive, send))
 
