@@ -122,3 +122,20 @@ def test_with_kv_that_another_engine_computed(model: LoadedModel, undisturbed: S
     world.run()
     assert stream.tokens == undisturbed.tokens[num_got:]
     assert stream.logprobs == undisturbed.logprobs[num_got:]
+
+
+@pytest.mark.parametrize("told", [0, 16])
+def test_behind_a_context_that_was_sent_whole(model: LoadedModel, undisturbed: Stream, told: int) -> None:
+    """As planners have it: its last token is in the middle of every prompt that it will serve."""
+    pools: list[torch.Tensor] = []
+    world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
+    for node, pool in zip(world.nodes, pools, strict=True):
+        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
+    context = PROMPT[:16]
+    world.p.remote_send(context, 0, len(context), world.reserve(context, len(context)), prompt_token_count=told)
+    world.run()
+    stream = world.p.generate(PROMPT, SAMPLED)
+    world.run()
+    assert stream.account.matched_tokens == len(context)
+    assert stream.tokens == undisturbed.tokens
+    assert stream.logprobs == undisturbed.logprobs
