@@ -196,6 +196,24 @@ async def test_a_program_that_hands_on_nothing_for_ever_keeps_nobody_from_their_
         assert said(suite) == ["others"]
 
 
+async def test_a_sequence_that_somebody_still_reads_when_the_request_ends_is_let_go_with_that(tmp_path: Path) -> None:
+    body = """
+        one, two = fleet.engines
+        said.append(asyncio.ensure_future(anext(two.start_generate(request))))
+        yield one.start_generate(request)
+    """
+    async with running(2, policy=program(tmp_path, body)) as suite:
+        other = max(suite.engines, key=lambda engine: engine.address)
+        other.gate.clear()
+        await suite.generate()
+        [reading] = said(suite)
+        assert isinstance(reading, asyncio.Future)
+        assert (await reading).finish is FinishReason.CANCELLED
+        member = suite.router.registry.members[other.address]
+        assert not member.sequences
+        assert not member.underway.answers
+
+
 async def test_a_sequence_that_cannot_be_begun_is_accounted_for(tmp_path: Path) -> None:
     body = """
         from dataclasses import replace

@@ -51,7 +51,7 @@ class Generation(AsyncIterator[Chunk]):
         self._snapshot, self._member, self._scope, self._costs = snapshot, member, scope, costs
         self._open = self._running()
         self._sequence: Sequence | None = None
-        self._is_read = self._ended = self._has_token = False
+        self._is_read = self._is_closed = self._ended = self._has_token = False
 
     async def __anext__(self) -> Chunk:
         chunk = None if self._ended else await self._read(Sequence.take)
@@ -78,6 +78,7 @@ class Generation(AsyncIterator[Chunk]):
 
     async def aclose(self) -> None:
         """Ends the sequence; one that somebody is reading ends with that."""
+        self._is_closed = True
         if not self._is_read:
             self._end(GeneratorExit())
 
@@ -100,6 +101,8 @@ class Generation(AsyncIterator[Chunk]):
             raise
         finally:
             self._is_read = False
+            if self._is_closed:
+                self._end(GeneratorExit())
 
     def _account(self) -> OpenLeg:
         tokens = TokenRange(self._begin, len(self._request.prompt))
