@@ -28,6 +28,7 @@ class Mailbox:
         self._weight = 0
         self._error: Exception | None = None
         self._closed = False
+        self.has_begun = False  # something has been put in
         self._give_to: Callable[[Chunk], bool] | None = None  # while a consumer takes chunks as they are put in
         self._waiter: asyncio.Future[None] | None = None
 
@@ -40,6 +41,7 @@ class Mailbox:
         """Adds a chunk. It is the last one if it overflows; chunks after the end are dropped."""
         if self._closed:
             return
+        self.has_begun = True
         if self._give_to is not None:
             self._give(chunk, self._give_to)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -218,10 +218,10 @@ class _Stream:
         error = EngineLost(f"engine {self._engine} ended the session")
         try:
             async for frame in self._call:
-                for output in frame.outputs:
-                    self._deliver(output)
                 for answer in frame.answers:
                     self._settle(answer)
+                if frame.outputs:
+                    await self._deal(frame.outputs)
         except grpc.aio.AioRpcError as failure:
             # Whatever its code: it is no single verb's error.
             error = EngineLost(f"the session with engine {self._engine} broke: {from_rpc_error(failure).message}")
@@ -252,6 +252,22 @@ class _Stream:
             asked.set_result(from_error_message(answer.error) if answer.HasField("error") else answer)
         elif answer.HasField("prep_recv"):  # whoever asked has left, and the cancel came too late
             self._abort(answer.request_id)
+
+    async def _deal(self, outputs: Iterable[engine_pb2.SequenceOutput]) -> None:
+        """A frame has something of each sequence. First tokens, for which somebody has been waiting, are on their way
+        to the client before the others are looked at."""
+        others, has_first = [], False
+        for output in outputs:
+            mailbox = self._live.get(output.request_id)
+            if mailbox is None or mailbox.has_begun:
+                others.append(output)
+            else:
+                has_first = True
+                self._deliver(output)
+        if has_first and others:
+            await asyncio.sleep(0)
+        for output in others:
+            self._deliver(output)
 
     def _deliver(self, output: engine_pb2.SequenceOutput) -> None:
         mailbox = self._live.get(output.request_id)
