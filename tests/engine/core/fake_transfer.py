@@ -92,7 +92,9 @@ class FakeService:
         if spec.ready_slot is not None:
             assert self.ready[spec.ready_slot] == 0
             assert spec.ready_slot not in [p.spec.ready_slot for p in self.pushes.values()]
-        self.pushes[spec.push_id] = _Push(spec)
+        push = self.pushes[spec.push_id] = _Push(spec)
+        if spec.ready_slot is None and self.network.moves_at_once:
+            self.advance(push)
 
     def cancel_push(self, push_id: int) -> None:
         if not self.is_deaf:
@@ -226,7 +228,7 @@ class Network:
 
     def __init__(self) -> None:
         self.services: dict[str, FakeService] = {}
-        self.moves_at_once = True  # layers move during the step, as soon as they are announced
+        self.moves_at_once = True  # what is ready moves as soon as it is announced, during the step
 
     def pump(self) -> bool:
         """Lets everything happen that can. Returns whether anything did."""

@@ -69,6 +69,7 @@ def test_context_aware_sends_only_what_is_missing() -> None:
     stream = generate(world, prompt, reserved)
     world.run()
     assert stream.tokens == world.d.expected(prompt, 3)
+    assert (stream.account.matched_tokens, stream.account.transferred_tokens) == (16, 13)
     world.assert_idle()
 
 
@@ -114,6 +115,16 @@ def test_what_the_sender_has_cached_is_not_computed_again() -> None:
     timing = send(world, prompt, reserved)
     assert (timing.matched_tokens, timing.computed_tokens) == (39, 0)
     assert world.p.fake.num_tokens_computed == computed
+    assert_moved(world, prompt, reserved)
+
+
+def test_a_page_that_the_sender_has_cached_in_part_moves_when_it_is_copied() -> None:
+    world, prompt = World(), prompt_of(30)
+    world.p.generate((*prompt[:18], *prompt_of(14, start=3)), SamplingParams(max_tokens=1))
+    world.run()
+    reserved = world.reserve(prompt, 29)
+    timing = send(world, prompt, reserved)
+    assert (timing.matched_tokens, timing.computed_tokens) == (18, 11)
     assert_moved(world, prompt, reserved)
 
 
