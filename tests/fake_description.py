@@ -60,6 +60,7 @@ class FakeDescription(EngineServiceServicer):
         self.calls: list[tuple[str, Any]] = []
         self.gate = asyncio.Event()  # no token while it is clear
         self.gate.set()
+        self.tokens_at_once = 1  # in each piece of a sequence
         self.contract_version = "1.1"
         self.max_message_bytes = 0  # not told
         self.sequences: set[str] = set()

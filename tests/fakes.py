@@ -7,7 +7,7 @@ or to hang; `idle()` waits until nothing is held, and fails if something is for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -259,7 +259,7 @@ class FakeEngine(FakeDescription):
                 if fault.after_told and first + TOLD_AT_ONCE > fault.after_told:
                     await self._fault("StartGenerate")
         limit = min(sampling.max_tokens or self.model.max_context, self.model.max_context - num_prompt)
-        finish = sampling_pb2.FINISH_REASON_LENGTH
+        finish, untold = sampling_pb2.FINISH_REASON_LENGTH, list[int]()
         for produced in range(1, limit - (num_given - num_prompt) + 1):
             await asyncio.sleep(0)  # a step: others get their turn
             await self.gate.wait()
@@ -268,9 +268,14 @@ class FakeEngine(FakeDescription):
                 finish = sampling_pb2.FINISH_REASON_STOP
                 break
             tokens.append(token)
-            yield _token(token, with_logprobs=sampling.HasField("logprobs"))
+            untold.append(token)
+            if len(untold) == self.tokens_at_once:
+                yield _piece(untold, with_logprobs=sampling.HasField("logprobs"))
+                untold.clear()
             if (self.faults.get("StartGenerate") or Fault()).after_tokens == produced:
                 await self._fault("StartGenerate")
+        if untold:
+            yield _piece(untold, with_logprobs=sampling.HasField("logprobs"))
         self.kv.publish(tokens, request.cache_salt)
         timing = sampling_pb2.Timing(
             matched_token_count=here - moved,
@@ -310,8 +315,8 @@ async def _filled(reservation: FakeReservation) -> None:
         await reservation.changed.wait()
 
 
-def _token(token: int, *, with_logprobs: bool) -> pb.StartGenerateResponse:
-    response = pb.StartGenerateResponse(token_ids=[token])
-    if with_logprobs:
+def _piece(tokens: Sequence[int], *, with_logprobs: bool) -> pb.StartGenerateResponse:
+    response = pb.StartGenerateResponse(token_ids=tokens)
+    for token in tokens if with_logprobs else ():
         response.logprobs.add(chosen=sampling_pb2.TokenLogprob(token_id=token, logprob=-0.5))
     return response

@@ -128,6 +128,13 @@ def test_calls_that_began_before_it_opened_do_not_open_it_longer() -> None:
     assert breaker.state is BreakerState.HALF_OPEN
 
 
+def test_a_call_that_began_before_it_opened_does_not_close_it() -> None:
+    breaker, _ = breaker_of(1)
+    with BreakerCall(breaker):
+        call(breaker, LOSS)
+    assert breaker.state is BreakerState.OPEN
+
+
 def test_a_trial_without_a_verdict_leaves_room_for_the_next() -> None:
     breaker, clock = breaker_of(1)
     call(breaker, LOSS)

@@ -104,6 +104,16 @@ async def test_several_prompts_and_several_choices() -> None:
         assert streamed == texts
 
 
+async def test_cached_tokens_are_those_of_all_prompts() -> None:
+    async with serving(1) as (_, client):
+        prompts: Any = [list(range(10, 19)), list(range(30, 35))]
+        for num_cached in (0, 8 + 4):  # whole pages of each
+            answer = await client.completions.create(model="fake", prompt=prompts, max_tokens=1, stream=False)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens_details is not None
+            assert answer.usage.prompt_tokens_details.cached_tokens == num_cached
+
+
 async def test_choices_share_the_engine_that_has_the_prompt() -> None:
     async with serving(2, policy="disaggregated") as (suite, client):
         answer = await client.chat.completions.create(model="fake", messages=USER, n=4, max_tokens=4)

@@ -156,6 +156,17 @@ async def test_what_was_generated_counts_as_output_where_the_stream_goes_on() ->
         ]
 
 
+async def test_pieces_of_several_tokens_go_on_whole() -> None:
+    async with running(2) as suite:
+        for engine in suite.engines:
+            engine.tokens_at_once = 3
+        suite.first.faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=6)
+        answer = await suite.generate(max_tokens=20)
+        assert list(answer.token_ids) == model().generate(PROMPT, 20)
+        [second] = suite.engines[1].called("StartGenerate")
+        assert list(second.prompt_token_ids) == [*PROMPT, *answer.token_ids[:6]]
+
+
 async def test_who_sends_what_was_generated_is_told_that_it_is_output() -> None:
     async with running(3, policy="disaggregated") as suite:
         suite.engines[1].faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=6)
@@ -283,9 +294,10 @@ async def test_a_prompt_that_is_too_long_to_be_received_is_computed_where_it_is_
             await suite.generate()
 
 
-async def test_a_stream_never_goes_on_where_the_context_is_too_short() -> None:
+@pytest.mark.parametrize("num_tokens", [2, 3])  # that fit behind the prompt; three are there
+async def test_a_stream_never_goes_on_where_the_context_is_too_short(num_tokens: int) -> None:
     peers: dict[str, FakeEngine] = {}
-    models = (model(), model(max_context=len(PROMPT) + 2), model())
+    models = (model(), model(max_context=len(PROMPT) + num_tokens), model())
     engines = [FakeEngine(each, name, peers=peers) for each, name in zip(models, "abc", strict=True)]
     async with running(engines=engines) as suite:
         suite.first.faults["StartGenerate"] = Fault(FakeLoss(LOSS), after_tokens=3)

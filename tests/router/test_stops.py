@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.router.text.output import TextOutput
@@ -28,6 +28,8 @@ def oracle(text: str, stops: list[str], include_stop: bool) -> str:
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces=st.lists(texts, max_size=8), stops=stops_lists, include_stop=st.booleans())
+@example(pieces=["a", "b"], stops=["b", "ab"], include_stop=False)  # two at once: the longest
+@example(pieces=["ab", "bc"], stops=["bb", "c"], include_stop=False)  # over the border, and the one that ends first
 def test_the_cut_does_not_depend_on_the_pieces(pieces: list[str], stops: list[str], include_stop: bool) -> None:
     matcher = StopMatcher(stops, include_stop=include_stop)
     shown = [matcher.feed(piece) for piece in pieces]
