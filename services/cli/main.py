@@ -74,8 +74,8 @@ def up_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, packed, packed16, int8, float32, bfloat16 or, on a GPU, fp8; auto: packed on the CPU.  "
-            "[default: packed16 there]"
+            help="auto, packed, packed16, int8, float32, bfloat16, float16 or, on a GPU, fp8; auto: packed on the "
+            "CPU.  [default: packed16 there]"
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",

@@ -20,7 +20,6 @@ from services.rpc.errors import StartError
 from services.rpc.server_config import ServerConfig
 
 _LAST_PORT = 65535
-_DTYPES = ("auto", "packed", "packed16", "int8", "fp8", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,6 @@ def check(options: UpOptions) -> None:
         raise UsageError("--admin-port must differ from the other ports")
     if max(options.engine_ports) > _LAST_PORT:
         raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
-    if options.dtype not in _DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is none of {', '.join(_DTYPES)}")
     _check_router(options)
     _check_others(options)
     for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):

@@ -188,7 +188,7 @@ UP = ("up", "--grpc-port", "0", "--http-port", "0")
         (("ask", "x", "--max-tokens", "0"), "Invalid value for '--max-tokens'"),
         (("nonsense",), "No such command 'nonsense'."),
         (("up", "--engines", "0"), "Invalid value for '--engines'"),
-        ((*UP, "--dtype", "int4"), "--dtype int4 is none of"),
+        ((*UP, "--dtype", "int4"), "microserve-engine: --dtype: 'int4' is not one of auto, packed"),
         ((*UP, "--policy", "no/such.py"), "--policy no/such.py: cannot read no/such.py: No such file"),
         ((*UP, "--policy", "balancd"), "there is no policy named 'balancd'"),
         ((*UP, "--policy", "balanced:7"), "--policy balanced:7: "),
