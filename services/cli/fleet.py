@@ -87,18 +87,12 @@ class Fleet:
         threads: int = 1,
         dtype: str = "float32",
         device: str = "cpu",
-        page_count: int | None = None,
-        page_size: int | None = None,
         listen: str = LOOPBACK,
         extra: Sequence[str] = (),
     ) -> ServiceProcess:
         """Starts an engine. `kvtransfer` None gives it a private pool: it then serves data parallel only."""
         options = ["--name", name, "--model", str(model), "--kvtransfer", _address(kvtransfer)]
         options += ["--listen", listen, "--threads", str(threads), "--dtype", dtype, "--device", device]
-        if page_count is not None:
-            options += ["--pages", str(page_count)]
-        if page_size is not None:
-            options += ["--page-size", str(page_size)]
         return self._start("engine", name, [*options, *extra], threads)
 
     def start_router(

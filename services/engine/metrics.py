@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -57,14 +57,13 @@ def count_verb(timing: Timing) -> None:
 class LoadCollector(Collector):
     """The newest load as gauges, read when somebody asks."""
 
-    def __init__(self, latest: Callable[[], Load | None], registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, latest: Callable[[], Load | None]) -> None:
         self._latest = latest
-        self._registry = registry
-        registry.register(self)
+        REGISTRY.register(self)
 
     def close(self) -> None:
         """Shows the load no more."""
-        self._registry.unregister(self)
+        REGISTRY.unregister(self)
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client: every metric with its present value."""

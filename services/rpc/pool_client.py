@@ -34,6 +34,7 @@ from services.rpc.fd_passing import (
 # A ready counter has a cache line of its own.
 SLOT_BYTES = 64
 _BLOCK_BYTES = 512  # the unit of st_blocks
+_ANSWER_TIMEOUT_S = 10.0
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -174,7 +175,7 @@ class AttachedPool:
 
 
 def attach_pool(
-    socket_path: str, ticket: bytes, gpu: CudaDriver | None = None, *, timeout_s: float = 10.0
+    socket_path: str, ticket: bytes, gpu: CudaDriver | None = None, *, timeout_s: float = _ANSWER_TIMEOUT_S
 ) -> AttachedPool:
     """Fetches and maps the pool that AttachPool named, on `gpu` or in host memory. Blocks, at most `timeout_s` for the
     service's answer.
@@ -192,13 +193,13 @@ def attach_pool(
         raise PoolAttachError(f"cannot map the pool: {error}") from error
 
 
-def adopt(pool: AttachedPool, socket_path: str, ticket: bytes, *, timeout_s: float = 10.0) -> None:
+def adopt(pool: AttachedPool, socket_path: str, ticket: bytes) -> None:
     """Hands a mapped pool to a new incarnation of the service, which asked for it by CreatePool(adopt).
 
     The memory and everything in it stay as they are; only `pool.connection` is new. Raises PoolAttachError, and then
     the pool is still mapped and still without a service.
     """
-    connection, handover, message = _present(socket_path, ticket, pool.descriptors, timeout_s)
+    connection, handover, message = _present(socket_path, ticket, pool.descriptors, _ANSWER_TIMEOUT_S)
     message.close()
     if handover != pool.handover:
         connection.close()

@@ -32,7 +32,7 @@ def test_what_is_added_to_a_command_line_wins() -> None:
 def test_fleet_starts_connects_and_stops_everything() -> None:
     with Fleet(package=FAKES) as fleet:
         kvtransfer = fleet.start_kvtransfer()
-        engine = fleet.start_engine("engine-0", "m", kvtransfer, threads=3, page_count=7)
+        engine = fleet.start_engine("engine-0", "m", kvtransfer, threads=3, extra=["--pages", "7"])
         router = fleet.start_router([engine], "disaggregated")
         asyncio.run(wait_serving(router.address, 120))
         command = " ".join(engine.command)

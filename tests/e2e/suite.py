@@ -114,6 +114,9 @@ async def start_suite(
     unless asked for, so that they start quickly: memory is mapped and poisoned at the start.
     """
     os.environ["MICROSERVE_TESTING"] = "1"
+    pool = ["--poison-pages", "--kv-memory-mib", str(kv_memory_mib)]
+    pool += [] if page_count is None else ["--pages", str(page_count)]
+    pool += [] if page_size is None else ["--page-size", str(page_size)]
     with Fleet() as fleet:
         transfer, *others = [
             fleet.start_kvtransfer(f"kvtransfer-{i}", extra=(kvtransfer_options_of or {}).get(i, ()))
@@ -124,15 +127,7 @@ async def start_suite(
                 f"engine-{i}",
                 model,
                 [transfer, *others][i % num_kvtransfers],
-                page_count=page_count,
-                page_size=page_size,
-                extra=[
-                    "--poison-pages",
-                    "--kv-memory-mib",
-                    str(kv_memory_mib),
-                    *engine_options,
-                    *(options_of or {}).get(i, ()),
-                ],
+                extra=[*pool, *engine_options, *(options_of or {}).get(i, ())],
             )
             for i in range(num_engines)
         ]

@@ -78,6 +78,7 @@ class PrefixTree:
     def release(self, pages: Sequence[int]) -> tuple[int, ...]:
         """See PrefixCache."""
         freed = self._ledger.release(pages)
+        # Successors first, because what has one is not evicted: the oldest that is idle is then a leaf.
         for page in reversed(pages):
             if page in self._by_page and self._ledger.users(page) == 0:
                 self._idle[page] = None
