@@ -60,6 +60,18 @@ def test_a_lease_is_no_longer_than_the_longest() -> None:
     assert world.reserve(PROMPT, 19, lease_s=1e6).lease_s == 40.0
 
 
+def test_a_lease_begins_when_the_window_is_open() -> None:
+    world = World()
+    answer = world.d.prep_recv(PROMPT, 19, lease_s=5.0)
+    world.d.step()
+    world.clock.now += 3.0
+    world.run()
+    assert answer.value.lease_s == 5.0
+    world.clock.now += 4.0
+    world.run()
+    assert [info.lease_remaining_s for info in world.d.reservations()] == [1.0]
+
+
 def test_waiting_for_kv_ends_with_the_lease() -> None:
     world = World()
     reserved = world.reserve(PROMPT, 19, lease_s=5.0)
@@ -97,3 +109,14 @@ def test_a_sequence_outlives_the_lease() -> None:
     world.run()
     assert stream.tokens == world.d.expected(PROMPT, 30)
     world.assert_idle()
+
+
+def test_no_send_is_longer_than_the_longest() -> None:
+    world = World(max_send_s=5.0)
+    reserved = world.reserve(PROMPT, 19)
+    world.network.moves_at_once = False
+    sent = world.p.remote_send(PROMPT, 0, 19, reserved, deadline=1000.0)
+    world.p.step()
+    world.clock.now += 5.0
+    world.p.step()
+    assert sent.error.code is Code.DEADLINE_EXCEEDED

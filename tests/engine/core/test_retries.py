@@ -226,3 +226,30 @@ def test_release_renew_and_abort_want_the_secret_or_the_owner() -> None:
     world.run()
     assert late.error.reason == "WRONG_SECRET"
     world.assert_idle()
+
+
+def test_a_reservation_that_a_sequence_waits_for_is_no_other_ones() -> None:
+    world = World()
+    reserved = world.reserve(PROMPT, 19)
+    first, second = (world.d.generate(PROMPT, THREE, reservation=ref_of(reserved), begin=19) for _ in range(2))
+    world.run()
+    assert second.failure.reason == "RESERVATION_GONE"
+    send(world, PROMPT, reserved)
+    assert first.tokens == world.d.expected(PROMPT, 3)
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_reservation_of_two_callers_ends_with_the_second(is_answered: bool) -> None:
+    world = World()
+    answers = [world.d.prep_recv(PROMPT, 19, name="one") for _ in range(2)]
+    world.d.step()
+    if is_answered:
+        world.run()
+    world.d.cancel("one")
+    world.run()
+    assert answers[0].value == answers[1].value
+    assert len(world.d.reservations()) == 1
+    world.d.cancel("one")
+    world.run()
+    world.assert_idle()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from services.engine.sampling.params import SamplingParams
 from services.protocol.errors import Code
-from tests.engine.core.world import World, at_once, prompt_of
+from tests.engine.core.answers import Clock
+from tests.engine.core.test_transfer import THREE, send
+from tests.engine.core.world import Node, World, at_once, prompt_of, ref_of
 
 PROMPT = prompt_of(20)
 
@@ -46,6 +48,35 @@ def test_reservations_leave_room_for_a_longest_prompt() -> None:
     world.assert_idle()
 
 
+def test_pages_in_quarantine_are_not_reserved_in_place_of_others() -> None:
+    world = World(num_pages=32, max_context=64)
+    reserved = [world.reserve(prompt_of(16, start=n), 16) for n in range(4)]
+    world.d.release(reserved[0])
+    early = world.d.prep_recv(prompt_of(16, start=4), 16)
+    world.d.step()
+    assert world.d.pages.quarantined == 4
+    assert early.error.reason == "NO_PAGES"
+    world.run()
+    reserved[0] = world.reserve(prompt_of(16, start=4), 16)
+    for one in reserved:
+        world.d.release(one)
+    world.run()
+    world.assert_idle()
+
+
+def test_cached_pages_that_several_reservations_pin_count_once() -> None:
+    world = World(num_pages=32, max_context=64)
+    world.d.generate(prompt_of(8), SamplingParams(max_tokens=1))
+    world.run()
+    prompts = [(*prompt_of(8), *prompt_of(length, start=length)) for length in (24, 32)]
+    reserved = [world.reserve(prompt, len(prompt)) for prompt in prompts]  # 2 pages of both, 6 and 8 of each
+    assert [one.matched_tokens for one in reserved] == [8, 8]
+    for one in reserved:
+        world.d.release(one)
+    world.run()
+    world.assert_idle()
+
+
 @at_once
 def test_a_send_short_of_pages_is_refused_and_does_not_wait() -> None:
     world = World(num_pages=20, max_context=64)
@@ -77,3 +108,29 @@ def test_nothing_is_reserved_that_the_oldest_waiting_sequence_lacks() -> None:
     world.run()
     assert [s.finish_reason for s in streams] == ["LENGTH"] * 3
     world.reserve(prompt_of(16, start=5), 16)
+
+
+def test_who_waits_is_not_given_what_the_running_want_next() -> None:
+    engine = Node(Clock(), None, "E", num_pages=5, max_context=20)  # two prompts, and a page
+    streams = [engine.generate(prompt_of(8, start=n), SamplingParams(max_tokens=4)) for n in (0, 20)]
+    engine.run()
+    assert [stream.tokens for stream in streams] == [engine.expected(prompt_of(8, start=n), 4) for n in (0, 20)]
+    assert [stream.account.preemptions for stream in streams] == [0, 0]
+    engine.assert_idle()
+
+
+def test_a_sequence_that_is_taken_out_of_the_step_that_it_was_put_into() -> None:
+    """Its KV came late, so the older one has its prompt computed while the younger one decodes."""
+    world = World(num_pages=12, max_context=44)
+    prompt, other = prompt_of(40), prompt_of(8, start=20)
+    reserved = world.reserve(prompt, 4)
+    older = world.d.generate(prompt, THREE, reservation=ref_of(reserved), begin=4)
+    younger = world.d.generate(other, SamplingParams(max_tokens=20))
+    while len(younger.tokens) < 4:
+        world.d.step()
+    send(world, prompt, reserved)
+    world.run()
+    assert older.tokens == world.d.expected(prompt, 3)
+    assert younger.tokens == world.d.expected(other, 20)
+    assert (older.account.preemptions, younger.account.preemptions) == (0, 1)
+    world.assert_idle()

@@ -179,6 +179,27 @@ def test_without_free_ready_slots_pieces_follow_their_steps() -> None:
     world.assert_idle()
 
 
+@at_once
+def test_a_send_keeps_its_pages_when_the_same_blocks_arrive_from_elsewhere() -> None:
+    world, prompt = World(max_step_tokens=8), prompt_of(16)
+    there, here = world.reserve(prompt, 16), world.p.prep_recv(prompt, 16)
+    world.run()
+    world.network.moves_at_once = False
+    sent = world.p.remote_send(prompt, 0, 16, there)
+    world.p.step()
+    source = world.join("S")
+    source.remote_send(prompt, 0, 16, here.value)
+    while source.step() or source.service.pushes:
+        for push in list(source.service.pushes.values()):
+            source.service.advance(push)
+    # Filled before the rest of the send is computed; then poisoned, if the send let go of its pages.
+    world.p.step()
+    world.p.step()
+    world.run()
+    assert sent.value.transferred_tokens == 16
+    assert_moved(world, prompt, there)
+
+
 def test_migration_publishes_what_arrived() -> None:
     world, prompt = World(), prompt_of(22)
     reserved = world.reserve(prompt, 22)
@@ -192,6 +213,18 @@ def test_migration_publishes_what_arrived() -> None:
     assert stream.account.matched_tokens == 20
     assert stream.tokens == world.d.expected(prompt, 3)
     world.assert_idle()
+
+
+def test_what_was_cached_before_a_migration_is_not_published_by_it() -> None:
+    world, prompt = World(), prompt_of(22)
+    world.d.generate(prompt[:10], SamplingParams(max_tokens=1))
+    world.run()
+    reserved = world.reserve(prompt, 22)
+    assert reserved.matched_tokens == 8
+    send(world, prompt, reserved)
+    released = world.d.release(reserved, publish=True)
+    world.run()
+    assert released.value == 12
 
 
 def test_several_senders_fill_disjoint_ranges() -> None:
