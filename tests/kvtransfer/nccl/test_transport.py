@@ -11,7 +11,7 @@ import pytest
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
 
 from services.kvtransfer.pool import Pool
-from services.kvtransfer.transports.pull.fetching import Extent
+from services.kvtransfer.transports.pull.fetching import ByteRange
 from services.protocol.errors import Code, ReservationGone, ServiceError
 from tests.kvtransfer.nccl.scene import PAGES, TARGET, Scene
 from tests.kvtransfer.oracle import expected
@@ -79,11 +79,11 @@ async def test_a_revoke_waits_for_the_layer_that_is_hashed_and_the_next_one_is_l
     reading, may_read, read = threading.Event(), threading.Event(), list[int]()
     checksum = scene.sink.checksum
 
-    def held(pool: Pool, extents: Sequence[Extent]) -> int:
-        read.append(len(extents))
+    def held(pool: Pool, ranges: Sequence[ByteRange]) -> int:
+        read.append(len(ranges))
         reading.set()
         assert may_read.wait(PATIENCE_S)
-        return checksum(pool, extents)
+        return checksum(pool, ranges)
 
     monkeypatch.setattr(scene.sink, "checksum", held)
     lane = await scene.open(checksums=True)

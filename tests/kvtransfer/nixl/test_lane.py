@@ -16,7 +16,7 @@ from services.kvtransfer.pool import Pool, PoolShape
 from services.kvtransfer.transports.base import Peer, PutProgress, PutRequest, Unsupported
 from services.kvtransfer.transports.pull import lane as lane_module
 from services.kvtransfer.transports.pull.checksums import host_checksum
-from services.kvtransfer.transports.pull.fetching import Extent, Fetch
+from services.kvtransfer.transports.pull.fetching import ByteRange, Fetch
 from services.kvtransfer.transports.pull.lane import PullLane, PullTransport
 from services.kvtransfer.transports.pull.probing import make_probe_memory
 from services.kvtransfer.transports.pull.puller import PullState
@@ -92,10 +92,10 @@ class Side:
     def __init__(self) -> None:
         self.serving = 0
         self.kept = False
-        self.sent: list[Sequence[Extent]] = []
+        self.sent: list[Sequence[ByteRange]] = []
 
-    async def send(self, extents: Sequence[Extent]) -> None:
-        self.sent.append(extents)
+    async def send(self, ranges: Sequence[ByteRange]) -> None:
+        self.sent.append(ranges)
 
     def keep(self) -> None:
         self.kept = True
@@ -103,8 +103,8 @@ class Side:
     def refuses(self, source: Pool) -> None:
         return None
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
-        return host_checksum(pool, extents)
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
+        return host_checksum(pool, ranges)
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[Side, None]:
@@ -181,7 +181,7 @@ async def test_what_is_asked_for_is_sent_from_the_pushs_own_pages() -> None:
     with pytest.raises(PeerLost, match="asked for what was not offered"):
         await _until_it_fails(lane, changed)
     # Keys and values of two tokens of one head of 16 bytes each.
-    assert side.sent == [[Extent(16, 32), Extent(80, 32)]]
+    assert side.sent == [[ByteRange(16, 32), ByteRange(80, 32)]]
     assert not side.kept
     await lane.close()
 

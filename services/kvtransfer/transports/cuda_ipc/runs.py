@@ -60,7 +60,7 @@ def piece_runs(piece: PieceCopy, layout: PageLayout, source_page_count: int, tar
 
 
 def scatter_runs(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int) -> RunList:
-    """From a buffer, filled in the order of extents_of, to the target side of `runs` in a pool; behind both."""
+    """From a buffer, filled in the order of byte_ranges_of, to the target side of `runs` in a pool; behind both."""
     rows, source = [], 0
     for run in runs:
         for target, num_bytes in spans(layer, run.target_pages, run.target_tokens, layout, page_count):

@@ -23,7 +23,7 @@ from services.kvtransfer.transports.nccl.buffers import Buffer, Buffers
 from services.kvtransfer.transports.nccl.communicator import CommunicatorLost
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
 from services.kvtransfer.transports.nccl.source import places_of, refuses_host
-from services.kvtransfer.transports.pull.fetching import Extent, Fetch, SourcePool
+from services.kvtransfer.transports.pull.fetching import ByteRange, Fetch, SourcePool
 
 # Links that stay connected between pushes; the one used longest ago goes first.
 MAX_IDLE = 64
@@ -56,9 +56,9 @@ class NcclSink:
         """See SinkSide.refuses."""
         return refuses_host(target)
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """See SinkSide.checksum."""
-        return self._staging.checksum(places_of(pool, extents))
+        return self._staging.checksum(places_of(pool, ranges))
 
     @asynccontextmanager
     async def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AsyncGenerator[NcclFetcher, None]:

@@ -17,7 +17,7 @@ from services.kvtransfer.transports.nccl.buffers import Buffer, Buffers
 from services.kvtransfer.transports.nccl.communicator import Communicator
 from services.kvtransfer.transports.nccl.library import NcclFailed
 from services.kvtransfer.transports.nccl.link import NAME, Link, Offer
-from services.kvtransfer.transports.pull.fetching import Extent
+from services.kvtransfer.transports.pull.fetching import ByteRange
 
 # Links that stay connected between pushes, in all and to one service; the service used longest ago loses one first.
 MAX_IDLE, MAX_IDLE_OF_ONE = 64, 4
@@ -49,9 +49,9 @@ class NcclSource:
         """See SourceSide.refuses."""
         return refuses_host(source)
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """See SinkSide.checksum."""
-        return self._staging.checksum(places_of(pool, extents))
+        return self._staging.checksum(places_of(pool, ranges))
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NcclServed, None]:
@@ -120,11 +120,11 @@ class NcclServed:
         # The other side receives in the order in which it asked, so nobody overtakes in the wait for a buffer.
         self._in_order = asyncio.Lock()
 
-    async def send(self, extents: Sequence[Extent]) -> None:
+    async def send(self, ranges: Sequence[ByteRange]) -> None:
         """See Served.send."""
 
         def start(buffer: Buffer) -> asyncio.Future[None]:
-            return self._link.run(partial(self._send, extents, buffer))
+            return self._link.run(partial(self._send, ranges, buffer))
 
         async with self._in_order, self._buffers.used_by(start):
             pass
@@ -133,20 +133,20 @@ class NcclServed:
         """See Served.keep."""
         self.is_kept = True
 
-    def _send(self, extents: Sequence[Extent], buffer: Buffer, communicator: Communicator) -> None:
+    def _send(self, ranges: Sequence[ByteRange], buffer: Buffer, communicator: Communicator) -> None:
         begin = end = buffer.address()
         copies = []
-        for extent in extents:
-            copies.append(Copy(end, self._pool_address + extent.offset, extent.num_bytes))
-            end += extent.num_bytes
+        for each in ranges:
+            copies.append(Copy(end, self._pool_address + each.offset, each.num_bytes))
+            end += each.num_bytes
         communicator.send(copies, begin, end - begin)
 
 
-def places_of(pool: Pool, extents: Sequence[Extent]) -> list[tuple[int, int]]:
+def places_of(pool: Pool, ranges: Sequence[ByteRange]) -> list[tuple[int, int]]:
     """Address and length of bytes of a pool on the GPU."""
     begin = pool.device_address
     assert begin is not None
-    return [(begin + extent.offset, extent.num_bytes) for extent in extents]
+    return [(begin + each.offset, each.num_bytes) for each in ranges]
 
 
 def refuses_host(pool: Pool) -> Unsupported | None:

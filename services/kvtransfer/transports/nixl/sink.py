@@ -26,7 +26,7 @@ from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlM
 from services.kvtransfer.transports.nixl.poller import Poller
 from services.kvtransfer.transports.nixl.source import NAME, Offer, refuses_gpu
 from services.kvtransfer.transports.pull.checksums import host_checksum
-from services.kvtransfer.transports.pull.fetching import Extent, Fetch, SourcePool, extents_of
+from services.kvtransfer.transports.pull.fetching import ByteRange, Fetch, SourcePool, byte_ranges_of
 from services.kvtransfer.transports.pull.slots import Slots
 
 Buffer = NDArray[np.uint8]  # (buffer_bytes,)
@@ -69,9 +69,9 @@ class NixlSink:
         """See SinkSide.refuses."""
         return refuses_gpu(target)
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """See SinkSide.checksum."""
-        return host_checksum(pool, extents)
+        return host_checksum(pool, ranges)
 
     @asynccontextmanager
     async def connect(self, source: SourcePool, ask: Callable[[Fetch], None]) -> AsyncGenerator[NixlFetcher, None]:
@@ -156,8 +156,8 @@ class NixlFetcher:
     @asynccontextmanager
     async def fetch(self, layer: int, piece: Piece) -> AsyncGenerator[NixlFetched, None]:
         """See Fetcher.fetch."""
-        extents = extents_of(layer, piece.runs, self._source.layout, self._source.page_count)
-        remote = [Span(self._pool.address + extent.offset, extent.num_bytes) for extent in extents]
+        ranges = byte_ranges_of(layer, piece.runs, self._source.layout, self._source.page_count)
+        remote = [Span(self._pool.address + each.offset, each.num_bytes) for each in ranges]
         async with self._sink.read(self._agent, self._peer, remote) as data:
             yield NixlFetched(data)
 

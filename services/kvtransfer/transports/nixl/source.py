@@ -15,7 +15,7 @@ from services.kvtransfer.transports.base import Unsupported
 from services.kvtransfer.transports.nixl.library import Agent, NixlFailed, NixlMissing, Span
 from services.kvtransfer.transports.nixl.poller import Poller
 from services.kvtransfer.transports.pull.checksums import host_checksum
-from services.kvtransfer.transports.pull.fetching import Extent
+from services.kvtransfer.transports.pull.fetching import ByteRange
 
 NAME = "nixl"
 _HEAD = struct.Struct("!4sQQ")
@@ -48,7 +48,7 @@ class NixlServed:
 
     offer: bytes
 
-    async def send(self, extents: Sequence[Extent]) -> None:
+    async def send(self, ranges: Sequence[ByteRange]) -> None:
         """See Served.send. A receiver that asks is no receiver of this transport."""
         raise PeerLost("a receiver that reads by itself asked to be sent something")
 
@@ -78,9 +78,9 @@ class NixlSource:
         """See SourceSide.refuses."""
         return refuses_gpu(source)
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """See SinkSide.checksum."""
-        return host_checksum(pool, extents)
+        return host_checksum(pool, ranges)
 
     @asynccontextmanager
     async def serve(self, pool: Pool, endpoint: str) -> AsyncGenerator[NixlServed, None]:

@@ -24,7 +24,7 @@ class SourcePool:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class ByteRange:
     """Bytes of a pool: offset and length."""
 
     offset: int
@@ -33,7 +33,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """What a transport asks the sending service to send: a part of one layer, in the order of extents_of."""
+    """What a transport asks the sending service to send: a part of one layer, in the order of byte_ranges_of."""
 
     layer: int
     part: TokenRange
@@ -73,7 +73,7 @@ class SinkSide(Protocol):
     def refuses(self, target: Pool) -> Unsupported | None:
         """Why it cannot bring anything into this pool, or None if it can."""
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """XXH3 of bytes of a pool that is not refused, in the order given. Blocks while it reads; any thread. Raises
         DeviceFailed."""
 
@@ -88,7 +88,7 @@ class Served(Protocol):
     def offer(self) -> bytes:
         """What SinkSide.connect must know."""
 
-    async def send(self, extents: Sequence[Extent]) -> None:
+    async def send(self, ranges: Sequence[ByteRange]) -> None:
         """What the receiver asked for. Raises PeerLost."""
 
     def keep(self) -> None:
@@ -105,17 +105,17 @@ class SourceSide(Protocol):
     def refuses(self, source: Pool) -> Unsupported | None:
         """Why nothing can be fetched from this pool, or None if it can."""
 
-    def checksum(self, pool: Pool, extents: Sequence[Extent]) -> int:
+    def checksum(self, pool: Pool, ranges: Sequence[ByteRange]) -> int:
         """As SinkSide.checksum."""
 
     def serve(self, pool: Pool, endpoint: str) -> AbstractAsyncContextManager[Served]:
         """Inside, the service at `endpoint` can fetch from the pool. Raises TransportFailed."""
 
 
-def extents_of(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int) -> list[Extent]:
+def byte_ranges_of(layer: int, runs: Sequence[Run], layout: PageLayout, page_count: int) -> list[ByteRange]:
     """Where the source side of a piece lies in its pool, in the order in which they are fetched."""
     return [
-        Extent(offset, num_bytes)
+        ByteRange(offset, num_bytes)
         for run in runs
         for offset, num_bytes in spans(layer, run.source_pages, run.source_tokens, layout, page_count)
     ]

@@ -14,7 +14,7 @@ from services.kvtransfer.plan import PageTable, plan_pieces
 from services.kvtransfer.pool import Pool
 from services.kvtransfer.transports.base import Capabilities, Peer, PutProgress, PutRequest, Reach, Unsupported
 from services.kvtransfer.transports.pull.checksums import Checksum, layer_checksums
-from services.kvtransfer.transports.pull.fetching import Fetch, Served, SourcePool, SourceSide, extents_of
+from services.kvtransfer.transports.pull.fetching import Fetch, Served, SourcePool, SourceSide, byte_ranges_of
 from services.kvtransfer.transports.pull.puller import PullState, to_the_end
 from services.kvtransfer.transports.pull.session import (
     Answer,
@@ -264,7 +264,7 @@ class PullLane:
             page_ids = self._opening.source_page_ids[indices.start - first : indices.stop - first]
             table, whole_bytes = PageTable(page_ids, layout.page_size), layout.layer_page_bytes * len(page_ids)
             (piece,) = plan_pieces(fetch.part, table, table, layout.layer_page_bytes // layout.page_size, whole_bytes)
-            await self._served.send(extents_of(fetch.layer, piece.runs, layout, self._opening.source.page_count))
+            await self._served.send(byte_ranges_of(fetch.layer, piece.runs, layout, self._opening.source.page_count))
         except ServiceError as error:
             self._over(error)
 
