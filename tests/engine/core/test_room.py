@@ -48,6 +48,21 @@ def test_reservations_leave_room_for_a_longest_prompt() -> None:
     world.assert_idle()
 
 
+def test_those_who_wait_for_room_count_as_reservations() -> None:
+    world = World(num_pages=24, max_context=64, max_reservations=2)
+    reserved = world.reserve(PROMPT, 19)
+    waiting = world.d.prep_recv(prompt_of(20, start=1), 20, max_wait_s=10.0)
+    refused = world.d.prep_recv(prompt_of(4, start=2), 4, max_wait_s=10.0)
+    world.run()
+    assert waiting.is_open
+    assert refused.error.reason == "QUEUE_FULL"
+    world.d.release(reserved)
+    world.run()
+    world.d.release(waiting.value)
+    world.run()
+    world.assert_idle()
+
+
 def test_pages_in_quarantine_are_not_reserved_in_place_of_others() -> None:
     world = World(num_pages=32, max_context=64)
     reserved = [world.reserve(prompt_of(16, start=n), 16) for n in range(4)]
