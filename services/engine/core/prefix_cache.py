@@ -16,6 +16,11 @@ class PrefixMatch:
     page_ids: tuple[int, ...]
     num_tokens: int
 
+    def without_part(self, page_size: int) -> PrefixMatch:
+        """Only the pages that match as a whole."""
+        num_whole = self.num_tokens // page_size
+        return PrefixMatch(self.page_ids[:num_whole], num_whole * page_size)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheChange:

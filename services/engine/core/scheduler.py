@@ -194,7 +194,17 @@ class Scheduler:
         self._pages_owed = pages_owed
 
     def _take(self, sequence: Sequence, match: PrefixMatch, draft: Draft) -> int:
-        """Takes what the cache has of a sequence, and a send's other pages. Returns how many lack; then takes none."""
+        """Takes what the cache has of a sequence, and a send's other pages. Returns how many lack; then takes none.
+
+        A page that matches in part is held beside its copy: a sequence that wants the whole pool does without it.
+        """
+        num_lacking = self._take_match(sequence, match, draft)
+        if num_lacking and match.num_tokens % self._pool.page_size:
+            num_lacking = self._take_match(sequence, match.without_part(self._pool.page_size), draft)
+        return num_lacking
+
+    def _take_match(self, sequence: Sequence, match: PrefixMatch, draft: Draft) -> int:
+        """The same, with the match as it is."""
         self._pool.retain(match.page_ids)
         sequence.pages.extend(match.page_ids)
         sequence.has_computed(match.num_tokens)

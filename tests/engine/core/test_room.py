@@ -109,6 +109,32 @@ def test_a_send_short_of_pages_is_refused_and_does_not_wait() -> None:
     assert more.tokens == world.p.expected(prompt_of(40, start=4), 20)
 
 
+def test_a_sequence_as_long_as_the_pool_begins_though_a_page_matches_in_part() -> None:
+    """The page and its copy would be one more than there are: it would wait for ever, and all behind it."""
+    world = World(num_pages=4, max_context=64)
+    before, within, at_the_end = prompt_of(15), (*prompt_of(10), 1, 2, 3, 4, 5), prompt_of(13)
+    for prompt in (before, within, before, at_the_end):
+        stream = world.p.generate(prompt)
+        world.run()
+        assert stream.tokens == world.p.expected(prompt, 16 - len(prompt))
+    assert stream.account.matched_tokens == 12
+    world.assert_idle()
+
+
+def test_a_send_as_long_as_the_pool_goes_though_a_page_matches_in_part() -> None:
+    world = World(num_pages=8, max_context=16)
+    sender = world.join("S", num_pages=4, max_context=16)
+    for prompt in (prompt_of(15), (*prompt_of(10), 1, 2, 3, 4, 5, 6)):
+        reserved = world.reserve(prompt, len(prompt))
+        window = reserved.address.window
+        sent = sender.remote_send(prompt, window.begin, window.end, reserved)
+        world.run()
+        assert sent.value.transferred_tokens == len(window)
+        world.d.release(reserved)
+        world.run()
+    world.assert_idle()
+
+
 @at_once
 def test_nothing_is_reserved_that_the_oldest_waiting_sequence_lacks() -> None:
     world = World(num_pages=24, max_context=40, max_step_tokens=128)
