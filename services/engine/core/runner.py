@@ -119,8 +119,8 @@ class TorchRunner:
 
 
 def scored_rows(segments: Sequence[Segment]) -> Tensor:
-    """(rows,) int64, which packed rows the ScoreSpecs ask for."""
-    starts = accumulate((len(segment.token_ids) for segment in segments), initial=0)
+    """(rows,) int64, which packed rows the ScoreSpecs ask for. A segment that follows has one, though no token yet."""
+    starts = accumulate((segment.num_tokens for segment in segments), initial=0)
     wanted: list[int] = []
     for start, segment in zip(starts, segments, strict=False):
         if segment.score is not None:

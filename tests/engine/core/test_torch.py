@@ -105,6 +105,25 @@ def test_greedy_alone_equals_greedy_beside_one_that_wants_all_logits(model: Load
 
 
 @pytest.mark.parametrize("kind", [TorchRunner, QueuedRunner])
+def test_a_prompt_is_rated_alike_alone_and_beside_sequences_that_decode(
+    model: LoadedModel, kind: type[TorchRunner]
+) -> None:
+    """Those whose last token nobody knows yet have a row in the batch, too."""
+    prompt, params, told = prompt_of(40), SamplingParams(max_tokens=2, prompt_logprobs=1), []
+    for num_others in (0, 3):
+        engine = alone(model, kind, num_pages=64, max_step_tokens=24)
+        for start in range(1, 1 + num_others):
+            engine.generate(prompt_of(5, start), limited(30))
+        for _ in range(6):
+            engine.step()
+        stream = engine.generate(prompt, params)
+        engine.run()
+        assert len(stream.prompt_logprobs) == len(prompt) - 1
+        told.append(stream.prompt_logprobs)
+    assert np.allclose(told[1], told[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [TorchRunner, QueuedRunner])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_disaggregated_equals_single_in_tokens_and_bytes(
     model: LoadedModel, share: float, kind: type[TorchRunner]
