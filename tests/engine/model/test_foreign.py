@@ -37,6 +37,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 PROMPT_LENGTHS = (1, 17, 300)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "olmo2": ("Olmo2Config", {}),
@@ -46,6 +52,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN}),
     "starcoder2": ("Starcoder2Config", {}),
     "hunyuan, experts": ("HunYuanMoEV1Config", {"num_experts": 4, "moe_topk": 2}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 5, "num_experts_per_tok": 3}),
+    "qwen2, experts": ("Qwen2MoeConfig", QWEN_EXPERTS),
+    "granite, experts": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-2": ("GPT2Config", {}),
     "gpt-bigcode": ("GPTBigCodeConfig", {}),
 }

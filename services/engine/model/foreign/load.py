@@ -74,7 +74,10 @@ def _over_pages(model: Any, config: Any, linear: LinearMaker, counts: Fields) ->
     if linear.team is None:
         return proof.checked(ForeignModel(shape, model))
     try:
+        from services.engine.model.foreign.experts import replace_experts  # and numba, which no engine on a GPU needs
+
         replace_linears(model, linear.make_exact)
+        replace_experts(model, linear.make_exact, linear.team)
         linear.settle()
         return proof.checked(ForeignModel(shape, model))
     except Exception as error:  # whatever a model makes of layers that are not its own
