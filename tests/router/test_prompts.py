@@ -51,7 +51,7 @@ def test_each_is_forgotten_when_its_own_time_is_over() -> None:
     run(main())
 
 
-def test_one_timer_is_enough_for_all() -> None:
+def test_one_timer_to_forget_and_one_to_look_are_enough_for_all() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         timers: list[float] = []
@@ -61,6 +61,6 @@ def test_one_timer_is_enough_for_all() -> None:
         for number in range(1000):
             prompts.begin(number, 10)
             prompts.computed(number)
-        assert timers == [30]
+        assert sorted(timers) == [0.1, 30]
 
     run(main())

@@ -104,3 +104,32 @@ def test_tenants_that_are_gone_are_forgotten_while_others_wait() -> None:
     assert len(of_normal._idle) <= 1024
     assert len(of_normal._waiting) <= 3
     assert len(of_normal._flows) == len(queues)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(list(Priority)), st.sampled_from("ab"), _COST, st.booleans()), max_size=40),
+    st.sampled_from(list(Priority)),
+    st.sampled_from("abc"),
+)
+def test_what_is_done_before_a_new_request_is_known_but_for_one_turn_of_each_other_class(
+    history: list[tuple[Priority, str, int, bool]], priority: Priority, tenant: str
+) -> None:
+    queues: Queues[tuple[Priority, int]] = Queues()
+    for number, (its_priority, its_tenant, cost, is_popped) in enumerate(history):
+        queues.push(its_priority, its_tenant, cost, (its_priority, number))
+        if is_popped:
+            queues.pop()
+    expected = queues.work_before(priority, tenant)
+    new = (priority, len(history))
+    queues.push(priority, tenant, 1, new)
+    done, largest = 0.0, Counter[Priority]()
+    while True:
+        item, (charge, _) = queues.pop()
+        if item == new:
+            break
+        done += charge.expected
+        largest[item[0]] = max(largest[item[0]], int(charge.expected))
+    del largest[priority]
+    assert expected <= done * (1 + 1e-9) + 1e-9
+    assert done <= expected + largest.total() + 1e-9

@@ -127,7 +127,7 @@ class Admission:
         if wait_s > self._limits.queue_s:
             self._refused(ticket, "queue_time")
             raise Overloaded(
-                f"the request would wait for about {wait_s:.3g} s", retry_delay_s=self._retry_s(line, ticket)
+                f"the request would wait for {wait_s:.3g} s or more", retry_delay_s=self._retry_s(line, ticket)
             )
         in_time_s = left_s - line.expected_service_s(ticket)
         if wait_s > in_time_s:

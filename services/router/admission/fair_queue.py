@@ -116,6 +116,11 @@ class FairQueue(Generic[Item]):
         account = own.account if own is not None else self._idle.get(flow)
         return max(self._now, account.time if account is not None else 0.0) + (0.0 if own is None else own.cost)
 
+    @property
+    def cost(self) -> float:
+        """Of all items."""
+        return sum(flow.cost for flow in self._waiting.values())
+
     def cost_before(self, flow: Hashable) -> float:
         """Cost of what would be taken before a new item of the flow."""
         own, start = self._waiting.get(flow), self._start(flow)

@@ -101,13 +101,14 @@ class Line:
         return rate is not None and num_tokens < int(rate * self._limits.prompt_s)
 
     def expected_wait_s(self, ticket: Ticket) -> float:
-        """Until a new request has its turn, as far as one can tell."""
-        rate = self._admitted.rate()
+        """Until a new request has its turn: a time that it seldom has it before. 0 as long as one cannot tell."""
+        rate = self._admitted.high()
         return 0.0 if rate is None else self._queues.work_before(ticket.priority, ticket.tenant) / rate
 
     def expected_service_s(self, ticket: Ticket) -> float:
-        """From its turn to its end, as far as one can tell: a time that is seldom exceeded."""
-        rate = self._prompts.rate()
+        """From its turn to its end: of its prompt a time that is seldom too long, as long as few were seen, and of its
+        answer one that is seldom exceeded."""
+        rate = self._prompts.high_rate()
         prompt_s = 0.0 if rate is None else (self._prompts.num_tokens + ticket.num_prompt_tokens) / rate
         return prompt_s + ticket.expected_output(self._usual_output) * self._output_token_s.high()
 

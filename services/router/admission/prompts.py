@@ -36,7 +36,8 @@ class Prompts:
     def computed(self, name: Hashable) -> bool:
         """It has been computed. False if it was not counted any more."""
         num_tokens = self.drop(name)
-        self._meter.add(num_tokens)
+        if num_tokens:
+            self._meter.add(num_tokens)
         return num_tokens > 0
 
     def drop(self, name: Hashable) -> int:
@@ -52,6 +53,10 @@ class Prompts:
     def rate(self) -> float | None:
         """Tokens computed a second; None while too little has been seen."""
         return self._meter.rate()
+
+    def high_rate(self) -> float | None:
+        """What that is seldom above; None while too little has been seen."""
+        return self._meter.high()
 
     def _set_timer(self, forget_at: float) -> None:
         self._has_timer = True

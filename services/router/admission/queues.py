@@ -62,10 +62,15 @@ class Queues(Generic[Item]):
         self._forget()
 
     def work_before(self, priority: Priority, tenant: str) -> float:
-        """What would be done for all classes before the turn of a new request."""
-        waiting = {*self._waiting(), priority}
-        share = priority.weight / sum(each.weight for each in waiting)
-        return self._queues[priority].cost_before(tenant) / share
+        """What of the work that waits now would be done before the turn of a new request, for all classes."""
+        own, queue = self._accounts[priority], self._queues[priority]
+        before = queue.cost_before(tenant)
+        start = (own.time if queue else max(own.time, self._now)) + before / priority.weight
+        for other in self._waiting():
+            if other is not priority:
+                until = max(0.0, start - self._accounts[other].time) * other.weight
+                before += min(until, self._queues[other].cost)
+        return before
 
     def _waiting(self) -> list[Priority]:
         return [priority for priority, queue in self._queues.items() if queue]

@@ -1,0 +1,103 @@
+"""Who is refused at once for what is known of the fleet's speed, and who is not, on a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from services.router.admission.admission import Admission
+from services.router.admission.ticket import AdmissionLimits, Capacity, Priority
+from services.router.errors import Overloaded
+from services.rpc.virtual_loop import run
+from tests.router.test_admission import NO_LIMITS, TICKET, admission_of, all_of, work
+
+
+def test_one_that_cannot_begin_in_time_is_refused_at_once() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=8.0)), []
+        works = [asyncio.create_task(work(admission, TICKET, 0.01, done, "early")) for _ in range(800)]
+        await asyncio.sleep(2.505)  # long enough to know how fast it goes
+        with pytest.raises(Overloaded, match="deadline") as caught:
+            await work(admission, replace(TICKET, deadline=loop.time() + 3), 0.01, done, "late")
+        assert caught.value.retry_delay_s == pytest.approx(5.5, rel=0.2)
+        assert loop.time() == 2.505
+        await work(admission, replace(TICKET, deadline=loop.time() + 60), 0.01, done, "patient")
+        await asyncio.gather(*works)
+        assert len(done) == 801
+
+    run(main())
+
+
+@pytest.mark.parametrize("first_s", [0.2, 0.9, 3])
+def test_a_burst_is_not_refused_for_how_long_the_first_of_it_take(first_s: float) -> None:
+    """All that is seen of a cold fleet is that its first answers took a while."""
+
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=5.0)), []
+        first = asyncio.create_task(work(admission, TICKET, first_s, done, "first"))
+        await asyncio.sleep(0)
+        works = [asyncio.create_task(work(admission, TICKET, 0.01, done, "")) for _ in range(30)]
+        await asyncio.sleep(first_s + 0.005)
+        works += [asyncio.create_task(work(admission, TICKET, 0.01, done, "")) for _ in range(30)]
+        await asyncio.gather(first, *works)
+        assert len(done) == 61
+
+    run(main())
+
+
+def test_a_burst_is_not_refused_because_the_router_stood_still() -> None:
+    async def main() -> None:
+        loop, done = asyncio.get_running_loop(), list[str]()
+        stopped_s = 0.0
+        limits = AdmissionLimits()
+        admission = Admission(limits, lambda _: Capacity(1, 1000), lambda: loop.time() + stopped_s)
+
+        async def quick() -> None:
+            async with admission.turn(TICKET) as turn:
+                await asyncio.sleep(0.005)
+                turn.first_token()
+            done.append("")
+
+        works = []
+        for number in range(400):
+            works.append(asyncio.create_task(quick()))
+            await asyncio.sleep(0.003)
+            if number == 200:
+                stopped_s = 10.0
+                works += [asyncio.create_task(quick()) for _ in range(300)]
+        await asyncio.gather(*works)
+        assert len(done) == 700
+
+    run(main())
+
+
+def test_a_few_of_a_higher_class_do_not_have_a_lower_one_refused() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=5.0)), []
+        low = replace(TICKET, priority=Priority.LOW)
+        works = [asyncio.create_task(work(admission, low, 0.01, done, "low")) for _ in range(300)]
+        await asyncio.sleep(2)
+        works.append(asyncio.create_task(work(admission, replace(TICKET, priority=Priority.HIGH), 0.01, done, "high")))
+        await asyncio.sleep(0)
+        works.append(asyncio.create_task(work(admission, low, 0.01, done, "low")))
+        await asyncio.gather(*works)
+        assert len(done) == 302
+
+    run(main())
+
+
+def test_nobody_is_told_to_come_again_in_hours() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, queue_s=700.0)), []
+        works = [asyncio.create_task(work(admission, TICKET, 1, done, "quick")) for _ in range(4)]
+        works += [asyncio.create_task(work(admission, TICKET, 300, done, "slow")) for _ in range(300)]
+        await asyncio.sleep(303.5)
+        with pytest.raises(Overloaded, match=r"would wait for 7\d\d s or more") as caught:
+            await work(admission, TICKET, 1, done, "late")
+        assert caught.value.retry_delay_s == 30
+        assert await all_of(works)
+
+    run(main())
