@@ -13,6 +13,7 @@ from services.rpc.tls import ServerTls
 # An engine sends its tokenizer in pieces of 1 MiB: with much less, router and engine cannot meet.
 _LEAST_MESSAGE_BYTES = 2 * 1024 * 1024
 HANDSHAKE_TIMEOUT_MS = 20_000
+_MAX_NOT_TAKEN = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,10 @@ def server_options(config: ServerConfig) -> Options:
         ("grpc.http2.max_ping_strikes", 0),
         # Two minutes by default, for which whoever says nothing holds a descriptor.
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        # Calls that came faster than they are taken, as after the process stood still. From 1000 on grpc would end some
+        # as CANCELLED, which tells a client nothing: whoever is too many is to be refused with a reason and advice.
+        ("grpc.server.max_pending_requests", _MAX_NOT_TAKEN),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_NOT_TAKEN),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         # With it two services could share a port by accident, and each would get half of the calls.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ async def test_what_start_would_fail_of_can_be_asked_before(serve: Serve, tmp_pa
     with pytest.raises(StartError, match="cannot read"):
         Server(ServerConfig(tls_cert=nowhere, tls_key=nowhere), "engine").check()
     Server(ServerConfig(listen=taken, reuse_port=True, metrics_port=None), "engine").check()
+
+
+@pytest.mark.slow
+async def test_each_of_thousands_that_call_at_once_is_answered_by_the_service(serve: Serve) -> None:
+    running = await serve()
+    calls = [running.stub.GetInfo(engine_pb2.GetInfoRequest()) for _ in range(4000)]
+    codes = Counter([await call.code() for call in calls])
+    assert codes == {grpc.StatusCode.UNIMPLEMENTED: len(calls)}
 
 
 @pytest.mark.slow
