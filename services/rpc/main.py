@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any, NoReturn
 
 from services.protocol.errors import ServiceError
@@ -23,9 +23,9 @@ class ServiceLoop(asyncio.SelectorEventLoop):
 
 def run_main(prog: str, main: Coroutine[Any, Any, None]) -> NoReturn:
     """Runs `main` to its end, which is that of the process. StartError and ServiceError become one line on stderr and
-    exit code 2."""
+    exit code 2. What anybody prints meanwhile goes to the log: standard output is for announce_ready."""
     try:
-        with asyncio.Runner(loop_factory=ServiceLoop) as runner:
+        with redirect_stdout(sys.stderr), asyncio.Runner(loop_factory=ServiceLoop) as runner:
             runner.run(main)
     except (StartError, ServiceError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -218,8 +219,10 @@ class Server:
 def announce_ready(service: str, address: str, metrics: str | None = None) -> None:
     """Prints `READY {"service":..,"address":..,"metrics":..}` on stdout: the event that launchers wait for."""
     line = {"service": service, "address": address, "metrics": metrics}
+    # run_main turns what others print away from it.
+    stdout = sys.__stdout__ if sys.stdout is sys.stderr else sys.stdout
     try:
-        print("READY " + json.dumps(line, separators=(",", ":")), flush=True)
+        print("READY " + json.dumps(line, separators=(",", ":")), file=stdout, flush=True)
     except OSError:
         # A launcher that stopped reading is gone or does not care; its lifeline decides.
         log.warning("nobody reads stdout")

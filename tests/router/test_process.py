@@ -41,6 +41,8 @@ async def policy(request, fleet):
             pass
 """
 
+YIELDS = "    yield fleet.least_loaded(request).start_generate(request)\n"
+
 pytestmark = pytest.mark.slow
 
 
@@ -158,6 +160,33 @@ async def test_a_program_that_never_ends_does_not_hold_up_the_end(tmp_path: Path
             assert await asyncio.wait_for(process.wait(), 60) == 0
     finally:
         await engine.stop()
+
+
+async def test_what_a_program_prints_is_in_the_log_at_once_and_not_beside_the_ready_line(tmp_path: Path) -> None:
+    path = tmp_path / "talkative.py"
+    path.write_text("print('loading')\n\n\nasync def policy(request, fleet):\n    print('asked')\n" + YIELDS)
+    engine = FakeEngine(model(), "a")
+    address = await engine.start()
+    try:
+        async with router("--engine", address, "--policy", str(path)) as process:
+            announced = await ready(process)
+            assert process.stderr is not None
+            async with make_channel(announced["address"]) as channel:
+                await serving(channel)
+                await complete(router_pb2_grpc.RouterServiceStub(channel), request())
+                printed = [line async for line in until(process.stderr, b"asked\n") if b"time=" not in line]
+            assert printed == [b"loading\n", b"asked\n"]
+    finally:
+        await engine.stop()
+
+
+async def until(stream: asyncio.StreamReader, last: bytes) -> AsyncIterator[bytes]:
+    """Its lines up to that one."""
+    async with asyncio.timeout(60):
+        async for line in stream:
+            yield line
+            if line == last:
+                return
 
 
 async def test_the_launchers_death_stops_it() -> None:
