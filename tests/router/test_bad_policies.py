@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -275,3 +276,56 @@ async def test_a_failed_send_can_be_tried_again_with_the_next_attempt(tmp_path: 
         suite.router.registry.members[sender.address].info.labels["repair"] = sender.faults.clear
         assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
         assert [sent.attempt for sent in sender.called("RemoteSend")] == [1, 2]
+
+
+MISUSE = {
+    "a_negative_end": "    async with decode.prep_recv(request, end=-1):\n        yield",
+    "the_reservation_of_another_engine": (
+        "    async with decode.prep_recv(request, end=50) as kv:\n        await decode.remote_send(request, kv)\n"
+        "        yield prefill.start_generate(request, begin=50, kv=kv)"
+    ),
+    "a_reservation_that_was_released": (
+        "    async with decode.prep_recv(request, end=50) as kv:\n        await prefill.remote_send(request, kv)\n"
+        "    yield decode.start_generate(request, begin=50, kv=kv)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+async def test_what_a_program_gives_a_verb_is_not_the_clients_fault(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name, "    prefill, decode = fleet.pair(request)\n" + MISUSE[name])
+    async with running(policy=str(path)) as suite:
+        with failing(*FAILED) as caught:
+            await suite.generate()
+        assert re.match(
+            rf"policy {name} called a verb at line \d+ that was refused: .+ \([A-Z_]+\)", caught.value.message
+        )
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+async def test_a_forgotten_await_is_told_at_once(tmp_path: Path) -> None:
+    body = dedent("""
+        prefill, decode = fleet.pair(request)
+        async with decode.prep_recv(request, end=50) as kv:
+            prefill.remote_send(request, kv)
+            yield decode.start_generate(request, begin=50, kv=kv)
+    """).replace("\n", "\n    ")
+    async with running(policy=str(write(tmp_path, "forgetful", body))) as suite:
+        with failing(*FAILED) as caught:
+            await suite.generate()
+        assert caught.value.message == "policy forgetful called remote_send at line 9 without await"
+
+
+async def test_a_program_that_waits_for_ever_is_told_for_which_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
+    body = dedent("""
+        decode = fleet.pair(request)[1]
+        async with decode.prep_recv(request, end=50) as kv:
+            yield decode.start_generate(request, begin=50, kv=kv)
+    """).replace("\n", "\n    ")
+    async with running(policy=str(write(tmp_path, "unsent", body))) as suite:
+        with failing(*TIMEOUT) as caught:
+            await suite.generate()
+        assert caught.value.message == "policy unsent yielded nothing for 0.1 s, with start_generate on b under way"

@@ -47,6 +47,11 @@ class OpenLeg:
             self._elapsed_s = self._clock() - self._begin
             of(VERB_SECONDS, self.verb.value, code).observe(self._elapsed_s)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether end() has been called."""
+        return self._elapsed_s is not None
+
     def leg(self) -> Leg:
         """What is known so far."""
         elapsed_s = self._clock() - self._begin if self._elapsed_s is None else self._elapsed_s
@@ -66,6 +71,10 @@ class Legs:
         leg = OpenLeg(verb, engine, tokens, self._clock)
         self._open.append(leg)
         return leg
+
+    def under_way(self) -> str:
+        """Names of the verbs that have not ended, with their engines; empty if there is none."""
+        return ", ".join(f"{leg.verb.value} on {leg.engine}" for leg in self._open if not leg.has_ended)
 
     def legs(self) -> tuple[Leg, ...]:
         """All so far."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Protocol
 
 from services.router.cleanup import Cleanup
@@ -12,6 +15,7 @@ from services.router.fleet.legs import Legs
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
+from services.router.values import Verb
 
 _CALL_NUMBERS = itertools.count(1)
 
@@ -23,6 +27,20 @@ class Stream(Protocol):
         """Ends what it reads, unless somebody waits for a chunk: then it ends with that."""
 
 
+class Unawaited:
+    """An argument of a verb's coroutine, which takes it along when it is dropped before it began: that tells of the
+    `await` that a program forgot."""
+
+    __slots__ = ("_scope", "_verb", "begun")
+
+    def __init__(self, scope: RequestScope, verb: Verb) -> None:
+        self._scope, self._verb, self.begun = scope, verb, False
+
+    def __del__(self) -> None:
+        if not self.begun:
+            self._scope.on_dropped(self._verb, sys._getframe(1))
+
+
 class RequestScope:
     """Registers reservations and sequences from their beginning to their end, and ends what a policy left open."""
 
@@ -30,6 +48,8 @@ class RequestScope:
         self.cleanup = cleanup
         self.legs = Legs()
         self.avoided: set[str] = set()  # addresses of engines that failed this request
+        # A verb was dropped before it began, in that frame: a program's, or that of who cancels its task.
+        self.on_dropped: Callable[[Verb, FrameType], None] = lambda verb, frame: None
         self._reservations: set[Reservation] = set()
         self._sequences: set[Sequence] = set()
         self._streams: list[Stream] = []

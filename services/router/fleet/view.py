@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from services.protocol.errors import Code, ServiceError
 from services.protocol.ranges import TokenRange
@@ -21,7 +22,7 @@ from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.roster import Roster
-from services.router.fleet.scope import RequestScope
+from services.router.fleet.scope import RequestScope, Unawaited
 from services.router.fleet.underway import Answer, Answering, Computing
 from services.router.fleet.watched import Watched
 from services.router.request import PolicyRequest
@@ -91,9 +92,17 @@ class Engine:
         finally:
             await self._scope.let_go(reservation)
 
-    async def remote_send(self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None = None) -> Timing:
+    def remote_send(
+        self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None = None
+    ) -> Coroutine[Any, Any, Timing]:
         """Computes KV of `tokens` (by default all that is missing) or takes it from the cache, and writes it into
         `kv`. Returns when every byte is in place; at once, with no call, if the range is empty."""
+        return self._remote_send(request, kv, tokens, Unawaited(self._scope, Verb.REMOTE_SEND))
+
+    async def _remote_send(
+        self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None, unawaited: Unawaited
+    ) -> Timing:
+        unawaited.begun = True
         tokens = kv.missing if tokens is None else _movable(tokens, request)
         if not tokens:
             return Timing()
@@ -109,8 +118,8 @@ class Engine:
             return timing
 
     def start_generate(self, request: PolicyRequest, *, begin: int = 0, kv: Reservation | None = None) -> Generation:
-        """Tokens that follow the prompt; prompt[:begin] comes from `kv`. Yield it whole, or read it: then leaving the
-        loop cancels the sequence."""
+        """Tokens that follow the prompt; prompt[:begin] comes from `kv`. Yield it whole, or read it; aclose() what is
+        not read to its end, or it goes on until the request ends."""
         generation = Generation(request, begin, kv, self.snapshot, self._member, self._scope, self._costs)
         self._scope.stream(generation)
         return generation

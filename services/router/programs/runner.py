@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from services.protocol.errors import ServiceError
@@ -20,18 +21,29 @@ from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
-from services.router.programs.loader import failed_line
+from services.router.programs.loader import failed_line, program_name
 from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
 from services.router.programs.watchdog import ProgramInterrupted
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, FinishReason, Logprobs
+from services.router.values import Chunk, FinishReason, Logprobs, Verb
 
 log = logging.getLogger(__name__)
 
 POLICY_TIMEOUT_S = 120.0
 MAX_BUFFERED_TOKENS = 1 << 16
 MAX_TOKEN_ID = 2**32 - 1  # that messages have room for
+# What verbs answer to ranges and reservations that do not fit: clients give neither.
+MISUSE = frozenset(
+    {
+        "INVALID_RANGE",
+        "OUTSIDE_WINDOW",
+        "RANGE_OVERLAPS",
+        "PROMPT_MISMATCH",
+        "UNKNOWN_RESERVATION",
+        "RESERVATION_GONE",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,7 @@ class PolicyRun:
         self._request = request
         self._fleet = fleet
         self._scope = scope
+        scope.on_dropped = self._dropped
         self._recovery = recovery
         self._limits = limits
         self._mailbox = Mailbox(limits.max_buffered)
@@ -247,7 +260,9 @@ class PolicyRun:
         if now >= self._request.deadline:
             self._mailbox.close(RequestTimeout("the request's time is over"))
         elif now >= self._yielded_at + limit_s:
-            self._mailbox.close(PolicyTimeout(f"policy {self.served_by.spec} yielded nothing for {limit_s:g} s"))
+            verbs = self.legs.under_way()
+            what = f"yielded nothing for {limit_s:g} s" + (f", with {verbs} under way" if verbs else "")
+            self._mailbox.close(PolicyTimeout(f"policy {self.served_by.spec} {what}"))
         else:
             self._set_timer()
 
@@ -256,12 +271,26 @@ class PolicyRun:
         if _interrupted(raised):
             return PolicyFailed(f"policy {self.served_by.spec} blocked the router{_at(raised)} and was interrupted")
         known = _service_error(raised)
-        if known is not None:
+        if known is not None and not _is_misuse(known, raised):
             return known
         if not isinstance(raised, asyncio.CancelledError) or not _is_cancelled():
             fields = {"policy": self.served_by.spec, "request": self._request.request_id}
             log.error("policy failed", exc_info=raised, extra={"fields": fields})
+        if known is not None:
+            what = f"called a verb{_at(raised)} that was refused: {known.message} ({known.reason})"
+            return PolicyFailed(f"policy {self.served_by.spec} {what}")
         return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
+
+    def _dropped(self, verb: Verb, frame: FrameType) -> None:
+        """Says so at once: who waits for what that verb was to bring waits for ever."""
+        if program_name(frame.f_globals) is not None:  # not a task's that is cancelled before its first step
+            what = f"called {verb.value} at line {frame.f_lineno} without await"
+            self._mailbox.close(PolicyFailed(f"policy {self.served_by.spec} {what}"))
+
+
+def _is_misuse(error: ServiceError, raised: BaseException) -> bool:
+    """Whether a verb was refused for what a program gave it, which no client can be blamed for."""
+    return error.reason in MISUSE and failed_line(raised) is not None
 
 
 def _makes_sense(chunk: Chunk) -> bool:
