@@ -160,6 +160,8 @@ def _explain(address: str, error: RemoteError) -> CliError:
         return unreachable(address, sentence)
     if error.code is Code.DEADLINE_EXCEEDED and error.reason == Code.DEADLINE_EXCEEDED.name:
         sentence = f"the router at {address} did not answer in time"
+    if error.code is Code.UNIMPLEMENTED and error.reason == Code.UNIMPLEMENTED.name:
+        sentence = f"what answers at {address} is no router of this version: an engine, or a KV transfer service?"
     if error.code is Code.UNAUTHENTICATED:
         sentence += (
             f"; the commands show {KEY_VARIABLE}, for the fleet and policies {ADMIN_KEY_VARIABLE},"

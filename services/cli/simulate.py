@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from services.cli import output
 from services.cli.commands import Json
 from services.cli.errors import UsageError
 from services.router.errors import RouterError
+from services.router.programs import runner
 from services.router.programs.library import named_file
 from services.router.simulate.fleet import Arrival, simulated_router
 from services.router.simulate.hardware import HARDWARE, FleetHardware
@@ -64,10 +66,27 @@ def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> l
         async with simulated_router(fleet, [] if named is None else [named[0]]) as router:
             return await router.serve(policy if named is None else f"{named[0].stem}:{named[1]}", arrivals)
 
+    once = _Once()
+    runner.log.addFilter(once)
     try:
         return run(main())
     except RouterError as error:
         raise UsageError(error.message) from None
+    finally:
+        runner.log.removeFilter(once)
+
+
+class _Once(logging.Filter):
+    """Lets every sentence through once: what fails one simulated request fails hundreds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_new = record.msg not in self._seen
+        self._seen.add(record.msg)
+        return is_new
 
 
 def _arrivals(

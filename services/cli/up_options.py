@@ -55,11 +55,13 @@ def check(options: UpOptions) -> None:
         raise UsageError(f"--grpc-port {options.grpc_port} leaves no ports for {options.engine_count} engines")
     _check_router(options)
     _check_others(options)
-    for port in (options.grpc_port, options.http_port, *admin_ports, *options.engine_ports):
+    ports = dict.fromkeys((options.grpc_port, *options.engine_ports), "--grpc-port")
+    ports |= {options.http_port: "--http-port"} | dict.fromkeys(admin_ports, "--admin-port")
+    for port, option in ports.items():
         try:
             check_free(HOST, port)
         except StartError as error:
-            raise CliError(str(error)) from None
+            raise CliError(f"{error}: {option} takes another") from None
 
 
 def _check_router(options: UpOptions) -> None:

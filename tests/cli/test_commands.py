@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
+import grpc
 import pytest
 
 from services.cli.fleet import Fleet
@@ -247,6 +249,20 @@ def test_the_wrong_port_is_told_from_none(microserve: Run) -> None:
     assert "does not speak gRPC" in err
 
 
+def test_what_is_no_router_is_told(microserve: Run) -> None:
+    """Such as an engine, whose port is the next one."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for argv in (("ask", "Hi"), ("engines",)):
+            code, _, err = microserve(*argv, "--address", f"127.0.0.1:{port}")
+            assert (code, err.count("\n")) == (1, 1)
+            assert f"what answers at 127.0.0.1:{port} is no router" in err
+    finally:
+        server.stop(None).wait()
+
+
 @contextmanager
 def asking_for_ever(address: str) -> Iterator[subprocess.Popen[str]]:
     """A command that has begun to print an answer, which never ends."""
@@ -282,7 +298,8 @@ def test_port_in_use_is_found_before_anything_starts(microserve: Run) -> None:
         for option in ("--grpc-port", "--http-port", "--admin-port"):
             others = [f"{other}=0" for other in ("--grpc-port", "--http-port") if other != option]
             code, out, err = microserve("up", option, str(port), *others)
-            assert (code, out, err) == (1, "", f"microserve: 127.0.0.1:{port} is in use by another process\n")
+            line = f"microserve: 127.0.0.1:{port} is in use by another process: {option} takes another\n"
+            assert (code, out, err) == (1, "", line)
 
 
 @pytest.mark.parametrize("group", [(), ("policy",), ("model",), ("kv",)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Run
 
 HERE = Path(__file__).resolve().parents[2]
@@ -45,3 +47,13 @@ def test_what_cannot_be_simulated_is_a_line(microserve: Run, tmp_path: Path) -> 
         assert out == ""
         assert err.count("\n") == 1
         assert err.startswith("microserve: ")
+
+
+def test_what_fails_every_request_is_told_once(
+    microserve: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("async def policy(request, fleet):\n    fleet.nothing\n    yield\n")
+    code, out, _ = microserve("simulate", str(broken), str(broken), "--requests", "5", "--json")
+    assert (code, [row["failed"] for row in json.loads(out)]) == (0, [5, 5])
+    assert [record.getMessage() for record in caplog.records] == ["policy failed"] * 2
