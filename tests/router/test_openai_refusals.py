@@ -10,10 +10,12 @@ from typing import Any
 
 import openai
 import pytest
+from microserve.router.v1 import admin_pb2
 
 from services.router.openai.calls import Headers, chat
 from services.router.openai.errors import Refusal
 from services.router.openai.fields import Fields
+from tests.fakes import FakeBug, Fault
 from tests.router.openai_client import USER, serving
 from tests.router.raw_http import fetch, get
 
@@ -146,6 +148,37 @@ async def test_bodies_that_are_no_request(body: bytes) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.post("/completions", content=body, cast_to=object)
         assert caught.value.code == "invalid_json"
+
+
+async def test_where_json_is_wrong_is_told() -> None:
+    async with serving() as (_, client):
+        with pytest.raises(openai.BadRequestError, match=r"JSON: .+ at line 2, column 14"):
+            await client.post("/completions", content=b'{"prompt": "x",\n "n": 1, "a" 2}', cast_to=object)
+
+
+async def test_a_wrong_model_is_told_which_there_are() -> None:
+    async with serving() as (suite, client):
+        with pytest.raises(openai.NotFoundError, match=f"there is {suite.router.registry.models()[0].key.name}"):
+            await client.completions.create(model="gpt-4", prompt="x")
+
+
+async def test_a_base_url_without_the_version_is_told_the_paths() -> None:
+    async with serving() as (suite, client):
+        with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+            await client.with_options(base_url=f"http://{suite.http}").completions.create(model="x", prompt="x")
+
+
+@pytest.mark.parametrize("given", [{}, {"x-request-id": "mine"}])
+async def test_what_fails_has_a_name_to_look_for_in_logs_and_traces(given: dict[str, str]) -> None:
+    async with serving() as (suite, client):
+        suite.first.faults["StartGenerate"] = Fault(FakeBug("no"))
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.completions.create(model="", prompt="x", extra_headers=given)
+        request_id = caught.value.request_id
+        assert request_id == given.get("x-request-id", request_id)
+        assert request_id is not None
+        explained = await suite.admin.ExplainRequest(admin_pb2.ExplainRequestRequest(request_id=request_id))
+        assert explained.code == "INTERNAL"
 
 
 async def test_a_body_that_is_too_large() -> None:

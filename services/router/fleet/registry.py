@@ -24,6 +24,7 @@ from services.router.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_MOST_NAMED = 500  # characters of a sentence that lists models
 _COUNT_AGAIN_S = 0.05
 _PASSED_OVER = "most engines of its model have other weights, another --dtype or --kv-dtype, or another vocabulary"
 
@@ -203,7 +204,8 @@ class Registry:
             return model
         known = self._known
         if name and known and name not in known:
-            raise UnknownModel(f"no engine serves a model named {name[:100]!r}")
+            others = ", ".join(sorted(known))[:_MOST_NAMED]
+            raise UnknownModel(f"no engine serves a model named {name[:100]!r}; there is {others}")
         if not name and len(known) > 1:
             raise ModelRequired(f"name one of the models: {', '.join(sorted(known))}")
         if not name and self._models:

@@ -24,7 +24,7 @@ from services.router.keys import HEADER, Keys
 from services.router.metrics import HTTP_REQUESTS, of
 from services.router.openai.calls import chat, completion
 from services.router.openai.errors import CUT_OFF, Refusal, refusal
-from services.router.openai.generation import OWNER, Generation, HttpLimits
+from services.router.openai.generation import OWNER, REQUEST_ID, Generation, HttpLimits
 from services.router.openai.shapes import ChatShape, CompletionShape
 from services.router.service import GenerationService
 
@@ -100,7 +100,8 @@ class HttpApp:
             refused = _refusal(error, path)
             if status:
                 raise  # too late to answer: the connection ends
-            await JSONResponse(refused.body(), refused.status, refused.headers())(scope, receive, send_and_see)
+            headers = refused.headers() | ({"x-request-id": scope[REQUEST_ID]} if REQUEST_ID in scope else {})
+            await JSONResponse(refused.body(), refused.status, headers)(scope, receive, send_and_see)
         finally:
             if is_call:
                 self._ended()
@@ -158,7 +159,8 @@ def _refusal(error: Exception, path: str) -> Refusal:
         return refusal(error)
     if isinstance(error, HTTPException):
         allow = (error.headers or {}).get("Allow", "")
-        what = {404: "there is nothing at this path", 405: f"this path takes {allow}"}
+        nothing = "there is nothing at this path; the API is /v1/chat/completions, /v1/completions and /v1/models"
+        what = {404: nothing, 405: f"this path takes {allow}"}
         return Refusal(error.status_code, what.get(error.status_code, error.detail), "unknown_url", allow=allow)
     failure_id = uuid.uuid4().hex
     log.error("call failed", exc_info=error, extra={"fields": {"path": path, "failure": failure_id}})

@@ -33,6 +33,9 @@ class Fields:
         """From the text of a JSON object."""
         try:
             members = _JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            raise Refusal(400, f"the body is not valid JSON: {error.msg} at {where}", "invalid_json") from None
         except (ValueError, RecursionError):
             raise Refusal(400, "the body is not valid JSON", "invalid_json") from None
         if not isinstance(members, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
@@ -24,8 +25,8 @@ from services.router.openai.fields import Fields
 from services.router.openai.shapes import ChatShape, CompletionShape, Wishes
 from services.router.service import GenerationService
 
-# In a scope: the tenant whose key the client has shown, empty: no tenant's.
-OWNER = "microserve.owner"
+# In a scope: the tenant whose key the client has shown, empty: no tenant's; and what the request is called in logs.
+OWNER, REQUEST_ID = "microserve.owner", "microserve.request_id"
 _BODY_TIMEOUT_S = 60.0
 _NAMES = (b"x-microserve-policy", b"x-request-id", b"x-microserve-priority", b"x-microserve-tenant")
 
@@ -60,6 +61,7 @@ class Generation:
         headers = dict(reversed(scope["headers"]))  # the first of a name counts
         body = await _body(receive, client, headers.get(b"content-length", b""), self._limits.max_body_bytes)
         policy, request_id, priority, tenant = (headers.get(name, b"").decode("latin-1") for name in _NAMES)
+        scope[REQUEST_ID] = request_id = request_id or f"{random.getrandbits(64):016x}"
         owner = scope[OWNER]
         named = Headers(policy, request_id, priority, tenant_of(owner, tenant), owner)
         call = self._read(Fields.parse(body), named)
