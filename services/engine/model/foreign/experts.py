@@ -55,7 +55,7 @@ class _InPlaceOfExperts(torch.nn.Module):
     def _multiply(self, layers: Sequence[TeamLinear], rows: Tensor, counts: Sequence[int]) -> Tensor:
         """rows, so many for each expert, through its layer: all of them in one call of compiled code."""
         jobs = Jobs(self._team)
-        parts = zip(layers, rows.split(list(counts)), strict=True)
+        parts = zip(layers, rows.split_with_sizes(list(counts)), strict=True)
         results = [layer.add_to(jobs, part) for layer, part in parts if part.shape[0]]
         jobs.run()
         return torch.cat(results)
