@@ -55,6 +55,12 @@ def test_every_fleet_splits_into_two_disjoint_roles(number: int) -> None:
     assert choose.roles(engines[::-1]) == (prefill, decode)
 
 
+async def test_programs_see_engines_by_name_in_whatever_order_they_came() -> None:
+    async with running(engines=[FakeEngine(model(), name) for name in ("c", "a", "b")]) as suite:
+        [served] = suite.router.registry.models()
+        assert names(tuple(suite.router.registry.engines(served.key))) == "abc"
+
+
 def test_labels_decide_where_both_roles_are_given() -> None:
     labelled = [
         snapshot("a", labels={"role": "decode"}),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from services.router.admission.ticket import Capacity
 from services.router.errors import ModelRequired, NoEngine, UnknownModel
+from services.router.fleet import choose
 from services.router.fleet.block_index import BlockIndex
 from services.router.fleet.choose import DECODE, PREFILL, ROLE
 from services.router.fleet.info import EngineSnapshot
@@ -169,7 +170,7 @@ class Registry:
         return member.state or (_PASSED_OVER if member in self._passed_over else "")
 
     def engines(self, key: ModelKey) -> list[EngineSnapshot]:
-        """Engines that take work for that model now, by address."""
+        """Engines that take work for that model now, by name and address."""
         model = self._models.get(key.name)
         if model is None or model.key != key:
             return []
@@ -220,6 +221,11 @@ class Registry:
         self._passed_over = members
 
 
+def _place(member: Member) -> tuple[str, str]:
+    """Of one that has joined: every router over the same fleet has its engines in the same order."""
+    return choose.name(member.snapshot())
+
+
 def _capacity(members: Sequence[Member]) -> Capacity:
     """Where engines are labelled with both roles, sequences count where they decode and prompts where they prefill."""
     roles = {member: member.label(ROLE) for member in members if member.breaker.admits}
@@ -250,7 +256,7 @@ def _models(healthy: Iterable[Member]) -> dict[str, Model]:
             models[key.name] = Model(
                 key,
                 tokenizer,
-                tuple(members),
+                tuple(sorted(members, key=_place)),
                 max_context=min(info.max_context for info in infos),
                 vocab_size=min(info.vocab_size for info in infos),
             )

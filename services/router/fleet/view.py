@@ -172,7 +172,7 @@ class Fleet:
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """All that take work now and have not failed this request, by address. May be empty."""
+        """All that take work now and have not failed this request, by name and address. May be empty."""
         return tuple(map(self.engine, self._candidates()))
 
     def engine(self, snapshot: EngineSnapshot) -> Engine:
