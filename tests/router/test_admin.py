@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import logging
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import grpc
 import pytest
 from microserve.router.v1 import admin_pb2, admin_pb2_grpc
 
+from services.router.metrics import ABANDONED_POLICIES
+from services.router.programs.stack import MODULE_PREFIX
 from services.rpc.status import from_rpc_error
 from tests.fakes import PATIENCE_S, FakeBug, FakeEngine, Fault
 from tests.router.harness import PROMPT, Running, failing, model, running
@@ -165,19 +169,90 @@ async def test_programs_that_cannot_be_loaded_change_nothing(name: str, source: 
         assert (await suite.generate()).policy == "data_parallel"
 
 
-async def test_code_that_never_finishes_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+SPINS = "while True:\n    pass\n"
+NEVER_LOADED = {
+    "spins": SPINS,
+    "tries_again": """
+while True:
+    try:
+        while True:
+            pass
+    except Exception:
+        pass
+""",
+    "catches_all_a_few_times": f"""
+for _ in range(3):
+    try:
+        while True:
+            pass
+    except BaseException:
+        pass
+{SPINS}""",
+    "spins_in_its_params": """
+class Endless(type):
+    @property
+    def __dataclass_params__(self):
+        while True:
+            pass
+class Params(metaclass=Endless):
+    __dataclass_fields__ = {}
+""",
+}
+
+
+async def none_loads() -> None:
+    """Waits until no program is being loaded any more."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("load policy "):
+            await asyncio.to_thread(thread.join, PATIENCE_S)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("name", NEVER_LOADED)
+async def test_code_that_never_finishes_loading_is_refused_and_ended(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("services.router.programs.loader.LOAD_TIMEOUT_S", 0.1)
-    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
-    monkeypatch.setattr(builtins, "loading", (begun, go, ended), raising=False)
-    source = "begun, go, ended = loading\nbegun.set()\ngo.wait()\nended.set()\n"
     async with running(takes_uploads=True) as suite:
         with failing("INVALID_ARGUMENT", "BAD_POLICY") as caught:
-            await use(suite, "mine", source)
+            await use(suite, name, NEVER_LOADED[name])
         assert "did not finish" in caught.value.message
-        # It may begin later than it was waited for.
+        await none_loads()
+        assert f"{MODULE_PREFIX}policy_{name}" not in sys.modules
+
+
+async def test_code_that_nobody_waits_for_any_more_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr(builtins, "begun", begun, raising=False)
+    async with running(takes_uploads=True) as suite:
+        call = suite.admin.SetPolicy(admin_pb2.SetPolicyRequest(name="spins", source=f"begun.set()\n{SPINS}"))
+        # Called only now, by one that waits.
+        waiting = asyncio.ensure_future(call)
         assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+        waiting.cancel()
+        await none_loads()
+
+
+async def test_code_that_cannot_be_interrupted_while_it_loads_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.router.programs.loader.LOAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("services.router.programs.loader.GIVE_UP_TIMEOUT_S", 0.1)
+    go = threading.Event()
+    monkeypatch.setattr(builtins, "go", go, raising=False)
+    counter = ABANDONED_POLICIES.labels("stubborn")
+    before = counter._value.get()
+    given_up = asyncio.Event()
+    monkeypatch.setattr(
+        logging.getLogger("services.router.programs.loader"), "filters", [lambda _: given_up.set() is None]
+    )
+    source = "while not go.is_set():\n    try:\n        go.wait()\n    except BaseException:\n        pass\n"
+    async with running(takes_uploads=True) as suite:
+        with failing("INVALID_ARGUMENT", "BAD_POLICY"):
+            await use(suite, "stubborn", source)
+        async with asyncio.timeout(PATIENCE_S):
+            await given_up.wait()
+        assert counter._value.get() == before + 1
         go.set()
-        assert await asyncio.to_thread(ended.wait, PATIENCE_S)
+        await none_loads()
 
 
 async def test_files_are_at_hand_by_their_name(tmp_path: Path) -> None:

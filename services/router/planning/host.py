@@ -22,7 +22,7 @@ from services.router.planning.traffic import Traffic
 from services.router.planning.view import View
 from services.router.programs.library import Library
 from services.router.programs.program import BoundProgram
-from services.router.programs.watchdog import ProgramInterrupted
+from services.router.programs.stack import ProgramInterrupted
 
 log = logging.getLogger(__name__)
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import inspect
 import linecache
+import logging
 import re
 import sys
 import threading
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from services.router.errors import BadPolicy
+from services.router.metrics import ABANDONED_POLICIES
 from services.router.programs.params import ParamsSpec
 from services.router.programs.program import Kind, Program
+from services.router.programs.stack import MODULE_PREFIX, interrupt
+
+log = logging.getLogger(__name__)
 
 MAX_SOURCE_CHARACTERS = 1 << 16
 LOAD_TIMEOUT_S = 5.0
-_MODULE_PREFIX = "microserve_program_"
+GIVE_UP_TIMEOUT_S = 30.0
+_BETWEEN_INTERRUPTS_S = 0.05
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -37,7 +42,7 @@ def load_file(path: Path, kind: Kind) -> Program:
 async def load_upload(name: str, source: str, kind: Kind) -> Program:
     """As load_source, on a thread and bounded in time, since nobody has seen the code yet.
 
-    Code that does not end goes on burning the thread, a daemon, but not the loop.
+    Code that nobody waits for any more is interrupted, since its thread takes the interpreter from all requests.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Program] = loop.create_future()
@@ -58,12 +63,30 @@ async def load_upload(name: str, source: str, kind: Kind) -> Program:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, program, error)
 
-    threading.Thread(target=load, name=f"load {kind.function} {name}", daemon=True).start()
+    thread = threading.Thread(target=load, name=f"load {kind.function} {name}", daemon=True)
+    thread.start()
     try:
         async with asyncio.timeout(LOAD_TIMEOUT_S):
             return await done
     except TimeoutError:
         raise BadPolicy(f"{kind.function} {name} did not finish loading within {LOAD_TIMEOUT_S:g} s") from None
+    finally:
+        if done.cancelled():
+            _end(thread, loop.time() + GIVE_UP_TIMEOUT_S)
+
+
+def _end(thread: threading.Thread, give_up_at: float) -> None:
+    """Interrupts what the thread loads, again and again, since a program may catch that or wait in native code."""
+    if thread.ident is None or not thread.is_alive():
+        return
+    loop = asyncio.get_running_loop()
+    program = interrupt(thread.ident)
+    if program is not None and loop.time() >= give_up_at:
+        ABANDONED_POLICIES.labels(program.name).inc()
+        fields = {"policy": program.name, "where": program.where}
+        log.error("a program that does not finish loading cannot be interrupted", extra={"fields": fields})
+        return
+    loop.call_later(_BETWEEN_INTERRUPTS_S, _end, thread, give_up_at)
 
 
 def load_source(name: str, source: str, kind: Kind, *, file: str = "") -> Program:
@@ -72,7 +95,7 @@ def load_source(name: str, source: str, kind: Kind, *, file: str = "") -> Progra
         raise BadPolicy(f"{name[:80]!r} is no name for a {kind.function}: lower case letters, digits and underscores")
     if len(source) > MAX_SOURCE_CHARACTERS:
         raise BadPolicy(f"{kind.function} {name} is longer than {MAX_SOURCE_CHARACTERS} characters")
-    module = ModuleType(f"{_MODULE_PREFIX}{kind.function}_{name}")
+    module = ModuleType(f"{MODULE_PREFIX}{kind.function}_{name}")
     module.__file__ = file or f"<{kind.function} {name}>"
     with _registered(module):
         _run(module, name, source, kind)
@@ -89,23 +112,6 @@ def load_source(name: str, source: str, kind: Kind, *, file: str = "") -> Progra
     return Program(name, summary, source, file, function, params, kind)
 
 
-def program_name(module: Mapping[str, Any]) -> str | None:
-    """The name of the program whose module has these globals; None for any other module."""
-    name = module.get("__name__")
-    if not isinstance(name, str) or not name.startswith(_MODULE_PREFIX):
-        return None
-    return name.removeprefix(_MODULE_PREFIX).partition("_")[2]
-
-
-def failed_line(raised: BaseException) -> int | None:
-    """The innermost line of a program that the exception came through, of a group its first one; None if it came
-    through none."""
-    while isinstance(raised, BaseExceptionGroup):
-        raised = raised.exceptions[0]
-    lines = [line for frame, line in traceback.walk_tb(raised.__traceback__) if program_name(frame.f_globals)]
-    return lines[-1] if lines else None
-
-
 @contextmanager
 def _registered(module: ModuleType) -> Iterator[None]:
     """Dataclasses look their module up. One of each name stays, the latest that could be loaded: programs may be
@@ -114,7 +120,7 @@ def _registered(module: ModuleType) -> Iterator[None]:
     sys.modules[module.__name__] = module
     try:
         yield
-    except BadPolicy:
+    except BaseException:  # also an interruption
         sys.modules.pop(module.__name__, None)
         if before is not None:
             sys.modules[module.__name__] = before

@@ -21,10 +21,9 @@ from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
-from services.router.programs.loader import failed_line, program_name
 from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
-from services.router.programs.watchdog import ProgramInterrupted
+from services.router.programs.stack import ProgramInterrupted, failed_line, program_name
 from services.router.request import PolicyRequest
 from services.router.values import Chunk, FinishReason, Logprobs, Verb
 

@@ -14,14 +14,13 @@ import asyncio
 import faulthandler
 import logging
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
 from services.router.metrics import BLOCKED_LOOPS
-from services.router.programs.loader import program_name
+from services.router.programs.stack import OnStack, ProgramInterrupted, find, find_in
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +29,6 @@ GIVE_UP_TIMEOUT_S = 30.0
 SIGNAL = signal.SIGUSR2
 # Ends the process. It comes when so much processor time has passed: a process that was stopped is not late.
 LAST_SIGNAL, LAST_TIMER = signal.SIGPROF, signal.ITIMER_PROF
-_ROUTER = "services."
-
-
-class ProgramInterrupted(BaseException):
-    """Raised inside a program that blocks the loop. No Exception: programs that try again must not swallow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +48,6 @@ class WatchdogLimits:
     def tick_s(self) -> float:
         """Between two looks. Time is counted in looks, so a process that was stopped as a whole is not late."""
         return self.block_s / self.ticks
-
-
-@dataclass(frozen=True, slots=True)
-class _Culprit:
-    """A program on the loop's stack: one run of it, where it stands, whether in code of the router that it calls."""
-
-    run: int
-    name: str
-    where: str
-    in_router: bool
 
 
 class Watchdog:
@@ -118,7 +102,7 @@ class Watchdog:
                 beats, late, seen, self._target = self._beats, 0, None, None
                 continue
             late += 1
-            culprit = _find(sys._current_frames().get(self._loop_thread))
+            culprit = find_in(self._loop_thread)
             is_due = late % self._limits.ticks == 0
             if is_due:
                 self._report(culprit)
@@ -132,30 +116,17 @@ class Watchdog:
                 log.critical("the event loop stands still: giving up", extra={"fields": _fields(culprit)})
                 self._on_stuck()
 
-    def _report(self, culprit: _Culprit | None) -> None:
+    def _report(self, culprit: OnStack | None) -> None:
         BLOCKED_LOOPS.labels("router" if culprit is None else culprit.name).inc()
         log.error("the event loop stands still", extra={"fields": _fields(culprit)})
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
         """On the main thread, between two of its instructions: it is certain now what runs."""
-        culprit = _find(frame)
+        culprit = find(frame)
         if culprit is not None and culprit.run == self._target and not culprit.in_router:
             self._target = None
             raise ProgramInterrupted
 
 
-def _find(frame: FrameType | None) -> _Culprit | None:
-    """The program on this stack, if there is one."""
-    where = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    in_router = False
-    while frame is not None:
-        name = program_name(frame.f_globals)
-        if name is not None:
-            return _Culprit(id(frame), name, where, in_router)
-        in_router = in_router or str(frame.f_globals.get("__name__")).startswith(_ROUTER)
-        frame = frame.f_back
-    return None
-
-
-def _fields(culprit: _Culprit | None) -> dict[str, object]:
+def _fields(culprit: OnStack | None) -> dict[str, object]:
     return {} if culprit is None else {"policy": culprit.name, "where": culprit.where}
