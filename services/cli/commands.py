@@ -27,6 +27,7 @@ def ask(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
+    model: Annotated[str, typer.Option(help="Which one, where the router serves several.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue TEXT with no chat template.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Show what every verb did.")] = False,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that the answer may take.")] = 300.0,
@@ -34,7 +35,7 @@ def ask(
     json: Json = False,
 ) -> None:
     """Asks the router and streams the answer."""
-    question = Question(text, policy, max_tokens, temperature, seed, raw)
+    question = Question(text, policy, max_tokens, temperature, seed, model, raw)
 
     answer = call_router(address, lambda router: stream_answer(router, question, quiet=json, timeout_s=timeout))
     if json:

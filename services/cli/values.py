@@ -14,6 +14,7 @@ class Question:
     max_tokens: int = 128
     temperature: float = 0.0  # greedy
     seed: int | None = None
+    model: str = ""  # empty: the only one
     raw: bool = False  # continue the text as it is, with no chat template
 
 

@@ -26,6 +26,7 @@ from services.cli.values import (
 def request_message(question: Question) -> router_pb2.GenerateRequest:
     """A question as RouterService takes it."""
     request = router_pb2.GenerateRequest(
+        model=question.model,
         sampling=sampling_pb2.SamplingParams(
             temperature=question.temperature, max_tokens=question.max_tokens, seed=question.seed or 0
         ),
