@@ -131,14 +131,16 @@ def print_split(split: Split) -> None:
     table = make_table(
         "Split" if split.active else "Split, ended",
         ["policy"],
-        ["%", "requests", "errors", "ttft ms", "p99", "tpot ms", "jct ms", "p99"],
+        ["%", "requests", "refused", "errors", "ttft ms", "p99", "tpot ms", "jct ms", "p99"],
     )
     for arm in split.arms:
         total = sum(arm.requests.values())
         times = (arm.ttft_mean_ms, arm.ttft_p99_ms, arm.tpot_mean_ms, arm.jct_mean_ms, arm.jct_p99_ms)
         ended_well = arm.requests.get("OK", 0)
+        refused = arm.requests.get("INVALID_ARGUMENT", 0)  # which the client is to mend
         shown = [f"{time:.1f}" if ended_well else "-" for time in times]
-        table.add_row(arm.policy, f"{arm.percent:g}", str(total), str(total - ended_well), *shown)
+        counts = (total, refused, total - ended_well - refused)
+        table.add_row(arm.policy, f"{arm.percent:g}", *map(str, counts), *shown)
     say(table)
 
 

@@ -19,6 +19,7 @@ RouterError
 ├── NoEarlierPolicy        FAILED_PRECONDITION  there is no policy to go back to
 ├── UploadDisabled         PERMISSION_DENIED
 ├── PolicyFailed           ABORTED              a program raised, yielded nothing or yielded nonsense
+├── Refused                INVALID_ARGUMENT     a program serves no such request, and says why
 ├── PolicyTimeout          DEADLINE_EXCEEDED    a program yielded nothing for too long
 ├── RequestTimeout         DEADLINE_EXCEEDED    the request's own time is over
 ├── NoPair                 FAILED_PRECONDITION  there are no two engines to disaggregate over
@@ -39,6 +40,8 @@ RouterError
 from __future__ import annotations
 
 from services.protocol.errors import Code, ServiceError
+
+MAX_REFUSAL_CHARACTERS = 500
 
 
 class RouterError(ServiceError):
@@ -173,6 +176,17 @@ class PolicyFailed(RouterError):
 
     code = Code.ABORTED
     reason = "POLICY_FAILED"
+
+
+class Refused(RouterError):
+    """The program serves no such request; the message is the program's, cut to MAX_REFUSAL_CHARACTERS on one line."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "REFUSED_BY_POLICY"
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(each if each.isprintable() else " " for each in str(message)[:MAX_REFUSAL_CHARACTERS])
+        super().__init__(" ".join(shown.split()) or "the policy refuses this request")
 
 
 class PolicyTimeout(RouterError):

@@ -27,6 +27,13 @@ def test_ask_streams_text_as_it_is(microserve: Run, router_address: str) -> None
     assert (code, out, err) == (0, "You said [b]Hi[/b]\n", "")
 
 
+def test_ask_names_a_model_where_there_are_several(microserve: Run, router_address: str) -> None:
+    assert microserve("ask", "Hi", "--model", "imaginary", "--address", router_address)[0] == 0
+    code, _, err = microserve("ask", "Hi", "--model", "other", "--address", router_address)
+    assert code != 0
+    assert "no model 'other'" in err
+
+
 def test_ask_shows_a_trace(microserve: Run, router_address: str) -> None:
     code, out, _ = microserve("ask", "Hi", "--trace", "--policy", "data_parallel", "--address", router_address)
     assert code == 0
@@ -109,10 +116,10 @@ def test_policy_rollback_and_split(microserve: Run, router_address: str) -> None
     code, out, _ = microserve("policy", "split", "balanced:ratio=0.5=12.5", "disaggregated=3", "adaptive=0.5", *at)
     assert code == 0
     row = next(line.split() for line in out.splitlines() if "balanced" in line)
-    assert row[:5] == ["balanced:ratio=0.5", "12.5", "4", "1", "25.0"]
-    assert ["adaptive", "0.5", "0", "0", "-", "-", "-", "-", "-"] in [line.split() for line in out.splitlines()]
+    assert row[:6] == ["balanced:ratio=0.5", "12.5", "6", "2", "1", "25.0"]
+    assert ["adaptive", "0.5", "0", "0", "0", "-", "-", "-", "-", "-"] in [line.split() for line in out.splitlines()]
     split = json.loads(microserve("policy", "split", "--end", "--json", *at)[1])
-    assert (split["active"], split["arms"][1]["requests"]) == (False, {"OK": 3, "ABORTED": 1})
+    assert (split["active"], split["arms"][1]["requests"]) == (False, {"OK": 3, "ABORTED": 1, "INVALID_ARGUMENT": 2})
     for wrong, sentence in ((("disaggregated",), "is not POLICY=PERCENT"), (("--end", "x=1"), "takes no shares")):
         code, _, err = microserve("policy", "split", *wrong, *at)
         assert (code, err.count("\n"), sentence in err) == (2, 1, True)

@@ -2,7 +2,7 @@
 
 from services.protocol.errors import ServiceError
 from services.protocol.ranges import TokenRange
-from services.router.errors import NoPair
+from services.router.errors import NoPair, Refused
 from services.router.fleet.generation import Generation
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.view import Engine, Fleet
@@ -17,6 +17,7 @@ __all__ = [
     "Generation",
     "NoPair",
     "PolicyRequest",
+    "Refused",
     "Reservation",
     "ServiceError",
     "TokenRange",

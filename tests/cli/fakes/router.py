@@ -19,10 +19,17 @@ from tests.cli.fakes.config import RouterConfig
 
 PROGRAMS = {"disaggregated": "Prefill here, decode there.", "data_parallel": "One engine does all."}
 
+MODEL = "imaginary"
+
 
 class UnknownPolicy(ServiceError):
     code = Code.NOT_FOUND
     reason = "UNKNOWN_POLICY"
+
+
+class UnknownModel(ServiceError):
+    code = Code.NOT_FOUND
+    reason = "UNKNOWN_MODEL"
 
 
 class UploadDisabled(ServiceError):
@@ -61,6 +68,8 @@ class Router(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         metadata = dict(context.invocation_metadata())
+        if request.model not in ("", MODEL):
+            raise UnknownModel(f"there is no model {request.model!r}")
         policy = self.admin.find(metadata.get("x-microserve-policy", self.admin.current))
         text = request.text or request.chat.messages[0].content
         yield router_pb2.GenerateResponse(text="You said ", request_id="r1", policy=policy)
@@ -134,7 +143,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         for share in request.shares:
             arm = self.split.arms.add(policy=share.policy, percent=share.percent)
             if share.percent >= 1:
-                arm.request_count_by_code.update({"OK": 3, "ABORTED": 1})
+                arm.request_count_by_code.update({"OK": 3, "ABORTED": 1, "INVALID_ARGUMENT": 2})
                 arm.ttft.mean.FromMilliseconds(25)
         return admin_pb2.SplitPoliciesResponse(split=self.split)
 
