@@ -209,6 +209,23 @@ async def test_a_program_left_behind_can_begin_nothing_more(tmp_path: Path, monk
         assert suite.engines[1].called("PrepRecv") == []
 
 
+async def test_the_log_names_what_a_program_left_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    body = dedent("""
+        prefill, decode = fleet.pair(request)
+        leaked.append(decode.prep_recv(request, end=20))
+        await leaked[-1].__aenter__()
+        for _ in range(2):
+            leaked.append(prefill.start_generate(request))
+            await anext(leaked[-1])
+        yield decode.start_generate(request)
+    """).replace("\n", "\n    ")
+    async with running(policy=str(write(tmp_path, "forgetful", body))) as suite:
+        assert list((await suite.generate()).token_ids) == model().generate(PROMPT, 8)
+        await suite.idle()
+    [left] = [record for record in caplog.records if record.message == "policy left something open"]
+    assert left.fields["open"] == "prep_recv on b, 2 start_generate on a"  # type: ignore[attr-defined]
+
+
 async def test_what_a_program_does_after_the_last_chunk_does_not_hurt_the_answer(tmp_path: Path) -> None:
     path = write(tmp_path, "careless", GOOD.strip("\n") + "\n    yield 3\n    raise RuntimeError")
     async with running(policy=str(path)) as suite:

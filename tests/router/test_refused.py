@@ -18,7 +18,8 @@ from tests.router.test_split import results, split
 COST_CAP = Path(__file__).parents[2] / "docs/examples/cost_cap.py"
 REFUSED = ("INVALID_ARGUMENT", "REFUSED_BY_POLICY")
 IN_A_TASK = (
-    "    from services.router.policies import Refused\n    async def check():\n        raise Refused('not before tomorrow')\n"
+    "    from services.router.policies import Refused\n"
+    "    async def check():\n        raise Refused('not before tomorrow')\n"
     "    async with asyncio.TaskGroup() as group:\n        group.create_task(check())\n    yield"
 )
 HALF_WAY = (

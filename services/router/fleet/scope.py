@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
@@ -51,7 +52,7 @@ class RequestScope:
         # A verb was dropped before it began, in that frame: a program's, or that of who cancels its task.
         self.on_dropped: Callable[[Verb, FrameType], None] = lambda verb, frame: None
         self._reservations: set[Reservation] = set()
-        self._sequences: set[Sequence] = set()
+        self._sequences: dict[Sequence, str] = {}  # with the names of their engines
         self._streams: list[Stream] = []
         self._members: set[Member] = set()
         self._closed = False
@@ -82,14 +83,14 @@ class RequestScope:
         self._reservations.discard(reservation)
         await reservation.release()
 
-    def opened(self, sequence: Sequence) -> None:
-        """Registers a sequence."""
-        self._sequences.add(sequence)
+    def opened(self, sequence: Sequence, engine: str) -> None:
+        """Registers a sequence on the engine of that name."""
+        self._sequences[sequence] = engine
 
     def ended(self, sequence: Sequence) -> None:
         """Cancels a sequence that has not ended, and forgets it."""
         sequence.cancel()
-        self._sequences.discard(sequence)
+        self._sequences.pop(sequence, None)
 
     def stream(self, chunks: Stream) -> None:
         """Registers a stream of chunks, so that it is closed even where a program forgets it half-read."""
@@ -100,9 +101,9 @@ class RequestScope:
         for sequence in self._sequences:
             sequence.cancel()
 
-    async def close(self) -> int:
-        """Ends everything still open; returns how many reservations and sequences that were. Nothing can be begun
-        after."""
+    async def close(self) -> str:
+        """Ends everything still open, and names it as in "prep_recv on a, 2 start_generate on b"; empty if there was
+        nothing. Nothing can be begun after."""
         self._closed = True
         try:
             return await self.end_all()
@@ -110,13 +111,19 @@ class RequestScope:
             while self._members:
                 self._members.pop().end_use()
 
-    async def end_all(self) -> int:
+    async def end_all(self) -> str:
         """As close, but the request goes on."""
-        num_leaked = len(self._sequences) + len(self._reservations)
+        left = self._open()
         self.cancel_sequences()
         streams, self._streams = self._streams, []
         for chunks in streams:
             await chunks.aclose()
         if self._reservations:
             await asyncio.gather(*(self.let_go(reservation) for reservation in tuple(self._reservations)))
-        return num_leaked
+        return left
+
+    def _open(self) -> str:
+        """The verbs that began what is open, with their engines."""
+        verbs = Counter(f"{Verb.PREP_RECV.value} on {each.receiver.info.name}" for each in self._reservations)
+        verbs.update(f"{Verb.START_GENERATE.value} on {engine}" for engine in self._sequences.values())
+        return ", ".join(what if count == 1 else f"{count} {what}" for what, count in sorted(verbs.items()))

@@ -85,7 +85,7 @@ class PlannerFleet:
 
     async def _end_look(self) -> None:
         scope, self._scope = self._scope, RequestScope(self._cleanup)
-        num_leaked = await scope.close()
-        if self._over or num_leaked:
+        left = await scope.close()
+        if self._over or left:
             await self.close()
-            raise PolicyFailed(f"the planner left {num_leaked} reservations or sequences open")
+            raise PolicyFailed(f"the planner left {left} open" if left else "the planner is over")

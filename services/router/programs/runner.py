@@ -161,10 +161,10 @@ class PolicyRun:
         await self._close_scope()
 
     async def _close_scope(self) -> None:
-        num_leaked = await self._scope.close()
+        left = await self._scope.close()
         self._tidy = True
-        if num_leaked and self._finished:
-            fields = {"policy": self.served_by.spec, "leaked": num_leaked}
+        if left and self._finished:
+            fields = {"policy": self.served_by.spec, "open": left, "request": self._request.request_id}
             log.warning("policy left something open", extra={"fields": fields})
 
     async def _run(self) -> None:
