@@ -71,9 +71,19 @@ class Ask:
     priority: str = ""  # of admission.ticket.Priority; empty: normal
     tenant: str = ""  # who shares the fleet fairly with the others
     owner: str = ""  # the tenant whose key was shown; empty: no tenant's
+    choice: int = 0  # which of all answers that are asked for at once, as their client counts them
     has_entered: bool = False  # counted already, with all that is asked for at once
     prompt_only: bool = False  # the answer ends before its first token
     beside: Beside | None = None  # an answer to the same prompt that has begun; None: there is none
+
+    @property
+    def name(self) -> str:
+        """What logs and traces call it: of answers asked for at once each has a name of its own. Empty: nobody named
+        it."""
+        if not self.choice:
+            return self.request_id
+        suffix = f"#{self.choice}"
+        return self.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix
 
 
 def new_seed() -> int:

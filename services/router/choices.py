@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Any, TypeVar
 
 from services.router.answer import Answer
-from services.router.asking import MAX_NAME_CHARACTERS, Ask, Beside
+from services.router.asking import Ask, Beside
 from services.router.service import GenerationService
 
 Item = TypeVar("Item")
@@ -113,11 +113,10 @@ class _Ended:
 def _variant(ask: Ask, index: int, first: Answer) -> Ask:
     """The ask of another choice: the same but for name and seed, next to the first."""
     assert first.program is not None
-    suffix = f"#{index}"
     digest = blake2b(b"%d/%d" % (ask.sampling.seed, index), digest_size=8).digest()
     return replace(
         ask,
-        request_id=ask.request_id[: MAX_NAME_CHARACTERS - len(suffix)] + suffix,
+        choice=ask.choice + index,
         sampling=replace(ask.sampling, seed=int.from_bytes(digest, "little"), prompt_logprobs=None),
         beside=Beside(first.program, first.engine),
     )

@@ -133,7 +133,7 @@ class GenerationService:
         return self._registry.model(name)
 
     def _record(self, ask: Ask) -> Record:
-        return Record(ask.request_id or f"{random.getrandbits(64):016x}", ask.time_left_s, self._ended)
+        return Record(ask.name or f"{random.getrandbits(64):016x}", ask.time_left_s, self._ended)
 
     def _enter(self, ask: Ask) -> AbstractContextManager[None]:
         """Counts the request, unless it was, for as long as the block runs. Overloaded, InvalidRequest, EmptyPrompt."""

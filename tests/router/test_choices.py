@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import openai
 import pytest
-from microserve.router.v1 import router_pb2
+from microserve.router.v1 import admin_pb2, router_pb2
 from prometheus_client import REGISTRY
 
 from services.router.asking import Beside
@@ -113,6 +113,22 @@ async def test_all_choices_end_on_the_program_that_the_first_began_with() -> Non
         suite.first.gate.set()
         for answer in await asking:
             assert (list(answer.token_ids), answer.policy) == (model().generate(PROMPT, 8), "mine:x=2")
+
+
+@pytest.mark.parametrize("named", ["", "mine", "x" * 128])
+async def test_each_answer_of_a_call_has_a_name_of_its_own(named: str) -> None:
+    async with serving() as (suite, client):
+        given = {"x-request-id": named} if named else {}
+        raw = await client.completions.with_raw_response.create(
+            model="", prompt=[[10], [10, 11], [10, 11, 12]], n=2, max_tokens=2, extra_headers=given
+        )
+        request_id = raw.headers["x-request-id"]
+        assert raw.parse().id == f"cmpl-{request_id}"
+        assert request_id == named or not named
+        names = [request_id, *(request_id[:126] + f"#{choice}" for choice in range(1, 6))]
+        told = [await suite.admin.ExplainRequest(admin_pb2.ExplainRequestRequest(request_id=name)) for name in names]
+        assert [leg.range.end for each in told for leg in each.legs] == [1, 1, 2, 2, 3, 3]
+        assert {start.client_request_id for start in suite.first.called("Session")} == set(names)
 
 
 async def test_a_choice_that_fails_ends_all() -> None:

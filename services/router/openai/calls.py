@@ -120,9 +120,10 @@ def _call(
             priority=headers.priority,
             tenant=headers.tenant,
             owner=headers.owner,
+            choice=number * n,
             prompt_only=max_tokens == 0,
         )
-        for prompt in prompts
+        for number, prompt in enumerate(prompts)
     )
     return Call(asks, n, stream, include_usage, echo, prompt_logprobs)
 

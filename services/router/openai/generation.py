@@ -80,11 +80,8 @@ class Generation:
         model = self._service.model(call.asks[0].model)
         answers = Answers(call, self._service)
         texts: list[list[str]] = [[] for _ in answers.choices]
-        request_id = ""
 
         def take(index: int, answer: Answer) -> bool:
-            nonlocal request_id
-            request_id = request_id or answer.request_id
             texts[index].append(answers.take(index, answer))
             answers.choices[index].logprobs.extend(answer.logprobs)
             return True
@@ -92,8 +89,8 @@ class Generation:
         await self._deliver(call, take, _room)
         for choice, parts in zip(answers.choices, texts, strict=True):
             choice.text = "".join(parts)
-        whole = self._new_shape(call, model, request_id).whole(answers.choices, len(call.asks))
-        await JSONResponse(whole, headers={"x-request-id": request_id})(scope, receive, send)
+        whole = self._new_shape(call, model).whole(answers.choices, len(call.asks))
+        await JSONResponse(whole, headers={"x-request-id": call.asks[0].request_id})(scope, receive, send)
 
     async def _answer_in_pieces(self, call: Call, stream: EventStream) -> None:
         model = self._service.model(call.asks[0].model)
@@ -102,9 +99,9 @@ class Generation:
         def take(index: int, answer: Answer) -> bool:
             nonlocal spelling
             if spelling is None:
-                shape = self._new_shape(call, model, answer.request_id)
+                shape = self._new_shape(call, model)
                 spelling = Spelling(Answers(call, self._service), shape, include_usage=call.include_usage)
-                stream.begin(answer.request_id)
+                stream.begin(call.asks[0].request_id)
             return stream.put(spelling.piece(index, answer))
 
         try:
@@ -132,9 +129,9 @@ class Generation:
                     if not take(ask * call.n + choice, answer):
                         await wait_for_room()
 
-    def _new_shape(self, call: Call, model: Model, request_id: str) -> ChatShape | CompletionShape:
+    def _new_shape(self, call: Call, model: Model) -> ChatShape | CompletionShape:
         return self._shape(
-            request_id=request_id,
+            request_id=call.asks[0].request_id,
             model=model.key.name,
             fingerprint=f"fp_{model.key.digest.hex()[:12]}",
             tokenizer=model.tokenizer,
