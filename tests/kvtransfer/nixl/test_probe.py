@@ -26,6 +26,8 @@ PROBE_BYTES = 4 << 20
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    # Of probes that are to succeed: a busy machine takes its time, and none of these tests is of speed.
+    monkeypatch.setattr(probing, "PROBE_TIMEOUT_S", PATIENCE_S)
     return make_world(monkeypatch)
 
 
