@@ -80,7 +80,10 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
             async with aclosing(stream):
                 async for item in stream:
                     await queue.put((index, item))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_cancelled():  # by the end below
+                raise
+            # A cancellation that is not ours is a failure like others; whoever reads knows that nobody asked for it.
             await queue.put(_Ended(error))
         else:
             await queue.put(_Ended())
@@ -107,7 +110,12 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
 class _Ended:
     """A stream has ended, perhaps by failing."""
 
-    error: Exception | None = None
+    error: BaseException | None = None
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _variant(ask: Ask, index: int, first: Answer) -> Ask:

@@ -236,6 +236,27 @@ async def test_prompts_are_told_back() -> None:
         assert not silent.HasField("prompt")
 
 
+async def test_a_merged_stream_that_is_cancelled_by_nobody_is_a_failure_as_others_are() -> None:
+    closed: list[str] = []
+
+    async def stand() -> AsyncGenerator[int, None]:
+        try:
+            await asyncio.Event().wait()
+            yield 0
+        finally:
+            closed.append("other")
+
+    async def cancelled() -> AsyncGenerator[int, None]:
+        yield 1
+        raise asyncio.CancelledError("of a task that it waited for")
+
+    async with asyncio.timeout(60), aclosing(merge([stand(), cancelled()])) as items:
+        assert await anext(items) == (1, 1)
+        with pytest.raises(asyncio.CancelledError, match="of a task"):
+            await anext(items)
+    assert closed == ["other"]
+
+
 async def test_merge_holds_streams_up_and_closes_them() -> None:
     closed: list[str] = []
 
