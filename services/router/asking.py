@@ -98,7 +98,7 @@ def check(ask: Ask) -> None:
     if ask.request_id:
         _check_name("request_id", ask.request_id)
     if ask.cache_salt:
-        _bounded("cache_salt", len(ask.cache_salt), MAX_NAME_CHARACTERS, "characters")
+        _check_name("cache_salt", ask.cache_salt)
     if ask.tenant:
         _check_name("tenant", ask.tenant)
     if ask.policy:

@@ -146,6 +146,7 @@ async def test_sampling_reaches_the_engine_untouched() -> None:
         ({"stop": ["x" * 257]}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ({"stop": ["x"] * 17}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ({"cache_salt": "x" * 129}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
+        ({"cache_salt": "x\nlevel=error"}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ({"request_id": "x" * 129}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ({"request_id": "two\nlines"}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ({"logprobs": 21}, "INVALID_ARGUMENT", "INVALID_REQUEST"),
