@@ -23,6 +23,7 @@ from services.router.simulate.hardware import HARDWARE, FleetHardware
 from services.router.traces import Trace
 from services.rpc.virtual_loop import run
 
+_MAX_KINDS = 20  # of failures shown: some name the request
 _SPREAD = 0.3  # lengths vary by up to this share around their mean
 
 
@@ -74,18 +75,26 @@ def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> l
         raise UsageError(error.message) from None
     finally:
         runner.log.removeFilter(once)
+        if once.num_left_out:
+            runner.log.warning("%d failures like these were left out", once.num_left_out)
 
 
 class _Once(logging.Filter):
-    """Lets every sentence through once: what fails one simulated request fails hundreds."""
+    """Lets every kind of failure through once, and counts the rest: what fails one simulated request fails hundreds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()
+        self.num_left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        is_new = record.msg not in self._seen
-        self._seen.add(record.msg)
+        raised = record.exc_info[1] if record.exc_info else None
+        kind = record.msg, repr(raised)
+        is_new = kind not in self._seen and len(self._seen) < _MAX_KINDS
+        if is_new:
+            self._seen.add(kind)
+        else:
+            self.num_left_out += 1
         return is_new
 
 

@@ -56,4 +56,26 @@ def test_what_fails_every_request_is_told_once(
     broken.write_text("async def policy(request, fleet):\n    fleet.nothing\n    yield\n")
     code, out, _ = microserve("simulate", str(broken), str(broken), "--requests", "5", "--json")
     assert (code, [row["failed"] for row in json.loads(out)]) == (0, [5, 5])
-    assert [record.getMessage() for record in caplog.records] == ["policy failed"] * 2
+    told = ["policy failed", "4 failures like these were left out"]
+    assert [record.getMessage() for record in caplog.records] == told * 2
+
+
+def test_a_second_way_to_fail_is_told_too(microserve: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tmp_path / "broken.py"
+    ways = "(ValueError('one'), KeyError('two'), KeyError('three'))[len(asked) % 3]"
+    policy = f"async def policy(request, fleet):\n    asked.append(1)\n    raise {ways}\n    yield\n"
+    broken.write_text(f"asked = []\n\n\n{policy}")
+    microserve("simulate", str(broken), "--requests", "9", "--json")
+    raised = {repr(record.exc_info[1]) for record in caplog.records if record.exc_info}
+    assert raised == {"ValueError('one')", "KeyError('two')", "KeyError('three')"}
+    assert caplog.records[-1].getMessage() == "6 failures like these were left out"
+
+
+def test_failures_that_are_all_different_are_told_some_of(
+    microserve: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("async def policy(request, fleet):\n    raise ValueError(request.request_id)\n    yield\n")
+    microserve("simulate", str(broken), "--requests", "30", "--json")
+    assert len(caplog.records) == 21
+    assert caplog.records[-1].getMessage() == "10 failures like these were left out"
