@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from textwrap import dedent
 
+import pytest
 from microserve.router.v1 import admin_pb2
 from microserve.router.v1.admin_pb2_grpc import AdminServiceStub
 from microserve.router.v1.router_pb2_grpc import RouterServiceStub
@@ -15,7 +17,7 @@ from services.router.app import Router
 from services.router.config import RouterConfig
 from services.router.request import PolicyRequest
 from services.rpc.channel import make_channel
-from tests.fakes import FakeError, Fault
+from tests.fakes import FakeEngine, FakeError, Fault
 from tests.router.harness import FAST, Running, model, running, verbs
 from tests.router.planner_suite import CONTEXT, OFTEN, PAGES, TWICE, engines, make_hot, planner, question, seen
 
@@ -34,6 +36,43 @@ async def test_a_hot_context_is_copied_before_requests_come() -> None:
         assert answer.legs[0].engine == "b"
         assert answer.usage.cached_token_count == len(CONTEXT)
         assert list(answer.token_ids) == model().generate(question(9), 8)
+
+
+@pytest.mark.parametrize(
+    ("max_context", "tokens", "asked_with"),
+    [(258, 256, 257), (257, 256, 257), (256, 256, 256), (257, 252, 256)],
+)
+async def test_a_context_is_asked_for_as_the_beginning_of_longer_prompts(
+    max_context: int, tokens: int, asked_with: int, tmp_path: Path
+) -> None:
+    """Engines compute the last token of a prompt in its own way; only a context as long as they take ends there."""
+    path = tmp_path / "by_hand.py"
+    path.write_text(
+        dedent(f"""
+        from services.router.planners import Move
+        from services.router.planning.topics import Topic
+        from services.router.request import PolicyRequest
+
+
+        async def planner(fleet):
+            async for view in fleet.views():
+                if not view.tried:
+                    topic = Topic("by hand", PolicyRequest("by hand", view.model, {CONTEXT}), 1.0)
+                    await fleet.carry_out([Move(topic, *view.sites, {tokens}, "by hand")])
+        """)
+    )
+    peers: dict[str, FakeEngine] = {}
+    fleet = [FakeEngine(model(max_context=max_context), name, peers=peers) for name in "ab"]
+    async with running(engines=fleet, planner=str(path), **OFTEN) as suite:
+        await suite.generate((5, 6, 7))
+        [move] = (await seen(suite, lambda reply: reply.moves)).moves
+        assert (move.code, move.token_count) == ("OK", tokens)
+        [reserve] = [each for engine in fleet for each in engine.called("PrepRecv")]
+        [send] = [each for engine in fleet for each in engine.called("RemoteSend")]
+        for asked, end in ((reserve, reserve.end), (send, send.range.end)):
+            assert (len(asked.prompt_token_ids), end) == (asked_with, tokens)
+            assert tuple(asked.prompt_token_ids[: len(CONTEXT)]) == CONTEXT
+        assert send.prompt_token_count == asked_with
 
 
 async def test_what_it_did_is_shown() -> None:

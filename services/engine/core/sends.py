@@ -131,9 +131,7 @@ class Sends:
     def _begin(self, command: api.RemoteSend, mark: bytes) -> None:
         context, end = self._context, command.range.end
         chain = context.chain(command.prompt[:end], command.cache_salt)
-        # A last token with no output behind it is in the middle of the prompts that its KV will serve.
-        has_output = 0 < command.prompt_token_count < len(command.prompt)
-        num_prompt = command.prompt_token_count if has_output else len(command.prompt) + 1
+        num_prompt = command.prompt_token_count or len(command.prompt)
         account = Account(context.clock())
         sequence = Sequence(next(context.arrivals), command.key, chain, account, goal=end, num_prompt=num_prompt)
         send = Send(command, sequence, self._abort)

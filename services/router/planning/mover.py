@@ -91,9 +91,10 @@ class Mover:
 
     async def _move(self, move: Move, scope: RequestScope, deadline: float) -> Timing:
         begin, code, timing = now(), "CANCELLED", Timing()
-        context = replace(move.topic.context, deadline=deadline)
         try:
             source, target = self.engine(move.source, scope), self.engine(move.target, scope)
+            limit = min(source.info.max_context, target.info.max_context)
+            context = replace(move.topic.context, prompt=_prompt(move, limit), deadline=deadline)
             async with target.prep_recv(context, end=move.tokens) as kv:
                 timing = await source.remote_send(context, kv)
                 await kv.release(publish=True)
@@ -125,3 +126,13 @@ class Mover:
         PLANNER_MOVED_BYTES.inc(timing.transferred_bytes)
         names = ("topic", "source", "target", "tokens", "why", "code")
         log.info("a context was to move", extra={"fields": {name: getattr(record, name) for name in names}})
+
+
+def _prompt(move: Move, limit: int) -> tuple[int, ...]:
+    """The context, with a token behind what is moved of it: engines compute the last token of a prompt in another way
+    than those before it, and what is moved serves prompts that go on. Any token will do, for it is not computed.
+
+    Behind a context as long as engines take, which no prompt goes on from, there is none.
+    """
+    prompt = move.topic.context.prompt
+    return (*prompt, prompt[-1]) if move.tokens == len(prompt) < limit else prompt

@@ -51,6 +51,14 @@ def alone(model: LoadedModel, **options: Any) -> Node:
     return Node(Clock(), None, "E", make_runner=maker(model, []), **{**defaults, **options})
 
 
+def wired(model: LoadedModel) -> World:
+    pools: list[torch.Tensor] = []
+    world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
+    for node, pool in zip(world.nodes, pools, strict=True):
+        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
+    return world
+
+
 @pytest.fixture(scope="module")
 def undisturbed(model: LoadedModel) -> Stream:
     engine = alone(model)
@@ -108,10 +116,7 @@ def test_behind_a_cached_prompt(model: LoadedModel, undisturbed: Stream) -> None
 
 @pytest.mark.parametrize("num_got", [0, 40])
 def test_with_kv_that_another_engine_computed(model: LoadedModel, undisturbed: Stream, num_got: int) -> None:
-    pools: list[torch.Tensor] = []
-    world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
-    for node, pool in zip(world.nodes, pools, strict=True):
-        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
+    world = wired(model)
     tokens = (*PROMPT, *undisturbed.tokens[:num_got])
     reserved = world.reserve(tokens, len(tokens) - 1)
     sent = world.p.remote_send(tokens, 0, len(tokens) - 1, reserved, prompt_token_count=len(PROMPT))
@@ -124,18 +129,38 @@ def test_with_kv_that_another_engine_computed(model: LoadedModel, undisturbed: S
     assert stream.logprobs == undisturbed.logprobs[num_got:]
 
 
-@pytest.mark.parametrize("told", [0, 16])
+@pytest.mark.parametrize("told", [0, 17])
 def test_behind_a_context_that_was_sent_whole(model: LoadedModel, undisturbed: Stream, told: int) -> None:
-    """As planners have it: its last token is in the middle of every prompt that it will serve."""
-    pools: list[torch.Tensor] = []
-    world = World(make_runner=maker(model, pools), **{**OPTIONS, "num_pages": 64})
-    for node, pool in zip(world.nodes, pools, strict=True):
-        node.service.memory = ByteRows(pool)  # type: ignore[assignment]
-    context = PROMPT[:16]
-    world.p.remote_send(context, 0, len(context), world.reserve(context, len(context)), prompt_token_count=told)
+    """As planners ask for it, with a token behind: its last one is in the middle of every prompt that it serves."""
+    world, context = wired(model), PROMPT[:16]
+    longer = (*context, context[-1])
+    world.p.remote_send(longer, 0, len(context), world.reserve(longer, len(context)), prompt_token_count=told)
     world.run()
     stream = world.p.generate(PROMPT, SAMPLED)
     world.run()
     assert stream.account.matched_tokens == len(context)
     assert stream.tokens == undisturbed.tokens
     assert stream.logprobs == undisturbed.logprobs
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+@pytest.mark.parametrize("length", [20, 24, 32, 40])
+def test_a_prompt_that_was_sent_whole(model: LoadedModel, length: int, is_told: bool) -> None:
+    """Its last token too, with which a page may end that the receiver computes again in one of its own."""
+    world, prompt, told = wired(model), prompt_of(length), length if is_told else 0
+    engine = alone(model)
+    expected = engine.generate(prompt, SAMPLED)
+    engine.run()
+    reserved = world.reserve(prompt, length)
+    world.p.remote_send(prompt, 0, length, reserved, prompt_token_count=told)
+    world.run()
+    stream = world.d.generate(prompt, SAMPLED, reservation=ref_of(reserved), begin=length, prompt_token_count=told)
+    world.run()
+    assert stream.tokens == expected.tokens
+    assert stream.logprobs == expected.logprobs
+    got = 13
+    for node in (world.d, world.p):
+        stream = node.generate((*prompt, *expected.tokens[:got]), SAMPLED, prompt_token_count=length)
+        world.run()
+        assert stream.tokens == expected.tokens[got:]
+        assert stream.logprobs == expected.logprobs[got:]
