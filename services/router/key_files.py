@@ -50,7 +50,8 @@ def read_tenant_keys(path: Path) -> dict[str, str]:
     """Tenants by their keys, from a file of lines TENANT KEY. Lines that are blank or begin with # count for nothing.
     StartError, also if it has no other: without any key all may call."""
     tenants: dict[str, str] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # Not splitlines(), for which a line also ends where no editor shows it: a comment's rest would be a key.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

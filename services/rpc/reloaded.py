@@ -32,6 +32,7 @@ class _Stamp(NamedTuple):
     inode: int
     kind: int  # regular, folder, ...
     changed_ns: int
+    touched_ns: int  # no program sets it: archives and copies keep the date of before
     size: int
 
 
@@ -112,7 +113,8 @@ def _stamp(path: Path) -> _Stamp | None:
         found = os.stat(path)
     except OSError:
         return None
-    return _Stamp(found.st_dev, found.st_ino, stat.S_IFMT(found.st_mode), found.st_mtime_ns, found.st_size)
+    kind = stat.S_IFMT(found.st_mode)
+    return _Stamp(found.st_dev, found.st_ino, kind, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 def _may_grow(path: Path, before: _Stamp | None, now: _Stamp | None, rest_s: float) -> bool:

@@ -331,6 +331,7 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, lines: str, why: 
         b"red a\r\nblue b\r\n",
         b"# of red\nred a\n\n #red c\nblue b\n",
         b"\tred  a \n\n blue b",
+        "# no lines: \u2028evil c \x85evil d \x0cevil e\nred a\nblue b".encode(),
     ],
 )
 def test_a_file_that_somebodys_editor_wrote_is_understood(tmp_path: Path, content: bytes) -> None:

@@ -59,6 +59,15 @@ def test_a_renamed_file_counts_at_once(path: Path) -> None:
     assert file.latest() == ["four"]
 
 
+def test_so_does_one_of_the_same_length_and_date(path: Path) -> None:
+    """As of an archive whose files have all the same date."""
+    os.utime(path, (1e9, 1e9))
+    file = words(path)
+    path.write_text("two one\n")
+    os.utime(path, (1e9, 1e9))
+    assert file.latest() == ["two", "one"]
+
+
 def test_one_that_is_written_where_it_stands_counts_when_it_has_rested(path: Path) -> None:
     file, before = words(path), counted("replaced")
     for text in ("", "thr", "three\n", "three four\n"):
