@@ -71,7 +71,7 @@ async def test_a_file_that_is_written_where_it_stands_is_never_half_a_file(tmp_p
         assert await passes(suite, keys) == ["a", "cc"]
 
 
-async def test_an_open_session_loses_its_key_and_gets_it_back(tmp_path: Path) -> None:
+async def test_an_open_session_ends_once_its_key_is_gone(tmp_path: Path) -> None:
     path = put(tmp_path / "tenants", "red a", "blue b")
     async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
         talk = Talk(suite.stub, shown("a"))
@@ -84,12 +84,38 @@ async def test_an_open_session_loses_its_key_and_gets_it_back(tmp_path: Path) ->
         suite.first.gate.set()
         # What had begun is answered.
         assert (await talk.answer(1))[-1].response.usage.output_token_count == 50
-        put(path, "red a", "blue b")
+        with failing(*REFUSED):
+            await talk.next()
+
+
+async def test_who_has_lost_its_key_leaves_its_place_to_others(tmp_path: Path) -> None:
+    path = put(tmp_path / "tenants", "red a", "blue b")
+    async with running(1, admin_key=("boss",), tenant_key_file=path, max_sessions=1) as suite:
+        talk = Talk(suite.stub, shown("a"))
+        await talk.ask(1)
+        await talk.answer(1)
+        put(path, "blue b")
+        await talk.ask(2)
+        assert await talk.error(2) == REFUSED
+        with failing(*REFUSED):
+            await talk.next()
+        other = Talk(suite.stub, shown("b"))
+        await other.ask(1)
+        assert tokens(await other.answer(1)) == model().generate(PROMPT, 8)
+        other.call.cancel()
+
+
+async def test_a_key_that_changes_hands_counts_for_whom_it_then_names(tmp_path: Path) -> None:
+    path = put(tmp_path / "tenants", "red a", "blue b")
+    async with running(1, admin_key=("boss",), tenant_key_file=path) as suite:
+        talk = Talk(suite.stub, shown("a"))
+        await talk.ask(1, tenant="red")
+        await talk.answer(1)
+        put(path, "blue a")
+        await talk.ask(2, tenant="red")
+        assert await talk.error(2) == ("PERMISSION_DENIED", "WRONG_TENANT")
         await talk.ask(3)
         assert tokens(await talk.answer(3)) == model().generate(PROMPT, 8)
-        put(path, "blue a")
-        await talk.ask(4, tenant="red")
-        assert await talk.error(4) == ("PERMISSION_DENIED", "WRONG_TENANT")
         talk.call.cancel()
 
 

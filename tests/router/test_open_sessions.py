@@ -85,6 +85,18 @@ async def test_one_that_is_cancelled_gives_its_place_back() -> None:
         assert reason == ""
 
 
+async def test_one_that_is_full_and_drains_says_that_it_drains() -> None:
+    async with running(1, max_sessions=1) as suite:
+        suite.first.gate.clear()
+        talk = Talk(suite.stub)
+        await talk.ask(1)
+        await suite.first.until(lambda: suite.first.sequences)
+        await suite.router._drain()
+        with failing("UNAVAILABLE", "DRAINING"):
+            await Talk(suite.stub).next()
+        talk.call.cancel()
+
+
 async def outcome(suite: Running) -> str:
     """The reason why no session can be opened, empty: one can."""
     try:
@@ -111,6 +123,8 @@ async def test_a_call_that_is_refused_takes_nobodys_place() -> None:
         ("", "ipv6:[2001:db8:1:2:3:4:5:6]:5000", "host 2001:db8:1:2::/64"),
         ("", "ipv6:%5Bfe80::1%25eth0%5D:5000", "host fe80::/64"),
         ("", "ipv6:%5B::ffff:10.0.0.1%5D:5000", "host 10.0.0.1"),
+        ("", "ipv6:%5Bnonsense%5D:5000", "host nonsense"),
+        ("", "ipv6:", "host "),
         ("", "unix:", "host "),
         ("", "unix:/run/router.sock", "host "),
     ],

@@ -15,7 +15,7 @@ from microserve.router.v1 import router_pb2, router_pb2_grpc
 from services.router.answer import Answer
 from services.router.asking import Ask, Text, check_choices
 from services.router.choices import deliver_choices, generate_choices
-from services.router.errors import Draining, InvalidRequest, SlowConsumer
+from services.router.errors import Draining, InvalidRequest, SlowConsumer, WrongKey
 from services.router.front.conversation import Conversation, Say
 from services.router.front.sessions import OpenSessions, client_of
 from services.router.front.wire import Spelling, Terms, ask_of, chat_of, failed
@@ -83,10 +83,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Context
     ) -> None:
         client = client_of(self._keys.check(shown_in(context.invocation_metadata())), context.peer())
+        if self._draining is not None:
+            raise self._draining  # also where no place is left
         session = _Session(_SESSION_METHOD, failed, max_message_bytes=self._max_message_bytes)
         with self._sessions.entered(session, client):
-            if self._draining is not None:
-                session.end(self._draining)
             await self._converse(session, request_iterator, context)
 
     async def Complete(self, request: router_pb2.CompleteRequest, context: Context) -> router_pb2.CompleteResponse:
@@ -189,7 +189,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> Coroutine[Any, Any, None]:
         call_id, num_live = call.call_id, call.request.n or 1
         # Each time: a key may be taken away, or change hands, while the stream is open.
-        ask = ask_of(call.request, terms, self._keys.check(shown))
+        try:
+            owner = self._keys.check(shown)
+        except WrongKey as error:
+            session.end(error)  # it would keep a place from those who may call
+            raise
+        ask = ask_of(call.request, terms, owner)
         spelling = Spelling(self._service, ask, echo=call.request.echo)
 
         def take(choice: int, answer: Answer) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from ipaddress import IPv6Address, ip_address, ip_network
+from contextlib import contextmanager, suppress
+from ipaddress import IPv6Address, ip_network
 from typing import Generic, TypeVar
 from urllib.parse import unquote
 
@@ -64,8 +64,8 @@ def client_of(owner: str, peer: str) -> str:
     family, _, rest = peer.partition(":")
     host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
     if family == "ipv6":
-        address = ip_address(host)
-        assert isinstance(address, IPv6Address)
-        # That of an IPv4 host comes so where one socket listens for both.
-        host = str(address.ipv4_mapped or ip_network((address, _IPV6_BITS), strict=False))
+        with suppress(ValueError):  # grpc may write what it cannot name in its own way
+            address = IPv6Address(host)
+            # That of an IPv4 host comes so where one socket listens for both.
+            host = str(address.ipv4_mapped or ip_network((address, _IPV6_BITS), strict=False))
     return f"host {host}"
