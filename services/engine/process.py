@@ -14,6 +14,7 @@ from microserve.engine.v1.engine_pb2_grpc import add_EngineServiceServicer_to_se
 from services.engine.config import EngineConfig
 from services.engine.core.api import Command, RequestKey
 from services.engine.front.front import Front
+from services.engine.kernels.compiling import COMPILING
 from services.engine.kvlink.client import TransferClient
 from services.engine.kvlink.link import KvLink
 from services.engine.metrics import ENGINE, MAX_SEQUENCES, LoadCollector
@@ -92,6 +93,7 @@ async def serve(config: EngineConfig) -> None:
         add_EngineServiceServicer_to_server(servicer, server.grpc)
         await server.start()
         await server.set_serving(SERVICE, True)
+        COMPILING.report()
         log.info("serving", extra={"fields": describe(config)})
         server.announce()
         registrar.start(server.advertised)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numba
 from numba import cfunc, extending, njit, types
+from numba.core import event
 
+from services.engine.kernels.compiling import COMPILING
 from services.engine.model.cache import cache_root
 
 _ENGINE = Path(__file__).parent.parent
@@ -32,6 +34,19 @@ _KERNEL = types.void(pointer_to(types.int64), types.int64)
 # Only a fault, of a model or a key that was never written, brings a NaN here, and then only into its own row. In
 # attention it must show, which softmax.py takes care of.
 _FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "nnan"}
+
+
+class _Listener(event.Listener):
+    """Hears of the compiler's passes; what is kept on disk goes through none."""
+
+    def on_start(self, event: Any) -> None:
+        COMPILING.begun()
+
+    def on_end(self, event: Any) -> None:
+        COMPILING.ended()
+
+
+event.register("numba:run_pass", _Listener())  # type: ignore[no-untyped-call]
 
 _kept: list[Any] = []  # machine code whose address was given away must stay
 
