@@ -101,3 +101,33 @@ def test_nobody_is_told_to_come_again_in_hours() -> None:
         assert await all_of(works)
 
     run(main())
+
+
+def test_who_is_refused_is_told_to_come_again_when_its_turn_is_likely() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, max_queued=4)), []
+        works = [asyncio.create_task(work(admission, TICKET, 1.2, done, "")) for _ in range(5)]
+        await asyncio.sleep(2.5)
+        works += [asyncio.create_task(work(admission, TICKET, 1.2, done, "")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="wait already") as caught:
+            await work(admission, TICKET, 1.2, done, "late")
+        assert caught.value.retry_delay_s == pytest.approx(4 * 1.2, rel=0.3)  # and no sixth of it
+        await asyncio.gather(*works)
+
+    run(main())
+
+
+def test_nobody_is_told_to_come_again_in_milliseconds() -> None:
+    async def main() -> None:
+        admission, done = admission_of(1, replace(NO_LIMITS, max_queued=4)), []
+        works = []
+        for _ in range(200):
+            works.append(asyncio.create_task(work(admission, TICKET, 0.01, done, "")))
+            await asyncio.sleep(0.01 if len(works) > 4 else 0)
+        with pytest.raises(Overloaded, match="wait already") as caught:
+            await work(admission, TICKET, 0.01, done, "late")
+        assert caught.value.retry_delay_s == 0.5
+        await asyncio.gather(*works)
+
+    run(main())

@@ -88,10 +88,10 @@ def test_a_few_things_seen_say_little_and_thousands_all(number: int, times: floa
         await asyncio.sleep(60)
         for _ in range(number):
             meter.add(7)
-        rate, high = meter.rate(), meter.high()
+        rate, fastest = meter.rate(), meter.fastest()
         assert rate is not None
-        assert high is not None
-        assert high / rate == pytest.approx(times, rel=0.01)
+        assert fastest is not None
+        assert fastest / rate == pytest.approx(times, rel=0.01)
 
     run(main())
 
@@ -103,9 +103,9 @@ def test_what_is_seen_in_a_short_time_bounds_nothing() -> None:
         meter.add(100)
         await asyncio.sleep(0.5)
         assert meter.rate() == pytest.approx(200, rel=0.1)
-        assert meter.high() is None
+        assert meter.fastest() is None
         await asyncio.sleep(1)
-        assert meter.high() is not None
+        assert meter.fastest() is not None
 
     run(main())
 
@@ -116,7 +116,7 @@ def test_how_long_the_first_thing_takes_each_time_bounds_nothing() -> None:
         for _ in range(10):
             meter.set_busy(True)
             await asyncio.sleep(10)
-            assert meter.high() is None
+            assert meter.fastest() is None
             meter.add(1)
             meter.set_busy(False)
 
@@ -130,9 +130,9 @@ def test_what_was_seen_hours_ago_is_forgotten() -> None:
         meter.add(5)
         await asyncio.sleep(300)
         # Three things, of which none may be seen.
-        assert meter.high() == pytest.approx(5 * 3 / 7.2, rel=0.01)
+        assert meter.fastest() == pytest.approx(5 * 3 / 7.2, rel=0.01)
         await asyncio.sleep(7200)
         assert meter.rate() is None
-        assert meter.high() is None
+        assert meter.fastest() is None
 
     run(main())

@@ -14,7 +14,9 @@ from services.router.errors import InvalidRequest, Overloaded, RequestTimeout
 from services.router.metrics import QUEUE_SECONDS, QUEUED, REFUSALS, REQUESTS_IN_FLIGHT
 from services.router.request import ModelKey
 
-_RETRY_S = 1.0
+# Who comes again sooner than this only asks more often.
+_SHORTEST_RETRY_S = 0.5
+_RETRY_S = 1.0  # where nothing is known
 _LONGEST_RETRY_S = 30.0
 
 _ALL: WeakSet[Admission] = WeakSet()
@@ -123,7 +125,7 @@ class Admission:
             raise self._too_late(ticket)
         if line.is_full_for(ticket):
             raise self._full(line, ticket)
-        wait_s = line.expected_wait_s(ticket)
+        wait_s = line.least_wait_s(ticket)
         if wait_s > self._limits.queue_s:
             self._refused(ticket, "queue_time")
             raise Overloaded(
@@ -140,7 +142,7 @@ class Admission:
 
     @staticmethod
     def _retry_s(line: Line, ticket: Ticket) -> float:
-        return min(line.expected_wait_s(ticket) or _RETRY_S, _LONGEST_RETRY_S)
+        return min(max(line.usual_wait_s(ticket) or _RETRY_S, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _full(self, line: Line, ticket: Ticket) -> Overloaded:
         self._refused(ticket, "queue_full")

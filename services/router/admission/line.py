@@ -100,15 +100,18 @@ class Line:
         rate = self._prompts.rate()
         return rate is not None and num_tokens < int(rate * self._limits.prompt_s)
 
-    def expected_wait_s(self, ticket: Ticket) -> float:
+    def least_wait_s(self, ticket: Ticket) -> float:
         """Until a new request has its turn: a time that it seldom has it before. 0 as long as one cannot tell."""
-        rate = self._admitted.high()
-        return 0.0 if rate is None else self._queues.work_before(ticket.priority, ticket.tenant) / rate
+        return self._wait_s(ticket, self._admitted.fastest())
+
+    def usual_wait_s(self, ticket: Ticket) -> float:
+        """The same as it is likely, to plan by rather than to refuse by. 0 as long as one cannot tell."""
+        return self._wait_s(ticket, self._admitted.rate())
 
     def expected_service_s(self, ticket: Ticket) -> float:
         """From its turn to its end: of its prompt a time that is seldom too long, as long as few were seen, and of its
         answer one that is seldom exceeded."""
-        rate = self._prompts.high_rate()
+        rate = self._prompts.fastest_rate()
         prompt_s = 0.0 if rate is None else (self._prompts.num_tokens + ticket.num_prompt_tokens) / rate
         return prompt_s + ticket.expected_output(self._usual_output) * self._output_token_s.high()
 
@@ -182,6 +185,9 @@ class Line:
         self._habits.add(ticket.tenant, ticket.expected_output(self._usual_output), turn.num_tokens)
         for charge in turn.charges:
             charge.settle(ticket.work(turn.num_tokens))
+
+    def _wait_s(self, ticket: Ticket, rate: float | None) -> float:
+        return self._queues.work_before(ticket.priority, ticket.tenant) / rate if rate else 0.0
 
     def _cost(self, ticket: Ticket) -> float:
         return ticket.cost(self._usual_output, self._habits.ratio(ticket.tenant))

@@ -13,7 +13,8 @@ _MEAN_LIFE_S = _HALF_LIFE_S / math.log(2)
 _SHORTEST_S = 0.05
 # And less than this bounds nothing: much may be done at once where nothing was done for a moment.
 _SHORTEST_FLOWING_S = 1.0
-# And so does what was seen so long ago: its numbers would lose their digits.
+# Less than this of one thing is left of what was seen long ago, which says nothing either: close to the smallest floats
+# a quotient is noise.
 _FEWEST = 1e-30
 # While there is something to do, nobody looks less often.
 _LOOK_S = 0.1
@@ -61,7 +62,7 @@ class Meter:
             return None
         return self._amount / self._busy_s
 
-    def high(self) -> float | None:
+    def fastest(self) -> float | None:
         """What the true rate is seldom above. None while too little has been seen.
 
         Of things that come by chance few may be seen where many are usual, and until the first is done it may take long

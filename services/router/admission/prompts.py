@@ -54,9 +54,9 @@ class Prompts:
         """Tokens computed a second; None while too little has been seen."""
         return self._meter.rate()
 
-    def high_rate(self) -> float | None:
+    def fastest_rate(self) -> float | None:
         """What that is seldom above; None while too little has been seen."""
-        return self._meter.high()
+        return self._meter.fastest()
 
     def _set_timer(self, forget_at: float) -> None:
         self._has_timer = True
