@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import openai
 import pytest
 from tokenizers import Tokenizer
 
+from services.router.answer import Answer
+from services.router.asking import Ask
 from services.router.errors import InvalidRequest
 from services.router.metrics import REQUESTS_IN_FLIGHT
 from services.router.openai.shapes import CompletionShape
@@ -171,6 +174,42 @@ async def test_what_outlives_the_grace_is_told_so() -> None:
                 pass
         assert told.value.code == "draining"
         await suite.idle()
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure_of_the_router(
+    after: int, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as (suite, client):
+        service = suite.router._http_app._service
+        deliver = service.deliver
+
+        async def cancelled(ask: Ask, take: Callable[[Answer], bool], wait: Callable[[], Awaitable[None]]) -> None:
+            """As if a task were cancelled that it waits for."""
+            left = iter(range(after))
+
+            def take_some(answer: Answer) -> bool:
+                if next(left, None) is None:
+                    raise InvalidRequest("enough")
+                return take(answer)
+
+            with suppress(Exception):
+                await deliver(ask, take_some, wait)
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(service, "deliver", cancelled)
+
+        async def ask() -> None:
+            answer = await client.completions.create(model="fake", prompt="x", max_tokens=8, stream=stream)
+            async for _ in aiter(answer):  # type: ignore[arg-type]
+                pass
+
+        with pytest.raises(openai.APIError) as caught:
+            await ask()
+        assert caught.value.code == "internal"
+        [record] = [record for record in caplog.records if record.message == "call failed"]
+        assert record.fields["failure"] in str(caught.value)  # type: ignore[attr-defined]
 
 
 async def test_a_failing_choice_ends_all() -> None:

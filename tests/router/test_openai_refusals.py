@@ -258,3 +258,38 @@ def test_a_schema_of_any_depth_is_taken_or_refused() -> None:
         )
         with suppress(Refusal):
             chat(Fields.parse(body.encode()), Headers())
+
+
+async def test_every_answer_of_the_paths_that_generate_has_the_name_of_its_request() -> None:
+    limit = 2 << 20
+    async with serving(api_key=("mine",), key="mine", max_message_bytes=limit, max_requests=1) as (suite, client):
+
+        async def told(method: str = "POST", path: str = "completions", key: str = "mine", size: int = 2) -> int:
+            """The status, and that the name is there: a new one, or the client's."""
+            for given in ("", "x-request-id: named\r\n"):
+                head = f"{method} /v1/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n{given}"
+                head += f"Content-Length: {size}\r\nConnection: close\r\n\r\n"
+                host, port = suite.http.split(":")
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write((head + "{}" * (size == 2)).encode())
+                answer = (await reader.read()).decode()
+                writer.close()
+                names = [line for line in answer.split("\r\n") if line.startswith("x-request-id: ")]
+                assert len(names) == 1, answer
+                assert not given or [f"{name}\r\n" for name in names] == [given]
+            return int(answer.split()[1])
+
+        assert await told(key="other") == 401
+        assert await told("PUT", "chat/completions") == 405
+        assert await told(size=limit + 1) == 413
+        assert await told() == 400
+        suite.first.gate.clear()
+        waiting = asyncio.create_task(client.completions.create(model="fake", prompt="x"))
+        await suite.first.until(lambda: suite.first.sequences)
+        assert await told() == 429
+        draining = asyncio.create_task(suite.router._http_app.drain())
+        await asyncio.sleep(0)
+        assert await told() == 503
+        suite.first.gate.set()
+        await waiting
+        await draining

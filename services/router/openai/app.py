@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import random
 import time
-import uuid
 from collections.abc import Callable
 from email.utils import formatdate
 from functools import lru_cache
@@ -23,14 +22,15 @@ from services.router.http import ClientGone
 from services.router.keys import HEADER, Keys
 from services.router.metrics import HTTP_REQUESTS, of
 from services.router.openai.calls import chat, completion
-from services.router.openai.errors import CUT_OFF, Refusal, refusal
+from services.router.openai.errors import Refusal, bug, cut_off, refusal
 from services.router.openai.generation import OWNER, REQUEST_ID, Generation, HttpLimits
 from services.router.openai.shapes import ChatShape, CompletionShape
 from services.router.service import GenerationService
 
-log = logging.getLogger(__name__)
-
 _API = "/v1/"
+# What they are asked has a name from the first byte on: also who is refused at the door can be told which it was.
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
+_REQUEST_ID = b"x-request-id"
 _HEADER = HEADER.encode()
 _CLIENT_GONE = 499  # nobody sees it but the metrics
 
@@ -54,8 +54,8 @@ class HttpApp:
         self._idle = asyncio.Event()
         self._idle.set()
         routes: list[BaseRoute] = [  # they are tried in this order
-            Route("/v1/completions", Generation(service, completion, CompletionShape, limits), methods=["POST"]),
-            Route("/v1/chat/completions", Generation(service, chat, ChatShape, limits), methods=["POST"]),
+            Route(_GENERATING[0], Generation(service, completion, CompletionShape, limits), methods=["POST"]),
+            Route(_GENERATING[1], Generation(service, chat, ChatShape, limits), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
@@ -71,17 +71,23 @@ class HttpApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 0
+        request_id = b""
 
         async def send_and_see(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"date", _date(int(time.time())))]
+                if request_id:
+                    message["headers"].append((_REQUEST_ID, request_id))
             await send(message)
 
         # With it the router raises what it refuses, in place of answering in plain text.
         scope["app"] = self
         path = scope["path"]
+        if path in _GENERATING:
+            request_id = _request_id(scope)
+            scope[REQUEST_ID] = request_id.decode("latin-1")
         is_call = path.startswith(_API)
         if is_call:
             self._num_calls += 1
@@ -92,16 +98,16 @@ class HttpApp:
             await self._router(scope, receive, send_and_see)
         except ClientGone:
             pass
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if status:
                 raise
-            await JSONResponse(CUT_OFF.body(), CUT_OFF.status, CUT_OFF.headers())(scope, receive, send_and_see)
+            refused = cut_off(error, path)
+            await JSONResponse(refused.body(), refused.status, refused.headers())(scope, receive, send_and_see)
         except Exception as error:
             refused = _refusal(error, path)
             if status:
                 raise  # too late to answer: the connection ends
-            headers = refused.headers() | ({"x-request-id": scope[REQUEST_ID]} if REQUEST_ID in scope else {})
-            await JSONResponse(refused.body(), refused.status, headers)(scope, receive, send_and_see)
+            await JSONResponse(refused.body(), refused.status, refused.headers())(scope, receive, send_and_see)
         finally:
             if is_call:
                 self._ended()
@@ -131,6 +137,12 @@ class HttpApp:
         return JSONResponse(_shown(self._service.model(request.path_params["name"])))
 
 
+def _request_id(scope: Scope) -> bytes:
+    """The client's name for it, or a new one."""
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+    return given or b"%016x" % random.getrandbits(64)
+
+
 @lru_cache(maxsize=1)
 def _date(now_s: int) -> bytes:
     return formatdate(now_s, usegmt=True).encode()
@@ -152,7 +164,7 @@ def _shown(model: Model) -> dict[str, object]:
 
 
 def _refusal(error: Exception, path: str) -> Refusal:
-    """What the client is told. Of a bug only a name to look for in the log."""
+    """What the client is told."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ServiceError):
@@ -162,6 +174,4 @@ def _refusal(error: Exception, path: str) -> Refusal:
         nothing = "there is nothing at this path; the API is /v1/chat/completions, /v1/completions and /v1/models"
         what = {404: nothing, 405: f"this path takes {allow}"}
         return Refusal(error.status_code, what.get(error.status_code, error.detail), "unknown_url", allow=allow)
-    failure_id = uuid.uuid4().hex
-    log.error("call failed", exc_info=error, extra={"fields": {"path": path, "failure": failure_id}})
-    return Refusal(500, f"internal error {failure_id}", "internal")
+    return bug(error, path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 from services.protocol.errors import Code, ServiceError
+from services.rpc.interceptor import internal_error
 
 _STATUSES = {
     Code.CANCELLED: 499,
@@ -62,14 +64,25 @@ class Refusal(Exception):
         return {"retry-after": str(max(1, math.ceil(delay_s)))}
 
 
-# For calls that outlive the grace of a router that stops.
-CUT_OFF = Refusal(503, "the server stopped before the answer was whole", "draining")
+_CUT_OFF = Refusal(503, "the server stopped before the answer was whole", "draining")
 
 
 def refusal(error: ServiceError) -> Refusal:
     """The same error over HTTP; codes that stand for a failure of ours become 500."""
     code = _CODES.get(error.reason, error.reason.lower())
     return Refusal(_STATUSES.get(error.code, 500), error.message, code, retry_delay_s=error.retry_delay_s)
+
+
+def bug(error: BaseException, path: str) -> Refusal:
+    """Of a bug the client is told only a name to look for in the log."""
+    return refusal(internal_error(path, error))
+
+
+def cut_off(error: asyncio.CancelledError, path: str) -> Refusal:
+    """For a call that was cancelled, and not by its client: it outlived the grace of a router that stops, or, which
+    nobody asked for, somebody cancelled a task that it was waiting for."""
+    task = asyncio.current_task()
+    return _CUT_OFF if task is not None and task.cancelling() else bug(error, path)
 
 
 def bad_value(param: str, message: str) -> Refusal:

@@ -80,11 +80,10 @@ class EventStream:
         self._waiting: deque[Message] = deque()
         self.has_begun = False
 
-    def begin(self, request_id: str) -> None:
+    def begin(self) -> None:
         """Comes before the first event."""
         self.has_begun = True
-        headers = [*_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]  # as headers come
-        self._put({"type": "http.response.start", "status": 200, "headers": headers})
+        self._put({"type": "http.response.start", "status": 200, "headers": _HEADERS})
 
     def put(self, events: bytes) -> bool:
         """Some events; False: wait_for_room() comes before the next."""

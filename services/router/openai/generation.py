@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from services.router.http import CLIENT, Client, ClientGone
 from services.router.keys import tenant_of
 from services.router.openai.answers import Answers
 from services.router.openai.calls import Call, Headers
-from services.router.openai.errors import CUT_OFF, Refusal, refusal
+from services.router.openai.errors import Refusal, cut_off, refusal
 from services.router.openai.events import DONE, EventStream, Spelling, event
 from services.router.openai.fields import Fields
 from services.router.openai.shapes import ChatShape, CompletionShape, Wishes
@@ -28,7 +27,7 @@ from services.router.service import GenerationService
 # In a scope: the tenant whose key the client has shown, empty: no tenant's; and what the request is called in logs.
 OWNER, REQUEST_ID = "microserve.owner", "microserve.request_id"
 _BODY_TIMEOUT_S = 60.0
-_NAMES = (b"x-microserve-policy", b"x-request-id", b"x-microserve-priority", b"x-microserve-tenant")
+_NAMES = (b"x-microserve-policy", b"x-microserve-priority", b"x-microserve-tenant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +59,18 @@ class Generation:
         client: Client = scope["state"][CLIENT]
         headers = dict(reversed(scope["headers"]))  # the first of a name counts
         body = await _body(receive, client, headers.get(b"content-length", b""), self._limits.max_body_bytes)
-        policy, request_id, priority, tenant = (headers.get(name, b"").decode("latin-1") for name in _NAMES)
-        scope[REQUEST_ID] = request_id = request_id or f"{random.getrandbits(64):016x}"
+        policy, priority, tenant = (headers.get(name, b"").decode("latin-1") for name in _NAMES)
         owner = scope[OWNER]
-        named = Headers(policy, request_id, priority, tenant_of(owner, tenant), owner)
+        named = Headers(policy, scope[REQUEST_ID], priority, tenant_of(owner, tenant), owner)
         call = self._read(Fields.parse(body), named)
         if call.stream:
             stream = EventStream(send, client, self._limits.client_timeout_s)
             try:
                 await client.stays_for(self._answer_in_pieces(call, stream))
-            except asyncio.CancelledError:  # not by the client
+            except asyncio.CancelledError as error:  # not by the client
                 if not stream.has_begun:
                     raise
-                await stream.end(event(CUT_OFF.body()))
+                await stream.end(event(cut_off(error, scope["path"]).body()))
         else:
             await client.stays_for(self._answer(call, scope, receive, send))
 
@@ -90,7 +88,7 @@ class Generation:
         for choice, parts in zip(answers.choices, texts, strict=True):
             choice.text = "".join(parts)
         whole = self._new_shape(call, model).whole(answers.choices, len(call.asks))
-        await JSONResponse(whole, headers={"x-request-id": call.asks[0].request_id})(scope, receive, send)
+        await JSONResponse(whole)(scope, receive, send)
 
     async def _answer_in_pieces(self, call: Call, stream: EventStream) -> None:
         model = self._service.model(call.asks[0].model)
@@ -101,7 +99,7 @@ class Generation:
             if spelling is None:
                 shape = self._new_shape(call, model)
                 spelling = Spelling(Answers(call, self._service), shape, include_usage=call.include_usage)
-                stream.begin(call.asks[0].request_id)
+                stream.begin()
             return stream.put(spelling.piece(index, answer))
 
         try:
