@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import sys
 from dataclasses import replace
@@ -13,10 +14,11 @@ import pytest
 
 from services.router.config import RouterConfig
 from services.router.errors import BadPolicy
+from services.router.fleet.scope import RequestScope
 from services.router.metrics import ABANDONED_POLICIES
 from services.router.programs.loader import load_source
 from services.router.programs.program import POLICY, Program
-from services.router.programs.runner import RunLimits
+from services.router.programs.runner import PolicyRun, RunLimits
 from services.router.request import PolicyRequest
 from services.router.values import Sampling
 from tests.fakes import PATIENCE_S, FakeBug, FakeError, Fault
@@ -346,3 +348,22 @@ async def test_a_program_that_waits_for_ever_is_told_for_which_verb(
         with failing(*TIMEOUT) as caught:
             await suite.generate()
         assert caught.value.message == "policy unsent yielded nothing for 0.1 s, with start_generate on b under way"
+
+
+async def test_a_request_that_has_ended_leaves_no_garbage() -> None:
+    """What only the collector frees grows between its rounds, and its rounds stop every request."""
+
+    def runs() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, (PolicyRun, RequestScope))}
+
+    async with running(policy="disaggregated") as suite:
+        gc.collect()
+        gc.disable()
+        before = runs()
+        try:
+            for _ in range(20):
+                await suite.generate()
+            await suite.idle()
+            assert runs() <= before
+        finally:
+            gc.enable()

@@ -45,12 +45,13 @@ class Unawaited:
 class RequestScope:
     """Registers reservations and sequences from their beginning to their end, and ends what a policy left open."""
 
+    # A verb was dropped before it began, in that frame: a program's, or that of who cancels its task.
+    on_dropped: Callable[[Verb, FrameType], None] = staticmethod(lambda verb, frame: None)
+
     def __init__(self, cleanup: Cleanup) -> None:
         self.cleanup = cleanup
         self.legs = Legs()
         self.avoided: set[str] = set()  # addresses of engines that failed this request
-        # A verb was dropped before it began, in that frame: a program's, or that of who cancels its task.
-        self.on_dropped: Callable[[Verb, FrameType], None] = lambda verb, frame: None
         self._reservations: set[Reservation] = set()
         self._sequences: dict[Sequence, str] = {}  # with the names of their engines
         self._streams: list[Stream] = []

@@ -182,6 +182,7 @@ class PolicyRun:
 
     def _ended(self, _: asyncio.Task[None]) -> None:
         self._timer.cancel()
+        del self._scope.on_dropped  # which holds the run, and so would keep both until a collection
         self._on_end(self)
 
     async def _drive(self) -> None:
