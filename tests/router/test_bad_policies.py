@@ -321,20 +321,6 @@ async def test_what_a_program_gives_a_verb_is_not_the_clients_fault(name: str, t
         )
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-async def test_a_forgotten_await_is_told_at_once(tmp_path: Path) -> None:
-    body = dedent("""
-        prefill, decode = fleet.pair(request)
-        async with decode.prep_recv(request, end=50) as kv:
-            prefill.remote_send(request, kv)
-            yield decode.start_generate(request, begin=50, kv=kv)
-    """).replace("\n", "\n    ")
-    async with running(policy=str(write(tmp_path, "forgetful", body))) as suite:
-        with failing(*FAILED) as caught:
-            await suite.generate()
-        assert caught.value.message == "policy forgetful called remote_send at line 9 without await"
-
-
 async def test_a_program_that_waits_for_ever_is_told_for_which_verb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

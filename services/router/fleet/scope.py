@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable
-from types import FrameType
 from typing import Protocol
 
+from services.protocol.ranges import TokenRange
 from services.router.cleanup import Cleanup
 from services.router.errors import PolicyFailed
 from services.router.fleet.legs import Legs
@@ -28,29 +27,23 @@ class Stream(Protocol):
         """Ends what it reads, unless somebody waits for a chunk: then it ends with that."""
 
 
-class Unawaited:
-    """An argument of a verb's coroutine, which takes it along when it is dropped before it began: that tells of the
-    `await` that a program forgot."""
+class Calls(Protocol):
+    """Hears what the request's program calls."""
 
-    __slots__ = ("_scope", "_verb", "begun")
+    def sends(self, kv: Reservation, tokens: TokenRange) -> Callable[[], None]:
+        """A send was called; what comes back is to be called when it begins, and kept by nobody else."""
 
-    def __init__(self, scope: RequestScope, verb: Verb) -> None:
-        self._scope, self._verb, self.begun = scope, verb, False
-
-    def __del__(self) -> None:
-        if not self.begun:
-            self._scope.on_dropped(self._verb, sys._getframe(1))
+    def generates(self, kv: Reservation) -> None:
+        """A sequence is about to wait for this reservation to be filled. PolicyFailed if it would for ever."""
 
 
 class RequestScope:
     """Registers reservations and sequences from their beginning to their end, and ends what a policy left open."""
 
-    # A verb was dropped before it began, in that frame: a program's, or that of who cancels its task.
-    on_dropped: Callable[[Verb, FrameType], None] = staticmethod(lambda verb, frame: None)
-
     def __init__(self, cleanup: Cleanup) -> None:
         self.cleanup = cleanup
         self.legs = Legs()
+        self.calls: Calls | None = None
         self.avoided: set[str] = set()  # addresses of engines that failed this request
         self._reservations: set[Reservation] = set()
         self._sequences: dict[Sequence, str] = {}  # with the names of their engines
@@ -92,6 +85,15 @@ class RequestScope:
         """Cancels a sequence that has not ended, and forgets it."""
         sequence.cancel()
         self._sequences.pop(sequence, None)
+
+    def sends(self, kv: Reservation, tokens: TokenRange) -> Callable[[], None]:
+        """See Calls."""
+        return (lambda: None) if self.calls is None else self.calls.sends(kv, tokens)
+
+    def generates(self, kv: Reservation) -> None:
+        """See Calls."""
+        if self.calls is not None:
+            self.calls.generates(kv)
 
     def stream(self, chunks: Stream) -> None:
         """Registers a stream of chunks, so that it is closed even where a program forgets it half-read."""

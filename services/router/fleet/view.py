@@ -22,7 +22,7 @@ from services.router.fleet.info import EngineInfo, EngineSnapshot
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import CALL_TIMEOUT_S, Reservation
 from services.router.fleet.roster import Roster
-from services.router.fleet.scope import RequestScope, Unawaited
+from services.router.fleet.scope import RequestScope
 from services.router.fleet.underway import Answer, Answering, Computing
 from services.router.fleet.watched import Watched
 from services.router.request import PolicyRequest
@@ -97,13 +97,13 @@ class Engine:
     ) -> Coroutine[Any, Any, Timing]:
         """Computes KV of `tokens` (by default all that is missing) or takes it from the cache, and writes it into
         `kv`. Returns when every byte is in place; at once, with no call, if the range is empty."""
-        return self._remote_send(request, kv, tokens, Unawaited(self._scope, Verb.REMOTE_SEND))
+        tokens = kv.missing if tokens is None else _movable(tokens, request)
+        return self._remote_send(request, kv, tokens, self._scope.sends(kv, tokens))
 
     async def _remote_send(
-        self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None, unawaited: Unawaited
+        self, request: PolicyRequest, kv: Reservation, tokens: TokenRange, begin: Callable[[], None]
     ) -> Timing:
-        unawaited.begun = True
-        tokens = kv.missing if tokens is None else _movable(tokens, request)
+        begin()
         if not tokens:
             return Timing()
         with (

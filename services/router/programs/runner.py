@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from services.protocol.errors import ServiceError
@@ -23,9 +22,10 @@ from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
 from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
-from services.router.programs.stack import ProgramInterrupted, failed_line, program_name
+from services.router.programs.stack import ProgramInterrupted, failed_line
+from services.router.programs.unawaited import Unawaited
 from services.router.request import PolicyRequest
-from services.router.values import Chunk, FinishReason, Logprobs, Verb
+from services.router.values import Chunk, FinishReason, Logprobs
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class PolicyRun:
         self._request = request
         self._fleet = fleet
         self._scope = scope
-        scope.on_dropped = self._dropped
+        scope.calls = self._unawaited = Unawaited(program.spec)
         self._recovery = recovery
         self._limits = limits
         self._mailbox = Mailbox(limits.max_buffered)
@@ -173,7 +173,7 @@ class PolicyRun:
             await self._drive()
             if not self._finished:
                 what = "ended before its sequence did" if self._yielded else "yielded nothing"
-                error = PolicyFailed(f"policy {self.served_by.spec} {what}")
+                error = PolicyFailed(f"policy {self.served_by.spec} {what}{self._unawaited.remark()}")
         except BaseException as raised:  # also SystemExit: a program must not end the router
             error = self._explain(raised)
         self._mailbox.close(error)
@@ -182,7 +182,6 @@ class PolicyRun:
 
     def _ended(self, _: asyncio.Task[None]) -> None:
         self._timer.cancel()
-        del self._scope.on_dropped  # which holds the run, and so would keep both until a collection
         self._on_end(self)
 
     async def _drive(self) -> None:
@@ -262,7 +261,7 @@ class PolicyRun:
         elif now >= self._yielded_at + limit_s:
             verbs = self.legs.under_way()
             what = f"yielded nothing for {limit_s:g} s" + (f", with {verbs} under way" if verbs else "")
-            self._mailbox.close(PolicyTimeout(f"policy {self.served_by.spec} {what}"))
+            self._mailbox.close(PolicyTimeout(f"policy {self.served_by.spec} {what}{self._unawaited.remark()}"))
         else:
             self._set_timer()
 
@@ -280,12 +279,6 @@ class PolicyRun:
             what = f"called a verb{_at(raised)} that was refused: {known.message} ({known.reason})"
             return PolicyFailed(f"policy {self.served_by.spec} {what}")
         return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
-
-    def _dropped(self, verb: Verb, frame: FrameType) -> None:
-        """Says so at once: who waits for what that verb was to bring waits for ever."""
-        if program_name(frame.f_globals) is not None:  # not a task's that is cancelled before its first step
-            what = f"called {verb.value} at line {frame.f_lineno} without await"
-            self._mailbox.close(PolicyFailed(f"policy {self.served_by.spec} {what}"))
 
 
 def _is_misuse(error: ServiceError, raised: BaseException) -> bool:

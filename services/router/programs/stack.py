@@ -63,6 +63,15 @@ def program_name(module: Mapping[str, Any]) -> str | None:
     return name.removeprefix(MODULE_PREFIX).partition("_")[2]
 
 
+def calling_line(frame: FrameType | None) -> int | None:
+    """The line of the program that made the call whose frame that is; None if none did."""
+    while frame is not None:
+        if program_name(frame.f_globals) is not None:
+            return frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
 def failed_line(raised: BaseException) -> int | None:
     """The innermost line of a program that the exception came through, of a group its first one; None if it came
     through none."""
