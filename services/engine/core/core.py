@@ -65,7 +65,7 @@ class EngineCore:
         )
         self._listener = listener
         self._desks = Desks(context)
-        self._stepper = Stepper(context, self._desks)
+        self._stepper = Stepper(context, self._desks, self._hand_over_results)
         self._last_load: api.Load | None = None
 
     def step(self, commands: Iterable[api.Command] = ()) -> bool:
@@ -146,13 +146,17 @@ class EngineCore:
         return bool(scheduler.num_running or scheduler.num_waiting or self._desks.prep_recvs.num_waiting)
 
     def _hand_over(self) -> None:
-        self._desks.cache_watch.flush()
-        self._hand_over_outputs()
+        self._hand_over_results()
         self._desks.answer_drains_if_done()
         load = self.load()
         if load != self._last_load:
             self._last_load = load
             self._listener.on_load(load)
+
+    def _hand_over_results(self) -> None:
+        """Of a step that is settled."""
+        self._desks.cache_watch.flush()
+        self._hand_over_outputs()
 
     def _hand_over_outputs(self) -> None:
         outputs, self._context.outputs = tuple(self._context.outputs), []

@@ -28,8 +28,10 @@ class _UnderWay:
 class Stepper:
     """Carries plans out. A runner with a lag computes one step while the next is planned and launched."""
 
-    def __init__(self, context: Context, desks: Desks) -> None:
+    def __init__(self, context: Context, desks: Desks, hand_over: Callable[[], None]) -> None:
+        """`hand_over` gives away what came out of a step, where another is settled behind it."""
         self._context = context
+        self._hand_over = hand_over
         self._generations = desks.generations
         self._sends = desks.sends
         self._under_way: deque[_UnderWay] = deque()
@@ -57,6 +59,8 @@ class Stepper:
         num_lagging = self._context.runner.lag if plan.segments and not slots else 0
         while len(self._under_way) > num_lagging:
             is_sound &= self._settle_oldest()
+            if len(self._under_way) > num_lagging:
+                self._hand_over()  # what came out does not wait until the next one is computed
         return is_sound
 
     def abandon(self) -> None:

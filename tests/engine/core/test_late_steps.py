@@ -6,7 +6,7 @@ import pytest
 
 from services.engine.sampling.params import SamplingParams
 from tests.engine.core.answers import Clock
-from tests.engine.core.world import Node, prompt_of
+from tests.engine.core.world import Node, World, prompt_of
 
 pytestmark = pytest.mark.parametrize("lag", [1], ids=["late"], indirect=True)
 
@@ -100,3 +100,21 @@ def test_no_load_is_reported_idle_while_a_step_is_under_way() -> None:
     assert engine.core.load().running_sequences == 1
     engine.run()
     engine.assert_idle()
+
+
+def test_tokens_are_heard_before_the_step_behind_theirs_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a piece to send is settled at once, behind the one that was under way, and each gives a token."""
+    world, prompt, sent = World(), prompt_of(5), prompt_of(12, start=1)
+    reserved = world.reserve(sent, 12)
+    stream, heard = world.p.generate(prompt, SamplingParams(max_tokens=8)), []
+    world.p.step()
+    answer = world.p.remote_send(sent, 0, 12, reserved)
+    finish = world.p.fake.finish
+    monkeypatch.setattr(world.p.fake, "finish", lambda step: heard.append(len(stream.tokens)) or finish(step))
+    world.p.step()
+    assert (heard, len(stream.tokens)) == ([0, 1], 2)
+    monkeypatch.undo()
+    world.run()
+    assert answer.value.computed_tokens == 12
+    assert stream.tokens == world.p.expected(prompt, 8)
+    world.p.assert_idle()
