@@ -53,6 +53,40 @@ def test_computes_what_torch_does(kind: str, num_tokens: int) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_experts_as_the_oldest_transformers_describes_them_are_known(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """5.0.0 says of none whether it has a gate or a norm behind it."""
+    layer, rows = _layer(kind), torch.randn(3, HIDDEN)
+    weights, chosen = torch.rand(3, NUM_EXPERTS).topk(2)
+    expected = layer["experts"](rows, chosen, weights)
+    for name in ("has_gate", "has_post_expert_norm"):
+        delattr(layer["experts"], name)
+    replace_experts(layer, _make, team_of(2))
+    assert not list(layer.parameters())
+    torch.testing.assert_close(layer["experts"](rows, chosen, weights), expected)
+    assert not caplog.records
+
+
+class Unknown(torch.nn.Module):
+    """Experts by their weights, of which nothing is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+
+
+def test_what_stays_with_torch_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    convolution = torch.nn.Conv1d(2, 2, 3)
+    model = torch.nn.ModuleList([Unknown(), Unknown(), convolution, _layer("mixtral")])
+    replace_experts(model, _make, team_of(2))
+    assert len(list(model.parameters())) == 2 + len(list(convolution.parameters()))
+    [record] = caplog.records
+    assert record.__dict__["fields"] == {"modules": "Unknown"}
+
+
+@torch.inference_mode()
 def test_an_expert_that_there_is_not_adds_nothing() -> None:
     """So some models say that a token needs fewer."""
     layer, rows = _layer("mixtral"), torch.randn(3, HIDDEN)

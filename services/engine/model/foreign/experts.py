@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,16 +13,42 @@ from services.engine.kernels.jobs import Jobs
 from services.engine.kernels.team import Team
 from services.engine.model.linear.linear import LinearFactory, TeamLinear
 
-# What transformers' decorator of classes of experts says of them (integrations/moe.py).
-_DESCRIPTION = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+# What transformers' decorator of classes of experts says of them (integrations/moe.py) since 5.0.0; has_gate and
+# has_post_expert_norm came later, and without them there is a gate and no such norm.
+_DESCRIPTION = ("has_bias", "is_transposed", "_apply_gate")
+
+_log = logging.getLogger(__name__)
 
 
 def replace_experts(model: torch.nn.Module, make: LinearFactory, team: Team) -> None:
-    """Every collection of experts that transformers knows as such becomes linear layers of the team, two an expert."""
+    """Every collection of experts that transformers knows as such becomes linear layers of the team, two an expert.
+    What else has weights like theirs stays torch's, with its one thread, and is named in the log."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if all(hasattr(child, each) for each in _DESCRIPTION):
+            if _is_described(child):
                 setattr(parent, name, _InPlaceOfExperts(child, make, team))
+    left = {type(module).__name__ for module in model.modules() if _is_like_experts(module)}
+    if left:
+        fields = {"modules": ", ".join(sorted(left))}
+        _log.warning("weights like those of experts are left to torch, on one thread", extra={"fields": fields})
+
+
+def _is_described(module: Any) -> bool:
+    own = module._parameters
+    return all(hasattr(module, each) for each in _DESCRIPTION) and _up_name(module) in own and "down_proj" in own
+
+
+def _is_like_experts(module: torch.nn.Module) -> bool:
+    is_convolution = isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d))
+    return not is_convolution and any(each.dim() == 3 for each in module.parameters(recurse=False))
+
+
+def _up_name(experts: Any) -> str:
+    return "gate_up_proj" if _has_gate(experts) else "up_proj"
+
+
+def _has_gate(experts: Any) -> bool:
+    return bool(getattr(experts, "has_gate", True))
 
 
 class _InPlaceOfExperts(torch.nn.Module):
@@ -31,7 +58,7 @@ class _InPlaceOfExperts(torch.nn.Module):
         super().__init__()
         self._experts = experts  # without weights: what they do between the products
         self._team = team
-        self._up = _layers(experts, "gate_up_proj" if experts.has_gate else "up_proj", make)
+        self._up = _layers(experts, _up_name(experts), make)
         self._down = _layers(experts, "down_proj", make)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -44,9 +71,9 @@ class _InPlaceOfExperts(torch.nn.Module):
         if not order.numel():
             return torch.zeros_like(hidden_states)
         rows = self._multiply(self._up, hidden_states[order // top_k_index.shape[1]], counts)
-        rows = self._experts._apply_gate(rows) if self._experts.has_gate else self._experts.act_fn(rows)
+        rows = self._experts._apply_gate(rows) if _has_gate(self._experts) else self._experts.act_fn(rows)
         rows = self._multiply(self._down, rows.contiguous(), counts)
-        if self._experts.has_post_expert_norm:
+        if getattr(self._experts, "has_post_expert_norm", False):
             rows = self._experts.post_expert_norm(rows)
         parts = hidden_states.new_zeros(chosen.shape[0], hidden_states.shape[1])
         parts[order] = rows * top_k_weights.reshape(-1)[order, None]
