@@ -26,8 +26,8 @@ from services.router.fleet.registry import Registry
 from services.router.front.servicer import RouterServicer
 from services.router.front.sessions import OpenSessions
 from services.router.http import HttpServer
-from services.router.key_files import key_of, tenants_of
-from services.router.keys import KeyFile, KeyInterceptor, Keys
+from services.router.key_files import LOOK_S, KeysInFile, key_of, tenants_of
+from services.router.keys import KeyInterceptor, Keys
 from services.router.openai.app import HttpApp
 from services.router.openai.generation import HttpLimits
 from services.router.planning.host import BUILT_IN, PlannerHost
@@ -41,6 +41,7 @@ from services.router.service import GenerationService
 from services.router.text.store import TokenizerStore
 from services.router.traces import Traces
 from services.rpc.channel import make_channel
+from services.rpc.reloaded import Looks
 from services.rpc.server import Server, ServerConfig
 from services.rpc.tls import check_client
 
@@ -104,7 +105,9 @@ class Router:
             max_request_s=config.request_timeout,
             salt_by_tenant=config.salt_by_tenant,
         )
-        keys = Keys(config.api_key, file=_tenants(config))
+        tenants, upload_key = _tenants(config), _upload_key(config)
+        self.key_looks = Looks((file for file in (tenants, upload_key) if file is not None), every_s=LOOK_S)
+        keys = Keys(config.api_key, file=None if tenants is None else tenants.last)
         # Never those of tenants.
         admin_keys = Keys(config.admin_key, "admin key (of --admin-key)") if config.admin_key else Keys(config.api_key)
         guard = KeyInterceptor({ROUTER_SERVICE: keys, ADMIN_SERVICE: admin_keys})
@@ -122,7 +125,7 @@ class Router:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self.server.grpc)
         self._admin_server: Server | None = None
         if config.admin_listen is not None:
-            own_guard = KeyInterceptor({ADMIN_SERVICE: _own_keys(config) or admin_keys})
+            own_guard = KeyInterceptor({ADMIN_SERVICE: _own_keys(config, upload_key) or admin_keys})
             self._admin_server = Server(_admin_config(config, config.admin_listen), "admin", interceptors=(own_guard,))
             admin = AdminServicer(*shown, take_uploads=config.allow_policy_upload)
             admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin_server.grpc)
@@ -165,6 +168,7 @@ class Router:
     async def start(self) -> Addresses:
         """Binds every address and begins to follow the engines. PortInUse, StartError."""
         self._watchdog.start()
+        self.key_looks.start()
         self.addresses.grpc = await self.server.start()
         self.server.set_serving(ADMIN_SERVICE, True)
         self.server.set_serving(REGISTRATION_SERVICE, True)
@@ -207,6 +211,7 @@ class Router:
         await self.planners.close()
         await self._host.close()
         await self.registry.stop()
+        self.key_looks.close()
         self._watchdog.stop()
 
     async def _drain(self) -> None:
@@ -244,19 +249,25 @@ class Router:
                 log.warning("no engine can serve")
 
 
-def _tenants(config: RouterConfig) -> KeyFile | None:
+def _tenants(config: RouterConfig) -> KeysInFile | None:
     """What --tenant-key-file says, if there is one. StartError."""
     if config.tenant_key_file is None:
         return None
     return tenants_of(config.tenant_key_file, (*config.api_key, *config.admin_key))
 
 
-def _own_keys(config: RouterConfig) -> Keys | None:
-    """Those of --admin-listen, if it has one of its own. StartError."""
-    if config.upload_key_file is None:
+def _upload_key(config: RouterConfig) -> KeysInFile | None:
+    """What --upload-key-file says, if there is one that counts. StartError."""
+    if config.admin_listen is None or config.upload_key_file is None:
         return None
-    what = "key (of --upload-key-file or --admin-key)"
-    return Keys(config.admin_key, what, file=key_of(config.upload_key_file))
+    return key_of(config.upload_key_file)
+
+
+def _own_keys(config: RouterConfig, file: KeysInFile | None) -> Keys | None:
+    """Those of --admin-listen, if it has one of its own."""
+    if file is None:
+        return None
+    return Keys(config.admin_key, "key (of --upload-key-file or --admin-key)", file=file.last)
 
 
 def _admin_config(config: RouterConfig, listen: str) -> ServerConfig:

@@ -1,26 +1,34 @@
 """Keys in files, which may be replaced while the router runs.
 
-They are looked at with every request, so that what is removed opens nothing from then on. A file that cannot be used
+They are looked at every second, beside the requests, which use what was found last. A file that cannot be used
 changes nothing: the keys that it had before stay, so that there is never a moment in which no key is asked for.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from services.router.asking import MAX_NAME_CHARACTERS
-from services.router.keys import KeyFile, fingerprint, is_key
+from services.router.keys import fingerprint, is_key
 from services.rpc.errors import StartError
 from services.rpc.reloaded import Reloaded
 
-# Enough for ten thousand tenants, and read in about a tenth of a second, for which the event loop stands still.
+# Enough for ten thousand tenants, and read in about a tenth of a second.
 MAX_FILE_CHARACTERS = 1 << 20
-# After the last write to a file that is written where it stands.
+LOOK_S = 1.0
+# A file that has been seen unchanged for so long is whole.
 REST_S = 1.0
 
 
-def tenants_of(path: Path, others: Collection[str]) -> KeyFile:
+# Tenants by fingerprints.
+KeysInFile: TypeAlias = "Reloaded[Mapping[bytes, str]]"
+
+
+def tenants_of(path: Path, others: Collection[str]) -> KeysInFile:
     """Tenants by fingerprints of their keys, as the file of lines TENANT KEY says them now. None may be one of the
     `others`. StartError if it cannot be used to begin with."""
 
@@ -33,7 +41,7 @@ def tenants_of(path: Path, others: Collection[str]) -> KeyFile:
     return _reloaded(path, read)
 
 
-def key_of(path: Path) -> KeyFile:
+def key_of(path: Path) -> KeysInFile:
     """The fingerprint of the one key that the file holds now, which is no tenant's. StartError as tenants_of."""
     return _reloaded(path, lambda: {fingerprint(read_key(path)): ""})
 
@@ -68,16 +76,24 @@ def read_tenant_keys(path: Path) -> dict[str, str]:
     return tenants
 
 
-def _reloaded(path: Path, read: Callable[[], Mapping[bytes, str]]) -> KeyFile:
-    return Reloaded([path], read, what="keys", rest_s=REST_S).latest
+def _reloaded(path: Path, read: Callable[[], Mapping[bytes, str]]) -> KeysInFile:
+    return Reloaded([path], read, what="keys", rest_s=REST_S)
 
 
 def _text(path: Path) -> str:
     try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark of its encoding
+        # Some editors begin a file with a mark of its encoding.
+        with open(path, encoding="utf-8-sig", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StartError(f"{path} is no regular file")
             text = file.read(MAX_FILE_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"cannot read the key in {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(text) > MAX_FILE_CHARACTERS:
         raise StartError(f"{path} has more than {MAX_FILE_CHARACTERS} characters")
     return text
+
+
+def _open(path: str, flags: int) -> int:
+    """Of a pipe that nobody writes it returns too."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.router import metrics as of_router
-from services.rpc.reloaded import RELOADS
+from services.rpc.reloaded import RELOADS, STALE
 from tests.e2e.prompts import mixed_prompts
 from tests.e2e.suite import Suite, ask
 
@@ -61,7 +61,7 @@ def labels_of(scraped: dict[str, list[Metric]]) -> dict[str, set[str]]:
         found.setdefault(f"{family.name}_total" if family.type == "counter" else family.name, set())
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
-    for metric in (RELOADS, *vars(of_router).values()):
+    for metric in (RELOADS, STALE, *vars(of_router).values()):
         if isinstance(metric, Counter | Gauge | Histogram):
             name = f"{metric._name}_total" if isinstance(metric, Counter) else metric._name
             found.setdefault(name, set()).update(metric._labelnames)
