@@ -25,6 +25,8 @@ from services.cli.values import Endpoint, Question
 _EXIT_STUCK = 70
 # Reading a large model from a slow disk takes minutes.
 _START_TIMEOUT_S = 600.0
+# After so long a start says what it waits for.
+_LONG_START_S = 10.0
 
 
 def up(options: UpOptions) -> None:
@@ -82,8 +84,12 @@ class _Launcher:
         """Starts everything, asks the question, and then waits to be cancelled."""
         options = self._options
         self._say(f"starting kvtransfer, {options.engine_count} engines and a router")
+        telling = self._loop.call_later(_LONG_START_S, self._show_awaited)
         async with asyncio.timeout(_START_TIMEOUT_S):
-            router = await self._start()
+            try:
+                router = await self._start()
+            finally:
+                telling.cancel()
             processes = self._fleet.processes
             await asyncio.gather(*(wait_serving(each.address, _START_TIMEOUT_S) for each in processes))
         self._show_endpoints()
@@ -161,6 +167,11 @@ class _Launcher:
         is_stuck = process.service == "router" and process.poll() == _EXIT_STUCK
         why = "a program holds the router" if is_stuck else str(process.failure())
         self._say(f"{why}: starting it again", {"event": "restarting", "name": process.name})
+
+    def _show_awaited(self) -> None:
+        for process in self._fleet.processes:
+            if not process.has_been_ready:
+                self._say(f"{process.name} is not ready yet; the last it said: {process.log_tail(1) or 'nothing'}")
 
     def _show_slow(self, process: ServiceProcess) -> None:
         why = f"{process.name} is ready and does not serve yet; what it says is in {process.log_path}"

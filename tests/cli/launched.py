@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def start_up(folder: Path, model: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """`microserve up` over fake services, with free ports and JSON events; killed at the end if it still runs."""
-    flags = ["--grpc-port", "0", "--http-port", "0", "--json", *options]
+def start_up(folder: Path, model: str, *options: str, as_json: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """`microserve up` over fake services, with free ports, and with JSON events unless told not to; killed if it
+    still runs at the end."""
+    flags = ["--grpc-port", "0", "--http-port", "0", *(["--json"] if as_json else []), *options]
     with subprocess.Popen(
         [sys.executable, "-m", "tests.cli.fakes.up", str(folder), model, *flags],
         cwd=ROOT,

@@ -30,6 +30,14 @@ def test_up_answers_serves_and_stops_on_a_signal(tmp_path: Path, number: signal.
         assert not any(alive(endpoint["pid"]) for endpoint in ready["endpoints"])
 
 
+def test_a_long_start_says_what_it_waits_for(tmp_path: Path) -> None:
+    with start_up(tmp_path, "slow", as_json=False) as launcher:
+        assert launcher.stdout is not None
+        said = [launcher.stdout.readline() for _ in range(2)]
+        assert said[0].startswith("starting kvtransfer")
+        assert said[1].startswith("kvtransfer is not ready yet; the last it said: ")
+
+
 def test_up_killed_leaves_no_process(tmp_path: Path) -> None:
     with start_up(tmp_path, "m") as launcher:
         ready = read_event(launcher)

@@ -1,6 +1,7 @@
 """`microserve up` with the fake services: python -m tests.cli.fakes.up FOLDER MODEL [options of up].
 
-With the model named "patient" it kills nobody by itself who does not end.
+Every start of the model named "slow" counts as a long one at once.
+With the one named "patient" it kills nobody by itself who does not end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if __name__ == "__main__":
     kind = PatientFleet if model.name == "patient" else Fleet
     services.cli.up.Fleet = lambda: kind(folder, package="tests.cli.fakes")  # type: ignore
     services.cli.restarts.PERIOD_S = 3600.0  # "again and again" however slow the machine is
+    if model.name == "slow":
+        services.cli.up._LONG_START_S = 0.0
     services.cli.up.fetch = lambda name, quiet: model  # type: ignore
     sys.argv[1:] = ["up", *sys.argv[3:]]
     services.cli.main.main()
