@@ -28,6 +28,8 @@ Reply = TypeVar("Reply")
 POLICY_KEY = "x-microserve-policy"
 # For questions about the fleet, which no engine computes on.
 _ADMIN_TIMEOUT_S = 10.0
+_ADMIN_SERVICE = "microserve.router.v1.AdminService"
+_ROUTER_SERVICE = "microserve.router.v1.RouterService"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,11 @@ async def router_client(address: str) -> AsyncIterator[RouterClient]:
             with remote_errors():
                 yield RouterClient(address, channel)
         except RemoteError as error:
+            if _is_unknown(error) and await _is_admin_address(channel):
+                raise CliError(
+                    f"{address} is the router's address for administration alone (--admin-listen);"
+                    " --address takes its gRPC address (--listen)"
+                ) from None
             raise _explain(address, error) from None
 
 
@@ -153,6 +160,25 @@ async def wait_serving(address: str, timeout_s: float) -> None:
             watch.cancel()
 
 
+def _is_unknown(error: RemoteError) -> bool:
+    """Whether what was asked is nothing that the other side has."""
+    return error.code is Code.UNIMPLEMENTED and error.reason == Code.UNIMPLEMENTED.name
+
+
+async def _is_admin_address(channel: grpc.aio.Channel) -> bool:
+    """Whether AdminService is there without RouterService, as far as health tells."""
+    return await _has(channel, _ADMIN_SERVICE) and not await _has(channel, _ROUTER_SERVICE)
+
+
+async def _has(channel: grpc.aio.Channel, service: str) -> bool:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    try:
+        await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=_ADMIN_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
 def _explain(address: str, error: RemoteError) -> CliError:
     sentence = re.sub(r"\s+", " ", error.message)
     # A reason of its own means that the router answered; gRPC's own UNAVAILABLE means that nobody did.
@@ -160,7 +186,7 @@ def _explain(address: str, error: RemoteError) -> CliError:
         return unreachable(address, sentence)
     if error.code is Code.DEADLINE_EXCEEDED and error.reason == Code.DEADLINE_EXCEEDED.name:
         sentence = f"the router at {address} did not answer in time"
-    if error.code is Code.UNIMPLEMENTED and error.reason == Code.UNIMPLEMENTED.name:
+    if _is_unknown(error):
         sentence = f"what answers at {address} is no router of this version: an engine, or a KV transfer service?"
     if error.code is Code.UNAUTHENTICATED:
         sentence += (

@@ -17,6 +17,8 @@ from threading import Thread
 
 import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from microserve.router.v1 import admin_pb2_grpc
 
 from services.cli.fleet import Fleet
 from tests.cli.conftest import ROOT, Run
@@ -268,6 +270,22 @@ def test_what_is_no_router_is_told(microserve: Run) -> None:
             assert f"what answers at 127.0.0.1:{port} is no router" in err
     finally:
         server.stop(None).wait()
+
+
+def test_the_admin_address_is_told_from_the_routers(microserve: Run) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    told = health.HealthServicer()
+    told.set("microserve.router.v1.AdminService", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(told, server)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(admin_pb2_grpc.AdminServiceServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        code, _, err = microserve("ask", "Hi", "--address", f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"127.0.0.1:{port} is the router's address for administration alone (--admin-listen)" in err
 
 
 @contextmanager
