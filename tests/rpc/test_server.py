@@ -68,6 +68,14 @@ async def test_what_start_would_fail_of_can_be_asked_before(serve: Serve, tmp_pa
     Server(ServerConfig(listen=taken, reuse_port=True, metrics_port=None), "engine").check()
 
 
+def test_calls_that_nobody_has_taken_yet_are_bounded_and_with_them_their_memory() -> None:
+    """They come before any key is asked for."""
+    options = dict(server_config.server_options(ServerConfig()))
+    call_bytes = 82_500  # as measured with bodies of 60 kB
+    for name in ("grpc.server.max_pending_requests", "grpc.server.max_pending_requests_hard_limit"):
+        assert 4000 < options[name] <= (1 << 30) // call_bytes
+
+
 @pytest.mark.slow
 async def test_each_of_thousands_that_call_at_once_is_answered_by_the_service(serve: Serve) -> None:
     running = await serve()
