@@ -8,11 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Coroutine
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from services.protocol.errors import ServiceError
 from services.rpc.errors import StartError
+from services.rpc.printed import printed_as_records
 
 
 class ServiceLoop(asyncio.SelectorEventLoop):
@@ -25,7 +26,7 @@ def run_main(prog: str, main: Coroutine[Any, Any, None]) -> NoReturn:
     """Runs `main` to its end, which is that of the process. StartError and ServiceError become one line on stderr and
     exit code 2. What anybody prints meanwhile goes to the log: standard output is for announce_ready."""
     try:
-        with redirect_stdout(sys.stderr), asyncio.Runner(loop_factory=ServiceLoop) as runner:
+        with printed_as_records(), asyncio.Runner(loop_factory=ServiceLoop) as runner:
             runner.run(main)
     except (StartError, ServiceError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

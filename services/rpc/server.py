@@ -29,6 +29,7 @@ from services.rpc.health import HealthService
 from services.rpc.interceptor import ErrorInterceptor
 from services.rpc.lifeline import Lifeline
 from services.rpc.metrics import BUILD, MetricsServer
+from services.rpc.printed import Printed
 from services.rpc.server_config import ServerConfig, server_options
 from services.rpc.version import package_version
 
@@ -220,7 +221,7 @@ def announce_ready(service: str, address: str, metrics: str | None = None) -> No
     """Prints `READY {"service":..,"address":..,"metrics":..}` on stdout: the event that launchers wait for."""
     line = {"service": service, "address": address, "metrics": metrics}
     # run_main turns what others print away from it.
-    stdout = sys.__stdout__ if sys.stdout is sys.stderr else sys.stdout
+    stdout = sys.stdout.announcements if isinstance(sys.stdout, Printed) else sys.stdout
     try:
         print("READY " + json.dumps(line, separators=(",", ":")), file=stdout, flush=True)
     except OSError:
