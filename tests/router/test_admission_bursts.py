@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from services.router.admission.admission import Admission
-from services.router.admission.ticket import AdmissionLimits, Capacity, Priority
+from services.router.admission.ticket import AdmissionLimits, Capacity, Priority, Ticket
 from services.router.errors import Overloaded
 from services.rpc.virtual_loop import run
 from tests.router.test_admission import NO_LIMITS, TICKET, admission_of, all_of, work
@@ -131,3 +131,70 @@ def test_nobody_is_told_to_come_again_in_milliseconds() -> None:
         await asyncio.gather(*works)
 
     run(main())
+
+
+class Engines:
+    """Each computes all prompts that wait for it together: a step takes 20 ms, and 11,450 tokens a second."""
+
+    def __init__(self, number: int) -> None:
+        self._locks = [asyncio.Lock() for _ in range(number)]
+        self._waiting: list[list[int]] = [[] for _ in range(number)]
+        self._next = 0
+
+    async def compute(self, num_tokens: int) -> None:
+        mine, self._next = self._next, (self._next + 1) % len(self._locks)
+        waiting = self._waiting[mine]
+        waiting.append(num_tokens)
+        async with self._locks[mine]:
+            if waiting is self._waiting[mine]:  # nobody has computed it with its own
+                self._waiting[mine] = []
+                await asyncio.sleep(0.02 + sum(waiting) / 11_450)
+
+
+async def one(admission: Admission, engines: Engines, ticket: Ticket) -> float:
+    """When its prompt was computed."""
+    async with admission.turn(ticket) as turn:
+        await engines.compute(ticket.num_prompt_tokens)
+        turn.first_token()
+    return asyncio.get_running_loop().time()
+
+
+async def one_by_one(admission: Admission, engines: Engines, ticket: Ticket) -> None:
+    for _ in range(60):
+        await one(admission, engines, ticket)
+
+
+def test_prompts_that_come_one_at_a_time_tell_how_fast_the_fleet_is() -> None:
+    async def main() -> None:
+        admission, engines, loop = admission_of(1), Engines(1), asyncio.get_running_loop()
+        await one_by_one(admission, engines, replace(TICKET, num_prompt_tokens=20_000))
+        running = asyncio.create_task(work(admission, TICKET, 60, [], ""))
+        await asyncio.sleep(0)
+        now = loop.time()
+        with pytest.raises(Overloaded, match="deadline"):
+            await one(admission, engines, replace(TICKET, num_prompt_tokens=100_000, deadline=now + 3))
+        assert loop.time() == now
+        await running
+
+    run(main())
+
+
+@pytest.mark.parametrize("num_engines", [1, 4])
+@pytest.mark.parametrize("num_tokens", [100, 20_000])
+def test_nobody_is_refused_because_prompts_had_come_one_at_a_time(num_engines: int, num_tokens: int) -> None:
+    """What is let in where nothing is known of the deadline is not refused with the deadline that it kept."""
+
+    async def main(left_s: float) -> float:
+        admission, engines = admission_of(2 * num_engines, num_engines=num_engines), Engines(num_engines)
+        ticket = replace(TICKET, num_prompt_tokens=num_tokens)
+        await one_by_one(admission, engines, ticket)
+        now = asyncio.get_running_loop().time()
+        burst = [asyncio.create_task(one(admission, engines, ticket)) for _ in range(2 * num_engines)]
+        await asyncio.sleep(0)
+        late = replace(TICKET, num_prompt_tokens=20_000, deadline=now + left_s)
+        ended = await one(admission, engines, late)
+        await asyncio.gather(*burst)
+        return ended - now
+
+    kept_s = run(main(float("inf")))
+    assert run(main(kept_s + 1e-6)) == pytest.approx(kept_s)

@@ -13,7 +13,7 @@ from services.rpc.virtual_loop import run
 def test_what_is_computed_or_dropped_counts_no_more() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        prompts = Prompts(loop.time, lambda: None)
+        prompts = Prompts(loop.time, lambda: None, lambda: 1)
         for name in "abc":
             prompts.begin(name, 100)
         await asyncio.sleep(1)
@@ -35,7 +35,7 @@ def test_each_is_forgotten_when_its_own_time_is_over() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         counted: list[tuple[float, int]] = []
-        prompts = Prompts(loop.time, lambda: counted.append((loop.time(), prompts.num_tokens)))
+        prompts = Prompts(loop.time, lambda: counted.append((loop.time(), prompts.num_tokens)), lambda: 1)
         for number in range(6):  # at 0.0, 0.1 and so on, where sums of floats are not exact
             prompts.begin(number, 1 << number)
             await asyncio.sleep(0.1)
@@ -57,7 +57,7 @@ def test_one_timer_to_forget_and_one_to_look_are_enough_for_all() -> None:
         timers: list[float] = []
         call_later = loop.call_later
         loop.call_later = lambda *args: timers.append(args[0]) or call_later(*args)  # type: ignore[method-assign, assignment]
-        prompts = Prompts(loop.time, lambda: None)
+        prompts = Prompts(loop.time, lambda: None, lambda: 1)
         for number in range(1000):
             prompts.begin(number, 10)
             prompts.computed(number)

@@ -72,7 +72,7 @@ class Line:
         self._habits = Habits()
         self.num_waiting = 0  # requests in all queues
         self._num_running = 0
-        self._prompts = Prompts(clock, self.pump)  # of those that run
+        self._prompts = Prompts(clock, self.pump, lambda: self._capacity().num_engines)  # of those that run
         self._admitted = Meter(clock)  # cost, while somebody waits
         self._usual_output = FIRST_GUESS_OUTPUT  # of answers that were not bounded
         self._output_token_s = Estimate()  # of time after the first token, for each token that was asked for

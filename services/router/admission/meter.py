@@ -34,6 +34,7 @@ class Meter:
         self._number = 0.0  # of things that make up the amount
         self._busy_s = 0.0
         self._flowing_s = 0.0  # of the busy time, without what passed before the first thing was done each time
+        self._lead_s = 0.0  # that, of this time
         self._is_flowing = False
         self._busy_since: float | None = None
         self._has_timer = False  # at most one, however often there is something to do
@@ -44,13 +45,16 @@ class Meter:
             self._settle()
             self._busy_since = self._clock() if busy else None
             self._is_flowing = False
+            self._lead_s = 0.0
             if busy and not self._has_timer:
                 self._set_timer()
 
-    def add(self, amount: float) -> None:
-        """One more thing has been done, of so many units."""
-        if self._busy_since is not None:
-            self._settle()
+    def add(self, amount: float, lead_share: float = 0.0) -> None:
+        """One more thing has been done, of so many units. If it is the first, `lead_share` of the time that it took is
+        as good a bound as that between others: all of it where nothing was or could have been right behind."""
+        self._settle()
+        self._flowing_s += lead_share * self._lead_s
+        self._lead_s = 0.0
         self._is_flowing = True
         self._amount += amount
         self._number += 1
@@ -66,7 +70,7 @@ class Meter:
         """What the true rate is seldom above. None while too little has been seen.
 
         Of things that come by chance few may be seen where many are usual, and until the first is done it may take long
-        where the others are right behind it.
+        where the others are right behind it: see add().
         """
         self._settle()
         if self._flowing_s < _SHORTEST_FLOWING_S or self._number < _FEWEST:
@@ -86,6 +90,7 @@ class Meter:
         passed_s = (1 - fading) * _MEAN_LIFE_S
         self._busy_s = self._busy_s * fading + passed_s
         self._flowing_s = self._flowing_s * fading + self._is_flowing * passed_s
+        self._lead_s = self._lead_s * fading + (not self._is_flowing) * passed_s
         self._busy_since = now
 
     def _look(self) -> None:

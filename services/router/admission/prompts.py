@@ -9,22 +9,28 @@ from services.router.admission.meter import Meter
 
 # A prompt that takes longer is not waiting for its turn on an engine: its program or its engine hangs.
 _FORGET_S = 30.0
+# An engine computes fewer in hardly less time, alone or with others: they do not bound how fast it could go.
+_FULL_STEP_TOKENS = 2048
 
 
 class Prompts:
     """How many tokens they have, and how fast such tokens are computed."""
 
-    def __init__(self, clock: Callable[[], float], forgot: Callable[[], None]) -> None:
-        """`forgot` is called when prompts are counted no more because they took too long."""
+    def __init__(self, clock: Callable[[], float], forgot: Callable[[], None], num_engines: Callable[[], int]) -> None:
+        """`forgot` is called when prompts are counted no more because they took too long; each of `num_engines` could
+        compute one at the same time."""
         self._clock = clock
         self._forgot = forgot
+        self._num_engines = num_engines
         self._meter = Meter(clock)
         self._counted: dict[Hashable, tuple[int, float]] = {}  # tokens, and when it is forgotten: in that order
+        self._alone: Hashable | None = None  # the only one since there was none
         self._has_timer = False  # one for all: to start one costs more than all the rest
         self.num_tokens = 0
 
     def begin(self, name: Hashable, num_tokens: int) -> None:
         """An engine has one more to compute."""
+        self._alone = None if self._counted else name
         if not self._counted:
             self._meter.set_busy(True)
         forget_at = self._clock() + _FORGET_S
@@ -35,10 +41,12 @@ class Prompts:
 
     def computed(self, name: Hashable) -> bool:
         """It has been computed. False if it was not counted any more."""
-        num_tokens = self.drop(name)
-        if num_tokens:
-            self._meter.add(num_tokens)
-        return num_tokens > 0
+        if name not in self._counted:
+            return False
+        num_tokens, _ = self._counted[name]
+        self._meter.add(num_tokens, self._lead_share(num_tokens) if self._alone == name else 0.0)
+        self.drop(name)
+        return True
 
     def drop(self, name: Hashable) -> int:
         """It is not counted any more. Tokens that it had; 0 if it was not counted before."""
@@ -57,6 +65,10 @@ class Prompts:
     def fastest_rate(self) -> float | None:
         """What that is seldom above; None while too little has been seen."""
         return self._meter.fastest()
+
+    def _lead_share(self, num_tokens: int) -> float:
+        """What the time of one that was alone counts: all engines together could have gone so much faster."""
+        return 1 / max(1, self._num_engines()) if num_tokens >= _FULL_STEP_TOKENS else 0.0
 
     def _set_timer(self, forget_at: float) -> None:
         self._has_timer = True
