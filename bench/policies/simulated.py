@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def sweep(
     runs: list[Run] = []
     for repeat in range(repeats):
         for mix in mixes:
-            runs += run(_cells(fleet, mix, loads, policies, requests, repeat))
+            runs += run(_cells(fleet, mix, loads, policies, requests, repeat), math.inf)
     return runs
 
 

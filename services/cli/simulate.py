@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def _traces(policy: str, fleet: FleetHardware, arrivals: Sequence[Arrival]) -> l
     once = _Once()
     runner.log.addFilter(once)
     try:
-        return run(main())
+        return run(main(), longest_s=math.inf)
     except RouterError as error:
         raise UsageError(error.message) from None
     finally:

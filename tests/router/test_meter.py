@@ -136,3 +136,12 @@ def test_what_was_seen_hours_ago_is_forgotten() -> None:
         assert meter.fastest() is None
 
     run(main())
+
+
+def test_what_waits_for_ever_is_found_even_while_somebody_looks() -> None:
+    async def main() -> None:
+        Meter(asyncio.get_running_loop().time).set_busy(True)
+        await asyncio.Event().wait()
+
+    with pytest.raises(AssertionError, match="it takes longer than 10 s"):
+        run(main(), longest_s=10)
