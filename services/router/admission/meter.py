@@ -24,8 +24,9 @@ _LONGEST_BETWEEN_LOOKS_S = 2 * _LOOK_S
 class Meter:
     """Units a second of busy time, recent ones counting most. Belongs to one event loop.
 
-    Time in which that loop stood still does not count, for nothing could be done: the process was stopped, perhaps with
-    the whole machine.
+    Time in which that loop stood still does not count, for nothing could be done where the whole machine was stopped.
+    Where only this process was, what others did meanwhile counts when it is seen: for some seconds the speed then looks
+    higher than it is.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
