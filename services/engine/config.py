@@ -59,7 +59,9 @@ class EngineConfig(ServerConfig):
             "choices": ("auto", "fp8"),
         },
     )
-    attention: str | None = field(default=None, metadata={"help": "attention backend; none: the fastest that fits"})
+    attention: str | None = field(
+        default=None, metadata={"help": "attention backend; none: what fits, on a GPU the fastest"}
+    )
     pages: int | None = field(default=None, metadata={"help": "pages of KV; none: as --kv-memory-mib allows"})
     kv_memory_mib: int | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""The choice of an attention backend at the start: a self-test against the oracle, then a trial of speed."""
+"""The choice of an attention backend at the start: a self-test against the oracle, then, on a GPU, a trial of speed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend, BackendUnavailable
-from services.engine.attention.problem import Problem
+from services.engine.attention.problem import Problem, WrongResult
 
 Factory = Callable[[Tensor, int], AttentionBackend]
 WORTH_IT = 1.2  # how much faster one must be than those before it: less is noise
 
 _log = logging.getLogger(__name__)
+
+
+class AttentionFailed(ValueError):
+    """A backend failed that is not to be replaced. The message is one phrase that says which and why."""
 
 
 @torch.inference_mode()
@@ -32,8 +36,9 @@ def choose(
 
     Queries come in `dtype`.
 
-    Each is skipped, with a log line, if it cannot be had, fails, or does not compute what the oracle does.
-    Raises BackendUnavailable if none is left.
+    Each is skipped, with a log line, if it cannot be had or does not compute what the oracle does. So is, with
+    `by_speed`, one that fails; else the failure is raised, as AttentionFailed: it may be the machine's, of that moment,
+    and must not decide what numbers an engine computes either. Raises BackendUnavailable if none is left.
     """
     problem = Problem(kv, num_heads, dtype)
     sound: dict[str, AttentionBackend] = {}
@@ -43,8 +48,10 @@ def choose(
             problem.check(backend)
         except BackendUnavailable as error:
             _log.info("an attention backend cannot be used", extra={"fields": {"backend": name, "why": str(error)}})
-        except Exception as error:  # whatever a library does, the engine serves with another one
+        except Exception as error:  # whatever a library does
             why = f"{type(error).__name__}: {error}"
+            if not (by_speed or isinstance(error, WrongResult)):
+                raise AttentionFailed(f"{name} cannot be tried ({why})") from error
             _log.warning("an attention backend is broken", extra={"fields": {"backend": name, "why": why}})
         else:
             sound[name] = backend

@@ -81,7 +81,8 @@ def make_attention(
     GPU the fastest.
 
     `dtype` is that of queries; None: the pool's.
-    Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's.
+    Raises ValueError for an unknown name, one that cannot compute this pool, or a pool that is not the model's; and
+    where None stands for one that fails on the CPU.
     """
     expected = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
     if kv.dim() != 6 or (kv.shape[0], kv.shape[2], kv.shape[3], kv.shape[5]) != expected:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.backend import AttentionBackend, BackendUnavailable
-from services.engine.attention.choice import Factory, choose
+from services.engine.attention.choice import AttentionFailed, Factory, choose
 from services.engine.attention.form import PLAIN, AttentionForm
 from services.engine.attention.gather_sdpa import GatherSdpaAttention
 from services.engine.attention.problem import CONTEXTS
@@ -81,25 +81,40 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]
 
 
 @pytest.mark.parametrize(
-    ("broken", "why"),
+    ("broken", "why", "by_speed"),
     [
-        (of(ForgetsTheSecondSequence), "WrongResult: differs by nan"),
-        (of(ForgetsTheWindow), "WrongResult: differs by"),
-        (of(ReadsOneTokenTooFew), "WrongResult: differs by"),
-        (of(ReadsUnwrittenSlots), "WrongResult: differs by nan"),
-        (of(Raises), "RuntimeError: no kernel image is available"),
+        (of(ForgetsTheSecondSequence), "WrongResult: differs by nan", False),
+        (of(ForgetsTheWindow), "WrongResult: differs by", False),
+        (of(ReadsOneTokenTooFew), "WrongResult: differs by", False),
+        (of(ReadsUnwrittenSlots), "WrongResult: differs by nan", False),
+        (of(Raises), "RuntimeError: no kernel image is available", True),
     ],
 )
-def test_a_broken_backend_is_passed_over_and_named(broken: Factory, why: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_backend_is_passed_over_and_named(
+    broken: Factory, why: str, by_speed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     kv = pool()
-    chosen = chosen_of({"broken": broken, "right": of(AlsoRight)}, kv)
+    chosen = chosen_of({"broken": broken, "right": of(AlsoRight)}, kv, by_speed=by_speed)
     assert isinstance(chosen, AlsoRight)
     assert chosen.kv is kv, "the one that serves has the real pool"
     (level, first), (_, last) = said(caplog)
     assert (level, first["backend"], last["backend"]) == ("WARNING", "broken", "right")
     assert str(first["why"]).startswith(why)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def short_of_memory(kv: Tensor, num_threads: int) -> AttentionBackend:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("failing", "why"), [(of(Raises), "RuntimeError: no kernel image"), (short_of_memory, "MemoryError")]
+)
+def test_where_speed_decides_nothing_a_failure_does_not_either(failing: Factory, why: str) -> None:
+    """Another backend would compute other bits under the same name."""
+    with pytest.raises(AttentionFailed, match=f"failing cannot be tried \\({why}"):
+        chosen_of({"failing": failing, "right": of(AlsoRight)}, pool())
 
 
 def test_one_that_is_not_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,7 +156,7 @@ def test_where_speed_decides_nothing_the_first_that_is_right_is_taken(caplog: py
         made.append("later")
         return AlsoRight(kv)
 
-    candidates = {"broken": of(Raises), "right": of(AlsoRight), "later": not_wanted}
+    candidates = {"broken": of(ReadsOneTokenTooFew), "right": of(AlsoRight), "later": not_wanted}
     assert isinstance(chosen_of(candidates, pool()), AlsoRight)
     assert not made
     assert said(caplog)[-1] == ("INFO", {"backend": "right", "why": "the first that is right"})
@@ -149,7 +164,7 @@ def test_where_speed_decides_nothing_the_first_that_is_right_is_taken(caplog: py
 
 def test_none_left_is_an_error() -> None:
     with pytest.raises(BackendUnavailable, match="none of absent, broken computes"):
-        chosen_of({"absent": absent, "broken": of(Raises)}, pool())
+        chosen_of({"absent": absent, "broken": of(ReadsOneTokenTooFew)}, pool())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
