@@ -119,6 +119,7 @@ class Generation(AsyncIterator[Chunk]):
     def _running(self) -> Iterator[Sequence]:
         scope, member, request, kv = self._scope, self._member, self._request, self._kv
         if kv is not None:
+            kv.check_on(member.address)
             scope.generates(kv)
         with Watched(member, scope) as self._succeeded:
             # First of all: while the account of it is opened, the engine is at work.

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from services.protocol.errors import Code, ServiceError
+from services.protocol.errors import Code, ReservationGone, ServiceError, UnknownReservation
 from services.protocol.ranges import TokenRange
 from services.router.cleanup import Cleanup
 from services.router.fleet.info import EngineSnapshot
@@ -32,7 +32,7 @@ class Reservation:
         self._client = client
         self._cleanup = cleanup
         self._attempts: Counter[TokenRange] = Counter()
-        self._over = False
+        self._over = self._is_released = False
         self._needs_lease = True
         self._timer: asyncio.TimerHandle | None = None
         self._renew_after(kv.lease_s)
@@ -55,6 +55,17 @@ class Reservation:
         self._attempts[tokens] += 1
         return self._attempts[tokens]
 
+    def check(self) -> None:
+        """ReservationGone if it was released, which no engine need be asked."""
+        if self._is_released:
+            raise ReservationGone("the reservation was released before")
+
+    def check_on(self, receiver: str) -> None:
+        """As check; UnknownReservation unless it is on the engine at that address."""
+        self.check()
+        if self.receiver.address != receiver:
+            raise UnknownReservation(f"the reservation is on {self.receiver.info.name}")
+
     def in_use(self) -> None:
         """A sequence decodes on it: its lease matters no more."""
         self._stop_renewing()
@@ -72,7 +83,7 @@ class Reservation:
         """
         self._stop_renewing()
         if not self._over:
-            self._over = True
+            self._over = self._is_released = True
             await self._cleanup.run("release", self._release(publish))
 
     async def _release(self, publish: bool) -> None:

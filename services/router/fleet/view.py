@@ -106,6 +106,7 @@ class Engine:
         begin()
         if not tokens:
             return Timing()
+        kv.check()
         with (
             self._scope.legs.begin(Verb.REMOTE_SEND, self.info.name, tokens) as leg,
             self._watched(),

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from services.protocol.errors import ServiceError
+from services.protocol.errors import ProtocolError, ServiceError
 from services.router.eager import begin
 from services.router.errors import EngineDrained, NoPair, PolicyFailed, PolicyTimeout, RequestTimeout
 from services.router.fleet.generation import Generation
@@ -20,9 +21,10 @@ from services.router.fleet.reservation import CALL_TIMEOUT_S
 from services.router.fleet.scope import RequestScope
 from services.router.fleet.view import Fleet
 from services.router.metrics import ABANDONED_POLICIES, FALLBACKS
+from services.router.programs.catalogue import BUILT_IN
 from services.router.programs.moving import moving
 from services.router.programs.program import BoundProgram
-from services.router.programs.stack import ProgramInterrupted, failed_line
+from services.router.programs.stack import ProgramInterrupted, came_from_verb, failed_line
 from services.router.programs.unawaited import Unawaited
 from services.router.request import PolicyRequest
 from services.router.values import Chunk, FinishReason, Logprobs
@@ -32,17 +34,9 @@ log = logging.getLogger(__name__)
 POLICY_TIMEOUT_S = 120.0
 MAX_BUFFERED_TOKENS = 1 << 16
 MAX_TOKEN_ID = 2**32 - 1  # that messages have room for
-# What verbs answer to ranges and reservations that do not fit: clients give neither.
-MISUSE = frozenset(
-    {
-        "INVALID_RANGE",
-        "OUTSIDE_WINDOW",
-        "RANGE_OVERLAPS",
-        "PROMPT_MISMATCH",
-        "UNKNOWN_RESERVATION",
-        "RESERVATION_GONE",
-    }
-)
+# What engines answer to ranges and reservations that do not fit: clients give neither. Not that a reservation is gone:
+# that is so too where its lease ran out or its engine began anew.
+MISUSE = frozenset({"INVALID_RANGE", "OUTSIDE_WINDOW", "RANGE_OVERLAPS", "PROMPT_MISMATCH"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +186,7 @@ class PolicyRun:
                 return await self._forward(program)
             except Exception as raised:
                 error = _service_error(raised)
-                if error is None or self._finished:
+                if error is None or self._finished or _is_misuse(error):
                     raise
                 if await self._recovery.after(error) is Remedy.WITHOUT_TRANSFER:
                     self._fall_back(error)
@@ -267,23 +261,30 @@ class PolicyRun:
 
     def _explain(self, raised: BaseException) -> ServiceError:
         """What the client is told; the log has the rest."""
-        if _interrupted(raised):
-            return PolicyFailed(f"policy {self.served_by.spec} blocked the router{_at(raised)} and was interrupted")
         known = _service_error(raised)
-        if known is not None and not _is_misuse(known, raised):
+        line = failed_line(raised, known)
+        at = "" if line is None else f" at line {line}"
+        if _interrupted(raised):
+            return PolicyFailed(f"policy {self.served_by.spec} blocked the router{at} and was interrupted")
+        if known is not None and not (_is_misuse(known) and line is not None and self._is_to_blame()):
             return known
         if not isinstance(raised, asyncio.CancelledError) or not _is_cancelled():
             fields = {"policy": self.served_by.spec, "request": self._request.request_id}
             log.error("policy failed", exc_info=raised, extra={"fields": fields})
-        if known is not None:
-            what = f"called a verb{_at(raised)} that was refused: {known.message} ({known.reason})"
+        if known is not None and came_from_verb(known):
+            what = f"called a verb{at} that was refused: {known.message} ({known.reason})"
             return PolicyFailed(f"policy {self.served_by.spec} {what}")
-        return PolicyFailed(f"policy {self.served_by.spec} raised {type(raised).__name__}{_at(raised)}")
+        return PolicyFailed(f"policy {self.served_by.spec} raised {type(known or raised).__name__}{at}")
+
+    def _is_to_blame(self) -> bool:
+        """Not for what the router's own programs do: nobody could mend them."""
+        return Path(self.served_by.program.file).parent != BUILT_IN
 
 
-def _is_misuse(error: ServiceError, raised: BaseException) -> bool:
-    """Whether a verb was refused for what a program gave it, which no client can be blamed for."""
-    return error.reason in MISUSE and failed_line(raised) is not None
+def _is_misuse(error: ServiceError) -> bool:
+    """Whether a verb was refused for what a program gave it, which no client can be blamed for. What engines answer is
+    no ProtocolError here: with these the router itself refuses."""
+    return error.reason in MISUSE or isinstance(error, ProtocolError)
 
 
 def _makes_sense(chunk: Chunk) -> bool:
@@ -300,11 +301,6 @@ def _is_cancelled() -> bool:
     """Whether somebody ends the program, and it was not itself that raised."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _at(raised: BaseException) -> str:
-    line = failed_line(raised)
-    return "" if line is None else f" at line {line}"
 
 
 def _interrupted(raised: BaseException) -> bool:

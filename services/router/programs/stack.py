@@ -12,6 +12,7 @@ from typing import Any
 
 MODULE_PREFIX = "microserve_program_"  # of the name of a program's module, before its kind and "_"
 _ROUTER = "services."
+_FLEET = "services.router.fleet."
 
 
 class ProgramInterrupted(BaseException):
@@ -72,10 +73,28 @@ def calling_line(frame: FrameType | None) -> int | None:
     return None
 
 
-def failed_line(raised: BaseException) -> int | None:
-    """The innermost line of a program that the exception came through, of a group its first one; None if it came
-    through none."""
+def failed_line(raised: BaseException, culprit: BaseException | None = None) -> int | None:
+    """The innermost line of a program that the exception came through; of a group, that which `culprit` in it came
+    through, or its first one, and where that came through none, the group itself. None if there is no such line."""
+    lines = _lines(raised)
     while isinstance(raised, BaseExceptionGroup):
-        raised = raised.exceptions[0]
-    lines = [line for frame, line in traceback.walk_tb(raised.__traceback__) if program_name(frame.f_globals)]
+        raised = next((each for each in raised.exceptions if _holds(each, culprit)), raised.exceptions[0])
+        lines += _lines(raised)
     return lines[-1] if lines else None
+
+
+def came_from_verb(error: BaseException) -> bool:
+    """Whether it was raised in code of the fleet, and not by what a program made itself."""
+    modules = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    programs = [i for i, module in enumerate(modules) if program_name(module) is not None]
+    behind = modules[programs[-1] + 1 :] if programs else modules
+    return any(str(module.get("__name__")).startswith(_FLEET) for module in behind)
+
+
+def _lines(raised: BaseException) -> list[int]:
+    return [line for frame, line in traceback.walk_tb(raised.__traceback__) if program_name(frame.f_globals)]
+
+
+def _holds(raised: BaseException, culprit: BaseException | None) -> bool:
+    group = raised.exceptions if isinstance(raised, BaseExceptionGroup) else ()
+    return raised is culprit or any(_holds(each, culprit) for each in group)
