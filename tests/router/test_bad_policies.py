@@ -413,3 +413,17 @@ async def test_a_request_that_has_ended_leaves_no_garbage() -> None:
             assert runs() <= before
         finally:
             gc.enable()
+
+
+async def test_a_timeout_names_few_of_many_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RouterConfig, "run_limits", QUICK)
+    body = """
+    streams = [fleet.engines[0].start_generate(request) for _ in range(50)]
+    await asyncio.gather(*map(anext, streams))
+    yield
+    """
+    async with running(policy=str(write(tmp_path, "many", body))) as suite:
+        suite.first.gate.clear()
+        with failing(*TIMEOUT) as caught:
+            await suite.generate()
+        assert caught.value.message.endswith("start_generate on a, 42 more under way")

@@ -14,6 +14,8 @@ from services.router.cost.decision import Decision
 from services.router.metrics import VERB_SECONDS, of
 from services.router.values import Leg, Verb
 
+MAX_NAMED = 8  # verbs in a message
+
 
 class OpenLeg:
     """A verb under way. As a context it ends with the block if the block has not ended it."""
@@ -73,8 +75,10 @@ class Legs:
         return leg
 
     def under_way(self) -> str:
-        """Names of the verbs that have not ended, with their engines; empty if there is none."""
-        return ", ".join(f"{leg.verb.value} on {leg.engine}" for leg in self._open if not leg.has_ended)
+        """Names of the verbs that have not ended, with their engines, of many the first; empty if there is none."""
+        names = [f"{leg.verb.value} on {leg.engine}" for leg in self._open if not leg.has_ended]
+        more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
+        return ", ".join(names[:MAX_NAMED] + more)
 
     def legs(self) -> tuple[Leg, ...]:
         """All so far."""
