@@ -225,3 +225,20 @@ async def test_a_sequence_that_cannot_be_begun_is_accounted_for(tmp_path: Path) 
     async with running(policy=program(tmp_path, body)) as suite:
         answer = await suite.generate()
         assert [leg.engine for leg in answer.legs] == [engine.name for engine in suite.engines]
+
+
+async def test_the_account_in_a_chunk_that_was_under_way_when_the_sequence_was_closed_is_kept(tmp_path: Path) -> None:
+    body = """
+        one, two = fleet.engines
+        stream = two.start_generate(request)
+        await anext(stream)
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        said.append(await reading)
+        yield one.start_generate(request)
+    """
+    async with running(2, policy=program(tmp_path, body)) as suite:
+        answer = await suite.generate(max_tokens=1)
+        assert said(suite)[0].finish is FinishReason.LENGTH  # type: ignore[attr-defined]
+        assert [leg.HasField("timing") for leg in answer.legs] == [True, True]

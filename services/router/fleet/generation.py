@@ -59,6 +59,7 @@ class Generation(AsyncIterator[Chunk]):
             self._end()
             raise StopAsyncIteration
         self._count(chunk)
+        self._end_if_closed()
         return chunk
 
     async def each(self, take: Callable[[Chunk], bool]) -> bool:
@@ -74,12 +75,16 @@ class Generation(AsyncIterator[Chunk]):
         is_over = await self._read(lambda sequence: sequence.each(counted))
         if is_over:
             self._end()
+        self._end_if_closed()
         return is_over
 
     async def aclose(self) -> None:
         """Ends the sequence; one that somebody is reading ends with that."""
         self._is_closed = True
-        if not self._is_read:
+        self._end_if_closed()
+
+    def _end_if_closed(self) -> None:
+        if self._is_closed and not self._is_read:
             self._end(GeneratorExit())
 
     async def _read(self, how: Callable[[Sequence], Awaitable[Result]]) -> Result:
@@ -101,8 +106,6 @@ class Generation(AsyncIterator[Chunk]):
             raise
         finally:
             self._is_read = False
-            if self._is_closed:
-                self._end(GeneratorExit())
 
     def _account(self) -> OpenLeg:
         tokens = TokenRange(self._begin, len(self._request.prompt))
