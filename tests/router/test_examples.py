@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from services.router.programs.catalogue import BUILT_IN
-from tests.fakes import FakeEngine, FakeError, Fault
-from tests.router.harness import PROMPT, model, running, verbs
+from tests.fakes import FakeBug, FakeEngine, FakeError, Fault
+from tests.router.harness import PROMPT, failing, model, running, verbs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/policies.md").read_text()
@@ -88,3 +88,19 @@ async def test_a_context_moves_to_the_least_loaded_engine() -> None:
         assert verbs(answer)[:2] == [("prep_recv", "a", 0, 48), ("remote_send", "b", 0, 48)]
         assert answer.usage.cached_token_count == 48
         assert suite.first.called("Release")[0].publish
+
+
+async def test_of_two_that_race_one_that_fails_has_lost() -> None:
+    async with running(engines=engines("ab"), policy=example("hedged")) as suite:
+        suite.first.faults["StartGenerate"] = Fault(FakeBug("not here"))
+        answer = await suite.generate()
+        assert list(answer.token_ids) == model().generate(PROMPT, 8)
+        assert [leg.engine for leg in answer.legs] == ["a", "b"]
+
+
+async def test_a_race_that_all_lose_is_told_as_an_engine_told_it() -> None:
+    async with running(engines=engines("ab"), policy=example("hedged")) as suite:
+        for engine in suite.engines:
+            engine.faults["StartGenerate"] = Fault(FakeBug("no generating today"))
+        with failing("INTERNAL", "INTERNAL"):
+            await suite.generate()
