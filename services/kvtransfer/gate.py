@@ -23,7 +23,7 @@ from services.protocol.grants import (
     GrantStatus,
     GrantTable,
 )
-from services.protocol.ranges import TokenRange
+from services.protocol.ranges import RangeSet, TokenRange
 
 # How soon a caller may ask again when a copy did not end within the bound.
 _RETRY_DELAY_S = 0.1
@@ -149,13 +149,15 @@ class Gate:
         await self._until(lambda: attempt.writes_under_way == 0, self._drain_timeout_s)
         return committed
 
-    async def revoke(self, key: GrantKey) -> None:
-        """Fences a grant at once and returns when nothing writes under it. Raises NotDrained when it takes too long;
-        the grant stays fenced, also when cancelled."""
+    async def revoke(self, key: GrantKey) -> RangeSet:
+        """Fences a grant at once and returns when nothing writes under it, with what was committed. Raises NotDrained
+        when it takes too long; the grant stays fenced, also when cancelled."""
         with self._lock:
             self._table.revoke(key)
         self._settle()
         await self._until(lambda: self._table.is_drained(key), self._drain_timeout_s)
+        with self._lock:
+            return self._table.last_committed(key)
 
     async def idle(self) -> None:
         """Returns when no attempt is open. Its caller bounds the wait."""

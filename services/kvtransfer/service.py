@@ -35,6 +35,7 @@ from services.protocol.address import KvAddress
 from services.protocol.errors import LayoutMismatch
 from services.protocol.extents import covers
 from services.protocol.grants import GrantKey, GrantSpec
+from services.protocol.ranges import RangeSet
 
 EPOCH_BYTES = 16
 
@@ -124,10 +125,13 @@ class KvTransfer:
             raise LayoutMismatch("the pools together are not one whole model")
         self._gate.open_grant(replace(spec, whole=whole))
 
-    async def revoke(self, incarnation: bytes, key: GrantKey) -> None:
-        """Closes a window; nothing writes into it when this returns. Raises StaleIncarnation, NotDrained."""
+    async def revoke(self, incarnation: bytes, key: GrantKey) -> RangeSet:
+        """Closes a window; nothing writes into it when this returns, with what was committed in it.
+
+        Raises StaleIncarnation, NotDrained.
+        """
         self._pools.find(key.pool_id).require(incarnation)
-        await self._gate.revoke(key)
+        return await self._gate.revoke(key)
 
     async def push(self, order: PushOrder) -> Push:
         """As Pushes.begin. Raises Draining too."""

@@ -22,6 +22,7 @@ from services.kvtransfer.transports.base import PEER_VERSION
 from services.kvtransfer.watch import GrantBatch
 from services.protocol.errors import LayoutMismatch
 from services.protocol.grants import GrantKey, GrantSpec, PoolPages
+from services.protocol.ranges import RangeSet
 from services.rpc.timing_messages import duration_message
 
 # A string: generic in the stubs only.
@@ -67,10 +68,10 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         return pb.GrantResponse()
 
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeResponse:
-        await self._service.revoke(
+        committed = await self._service.revoke(
             request.incarnation, GrantKey(request.pool_id, identifier(request.reservation_id, "reservation_id"))
         )
-        return pb.RevokeResponse()
+        return pb.RevokeResponse(committed=_ranges(committed))
 
     async def Push(self, request: pb.PushRequest, context: Context) -> AsyncGenerator[pb.PushResponse, None]:
         order = PushOrder(
@@ -128,12 +129,16 @@ def _batch(batch: GrantBatch) -> pb.WatchGrantsResponse:
         pb.GrantEvent(
             reservation_id=status.key.reservation_id,
             state=pb.GrantState.Value(f"GRANT_STATE_{status.state.value}"),
-            committed=[kv_pb2.TokenRange(begin=r.begin, end=r.end) for r in status.committed],
+            committed=_ranges(status.committed),
             bytes=status.bytes,
         )
         for status in batch.events
     ]
     return pb.WatchGrantsResponse(events=events, snapshot=batch.snapshot)
+
+
+def _ranges(ranges: RangeSet) -> list[kv_pb2.TokenRange]:
+    return [kv_pb2.TokenRange(begin=each.begin, end=each.end) for each in ranges]
 
 
 def _stats(stats: Stats) -> pb.GetStatsResponse:

@@ -145,7 +145,7 @@ class GrantTable:
     def __init__(self) -> None:
         self._grants: dict[GrantKey, _Grant] = {}
         self._granted_pages: dict[str, set[int]] = {}
-        self._tombstones: OrderedDict[GrantKey, None] = OrderedDict()
+        self._tombstones: OrderedDict[GrantKey, RangeSet] = OrderedDict()  # and what was committed
         self._changed: dict[GrantKey, GrantStatus] = {}
 
     def open_grant(self, spec: GrantSpec) -> None:
@@ -277,7 +277,7 @@ class GrantTable:
         """Closes a grant for good. Returns whether it is drained already; an unknown one is, and stays so."""
         grant = self._grants.get(key)
         if grant is None:
-            self._bury(key)
+            self._bury(key, self.last_committed(key))
             return True
         grant.revoked = True
         for attempt in list(grant.attempts):
@@ -294,6 +294,10 @@ class GrantTable:
     def is_drained(self, key: GrantKey) -> bool:
         """Whether nothing is written under this key and nothing ever will be."""
         return key not in self._grants
+
+    def last_committed(self, key: GrantKey) -> RangeSet:
+        """What was committed under a drained grant: the last word on it. Nothing if it is unknown or forgotten."""
+        return self._tombstones.get(key, RangeSet())
 
     def keys(self, pool_id: str) -> tuple[GrantKey, ...]:
         """The grants that are open or draining and have pages in a pool."""
@@ -354,13 +358,13 @@ class GrantTable:
             del self._grants[key]
             if not grant.committed.covers(grant.spec.window):
                 self._let_go(grant.spec)
-            self._bury(key)
+            self._bury(key, grant.committed)
 
     def _let_go(self, spec: GrantSpec) -> None:
         for pool in spec.pools:
             self._granted_pages[pool.pool_id].difference_update(pool.page_ids)
 
-    def _bury(self, key: GrantKey) -> None:
-        self._tombstones[key] = None
+    def _bury(self, key: GrantKey, committed: RangeSet) -> None:
+        self._tombstones[key] = committed
         if len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)

@@ -29,7 +29,8 @@ class ReservationState(Enum):
 
 
 _S = ReservationState
-UNATTACHED = frozenset({_S.RESERVED, _S.FILLING, _S.FILLED})
+UNFILLED = frozenset({_S.RESERVED, _S.FILLING})
+UNATTACHED = UNFILLED | {_S.FILLED}
 ENDED = frozenset({_S.RELEASED, _S.EXPIRED, _S.ABORTED})
 _ALLOWED: dict[ReservationState, frozenset[ReservationState]] = {
     _S.RESERVED: frozenset({_S.FILLING, _S.FILLED, _S.EXPIRED, _S.ABORTED}),

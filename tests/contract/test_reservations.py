@@ -121,7 +121,7 @@ async def prep_recv_and_release(suite: Suite, at: Engine, prompt: Sequence[int])
 
 async def test_migration_of_a_whole_prompt(suite: Suite) -> None:
     sender, at = suite.engines[:2]
-    for seed in range(20):  # every time: a committed send is known to the receiver before its sender says so
+    for seed in range(20):  # every time: the receiver may not have heard of the commit, and asks when it is released
         prompt = prompt_of(90 + seed, 1000 + seed)
         whole = len(prompt) // PAGE_SIZE * PAGE_SIZE
         salt = f"tenant {seed}"

@@ -153,9 +153,11 @@ class FakeEngine:
         await self.port.call("Grant", request)
         return address
 
-    async def revoke(self, reservation: str) -> None:
+    async def revoke(self, reservation: str) -> pb.RevokeResponse:
         request = pb.RevokeRequest(pool_id=self.pool_id, incarnation=self.incarnation, reservation_id=reservation)
-        await self.port.call("Revoke", request)
+        response = await self.port.call("Revoke", request)
+        assert isinstance(response, pb.RevokeResponse)
+        return response
 
     def order(self, address: kv_pb2.KvAddress, begin: int, end: int, pages: list[int], **fields: Any) -> pb.PushRequest:
         """A push of [begin, end) that is an attempt of its own, unless `fields` say otherwise."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 
 from services.protocol.errors import ReservationGone
+from services.protocol.grants import GrantKey
 from services.protocol.pages import OutOfPages, PageLedger
+from services.protocol.ranges import RangeSet
 from services.protocol.reservation import UNATTACHED, Reservation, ReservationState
 from tests.protocol.state import LEASE, NUM_PAGES, POOL, SECOND_POOL, WHOLE, WINDOW, Held, WorldState, poisoned
 
@@ -73,6 +75,39 @@ class ReceiverSide(WorldState):
             machine.release(self.clock)
         self._give_up_pages(rid)
 
+    def release_published(self, rid: str) -> None:
+        """Release with publish: of what is not filled the fence brings the last word."""
+        held = self.held[rid]
+        if held.grant != "open" or held.machine.state is ReservationState.FILLED or held.machine.expired(self.clock):
+            self.end(rid, "release")
+            return
+        held.starting = False
+        held.releasing = True
+        held.promised = self.reachable() and self.committed(rid).covers(WINDOW)
+        self._revoke(rid)
+
+    def fence_answers(self, rid: str) -> None:
+        """What is committed is known for good: whole it is published, and the Release answered."""
+        held = self.held[rid]
+        held.machine.progress(self.committed(rid), False, self.clock)
+        self.publish_if_filled(rid)
+        if held.releasing:
+            self._release_waiting(rid)
+
+    def committed(self, rid: str) -> RangeSet:
+        """What the service knows to be committed."""
+        assert self.table is not None
+        key = GrantKey(POOL, rid)
+        status = next((status for status in self.table.statuses(POOL) if status.key == key), None)
+        return self.table.last_committed(key) if status is None else status.committed
+
+    def _release_waiting(self, rid: str) -> None:
+        held = self.held[rid]
+        is_late = held.machine.expired(self.clock)
+        self.end(rid, "release")
+        is_published = held.machine.state is ReservationState.RELEASED
+        assert is_published or is_late or not held.promised, "what was committed is not published"
+
     def start(self, rid: str) -> None:
         self.held[rid].starting = True
 
@@ -108,10 +143,12 @@ class ReceiverSide(WorldState):
         self._read(rid)
         for page in held.pages:
             self.ledger.publish(page)
+        if held.releasing:
+            self._release_waiting(rid)
 
     def _give_up_pages(self, rid: str) -> None:
         held = self.held[rid]
-        held.starting = False
+        held.starting = held.releasing = False
         if self.ledger.is_published(held.pages[0]):
             # Whole and committed: no copy into them can begin any more, so no fence has to be waited for.
             self.ledger.release(held.pages)
@@ -131,7 +168,7 @@ class ReceiverSide(WorldState):
     def _revoke(self, rid: str) -> None:
         held = self.held[rid]
         held.prep_answered = True
-        if held.grant == "drained":
+        if held.grant in ("revoking", "drained"):
             return
         held.grant = "revoking"
         if self.connected:

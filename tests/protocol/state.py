@@ -51,6 +51,8 @@ class Held:
     quarantined: bool = False
     prep_answered: bool = False
     starting: bool = False  # a StartGenerate waits for it or runs on it
+    releasing: bool = False  # a Release that is to publish waits for the fence
+    promised: bool = False  # all of it was committed when that Release came
 
 
 # A copy of one position by one rank.
@@ -86,6 +88,7 @@ class Budget:
     renewals: int = 0
     aborts: int = 0
     releases: int = 0
+    publishes: int = 0
     starts: int = 0
     second_reservation: int = 0
     prep_retries: int = 0

@@ -9,7 +9,7 @@ import pytest
 from services.protocol.extents import Extent
 from services.protocol.grants import Attempt, GrantKey, GrantTable
 from services.protocol.pages import PageLedger
-from services.protocol.ranges import TokenRange
+from services.protocol.ranges import RangeSet, TokenRange
 from services.protocol.reservation import Reservation
 from tests.protocol.state import WHOLE
 from tests.protocol.world import Budget, Sender, World
@@ -43,6 +43,11 @@ SCENARIOS = {
     "retry supersedes, sender dies": (superseding, Budget(starts=1, sender_deaths=1, aborts=1)),
     "abort and reuse of the pages": (superseding, Budget(aborts=1, second_reservation=1, starts=1)),
     "what is filled is cached, evicted and used again": (disjoint, Budget(releases=1, second_reservation=1, ticks=2)),
+    "released to be published": (disjoint, Budget(publishes=1, sender_deaths=1, second_reservation=1)),
+    "released to be published, a retry supersedes": (superseding, Budget(publishes=1, aborts=1, sender_cancels=1)),
+    "released to be published, lease runs out": (disjoint, Budget(publishes=1, starts=1, ticks=2)),
+    "released to be published, the service dies": (disjoint, Budget(publishes=1, service_deaths=1)),
+    "released to be published, two ranks send": (two_ranks, Budget(publishes=1, second_reservation=1)),
     "lost grant reply": (disjoint, Budget(lost_grant_replies=1, second_reservation=1, starts=1)),
     "receiver dies": (superseding, Budget(receiver_deaths=1, starts=1, second_reservation=1)),
     "service dies": (disjoint, Budget(service_deaths=1, starts=1, second_reservation=1, aborts=1)),
@@ -95,7 +100,7 @@ def test_every_interleaving_is_safe_and_comes_to_rest(name: str) -> None:
 
 
 def _revoke_without_fence(table: GrantTable, key: GrantKey) -> bool:
-    table._tombstones[key] = None
+    table._tombstones[key] = RangeSet()
     table._granted_pages.clear()
     return table._grants.pop(key, None) is None or True
 
@@ -114,6 +119,13 @@ def _commit_early(table: GrantTable, attempt: Attempt, part: TokenRange, extent:
     return False
 
 
+def _publish_at_the_reply(world: World, rid: str) -> None:
+    """All that was sent is taken for committed, and its fence not waited for."""
+    world.held[rid].machine.progress(RangeSet((BOTH,)), False, world.clock)
+    world.publish_if_filled(rid)
+    world.end(rid, "release")
+
+
 def _commit_one_rank(table: GrantTable, attempt: Attempt, part: TokenRange, extent: Extent) -> bool:
     return _MARK_IN_PLACE(table, attempt, part, WHOLE)
 
@@ -126,6 +138,10 @@ MISTAKES = {
     "revoke does not wait for the copy": (superseding, Budget(aborts=1), GrantTable, "revoke", _revoke_without_fence),
     "renewal resurrects": (disjoint, Budget(ticks=2, renewals=1), Reservation, "renew", _renew_after_expiry),
     "committed before all is in place": (superseding, Budget(starts=1), GrantTable, "mark_in_place", _commit_early),
+    "published before the fence has answered": (
+        disjoint, Budget(publishes=1), World, "release_published", _publish_at_the_reply),
+    "the last word is lost": (
+        disjoint, Budget(publishes=1), GrantTable, "last_committed", lambda table, key: RangeSet()),
     "a fenced attempt goes on writing": (
         superseding, Budget(starts=1), GrantTable, "_require_live", lambda table, attempt: None),
 }  # fmt: skip

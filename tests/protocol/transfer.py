@@ -35,7 +35,7 @@ class TransferSide(ReceiverSide):
             held.prep_answered = True
 
     def _tell_if_drained(self, rid: str) -> None:
-        """The reply to Revoke, or the DRAINED event; they say the same."""
+        """The reply to Revoke, with all that was committed."""
         assert self.table is not None
         held = self.held.get(rid)
         if held is None or held.grant != "revoking" or not self.table.is_drained(GrantKey(POOL, rid)):
@@ -43,7 +43,9 @@ class TransferSide(ReceiverSide):
         if ("revoke", self.epoch, self.incarnation, rid) in self.calls:
             return
         held.grant = "drained"
-        if held.quarantined:
+        if held.releasing:
+            self.fence_answers(rid)
+        elif held.quarantined:
             self._leave_quarantine(held)
 
     def news_arrive(self) -> None:

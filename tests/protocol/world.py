@@ -59,13 +59,15 @@ class World(TransferSide):
         machine = held.machine
         if held.machine.expired(self.clock):
             offer(f"expire {rid}", lambda w: w.expire(rid))
-        if not held.machine.ended:
+        if not held.machine.ended and not held.releasing:
             offer(f"renew {rid}", lambda w: w.renew(rid), "renewals")
             offer(f"prep again {rid}", lambda w: w.prep_again(rid), "prep_retries")
         if machine.state in UNATTACHED:
             offer(f"abort {rid}", lambda w: w.end(rid, "abort"), "aborts")
             offer(f"release {rid}", lambda w: w.end(rid, "release"), "releases")
-            if not held.starting:
+            if not held.releasing:
+                offer(f"publish {rid}", lambda w: w.release_published(rid), "publishes")
+            if not held.starting and not held.releasing:
                 offer(f"start {rid}", lambda w: w.start(rid), "starts")
         if held.starting and machine.state is ReservationState.FILLED:
             offer(f"attach {rid}", lambda w: w.attach(rid))
@@ -152,6 +154,7 @@ class World(TransferSide):
         counts = self.ledger.counts()
         assert counts.held == counts.quarantined == 0, f"pages are stuck: {counts}"
         assert all(h.prep_answered for h in self.held.values()), "a PrepRecv was never answered"
+        assert not any(h.releasing for h in self.held.values()), "a Release was never answered"
         assert not any(h.starting for h in self.held.values()), "a StartGenerate was never answered"
         for name, sender in self.senders.items():
             opened = sender.attempt is not None

@@ -207,9 +207,10 @@ class GrantProgress:
 
 @dataclass(frozen=True, slots=True)
 class GrantDrained:
-    """Nothing writes under the grant any more, ever."""
+    """Nothing writes under the grant any more, ever. `committed` is all that was; nothing if the service is gone."""
 
     reservation_id: str
+    committed: RangeSet = field(default_factory=RangeSet)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from services.engine.core.api import RequestKey, ReservationInfo, ReservationRef
+from services.engine.core.api import Reply, RequestKey, ReservationInfo, ReservationRef
 from services.engine.core.blocks import BlockChain
 from services.engine.core.custody import Custody
 from services.engine.core.timers import Timer
@@ -62,6 +62,7 @@ class Booking:
     waiter: KvWaiter | None = None
     num_published: int = 0  # tokens of the window in the prefix cache since it was filled
     num_bytes: int = 0  # that peers wrote, as counted by the transfer service
+    releases: list[Reply[int]] = field(default_factory=list)  # that wait for the last word on what is committed
 
     @property
     def end(self) -> int:

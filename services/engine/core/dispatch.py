@@ -54,6 +54,7 @@ class Desks:
         self.generations.fail_all(error)
         self.sends.fail_all(error)
         self.prep_recvs.fail_all(error)
+        self.reservations.fail_all(error)
         self._answer_drains(error)
 
     def answer_drains_if_done(self) -> None:
@@ -92,7 +93,7 @@ class Desks:
                     call.abort()
                 command.reply(None)
             case api.Release():
-                command.reply(self.reservations.release(command))
+                self.reservations.release(command)
             case api.Renew():
                 command.reply(self.reservations.renew(command))
             case api.ListReservations():

@@ -18,8 +18,8 @@ from services.engine.core.ports import GrantSpec
 from services.engine.core.reserving import Reserver
 from services.engine.errors import RequestCancelled, TransferServiceGone
 from services.protocol.errors import ReservationGone, ServiceError, UnknownReservation
-from services.protocol.ranges import TokenRange
-from services.protocol.reservation import UNATTACHED, Reservation, ReservationState
+from services.protocol.ranges import RangeSet, TokenRange
+from services.protocol.reservation import UNATTACHED, UNFILLED, Reservation, ReservationState
 
 _ID_BYTES, _SECRET_BYTES = 8, 16
 
@@ -75,23 +75,35 @@ class Reservations:
         spec = GrantSpec(booking.reservation_id, booking.secret, booking.rules.window, booking.page_ids)
         self._context.link.port.grant(spec)
 
-    def release(self, command: api.Release) -> int:
-        """Ends a reservation; returns the tokens published. Once more, or when a sequence has it, changes nothing."""
+    def release(self, command: api.Release) -> None:
+        """Ends a reservation and answers the tokens published. Once more, or when a sequence has it, changes nothing.
+
+        What is to be published may be committed without our having heard: then the grant is closed first, and the
+        answer comes with that of the fence, or when the lease runs out.
+        """
         if (num_published := self._ended.num_published(command.reservation)) is not None:
-            return num_published
+            command.reply(num_published)
+            return
         booking = self._find(command.reservation)
         if booking.is_attached:
-            return 0
-        is_whole = booking.rules.release(self._context.clock())
-        num_published = booking.num_published if is_whole and command.publish else 0
-        self._end(booking, ReservationGone("The reservation was released."), num_published)
-        return num_published
+            command.reply(0)
+            return
+        if not booking.releases and not (command.publish and self._may_be_whole(booking)):
+            command.reply(self._release(booking, publish=command.publish))
+            return
+        booking.releases.append(command.reply)
+        if len(booking.releases) == 1:
+            self._close_grant(booking)
+            self._lose_waiter(booking, _released())
 
     def renew(self, command: api.Renew) -> float:
         """Restarts a lease and returns its length in seconds from now."""
         check_lease(command.lease_s)
         lease_s = self._lease_s(command.lease_s)
-        self._find(command.reservation).rules.renew(self._context.clock(), lease_s)
+        booking = self._find(command.reservation)
+        if booking.releases:
+            raise _released()
+        booking.rules.renew(self._context.clock(), lease_s)
         return lease_s  # the timer that is set finds out: a lease never gets shorter
 
     def list(self, command: api.ListReservations) -> tuple[api.ReservationInfo, ...]:
@@ -106,6 +118,11 @@ class Reservations:
             booking.rules.abort()
             self._end(booking, RequestCancelled("The request was cancelled."))
 
+    def fail_all(self, error: ServiceError) -> None:
+        """Answers every Release that waits; the engine stops."""
+        for booking in self._bookings.values():
+            self._answer_releases(booking, error)
+
     # --- for sequences ----------------------------------------------------------------------------------------
 
     def find(self, ref: api.ReservationRef) -> Booking:
@@ -113,6 +130,8 @@ class Reservations:
         booking = self._find(ref)
         if booking.is_attached or booking.waiter is not None:
             raise ReservationGone("Another sequence has the reservation.")
+        if booking.releases:
+            raise _released()
         if booking.rules.expired(self._context.clock()):
             raise ReservationGone("The lease of the reservation ran out.")
         return booking
@@ -157,16 +176,16 @@ class Reservations:
         if booking is None:
             return
         booking.num_bytes = max(booking.num_bytes, news.bytes)
-        state = booking.rules.state
-        booking.rules.progress(news.committed, news.writing, self._context.clock())
-        if booking.rules.state is not state:
-            self._moved_on(booking)
+        self._progress(booking, news.committed, writing=news.writing)
 
     def grant_drained(self, news: api.GrantDrained) -> None:
-        """Nothing writes into the pages any more: quarantine is over."""
+        """Nothing writes into the pages any more: quarantine is over, and what is committed is known for good."""
         booking = self._bookings.get(news.reservation_id)
-        if booking is not None:
-            self._drained(booking)
+        if booking is None:
+            return
+        if booking.releases:
+            self._progress(booking, news.committed, writing=False)
+        self._drained(booking)
 
     def service_lost(self) -> None:
         """Nobody can write any more. What is not whole will never be; the rest goes on (rule 9)."""
@@ -203,6 +222,26 @@ class Reservations:
         elif booking.rules.state in UNATTACHED:
             self._watch_lease(booking)  # it was renewed, by Renew or by writes
 
+    def _may_be_whole(self, booking: Booking) -> bool:
+        """Whether the transfer service may have more than it has told of."""
+        return (
+            booking.rules.state in UNFILLED
+            and booking.grant is Grant.OPEN
+            and not booking.rules.expired(self._context.clock())
+        )
+
+    def _release(self, booking: Booking, *, publish: bool) -> int:
+        is_whole = booking.rules.release(self._context.clock())
+        num_published = booking.num_published if is_whole and publish else 0
+        self._end(booking, _released(), num_published)
+        return num_published
+
+    def _progress(self, booking: Booking, committed: RangeSet, *, writing: bool) -> None:
+        state = booking.rules.state
+        booking.rules.progress(committed, writing, self._context.clock())
+        if booking.rules.state is not state:
+            self._moved_on(booking)
+
     def _moved_on(self, booking: Booking) -> None:
         """What arrives is known to those who could use it, and readable once it is whole."""
         waits, chain = self._context.waits, booking.chain
@@ -210,7 +249,9 @@ class Reservations:
             waits.arriving.announce(booking.reservation_id, (chain.hash(index) for index in booking.full_blocks))
         elif booking.rules.state is ReservationState.FILLED:
             self._publish(booking)
-            if booking.waiter is not None:
+            if booking.releases:
+                self._release(booking, publish=True)
+            elif booking.waiter is not None:
                 booking.waiter.kv_filled()
         else:
             waits.arriving.withdraw(booking.reservation_id)
@@ -232,9 +273,18 @@ class Reservations:
         self._close_grant(booking)
         self._remember(booking, num_published)
         self._let_go(booking, error)
+        self._lose_waiter(booking, error)
+        self._answer_releases(booking, num_published)
+
+    def _lose_waiter(self, booking: Booking, error: ServiceError) -> None:
         waiter, booking.waiter = booking.waiter, None
         if waiter is not None:
             waiter.kv_lost(ReservationGone(error.message))
+
+    def _answer_releases(self, booking: Booking, answer: int | ServiceError) -> None:
+        releases, booking.releases = booking.releases, []
+        for reply in releases:
+            reply(answer)
 
     def _let_go(self, booking: Booking, error: ServiceError) -> None:
         """No lease and no holder any more."""
@@ -250,7 +300,9 @@ class Reservations:
     def _drained(self, booking: Booking) -> None:
         booking.grant = Grant.NONE
         booking.custody.drained()
-        if booking.rules.state in (ReservationState.RESERVED, ReservationState.FILLING):
+        if booking.releases:
+            self._release(booking, publish=True)
+        elif booking.rules.state in UNFILLED:
             booking.rules.abort()
             self._end(booking, TransferServiceGone("The KV transfer service closed the reservation."))
         self._forget_if_over(booking)
@@ -262,3 +314,7 @@ class Reservations:
     def _forget_if_over(self, booking: Booking) -> None:
         if booking.rules.ended and booking.grant is Grant.NONE:
             self._bookings.pop(booking.reservation_id, None)
+
+
+def _released() -> ReservationGone:
+    return ReservationGone("The reservation was released.")

@@ -17,6 +17,7 @@ from services.engine.core.ports import GrantSpec, PushSpec
 from services.engine.errors import RequestCancelled, TransferServiceGone
 from services.engine.kvlink.client import GrantCondition, PoolRef, PushProgress, TransferClient
 from services.protocol.errors import Code, ServiceError
+from services.protocol.ranges import RangeSet
 from services.rpc.status import RemoteError
 
 log = logging.getLogger(__name__)
@@ -129,16 +130,15 @@ class Attachment:
         return (opened,) if condition is None else (opened, self._progress(condition))
 
     async def _revoke(self, reservation_id: str) -> tuple[Command, ...]:
-        await self._until_revoked(reservation_id)
-        return (GrantDrained(reservation_id),)
+        return (GrantDrained(reservation_id, await self._until_revoked(reservation_id)),)
 
-    async def _until_revoked(self, reservation_id: str) -> None:
+    async def _until_revoked(self, reservation_id: str) -> RangeSet:
         async for _ in _retries():
             try:
                 return await self._client.revoke(self._pool, reservation_id)
             except RemoteError as error:
                 _log_retry("revoke", reservation_id, error)
-        return None
+        return RangeSet()
 
     async def _push(self, spec: PushSpec, moving: asyncio.Task[None], seen: list[PushProgress]) -> tuple[Command, ...]:
         begin = time.monotonic()
@@ -204,7 +204,7 @@ class Attachment:
         return ()
 
     def _take(self, condition: GrantCondition) -> None:
-        """A drained grant needs no word of its own: the reply to its revoke says the same."""
+        """A drained grant needs no word of its own: the reply to its revoke says the same, and what was committed."""
         if condition.drained:
             self._early.pop(condition.reservation_id, None)
         elif condition.reservation_id in self._received:

@@ -109,11 +109,12 @@ class TransferClient:
         with remote_errors():
             await self._stub.Grant(request, timeout=CALL_TIMEOUT_S)
 
-    async def revoke(self, pool: PoolRef, reservation_id: str) -> None:
-        """Closes a window; nothing writes through it when this returns."""
+    async def revoke(self, pool: PoolRef, reservation_id: str) -> RangeSet:
+        """Closes a window; nothing writes through it when this returns, with what was committed."""
         request = pb.RevokeRequest(pool_id=pool.pool_id, incarnation=self.incarnation, reservation_id=reservation_id)
         with remote_errors():
-            await self._stub.Revoke(request, timeout=CALL_TIMEOUT_S)
+            reply = await self._stub.Revoke(request, timeout=CALL_TIMEOUT_S)
+        return from_ranges(reply.committed)
 
     async def push(self, pool: PoolRef, spec: PushSpec) -> AsyncIterator[PushProgress]:
         """Moves pages. Ends after the last state; ending earlier by an error of the service means that it has stopped.

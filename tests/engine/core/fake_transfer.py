@@ -183,7 +183,7 @@ class FakeService:
         for status in self.table.take_changes():
             name = status.key.reservation_id
             if status.state is GrantState.DRAINED:
-                self.submit(api.GrantDrained(name))
+                self.submit(api.GrantDrained(name, status.committed))
             else:
                 is_writing = status.state is GrantState.WRITING
                 self.submit(api.GrantProgress(name, status.committed, is_writing, status.bytes))
@@ -204,7 +204,7 @@ class FakeService:
         self.table.revoke(key)
         self.tell()
         if not was_known:
-            self.submit(api.GrantDrained(reservation_id))
+            self.submit(api.GrantDrained(reservation_id, self.table.last_committed(key)))
 
     def _cancel_push(self, push_id: int) -> None:
         push = self.pushes.get(push_id)

@@ -13,7 +13,7 @@ from services.engine.kvlink.attachment import Attachment
 from services.engine.kvlink.client import GrantCondition, PoolRef, PushProgress, TransferClient
 from services.protocol.address import KvAddress
 from services.protocol.layout import Dtype, PageLayout
-from services.protocol.ranges import TokenRange
+from services.protocol.ranges import RangeSet, TokenRange
 
 LAYOUT = PageLayout(layer_count=1, kv_head_count=1, head_dim=1, page_size=1, dtype=Dtype.FLOAT32)
 RANGE = TokenRange(0, 1)
@@ -26,6 +26,7 @@ class SilentService(TransferClient):
     def __init__(self) -> None:
         self.may_open = asyncio.Event()
         self.ended: list[PushSpec] = []
+        self.committed = RangeSet()
 
     async def watch_grants(self, pool: PoolRef) -> AsyncIterator[list[GrantCondition]]:
         await asyncio.Event().wait()
@@ -43,8 +44,8 @@ class SilentService(TransferClient):
     async def grant(self, pool: PoolRef, spec: GrantSpec) -> None:
         await self.may_open.wait()
 
-    async def revoke(self, pool: PoolRef, reservation_id: str) -> None:
-        return None
+    async def revoke(self, pool: PoolRef, reservation_id: str) -> RangeSet:
+        return self.committed
 
 
 def fail(error: BaseException) -> None:
@@ -85,4 +86,14 @@ async def test_a_grant_that_is_revoked_while_it_opens_is_forgotten() -> None:
     service.may_open.set()
     assert await answer(said) == GrantOpened("kept")
     assert set(link._received) == {"kept"}
+    await link.lost()
+
+
+async def test_a_drained_grant_comes_with_all_that_was_committed() -> None:
+    said: asyncio.Queue[Command] = asyncio.Queue()
+    service = SilentService()
+    service.committed = RangeSet.of([RANGE])
+    link = Attachment(service, PoolRef("p", b"e" * 16), said.put_nowait, fail)
+    link.revoke("r")  # the watch has said nothing
+    assert await answer(said) == GrantDrained("r", RangeSet.of([RANGE]))
     await link.lost()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from microserve.kvtransfer.v1 import kvtransfer_pb2 as pb
+from microserve.types.v1 import kv_pb2
 
 from services.protocol.errors import ServiceError
 from tests.kvtransfer.conftest import StartEngine
@@ -70,6 +71,18 @@ async def test_revoke_is_for_good(start_engine: StartEngine) -> None:
     assert await _fails(sender.push(sender.order(address, 0, 8, [1, 2]))) == "RESERVATION_GONE"
     # Its pages are free.
     await receiver.grant("next", 0, 8, [4, 5])
+
+
+async def test_revoke_brings_the_last_word_on_what_is_committed(start_engine: StartEngine) -> None:
+    sender, receiver = await start_engine("p", seed=1), await start_engine("d")
+    assert list((await receiver.revoke("never granted")).committed) == []
+    address = await receiver.grant("r", 0, 12, [4, 5, 6])
+    await sender.push(sender.order(address, 0, 8, [1, 2])).done()
+    for _ in range(2):  # the first reply may be lost
+        assert list((await receiver.revoke("r")).committed) == [kv_pb2.TokenRange(begin=0, end=8)]
+    with pytest.raises(ServiceError):
+        await receiver.grant("r", 0, 12, [4, 5, 6])
+    assert list((await receiver.revoke("r")).committed) == [kv_pb2.TokenRange(begin=0, end=8)]
 
 
 async def test_cancel_while_bytes_move(start_engine: StartEngine) -> None:

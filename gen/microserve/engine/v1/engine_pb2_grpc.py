@@ -181,6 +181,8 @@ class EngineServiceServicer:
     def Release(self, request, context):
         """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
         there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
+        With publish the answer counts all that was committed, whatever the engine has heard of it: where that may be more it
+        closes the grant first and answers when no write can still arrive, at the end of the lease at the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

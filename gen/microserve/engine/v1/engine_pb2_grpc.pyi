@@ -81,6 +81,8 @@ class EngineServiceStub:
     Release: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ReleaseRequest, _engine_pb2.ReleaseResponse]
     """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
     there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
+    With publish the answer counts all that was committed, whatever the engine has heard of it: where that may be more it
+    closes the grant first and answers when no write can still arrive, at the end of the lease at the latest.
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_engine_pb2.RenewRequest, _engine_pb2.RenewResponse]
     """Renew extends a reservation's lease. A renewal that arrives after expiry is ABORTED (RESERVATION_GONE)."""
@@ -156,6 +158,8 @@ class EngineServiceAsyncStub(EngineServiceStub):
     Release: _aio.UnaryUnaryMultiCallable[_engine_pb2.ReleaseRequest, _engine_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
     there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
+    With publish the answer counts all that was committed, whatever the engine has heard of it: where that may be more it
+    closes the grant first and answers when no write can still arrive, at the end of the lease at the latest.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_engine_pb2.RenewRequest, _engine_pb2.RenewResponse]  # type: ignore[assignment]
     """Renew extends a reservation's lease. A renewal that arrives after expiry is ABORTED (RESERVATION_GONE)."""
@@ -264,6 +268,8 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_engine_pb2.ReleaseResponse, _abc.Awaitable[_engine_pb2.ReleaseResponse]]:
         """Release ends a reservation. The full pages of a filled one are in the prefix cache since it was filled, and stay
         there until they are evicted; all others are freed once no write can still arrive. Idempotent for a while after.
+        With publish the answer counts all that was committed, whatever the engine has heard of it: where that may be more it
+        closes the grant first and answers when no write can still arrive, at the end of the lease at the latest.
         """
 
     @_abc_1.abstractmethod

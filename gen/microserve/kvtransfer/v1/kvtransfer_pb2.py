@@ -26,17 +26,17 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from microserve.types.v1 import kv_pb2 as microserve_dot_types_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)microserve/kvtransfer/v1/kvtransfer.proto\x12\x18microserve.kvtransfer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmicroserve/types/v1/kv.proto\"\xbc\x01\n\x11\x43reatePoolRequest\x12\x13\n\x0b\x65ngine_name\x18\x01 \x01(\t\x12/\n\x06layout\x18\x02 \x01(\x0b\x32\x1f.microserve.types.v1.PageLayout\x12\x12\n\npage_count\x18\x03 \x01(\r\x12\r\n\x05\x61\x64opt\x18\x04 \x01(\x08\x12\x31\n\x04part\x18\x05 \x01(\x0b\x32#.microserve.kvtransfer.v1.ModelPart\x12\x0b\n\x03gpu\x18\x06 \x01(\x0c\"o\n\tModelPart\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x15\n\rkv_head_begin\x18\x02 \x01(\r\x12\x19\n\x11model_layer_count\x18\x03 \x01(\r\x12\x1b\n\x13model_kv_head_count\x18\x04 \x01(\r\"H\n\x12\x43reatePoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"9\n\x11\x41ttachPoolRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"e\n\x12\x41ttachPoolResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x18\n\x10ready_slot_count\x18\x04 \x01(\r\"\xd9\x01\n\x0cGrantRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12/\n\x06window\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x10\n\x08page_ids\x18\x06 \x03(\r\x12\x38\n\x0bother_pools\x18\x07 \x03(\x0b\x32#.microserve.kvtransfer.v1.PoolPages\".\n\tPoolPages\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x10\n\x08page_ids\x18\x02 \x03(\r\"\x0f\n\rGrantResponse\"M\n\rRevokeRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\"\x10\n\x0eRevokeResponse\"\xa9\x02\n\x0bPushRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12.\n\x05range\x18\x04 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12.\n\x06target\x18\x05 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x36\n\rattempt_range\x18\x07 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x17\n\nready_slot\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x11\n\twriter_id\x18\t \x01(\tB\r\n\x0b_ready_slot\"\xa5\x01\n\x0cPushResponse\x12\x32\n\x05state\x18\x01 \x01(\x0e\x32#.microserve.kvtransfer.v1.PushState\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\x12*\n\x07\x65xposed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc5\x01\n\x11\x45ndAttemptRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12.\n\x06target\x18\x03 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x36\n\rattempt_range\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x06 \x01(\t\"\'\n\x12\x45ndAttemptResponse\x12\x11\n\tcommitted\x18\x01 \x01(\x08\":\n\x12WatchGrantsRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x9c\x01\n\nGrantEvent\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.microserve.kvtransfer.v1.GrantState\x12\x32\n\tcommitted\x18\x03 \x03(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"]\n\x13WatchGrantsResponse\x12\x34\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.microserve.kvtransfer.v1.GrantEvent\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\"\x10\n\x0eGetInfoRequest\".\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"p\n\x0fGetInfoResponse\x12\x14\n\x0cpeer_version\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x38\n\x06offers\x18\x03 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportOffer\"\x11\n\x0fGetStatsRequest\"\xac\x01\n\tPoolStats\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0b\x65ngine_name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x61ttached\x18\x04 \x01(\x08\x12\x13\n\x0bgrant_count\x18\x05 \x01(\r\x12\x12\n\npush_count\x18\x06 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\x12\x12\n\nsent_bytes\x18\x08 \x01(\x04\"\x8f\x01\n\x0eTransportStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npush_count\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x15\n\rfailure_count\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04note\x18\x06 \x01(\t\"=\n\x0eTransportSpeed\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x01\"\xa8\x01\n\tLinkStats\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x38\n\x06speeds\x18\x04 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportSpeed\x12\x16\n\x0e\x66\x61llback_count\x18\x05 \x01(\x04\x12\x15\n\rlast_fallback\x18\x06 \x01(\t\"\xe4\x01\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x0c\x12\x32\n\x05pools\x18\x02 \x03(\x0b\x32#.microserve.kvtransfer.v1.PoolStats\x12<\n\ntransports\x18\x03 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportStats\x12\x1b\n\x13refused_write_count\x18\x04 \x01(\x04\x12\x32\n\x05links\x18\x05 \x03(\x0b\x32#.microserve.kvtransfer.v1.LinkStats*\x82\x01\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPUSH_STATE_OPEN\x10\x01\x12\x15\n\x11PUSH_STATE_MOVING\x10\x02\x12\x13\n\x0fPUSH_STATE_DONE\x10\x03\x12\x18\n\x14PUSH_STATE_COMMITTED\x10\x04*q\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10GRANT_STATE_OPEN\x10\x01\x12\x17\n\x13GRANT_STATE_WRITING\x10\x02\x12\x17\n\x13GRANT_STATE_DRAINED\x10\x03\x32\x8f\x07\n\x11KvTransferService\x12g\n\nCreatePool\x12+.microserve.kvtransfer.v1.CreatePoolRequest\x1a,.microserve.kvtransfer.v1.CreatePoolResponse\x12g\n\nAttachPool\x12+.microserve.kvtransfer.v1.AttachPoolRequest\x1a,.microserve.kvtransfer.v1.AttachPoolResponse\x12X\n\x05Grant\x12&.microserve.kvtransfer.v1.GrantRequest\x1a\'.microserve.kvtransfer.v1.GrantResponse\x12[\n\x06Revoke\x12\'.microserve.kvtransfer.v1.RevokeRequest\x1a(.microserve.kvtransfer.v1.RevokeResponse\x12W\n\x04Push\x12%.microserve.kvtransfer.v1.PushRequest\x1a&.microserve.kvtransfer.v1.PushResponse0\x01\x12g\n\nEndAttempt\x12+.microserve.kvtransfer.v1.EndAttemptRequest\x1a,.microserve.kvtransfer.v1.EndAttemptResponse\x12l\n\x0bWatchGrants\x12,.microserve.kvtransfer.v1.WatchGrantsRequest\x1a-.microserve.kvtransfer.v1.WatchGrantsResponse0\x01\x12^\n\x07GetInfo\x12(.microserve.kvtransfer.v1.GetInfoRequest\x1a).microserve.kvtransfer.v1.GetInfoResponse\x12\x61\n\x08GetStats\x12).microserve.kvtransfer.v1.GetStatsRequest\x1a*.microserve.kvtransfer.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)microserve/kvtransfer/v1/kvtransfer.proto\x12\x18microserve.kvtransfer.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmicroserve/types/v1/kv.proto\"\xbc\x01\n\x11\x43reatePoolRequest\x12\x13\n\x0b\x65ngine_name\x18\x01 \x01(\t\x12/\n\x06layout\x18\x02 \x01(\x0b\x32\x1f.microserve.types.v1.PageLayout\x12\x12\n\npage_count\x18\x03 \x01(\r\x12\r\n\x05\x61\x64opt\x18\x04 \x01(\x08\x12\x31\n\x04part\x18\x05 \x01(\x0b\x32#.microserve.kvtransfer.v1.ModelPart\x12\x0b\n\x03gpu\x18\x06 \x01(\x0c\"o\n\tModelPart\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x15\n\rkv_head_begin\x18\x02 \x01(\r\x12\x19\n\x11model_layer_count\x18\x03 \x01(\r\x12\x1b\n\x13model_kv_head_count\x18\x04 \x01(\r\"H\n\x12\x43reatePoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"9\n\x11\x41ttachPoolRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"e\n\x12\x41ttachPoolResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x18\n\x10ready_slot_count\x18\x04 \x01(\r\"\xd9\x01\n\x0cGrantRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\x12\x0e\n\x06secret\x18\x04 \x01(\x0c\x12/\n\x06window\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x10\n\x08page_ids\x18\x06 \x03(\r\x12\x38\n\x0bother_pools\x18\x07 \x03(\x0b\x32#.microserve.kvtransfer.v1.PoolPages\".\n\tPoolPages\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x10\n\x08page_ids\x18\x02 \x03(\r\"\x0f\n\rGrantResponse\"M\n\rRevokeRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\t\"D\n\x0eRevokeResponse\x12\x32\n\tcommitted\x18\x01 \x03(\x0b\x32\x1f.microserve.types.v1.TokenRange\"\xa9\x02\n\x0bPushRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12.\n\x05range\x18\x04 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12.\n\x06target\x18\x05 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x36\n\rattempt_range\x18\x07 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x17\n\nready_slot\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x11\n\twriter_id\x18\t \x01(\tB\r\n\x0b_ready_slot\"\xa5\x01\n\x0cPushResponse\x12\x32\n\x05state\x18\x01 \x01(\x0e\x32#.microserve.kvtransfer.v1.PushState\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\x12*\n\x07\x65xposed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc5\x01\n\x11\x45ndAttemptRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12.\n\x06target\x18\x03 \x01(\x0b\x32\x1e.microserve.types.v1.KvAddress\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x36\n\rattempt_range\x18\x05 \x01(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\x11\n\twriter_id\x18\x06 \x01(\t\"\'\n\x12\x45ndAttemptResponse\x12\x11\n\tcommitted\x18\x01 \x01(\x08\":\n\x12WatchGrantsRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x9c\x01\n\nGrantEvent\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.microserve.kvtransfer.v1.GrantState\x12\x32\n\tcommitted\x18\x03 \x03(\x0b\x32\x1f.microserve.types.v1.TokenRange\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"]\n\x13WatchGrantsResponse\x12\x34\n\x06\x65vents\x18\x01 \x03(\x0b\x32$.microserve.kvtransfer.v1.GrantEvent\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\"\x10\n\x0eGetInfoRequest\".\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"p\n\x0fGetInfoResponse\x12\x14\n\x0cpeer_version\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x38\n\x06offers\x18\x03 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportOffer\"\x11\n\x0fGetStatsRequest\"\xac\x01\n\tPoolStats\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x13\n\x0b\x65ngine_name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x61ttached\x18\x04 \x01(\x08\x12\x13\n\x0bgrant_count\x18\x05 \x01(\r\x12\x12\n\npush_count\x18\x06 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\x12\x12\n\nsent_bytes\x18\x08 \x01(\x04\"\x8f\x01\n\x0eTransportStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npush_count\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x15\n\rfailure_count\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04note\x18\x06 \x01(\t\"=\n\x0eTransportSpeed\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x01\"\xa8\x01\n\tLinkStats\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x0c\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x38\n\x06speeds\x18\x04 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportSpeed\x12\x16\n\x0e\x66\x61llback_count\x18\x05 \x01(\x04\x12\x15\n\rlast_fallback\x18\x06 \x01(\t\"\xe4\x01\n\x10GetStatsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x0c\x12\x32\n\x05pools\x18\x02 \x03(\x0b\x32#.microserve.kvtransfer.v1.PoolStats\x12<\n\ntransports\x18\x03 \x03(\x0b\x32(.microserve.kvtransfer.v1.TransportStats\x12\x1b\n\x13refused_write_count\x18\x04 \x01(\x04\x12\x32\n\x05links\x18\x05 \x03(\x0b\x32#.microserve.kvtransfer.v1.LinkStats*\x82\x01\n\tPushState\x12\x1a\n\x16PUSH_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPUSH_STATE_OPEN\x10\x01\x12\x15\n\x11PUSH_STATE_MOVING\x10\x02\x12\x13\n\x0fPUSH_STATE_DONE\x10\x03\x12\x18\n\x14PUSH_STATE_COMMITTED\x10\x04*q\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10GRANT_STATE_OPEN\x10\x01\x12\x17\n\x13GRANT_STATE_WRITING\x10\x02\x12\x17\n\x13GRANT_STATE_DRAINED\x10\x03\x32\x8f\x07\n\x11KvTransferService\x12g\n\nCreatePool\x12+.microserve.kvtransfer.v1.CreatePoolRequest\x1a,.microserve.kvtransfer.v1.CreatePoolResponse\x12g\n\nAttachPool\x12+.microserve.kvtransfer.v1.AttachPoolRequest\x1a,.microserve.kvtransfer.v1.AttachPoolResponse\x12X\n\x05Grant\x12&.microserve.kvtransfer.v1.GrantRequest\x1a\'.microserve.kvtransfer.v1.GrantResponse\x12[\n\x06Revoke\x12\'.microserve.kvtransfer.v1.RevokeRequest\x1a(.microserve.kvtransfer.v1.RevokeResponse\x12W\n\x04Push\x12%.microserve.kvtransfer.v1.PushRequest\x1a&.microserve.kvtransfer.v1.PushResponse0\x01\x12g\n\nEndAttempt\x12+.microserve.kvtransfer.v1.EndAttemptRequest\x1a,.microserve.kvtransfer.v1.EndAttemptResponse\x12l\n\x0bWatchGrants\x12,.microserve.kvtransfer.v1.WatchGrantsRequest\x1a-.microserve.kvtransfer.v1.WatchGrantsResponse0\x01\x12^\n\x07GetInfo\x12(.microserve.kvtransfer.v1.GetInfoRequest\x1a).microserve.kvtransfer.v1.GetInfoResponse\x12\x61\n\x08GetStats\x12).microserve.kvtransfer.v1.GetStatsRequest\x1a*.microserve.kvtransfer.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'microserve.kvtransfer.v1.kvtransfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUSHSTATE']._serialized_start=3064
-  _globals['_PUSHSTATE']._serialized_end=3194
-  _globals['_GRANTSTATE']._serialized_start=3196
-  _globals['_GRANTSTATE']._serialized_end=3309
+  _globals['_PUSHSTATE']._serialized_start=3116
+  _globals['_PUSHSTATE']._serialized_end=3246
+  _globals['_GRANTSTATE']._serialized_start=3248
+  _globals['_GRANTSTATE']._serialized_end=3361
   _globals['_CREATEPOOLREQUEST']._serialized_start=134
   _globals['_CREATEPOOLREQUEST']._serialized_end=322
   _globals['_MODELPART']._serialized_start=324
@@ -56,39 +56,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVOKEREQUEST']._serialized_start=958
   _globals['_REVOKEREQUEST']._serialized_end=1035
   _globals['_REVOKERESPONSE']._serialized_start=1037
-  _globals['_REVOKERESPONSE']._serialized_end=1053
-  _globals['_PUSHREQUEST']._serialized_start=1056
-  _globals['_PUSHREQUEST']._serialized_end=1353
-  _globals['_PUSHRESPONSE']._serialized_start=1356
-  _globals['_PUSHRESPONSE']._serialized_end=1521
-  _globals['_ENDATTEMPTREQUEST']._serialized_start=1524
-  _globals['_ENDATTEMPTREQUEST']._serialized_end=1721
-  _globals['_ENDATTEMPTRESPONSE']._serialized_start=1723
-  _globals['_ENDATTEMPTRESPONSE']._serialized_end=1762
-  _globals['_WATCHGRANTSREQUEST']._serialized_start=1764
-  _globals['_WATCHGRANTSREQUEST']._serialized_end=1822
-  _globals['_GRANTEVENT']._serialized_start=1825
-  _globals['_GRANTEVENT']._serialized_end=1981
-  _globals['_WATCHGRANTSRESPONSE']._serialized_start=1983
-  _globals['_WATCHGRANTSRESPONSE']._serialized_end=2076
-  _globals['_GETINFOREQUEST']._serialized_start=2078
-  _globals['_GETINFOREQUEST']._serialized_end=2094
-  _globals['_TRANSPORTOFFER']._serialized_start=2096
-  _globals['_TRANSPORTOFFER']._serialized_end=2142
-  _globals['_GETINFORESPONSE']._serialized_start=2144
-  _globals['_GETINFORESPONSE']._serialized_end=2256
-  _globals['_GETSTATSREQUEST']._serialized_start=2258
-  _globals['_GETSTATSREQUEST']._serialized_end=2275
-  _globals['_POOLSTATS']._serialized_start=2278
-  _globals['_POOLSTATS']._serialized_end=2450
-  _globals['_TRANSPORTSTATS']._serialized_start=2453
-  _globals['_TRANSPORTSTATS']._serialized_end=2596
-  _globals['_TRANSPORTSPEED']._serialized_start=2598
-  _globals['_TRANSPORTSPEED']._serialized_end=2659
-  _globals['_LINKSTATS']._serialized_start=2662
-  _globals['_LINKSTATS']._serialized_end=2830
-  _globals['_GETSTATSRESPONSE']._serialized_start=2833
-  _globals['_GETSTATSRESPONSE']._serialized_end=3061
-  _globals['_KVTRANSFERSERVICE']._serialized_start=3312
-  _globals['_KVTRANSFERSERVICE']._serialized_end=4223
+  _globals['_REVOKERESPONSE']._serialized_end=1105
+  _globals['_PUSHREQUEST']._serialized_start=1108
+  _globals['_PUSHREQUEST']._serialized_end=1405
+  _globals['_PUSHRESPONSE']._serialized_start=1408
+  _globals['_PUSHRESPONSE']._serialized_end=1573
+  _globals['_ENDATTEMPTREQUEST']._serialized_start=1576
+  _globals['_ENDATTEMPTREQUEST']._serialized_end=1773
+  _globals['_ENDATTEMPTRESPONSE']._serialized_start=1775
+  _globals['_ENDATTEMPTRESPONSE']._serialized_end=1814
+  _globals['_WATCHGRANTSREQUEST']._serialized_start=1816
+  _globals['_WATCHGRANTSREQUEST']._serialized_end=1874
+  _globals['_GRANTEVENT']._serialized_start=1877
+  _globals['_GRANTEVENT']._serialized_end=2033
+  _globals['_WATCHGRANTSRESPONSE']._serialized_start=2035
+  _globals['_WATCHGRANTSRESPONSE']._serialized_end=2128
+  _globals['_GETINFOREQUEST']._serialized_start=2130
+  _globals['_GETINFOREQUEST']._serialized_end=2146
+  _globals['_TRANSPORTOFFER']._serialized_start=2148
+  _globals['_TRANSPORTOFFER']._serialized_end=2194
+  _globals['_GETINFORESPONSE']._serialized_start=2196
+  _globals['_GETINFORESPONSE']._serialized_end=2308
+  _globals['_GETSTATSREQUEST']._serialized_start=2310
+  _globals['_GETSTATSREQUEST']._serialized_end=2327
+  _globals['_POOLSTATS']._serialized_start=2330
+  _globals['_POOLSTATS']._serialized_end=2502
+  _globals['_TRANSPORTSTATS']._serialized_start=2505
+  _globals['_TRANSPORTSTATS']._serialized_end=2648
+  _globals['_TRANSPORTSPEED']._serialized_start=2650
+  _globals['_TRANSPORTSPEED']._serialized_end=2711
+  _globals['_LINKSTATS']._serialized_start=2714
+  _globals['_LINKSTATS']._serialized_end=2882
+  _globals['_GETSTATSRESPONSE']._serialized_start=2885
+  _globals['_GETSTATSRESPONSE']._serialized_end=3113
+  _globals['_KVTRANSFERSERVICE']._serialized_start=3364
+  _globals['_KVTRANSFERSERVICE']._serialized_end=4275
 # @@protoc_insertion_point(module_scope)

@@ -392,16 +392,25 @@ Global___RevokeRequest: _TypeAlias = RevokeRequest  # noqa: Y015
 
 @_typing.final
 class RevokeResponse(_message.Message):
-    """RevokeResponse means that nothing writes under the grant any more."""
+    """RevokeResponse means that nothing writes under the grant any more, and is the last word on what it brought."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    COMMITTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def committed(self) -> _containers.RepeatedCompositeFieldContainer[_kv_pb2.TokenRange]:
+        """Ranges that were committed under it, sorted and disjoint: whatever a sender was told to be committed before the
+        Revoke is among them. The same Revoke again brings the same ranges. Empty if the grant is unknown.
+        """
+
     def __init__(
         self,
+        *,
+        committed: _abc.Iterable[_kv_pb2.TokenRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
