@@ -36,7 +36,7 @@ from services.rpc import entry
 from services.rpc.main import run_main
 
 async def load():
-    print("loading", flush=True)
+    print("loading", file=sys.__stdout__, flush=True)
     await asyncio.to_thread(threading.Event().wait)
 
 def main():
