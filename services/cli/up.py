@@ -171,7 +171,9 @@ class _Launcher:
     def _show_awaited(self) -> None:
         for process in self._fleet.processes:
             if not process.has_been_ready:
-                self._say(f"{process.name} is not ready yet; the last it said: {process.log_tail(1) or 'nothing'}")
+                said = process.log_tail(1)
+                last = f"the last it said: {said}" if said else "it has said nothing"
+                self._say(f"{process.name} is not ready yet; {last}")
 
     def _show_slow(self, process: ServiceProcess) -> None:
         why = f"{process.name} is ready and does not serve yet; what it says is in {process.log_path}"

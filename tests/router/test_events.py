@@ -63,7 +63,7 @@ def test_an_event_of_text_alone_is_spelled_as_any_other(
 async def test_events_go_at_once_while_there_is_room_and_in_order_when_there_is_again() -> None:
     connection = Connection()
     stream = connection.stream()
-    stream.begin("name")
+    stream.begin()
     assert stream.put(b"one")
     assert [message["type"] for message in connection.sent] == ["http.response.start", BODY]
     connection.fill()
@@ -84,7 +84,7 @@ async def test_who_takes_nothing_for_too_long_is_gone() -> None:
     connection = Connection()
     stream = connection.stream(client_timeout_s=0.01)
     connection.fill()
-    stream.begin("name")
+    stream.begin()
     with pytest.raises(ClientGone):
         await stream.end(b"never")
     assert connection.sent == []
@@ -94,4 +94,4 @@ async def test_a_connection_that_has_no_room_and_says_otherwise_is_an_error() ->
     connection = Connection()
     connection.room.clear()
     with pytest.raises(RuntimeError, match="made its writer wait"):
-        connection.stream().begin("name")
+        connection.stream().begin()
