@@ -11,8 +11,8 @@ from services.router.errors import MAX_REFUSAL_CHARACTERS, Refused
 from services.router.metrics import FALLBACKS, RETRIES
 from tests.router.harness import PROMPT, failing, model, running
 from tests.router.openai_client import serving
+from tests.router.programs import write
 from tests.router.test_admin import use
-from tests.router.test_bad_policies import write
 from tests.router.test_split import results, split
 
 COST_CAP = Path(__file__).parents[2] / "docs/examples/cost_cap.py"

@@ -18,7 +18,7 @@ from services.router.programs.watchdog import WatchdogLimits
 from services.rpc.channel import make_channel
 from tests.fakes import FakeEngine
 from tests.router.harness import PROMPT, complete, failing, model, request, running
-from tests.router.test_bad_policies import write
+from tests.router.programs import write
 from tests.router.test_process import ready, router, serving
 
 BLOCKING = {
