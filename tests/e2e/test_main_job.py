@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
@@ -79,22 +81,6 @@ class Up:
     def shared_memory(self) -> set[str]:
         """What a suite could leave outside its folder."""
         return {str(path) for path in Path("/dev/shm").glob("*microserve*")}
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    for first in range(21_000, 29_000, count):
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for offset, each in enumerate(sockets):
-                each.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
-        return first
-    raise AssertionError("no free ports")
 
 
 def gone(pids: list[int], timeout_s: float = 60) -> bool:

@@ -15,6 +15,7 @@ from tests.kvtransfer.oracle import expected
 from tests.kvtransfer.port import PATIENCE_S, Port
 from tests.kvtransfer.process import ServiceProcess
 from tests.kvtransfer.test_process import connected, start_service
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,10 @@ async def hand_back(engine: FakeEngine, port: Port) -> None:
 @pytest.mark.parametrize("lives", ["sender", "receiver"])
 async def test_both_services_and_an_engine(start_service: type[ServiceProcess], lives: str) -> None:
     """In the middle of a push. What was begun is over, nothing late lands anywhere, and the next push works."""
-    near, far = start_service(), start_service()
+    # While neither runs nobody else may be given their ports, above all not the one that starts first.
+    first = free_ports(2)
+    addresses = [f"127.0.0.1:{port}" for port in (first, first + 1)]
+    near, far = (start_service("--listen", address) for address in addresses)
     async with connected(near, "p") as (_, (sender,)), connected(far, "d") as (_, (receiver,)):
         stale = await receiver.grant("r", 0, 8, [4, 5])
         push = sender.push(sender.order(stale, 0, 8, [1, 2], ready_slot=0))
@@ -44,7 +48,7 @@ async def test_both_services_and_an_engine(start_service: type[ServiceProcess], 
         with pytest.raises(ServiceError):
             await push.done()
         kept = (sender if lives == "sender" else receiver).memory.copy()
-        near, far = (start_service("--listen", old.address) for old in (near, far))
+        near, far = (start_service("--listen", address) for address in addresses)
         async with connected(near) as (near_port, _), connected(far) as (far_port, _):
             if lives == "sender":
                 await hand_back(sender, near_port)
