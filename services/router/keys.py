@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from hashlib import blake2b
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
 from services.router.errors import WrongKey, WrongTenant
-from services.rpc.interceptor import with_behaviour
+from services.rpc.interceptor import refusing
 
 HEADER = "authorization"
 _PEPPER = secrets.token_bytes(16)
@@ -87,14 +87,5 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         try:
             keys.check(shown_in(handler_call_details.invocation_metadata))
         except WrongKey as error:
-            return _refusing(handler, error)
+            return refusing(error)
         return handler
-
-
-def _refusing(handler: grpc.RpcMethodHandler[Any, Any], error: WrongKey) -> grpc.RpcMethodHandler[Any, Any]:
-    """A method of the same kind that only raises; what is outside makes a status of it."""
-
-    async def refuse(request: Any, context: Any) -> NoReturn:
-        raise error
-
-    return with_behaviour(handler, refuse)

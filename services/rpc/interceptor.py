@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -70,26 +70,26 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return known[1]
 
 
+def refusing(error: ServiceError) -> Handler:
+    """A method that only raises, whatever kind the client takes it for; what is outside makes a status of it."""
+
+    async def refuse(requests: Any, context: Context) -> NoReturn:
+        raise error
+
+    # A stream of requests: grpc reads the one request of another kind before it asks, however large it is.
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
 def _wrapped(handler: Handler, method: str) -> Handler:
-    return with_behaviour(handler, _wrap(getattr(handler, _kind(handler)), method))
-
-
-def with_behaviour(handler: Handler, behaviour: Callable[[Any, Context], Any]) -> Handler:
-    """A method of the same kind and messages that does something else."""
-    make = getattr(grpc, f"{_kind(handler)}_rpc_method_handler")
-    changed: Handler = make(
-        behaviour,
+    request = "stream" if handler.request_streaming else "unary"
+    response = "stream" if handler.response_streaming else "unary"
+    kind = f"{request}_{response}"
+    wrapped: Handler = getattr(grpc, f"{kind}_rpc_method_handler")(
+        _wrap(getattr(handler, kind), method),
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
-    return changed
-
-
-def _kind(handler: Handler) -> str:
-    """Name of the handler's one attribute that is set: unary_unary, unary_stream, ..."""
-    request = "stream" if handler.request_streaming else "unary"
-    response = "stream" if handler.response_streaming else "unary"
-    return f"{request}_{response}"
+    return wrapped
 
 
 def _wrap(behaviour: Callable[[Any, Context], Any], method: str) -> Callable[[Any, Context], Any]:
