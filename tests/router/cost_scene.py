@@ -66,7 +66,7 @@ def measured(
 ) -> CostBook:
     """A book in which each engine has told of many steps of every kind, `factor` times slower than the above, give or
     take a share of `spread`."""
-    book, source = book or CostBook(), random.Random(seed)
+    book, source = book or CostBook(lambda: 0.0), random.Random(seed)
     done = {engine.address: WorkDone() for engine in engines}
     for _ in range(60):
         for engine in engines:

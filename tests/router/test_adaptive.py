@@ -116,6 +116,40 @@ async def test_a_sequence_is_seen_coming_while_its_kv_is_on_the_way() -> None:
         call.cancel()
 
 
+async def test_who_asks_next_sees_what_has_been_chosen_before_anything_was_asked() -> None:
+    """Prompts come to the engine that prefills only once there is room for them at the other."""
+    async with running(4, policy="disaggregated") as suite:
+        members = [suite.router.registry.members[each.address] for each in suite.engines]
+        faults = [engine.faults.setdefault("PrepRecv", Fault()) for engine in suite.engines[2:]]
+        calls = [suite.stream() for _ in range(2)]
+        for fault in faults:
+            await fault.reached.wait()
+        seen = [member.snapshot() for member in members]
+        assert [each.prompt_tokens for each in seen] == [len(PROMPT), len(PROMPT), 0, 0]
+        assert [each.sequences for each in seen] == [0, 0, 1, 1]
+        for call in calls:
+            call.cancel()
+    assert not any(member.underway.prompt_tokens or member.underway.answers for member in members)
+
+
+async def test_what_was_chosen_and_then_not_asked_for_counts_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "changes_its_mind.py"
+    path.write_text("""
+async def policy(request, fleet):
+    _, decode = fleet.pair(request)
+    async for chunk in decode.start_generate(request):
+        yield chunk
+""")
+    async with running(policy="changes_its_mind", policy_file=(path,)) as suite:
+        suite.engines[1].gate.clear()
+        call = suite.stream()
+        await suite.engines[1].until(lambda: suite.engines[1].sequences)
+        members = [suite.router.registry.members[each.address] for each in suite.engines]
+        assert [member.underway.prompt_tokens for member in members] == [0, len(PROMPT)]
+        suite.engines[1].gate.set()
+        call.cancel()
+
+
 async def test_a_request_that_is_unknown_cannot_be_explained() -> None:
     async with running() as suite:
         await suite.generate(request_id="plain")

@@ -71,7 +71,7 @@ def test_a_new_engine_is_taken_to_be_like_the_others() -> None:
 
 
 def test_an_engine_that_restarts_is_measured_anew() -> None:
-    book, engine = CostBook(), snapshot("a")
+    book, engine = CostBook(lambda: 0.0), snapshot("a")
     measured(engine, factor=50.0, book=book)
     measured(snapshot("b"), book=book)
     restarted = replace(engine, info=replace(engine.info, incarnation=b"another"))
@@ -79,7 +79,7 @@ def test_an_engine_that_restarts_is_measured_anew() -> None:
 
 
 def test_reports_that_say_nothing_are_left_out() -> None:
-    engine, book = snapshot("a"), CostBook()
+    engine, book = snapshot("a"), CostBook(lambda: 0.0)
     done = WorkDone(busy_s=5.0, steps=7, rows=7)
     # The first, the same again, and the first of an engine that began anew under the same name.
     for work in (done, done, WorkDone(busy_s=1.0, steps=1, rows=1)):
@@ -92,7 +92,7 @@ def test_reports_that_say_nothing_are_left_out() -> None:
 
 def test_a_prompt_that_shared_its_steps_is_not_taken_for_a_slow_one() -> None:
     """Twelve prompts at once: each waited for all of them, and the engine was as fast as ever."""
-    engine, book = snapshot("a"), CostBook()
+    engine, book = snapshot("a"), CostBook(lambda: 0.0)
     for steps in range(1, 40):
         tokens = 512 * (steps % 3)
         total = sum(512 * (step % 3) for step in range(1, steps + 1))
@@ -105,7 +105,7 @@ def test_a_prompt_that_shared_its_steps_is_not_taken_for_a_slow_one() -> None:
 
 
 def test_output_is_expected_to_be_as_long_as_of_late() -> None:
-    book = CostBook()
+    book = CostBook(lambda: 0.0)
     asked = request(output=1000)
     assert book.expected_output(asked) == 1000  # it ignores the end of sequence
     asked = replace(asked, sampling=Sampling(max_tokens=1000))

@@ -139,6 +139,25 @@ def test_the_shortlist_has_the_best_of_each_kind_and_few_others(size: int) -> No
         assert longest in {each.snapshot().cached_prefix(REQUEST) for each in listed.values()}
 
 
+def test_the_shortlist_has_some_of_the_pool_and_some_of_the_others() -> None:
+    """However little the one or the other has to do."""
+    source, index = random.Random(3), BlockIndex()
+    engines = fleet(source, index, 40, ("",))
+    roster = Roster(engines, index)
+    for pool_load in (Load(), Load(running=9, queued_tokens=5000)):
+        pool = frozenset(each.address for each in source.sample(engines, 12))
+        for engine in engines:
+            engine.load = pool_load if engine.address in pool else Load(running=2, queued_tokens=1)
+            roster.moved(engine)
+        listed = {each.address for each in roster.shortlist(REQUEST, 2, (), pool)}
+        assert len(listed & pool) == 2
+        assert 2 <= len(listed - pool) <= 4
+        avoided = pool - {next(iter(pool))}
+        assert len({each.address for each in roster.shortlist(REQUEST, 2, avoided, pool)} & pool) == 1
+    everyone = frozenset(each.address for each in engines)
+    assert roster.shortlist(REQUEST, 2, (), everyone)
+
+
 def test_the_index_knows_what_the_engines_know() -> None:
     source, index = random.Random(0), BlockIndex()
     names = [bytes([number]) * 16 for number in range(20)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from services.protocol.ranges import TokenRange
 from services.protocol.timing import Timing
+from services.router.clock import now
+from services.router.cost.outlook import Flow, Outlook, look
 from services.router.cost.speeds import EngineSpeeds, LinkSpeed, SendWork, StepsWork
 from services.router.fleet.info import EngineSnapshot, WorkDone
 from services.router.request import PolicyRequest
@@ -16,6 +19,7 @@ MAX_ENGINES = 8192
 MAX_LINKS = 65536
 MAX_MODELS = 1024
 FIRST_GUESS_OUTPUT = 64.0  # tokens
+LOOK_S = 1.0  # outlooks change slowly, and one takes a look at every engine
 _OUTPUT_WEIGHT = 0.05  # of the newest answer in the running mean
 
 Key = TypeVar("Key")
@@ -26,11 +30,14 @@ EngineKey = tuple[str, bytes]  # address, incarnation: one that restarts may be 
 class CostBook:
     """Keeps a model for each engine and pair that was used, the latest MAX_ENGINES and MAX_LINKS of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = now) -> None:
+        self._clock = clock
         self._engines: OrderedDict[EngineKey, EngineSpeeds] = OrderedDict()
         self._links: OrderedDict[tuple[EngineKey, EngineKey], LinkSpeed] = OrderedDict()
         self._reports: OrderedDict[EngineKey, WorkDone] = OrderedDict()  # the last of each
         self._alike: OrderedDict[bytes, EngineSpeeds] = OrderedDict()  # all engines of a model, by its digest
+        self._flows: OrderedDict[EngineKey, Flow] = OrderedDict()
+        self._outlooks: OrderedDict[bytes, tuple[float, Outlook]] = OrderedDict()  # by the model's digest, with when
         self._mean_output = FIRST_GUESS_OUTPUT
 
     def engine(self, engine: EngineSnapshot) -> EngineSpeeds:
@@ -44,6 +51,20 @@ class CostBook:
     def link(self, sender: EngineSnapshot, receiver: EngineSnapshot) -> LinkSpeed:
         """Speed of a pair."""
         return self._links.get((_key(sender), _key(receiver)), _UNKNOWN_LINK)
+
+    def outlook(self, model: bytes, engines: Callable[[], Iterable[EngineSnapshot]]) -> Outlook:
+        """What all `engines` of a model, by its digest, will be busy with."""
+        looked_s, known = _touch(self._outlooks, model, lambda: (-math.inf, Outlook()), MAX_MODELS)
+        at_s = self._clock()
+        if at_s - looked_s >= LOOK_S:
+            able = [engine for engine in engines() if engine.info.can_transfer]
+            kept = [self._flows.get(_key(engine)) for engine in able]
+            done = [StepsWork(0.0) if flow is None else flow.per_s(at_s) for flow in kept]
+            flows = dict(zip([engine.address for engine in able], done, strict=True))
+            link = self.link(able[0], able[-1]) if able else _UNKNOWN_LINK
+            known = look(flows, self._alike.get(model, _UNKNOWN_ENGINE), link, self._mean_output, known)
+            self._outlooks[model] = at_s, known
+        return known
 
     def expected_output(self, request: PolicyRequest) -> float:
         """Tokens that it will probably generate: as many as others lately, at most what it asked for."""
@@ -64,6 +85,8 @@ class CostBook:
         steps = StepsWork.between(before, engine.load.work)
         seconds = engine.load.work.busy_s - before.busy_s
         if steps.steps > 0 and seconds > 0:
+            at_s = self._clock()
+            _touch(self._flows, _key(engine), lambda: Flow(at_s), MAX_ENGINES).add(steps, at_s)
             for speeds in self._observed(engine):
                 speeds.steps.observe(steps.features, seconds)
 

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 from services.router.cost.book import CostBook
 from services.router.cost.least_squares import RELATIVE_NOISE
+from services.router.cost.outlook import Outlook
 from services.router.cost.speeds import DecodeWork, EngineSpeeds, PrefillWork, SendWork
 from services.router.errors import NoEngine
 from services.router.fleet.info import EngineSnapshot
@@ -46,8 +47,8 @@ class Pattern(Enum):
 class Placement:
     """Where a request runs and what is expected of it. Times in seconds.
 
-    `delay_s` is the time that it costs others: the sum over the sequences beside it. Their time is worth as much as
-    this request's own, so `cost_s`, the sum of both, is what is minimised.
+    `delay_s` is the time that it costs others: the sum over the sequences beside it, and over prompts to come. Their
+    time is worth as much as this request's own, so `cost_s`, the sum of both, is what is minimised.
     """
 
     pattern: Pattern
@@ -83,7 +84,17 @@ _Ranked: TypeAlias = tuple[tuple[bool, float], Placement]  # the least comes fir
 class _Site:
     """An engine for one request, and what does not depend on where else it could go."""
 
-    __slots__ = ("cached", "decode_delay_s", "decode_s", "engine", "left", "sequences", "speeds", "step_s", "wait_s")
+    __slots__ = (
+        "cached",
+        "decode_delay_s",
+        "decode_s",
+        "engine",
+        "left",
+        "sequences",
+        "speeds",
+        "step_s",
+        "wait_s",
+    )
 
     def __init__(
         self,
@@ -93,6 +104,7 @@ class _Site:
         length: int,
         output: float,
         others_output: float,
+        outlook: Outlook,
     ) -> None:
         """`length`: tokens of the prompt; `output`: those that the request generates; `others_output`: those of a
         sequence of another router."""
@@ -110,7 +122,9 @@ class _Site:
         empty_s = speeds.step_s(DecodeWork(0, 0))
         own_s = speeds.step_s(DecodeWork(1, length + output / 2)) - empty_s
         other_s = speeds.step_s(DecodeWork(1, context)) - empty_s
-        self.decode_s = max(0.0, output - 1) * (empty_s + own_s) + beside * other_s
+        alone_s = max(0.0, output - 1) * (empty_s + own_s) + beside * other_s
+        # Prompts to come will take their share of the time.
+        self.decode_s = alone_s * outlook.slowdown(engine.address)
         # This sequence makes the steps of others longer while they are there.
         self.decode_delay_s = beside * own_s
 
@@ -126,12 +140,18 @@ class Planner:
     """Weighs the placements of one request."""
 
     def __init__(
-        self, book: CostBook, request: PolicyRequest, engines: Sequence[EngineSnapshot], held_s: float = 0.0
+        self,
+        book: CostBook,
+        request: PolicyRequest,
+        engines: Sequence[EngineSnapshot],
+        outlook: Outlook,
+        held_s: float = 0.0,
     ) -> None:
         """`held_s`: for how long the request has been kept back already. NoEngine where there are no engines."""
         if not engines:
             raise NoEngine("no healthy engine serves this model", retry_delay_s=1.0)
         self._book = book
+        self._outlook = outlook
         self._held_s = held_s
         self._length = len(request.prompt)
         self._num_movable = request.num_movable
@@ -141,7 +161,8 @@ class Planner:
     def _site(self, engine: EngineSnapshot, request: PolicyRequest) -> _Site:
         cached = min(engine.cached_prefix(request), self._num_movable, self._length - 1)
         # Half done on average.
-        return _Site(engine, self._book.engine(engine), cached, self._length, self._output, self._book.mean_output / 2)
+        speeds, others_output = self._book.engine(engine), self._book.mean_output / 2
+        return _Site(engine, speeds, cached, self._length, self._output, others_output, self._outlook)
 
     def placements(self) -> list[Placement]:
         """All that are worth a look, the cheapest first. Those that find too few free pages come last."""
@@ -206,7 +227,7 @@ class Planner:
             provider_s + compute_s,
             transfer_s,
             decode_s,
-            delay_s + provider.sequences * added_s,
+            delay_s + self._held_up_s(provider, added_s),
         )
 
     def _pairs(self) -> list[_Ranked]:
@@ -215,7 +236,7 @@ class Planner:
             return []
         able, last = [site for site in self._sites if site.engine.info.can_transfer], self._length - 1
         by_cache = sorted(able, key=lambda site: -site.cached)[:1]
-        by_time = sorted(able, key=self._provide_s)[:MAX_PROVIDERS]
+        by_time = sorted(able, key=self._provide_cost_s)[:MAX_PROVIDERS]
         receivers = sorted(able, key=lambda site: sum(self._decoding(site, last)))[:MAX_RECEIVERS]
         pairs = {(one, other): None for one in (*by_cache, *by_time) for other in receivers if one is not other}
         whole = [
@@ -236,15 +257,21 @@ class Planner:
         shares.add(min(last, provider.cached // page * page))
         return sorted(share for share in shares if receiver.cached < share < last)
 
-    def _provide_s(self, site: _Site) -> float:
-        """Seconds until an engine would have the whole prompt."""
-        return site.wait_s + site.speeds.prefill_s(PrefillWork(self._length - site.cached, site.cached))
+    def _provide_cost_s(self, site: _Site) -> float:
+        """Seconds until an engine would have the whole prompt, and what that delays others there."""
+        added_s = site.speeds.prefill_s(PrefillWork(self._length - site.cached, site.cached))
+        return site.wait_s + added_s + self._held_up_s(site, added_s)
 
     def _decoding(self, site: _Site, ready: int) -> tuple[float, float, float]:
         """(computing prompt[ready:], generating, what that delays others there) in seconds."""
         added_s = site.speeds.prefill_s(PrefillWork(self._length - ready, ready))
         # Its prompt holds all of them up once.
-        return site.step_s + added_s, site.decode_s, site.sequences * added_s + site.decode_delay_s
+        return site.step_s + added_s, site.decode_s, self._held_up_s(site, added_s) + site.decode_delay_s
+
+    def _held_up_s(self, site: _Site, added_s: float) -> float:
+        """By how much computing a prompt for so long delays others there: all that decode, and those to come."""
+        behind = self._outlook.num_behind(site.engine.address, site.wait_s, added_s)
+        return (site.sequences + behind) * added_s
 
     def _pattern(self, computed: int, split: int) -> Pattern:
         if not computed:

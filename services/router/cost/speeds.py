@@ -54,6 +54,14 @@ class StepsWork:
             end.row_context - begin.row_context,
         )
 
+    def __add__(self, other: StepsWork) -> StepsWork:
+        """Both."""
+        return StepsWork(*(one + more for one, more in zip(self.features, other.features, strict=True)))
+
+    def __mul__(self, factor: float) -> StepsWork:
+        """So many times as much."""
+        return StepsWork(*(factor * each for each in self.features))
+
     @property
     def features(self) -> tuple[float, ...]:
         """Time is linear in each: the weights are read once a step, a token is so many products, and attention reads

@@ -128,6 +128,7 @@ class Generation(AsyncIterator[Chunk]):
             # First of all: while the account of it is opened, the engine is at work.
             address = kv.kv if kv is not None else None
             sequence = member.client.start_generate(scope.next_call_id(), request, self._begin, address)
+            scope.redeem()
             scope.opened(sequence, self._snapshot.info.name)
             member.sequences.add(sequence)
             try:

@@ -73,6 +73,8 @@ class Roster(Generic[Item]):
         self._prefill_loads = np.zeros(len(infos), np.int64)  # prompt tokens
         # Sequences for the engine's size, then prompt tokens: complex numbers are compared so.
         self._decode_loads = np.zeros(len(infos), np.complex128)
+        self._pool: frozenset[str] = frozenset()
+        self._is_pooled = np.zeros(len(infos), bool)
         self._moved: set[Item] = set(self._engines)
         self._opened = {engine for engine in engines if engine.breaker.state is not BreakerState.CLOSED}
         self._all = self._candidates(frozenset())
@@ -106,18 +108,35 @@ class Roster(Generic[Item]):
             self._least(self._most_cached(request, decode), self._decode_loads),
         )
 
-    def shortlist(self, request: PolicyRequest, count: int, avoided: Collection[str]) -> list[Item]:
+    def snapshots(self) -> list[EngineSnapshot]:
+        """All of them, as they are now."""
+        return [engine.snapshot() for engine in self._engines]
+
+    def shortlist(
+        self, request: PolicyRequest, count: int, avoided: Collection[str], pool: frozenset[str] = frozenset()
+    ) -> list[Item]:
         """Those that any good choice is among: `count` with the fewest sequences for their size, with the fewest prompt
-        tokens to compute, and with most of the prompt cached each; all where there are hardly more. NoEngine."""
+        tokens to compute, and with most of the prompt cached each; all where there are hardly more. Of a `pool`, by
+        address, that is to compute prompts for the others, `count` more. NoEngine."""
         among = self._among(avoided)
         positions = among.everyone.positions
         if len(positions) > 3 * count:
-            lists = [_few(positions, count, self._decode_loads), _few(positions, count, self._prefill_loads)]
+            pooled = self._pooled(pool)[positions]
+            others = positions if pooled.all() else positions[~pooled]
+            lists = [_few(others, count, self._decode_loads), _few(others, count, self._prefill_loads)]
+            lists.append(_few(positions[pooled], count, self._prefill_loads))
             holders = self._most_cached(request, among.everyone)
             if len(holders) < len(positions):
                 lists.append(_few(holders, count, self._decode_loads))
             positions = np.unique(np.concatenate(lists))
         return [self._engines[position] for position in positions]
+
+    def _pooled(self, pool: frozenset[str]) -> npt.NDArray[np.bool_]:
+        """(num_engines,) by place: whether it is one of the pool. They are looked for once, for a pool lasts."""
+        if pool is not self._pool:
+            self._pool = pool
+            self._is_pooled = np.array([engine.address in pool for engine in self._engines], bool)
+        return self._is_pooled
 
     def _least(self, positions: Positions, loads: Loads) -> Item:
         """The engine with the least load, of equal ones the first."""

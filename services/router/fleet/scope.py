@@ -15,6 +15,7 @@ from services.router.fleet.legs import Legs
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
+from services.router.fleet.underway import Computing
 from services.router.values import Verb
 
 _CALL_NUMBERS = itertools.count(1)
@@ -49,6 +50,7 @@ class RequestScope:
         self._sequences: dict[Sequence, str] = {}  # with the names of their engines
         self._streams: list[Stream] = []
         self._members: set[Member] = set()
+        self._pledged: Computing | None = None
         self._closed = False
 
     def next_call_id(self) -> str:
@@ -76,6 +78,20 @@ class RequestScope:
         """Releases what was held, if it was not used up."""
         self._reservations.discard(reservation)
         await reservation.release()
+
+    def pledge(self, computing: Computing) -> None:
+        """An engine was chosen to compute tokens of the prompt: they count there until the program asks for them, or
+        for something else, so that the next request does not find it idle."""
+        self.redeem()
+        if not self._closed:
+            self._pledged = computing
+            computing.begin()
+
+    def redeem(self) -> None:
+        """The program asks for them now, and they count as asked."""
+        if self._pledged is not None:
+            self._pledged.end()
+            self._pledged = None
 
     def opened(self, sequence: Sequence, engine: str) -> None:
         """Registers a sequence on the engine of that name."""
@@ -117,6 +133,7 @@ class RequestScope:
     async def end_all(self) -> str:
         """As close, but the request goes on."""
         left = self._open()
+        self.redeem()
         self.cancel_sequences()
         streams, self._streams = self._streams, []
         for chunks in streams:

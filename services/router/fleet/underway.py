@@ -71,17 +71,21 @@ class Computing:
         self._underway, self.tokens = underway, tokens
 
     def __enter__(self) -> Callable[[], None]:
+        self.begin()
+        return self.end
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """They count from now on."""
         underway = self._underway
         self.asked_s = now()
         underway._prompts[self] = None
         underway.prompt_tokens += self.tokens
         underway._changed()
-        return self._end
 
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
+    def end(self) -> None:
         """Computed, or given up. Only the first call counts."""
         underway = self._underway
         if self in underway._prompts:

@@ -84,13 +84,14 @@ class Engine:
         range of remote_send and the `begin` of start_generate, whatever a program says.
         """
         end = min(end, request.num_movable)
-        reservation = await self._reserve(request, end, max_wait_s)
-        await self._scope.hold(reservation)
-        try:
-            with Answering(self._member.underway, reservation.answer):
+        answer = Answer(self._costs.expected_output(request))
+        with Answering(self._member.underway, answer):
+            reservation = await self._reserve(request, end, max_wait_s, answer)
+            await self._scope.hold(reservation)
+            try:
                 yield reservation
-        finally:
-            await self._scope.let_go(reservation)
+            finally:
+                await self._scope.let_go(reservation)
 
     def remote_send(
         self, request: PolicyRequest, kv: Reservation, tokens: TokenRange | None = None
@@ -104,6 +105,7 @@ class Engine:
         self, request: PolicyRequest, kv: Reservation, tokens: TokenRange, begin: Callable[[], None]
     ) -> Timing:
         begin()
+        self._scope.redeem()
         if not tokens:
             return Timing()
         kv.check()
@@ -125,13 +127,10 @@ class Engine:
         self._scope.stream(generation)
         return generation
 
-    def _answer(self, request: PolicyRequest) -> Answer:
-        return Answer(self._costs.expected_output(request))
-
     def _watched(self) -> Watched:
         return Watched(self._member, self._scope)
 
-    async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float) -> Reservation:
+    async def _reserve(self, request: PolicyRequest, end: int, max_wait_s: float, answer: Answer) -> Reservation:
         scope, client, call_id = self._scope, self._member.client, self._scope.next_call_id()
         with scope.legs.begin(Verb.PREP_RECV, self.info.name, TokenRange(0, end)) as leg, self._watched():
             try:
@@ -143,7 +142,7 @@ class Engine:
                 raise
             leg.end(kv.timing)
         self._costs.reserved(self.snapshot, leg.leg().elapsed_s)
-        return Reservation(self.snapshot, kv, self._answer(request), client, scope.cleanup)
+        return Reservation(self.snapshot, kv, answer, client, scope.cleanup)
 
 
 def _movable(tokens: TokenRange, request: PolicyRequest) -> TokenRange:
@@ -183,6 +182,13 @@ class Fleet:
     def _chosen(self, member: Member) -> Engine:
         return Engine(member.snapshot(), member, self._scope, self._costs)
 
+    def _to_prefill(self, member: Member, num_tokens: int) -> Engine:
+        """It will be asked for so many tokens of the prompt once there is room for them elsewhere. Until then others
+        are to know."""
+        chosen = self._chosen(member)
+        self._scope.pledge(Computing(member.underway, num_tokens))
+        return chosen
+
     def leaving(self, address: str) -> Engine:
         """The engine at an address, also one that takes no new work: to fetch KV from. UnknownEngine."""
         return self.engine(self._members(address).snapshot())
@@ -194,12 +200,12 @@ class Fleet:
     def pair(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), two different engines, the least loaded of each role. NoPair."""
         prefill, decode = self._roster().pair(self._scope.avoided)
-        return self._chosen(prefill), self._chosen(decode)
+        return self._to_prefill(prefill, request.num_movable), self._chosen(decode)
 
     def pair_by_prefix(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
         prefill, decode = self._roster().pair_by_prefix(request, self._scope.avoided)
-        return self._chosen(prefill), self._chosen(decode)
+        return self._to_prefill(prefill, request.num_movable), self._chosen(decode)
 
     def home(self, request: PolicyRequest) -> Engine | None:
         """Of the engines where a planner wants the request's topic to be at home the least loaded; None: there is no
@@ -214,14 +220,18 @@ class Fleet:
         would hold up. Why, is kept with the request's trace. NoEngine."""
         begin = now()
         while True:
-            shortlist = self._roster().shortlist(request, SHORTLIST, self._scope.avoided)
+            roster = self._roster()
+            outlook = self._costs.outlook(request.model.digest, roster.snapshots)
+            shortlist = roster.shortlist(request, SHORTLIST, self._scope.avoided, outlook.prefill_pool)
             snapshots, held_s = [member.snapshot() for member in shortlist], now() - begin
-            placements = Planner(self._costs, request, snapshots, held_s).placements()
+            placements = Planner(self._costs, request, snapshots, outlook, held_s).placements()
             self._scope.legs.decision = Decision.of(placements)
             best = placements[0]
             if best.hold_s <= held_s:
-                prefill = None if best.prefill is None else self.engine(best.prefill)
-                return prefill, self.engine(best.decode), best.split
+                decode = self.engine(best.decode)
+                if best.prefill is None:
+                    return None, decode, best.split
+                return self._to_prefill(self._members(best.prefill.address), best.split), decode, best.split
             # Much may change until then: half of it, and another look.
             await asyncio.sleep(max(SHORTEST_HOLD_S, (best.hold_s - held_s) / 2))
 
