@@ -28,7 +28,7 @@ GPU_PYTEST := $(if $(GPU_PYTHON),-c /dev/null --rootdir=$(CURDIR) --import-mode=
 GPU_RUN := $(if $(GPU_PYTHON),PYTHONPATH=$(CURDIR):$(CURDIR)/gen:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults test-transports soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-engine bench-kv bench-gpu bench-router constraints clean
+.PHONY: help setup run test test-faults test-transports soak test-gpu lint fix type proto verify-proto verify bench bench-policies bench-simulated bench-paper bench-engine bench-kv bench-gpu bench-router constraints clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench-policies: $(DEV_STAMP) ## policies under the same arrivals, on two engines
 
 bench-simulated: $(DEV_STAMP) ## the same on simulated engines; two minutes
 	$(BIN)/python -m bench.policies.simulated $(ARGS)
+
+bench-paper: $(DEV_STAMP) ## the paper's experiment on simulated engines: build/bench/paper.json and paper.png; two minutes
+	$(BIN)/python -m bench.policies.paper $(ARGS)
 
 bench-kv: $(DEV_STAMP) ## measure what moving KV costs: build/bench/kv.json and kv.png
 	$(BIN)/microserve kv bench $(ARGS)

@@ -41,9 +41,33 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axis.set_ylabel(title)
         axes[0][column].set_title(mix)
         axes[-1][column].set_xlabel("offered load, share of capacity")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=2 * len(mixes), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    _finish(figure, axes[0][0], path, 2 * len(mixes))
+
+
+def plot_across(rows: Sequence[Row], path: Path, figures: Sequence[tuple[str, str]], x_label: str) -> None:
+    """Writes a PNG file with a panel for each of `figures`, names of columns and titles, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    policies = sorted({row.policy for row in rows}, key=lambda policy: (policy != ADAPTIVE, policy))
+    figure, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3.6), squeeze=False)
+    for axis, (name, title) in zip(axes[0], figures, strict=True):
+        for policy in policies:
+            _draw(axis, [row for row in rows if row.policy == policy], name, policy)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.set_title(title)
+        axis.set_xlabel(x_label)
+    _finish(figure, axes[0][0], path, len(policies))
+
+
+def _finish(figure, axis, path: Path, columns: int) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib import pyplot
+
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=columns, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95 if figure.get_figheight() > 5 else 0.9))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

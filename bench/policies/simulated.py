@@ -57,33 +57,47 @@ def sweep(
     runs: list[Run] = []
     for repeat in range(repeats):
         for mix in mixes:
-            runs += run(_cells(fleet, mix, loads, policies, requests, repeat), math.inf)
+            runs += run(_cells(fleet, MIXES[mix], loads, policies, requests, repeat), math.inf)
     return runs
 
 
 async def _cells(
-    fleet: FleetHardware, mix: str, loads: Sequence[float], policies: Sequence[str], requests: int, repeat: int
+    fleet: FleetHardware, mix: Mix, loads: Sequence[float], policies: Sequence[str], requests: int, repeat: int
 ) -> list[Run]:
-    """All loads of a mix under every policy, each with a router that has measured nothing but a few requests."""
+    """All loads of a mix under every policy."""
     async with simulated_router(fleet) as router:
-        rate, alone = await _calibrate(router, mix)
+        rate, _ = await _calibrate(router, mix)
     runs = []
     for load in loads:
-        made = _arrivals(MIXES[mix], load * rate, requests, f"{repeat}")
-        for policy in policies:
-            async with simulated_router(fleet, [EXAMPLES / "migrate_then_run.py"]) as router:
-                await _calibrate(router, mix)
-                traces = await router.serve(policy, made, salt="measured")
-            samples = tuple(map(_sample, traces))
-            elapsed_s = max(each.at_s + trace.duration_s for each, trace in zip(made, traces, strict=True))
-            good_s = GOOD * alone.first_token_s, GOOD * alone.per_token_s
-            runs.append(Run(policy, mix, load, load * rate, repeat, elapsed_s, samples, *good_s))
+        runs += await cell(fleet, mix, load, load * rate, policies, requests, repeat)
     return runs
 
 
-async def _calibrate(router: SimulatedRouter, mix: str) -> tuple[float, Sample]:
+async def cell(
+    fleet: FleetHardware,
+    mix: Mix,
+    load: float,
+    rate: float,
+    policies: Sequence[str],
+    requests: int,
+    repeat: int,
+) -> list[Run]:
+    """Every policy with the same arrivals, each with a router that has measured nothing but a few requests."""
+    made, runs = _arrivals(mix, rate, requests, f"{repeat}"), []
+    for policy in policies:
+        async with simulated_router(fleet, [EXAMPLES / "migrate_then_run.py"]) as router:
+            _, alone = await _calibrate(router, mix)
+            traces = await router.serve(policy, made, salt="measured")
+        samples = tuple(map(_sample, traces))
+        elapsed_s = max(each.at_s + trace.duration_s for each, trace in zip(made, traces, strict=True))
+        good_s = GOOD * alone.first_token_s, GOOD * alone.per_token_s
+        runs.append(Run(policy, mix.name, load, rate, repeat, elapsed_s, samples, *good_s))
+    return runs
+
+
+async def _calibrate(router: SimulatedRouter, mix: Mix) -> tuple[float, Sample]:
     """(requests/s with always enough to do, one request alone), data parallel."""
-    many = _arrivals(MIXES[mix], 1.0, CALIBRATION_REQUESTS, "calibration")
+    many = _arrivals(mix, 1.0, CALIBRATION_REQUESTS, "calibration")
     traces = await router.serve("data_parallel", [replace(each, at_s=0.0) for each in many], "busy")
     rate = CALIBRATION_REQUESTS / max(trace.duration_s for trace in traces)
     [alone] = await router.serve("data_parallel", [replace(many[0], at_s=0.0)], "alone")

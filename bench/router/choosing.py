@@ -66,7 +66,9 @@ async def measure(_: Stubs, rounds: int) -> list[Figure]:
         choose.pair_by_prefix(request, [engine.snapshot() for engine in engines])
 
     def place() -> None:
-        Planner(costs, request, [each.snapshot() for each in roster.shortlist(request, SHORTLIST, ())]).placements()
+        outlook = costs.outlook(MODEL.digest, roster.snapshots)
+        shortlist = roster.shortlist(request, SHORTLIST, (), outlook.prefill_pool)
+        Planner(costs, request, [each.snapshot() for each in shortlist], outlook).placements()
 
     unknown = source.choices(range(50_000), k=NUM_TOKENS - SHARED_BLOCKS * PAGE_SIZE)
     shared = replace(request, prompt=(*request.prompt[: SHARED_BLOCKS * PAGE_SIZE], *unknown))
