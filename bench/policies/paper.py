@@ -20,7 +20,7 @@ from bench.policies.plot import plot_across
 from bench.policies.results import Row, Run, rows, summary
 from bench.policies.simulated import cell
 from bench.policies.traffic import Mix
-from services.router.simulate.hardware import LLAMA_70B_ON_4_H100, FleetHardware
+from services.router.simulate.hardware import FleetHardware
 from services.rpc.virtual_loop import run
 
 MIX = Mix("3000 in, 100 out", 3000, 100)
@@ -28,7 +28,6 @@ RATES = "1.6,2.4,3.2,4.0,4.8,5.6"
 BASE = "data_parallel"
 POLICIES = f"{BASE},disaggregated,balanced:0.1,balanced:0.2,adaptive"
 FIGURES = (("ttft_mean", "time to first token, s"), ("tpot_mean", "time per output token, s"), ("jct_mean", "JCT, s"))
-BYTES_PER_TOKEN = 327_680  # 80 layers, keys and values of 8 heads of 128, two bytes each
 
 
 def main(
@@ -54,12 +53,7 @@ def main(
 
 def sweep(engines: int, policies: Sequence[str], rates: Sequence[float], requests: int, repeats: int) -> list[Run]:
     """Every policy at every rate, with the same arrivals."""
-    fleet = FleetHardware(
-        {f"engine-{number:02}": LLAMA_70B_ON_4_H100 for number in range(engines)},
-        bytes_per_token=BYTES_PER_TOKEN,
-        bytes_per_s=200e9,
-        call_s=1e-3,
-    )
+    fleet = FleetHardware.alike("70b-h100x4", engines)
     return [
         each
         for repeat in range(repeats)

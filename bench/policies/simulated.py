@@ -36,7 +36,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON.")] = Path("build/bench/policies-simulated.json"),
 ) -> None:
     """As bench.policies, but for the engines and the clock."""
-    fleet = FleetHardware({f"engine-{number}": HARDWARE[hardware] for number in range(engines)})
+    fleet = FleetHardware.alike(hardware, engines)
     shares = [float(each) for each in loads.split(",")]
     runs = sweep(fleet, policies.split(","), mixes.split(","), shares, requests, repeats)
     found = summary(runs)

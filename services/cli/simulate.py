@@ -56,7 +56,7 @@ def simulate(
     """Runs router programs over simulated engines, each with the same arrivals, on a clock that jumps."""
     if hardware not in HARDWARE:
         raise UsageError(f"--hardware is one of {', '.join(HARDWARE)}")
-    fleet = FleetHardware({f"engine-{number}": HARDWARE[hardware] for number in range(engines)})
+    fleet = FleetHardware.alike(hardware, engines)
     arrivals = _arrivals(random.Random(seed), rate, requests, prompt_tokens, shared_tokens, output_tokens)
     results = [_row(policy, _traces(policy, fleet, arrivals)) for policy in policies]
     output.print_json(results) if json else output.say(_table(results))

@@ -14,7 +14,7 @@ STATIC = ("data_parallel", "disaggregated", "context_aware", "balanced:0.5", "mi
 @pytest.mark.slow
 @pytest.mark.parametrize("hardware", HARDWARE)
 def test_adaptive_keeps_up_with_the_best_static_policy_of_each_cell(hardware: str) -> None:
-    fleet = FleetHardware(dict.fromkeys(("engine-0", "engine-1"), HARDWARE[hardware]))
+    fleet = FleetHardware.alike(hardware, 2)
     mixes, loads = ("long_short", "chat", "shared_prefix"), (0.4, 0.7)
     found = summary(sweep(fleet, (*STATIC, "adaptive"), mixes, loads, requests=40, repeats=3))
     assert len(found["cells"]) == 6

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
 from services.router.simulate.fleet import Arrival, simulated_router
-from services.router.simulate.hardware import HARDWARE, FleetHardware
+from services.router.simulate.hardware import FleetHardware
 from services.rpc.virtual_loop import run
 
 NUM_REQUESTS = 80
@@ -16,7 +17,7 @@ RATE = 4.0  # requests/s, about 0.7 of what two such engines are able to do
 
 
 def fleet(report_s: float = 0.1) -> FleetHardware:
-    return FleetHardware(dict.fromkeys(("a", "b"), HARDWARE["int8"]), report_s=report_s)
+    return replace(FleetHardware.alike("int8", 2), report_s=report_s)
 
 
 def arrivals(seed: int) -> list[Arrival]:

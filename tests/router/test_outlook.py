@@ -77,6 +77,16 @@ def test_where_nothing_can_be_told_all_are_alike(flows: dict[str, StepsWork]) ->
     assert (seen.slowdown("a"), seen.num_behind("a", 5.0, 1.0)) == (1.0, 0.0)
 
 
+def test_an_outlook_fades_away_with_the_traffic() -> None:
+    fleet = Fleet("a", "b")
+    assert fleet.run(30, a=(2.0, 2.0), b=(2.1, 2.0)) != Outlook()
+    for _ in range(200):
+        fleet.now_s += 10 * FADING_S
+        seen = fleet.book.outlook(MODEL.digest, fleet.engines)
+        assert math.isfinite(seen.num_behind("a:1", 1.0, 1.0))
+    assert seen == Outlook()
+
+
 def test_more_come_behind_a_longer_queue() -> None:
     seen = Outlook(frozenset("a"), BUSY, Side(0.2, 0.1, 0.1, 0.2, arrivals_per_s=5.0), prompt_s=0.2)
     usual_s = BUSY.wait * 0.2

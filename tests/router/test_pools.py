@@ -112,3 +112,11 @@ def test_of_many_engines_with_little_to_do_each_finds_one_that_is_idle() -> None
     pools = best_pools(many, 0)
     assert pools.num_prefill == 0
     assert pools.decode.held_up < 0.5 * pools.decode.share
+
+
+@pytest.mark.parametrize("num_engines", [2, 16])
+def test_costs_that_were_found_to_be_nothing_are_costs_too(num_engines: int) -> None:
+    """What engines tell may fit best so."""
+    for nothing in ("step_s", "row_s", "move_s", "prompt_s"):
+        pools = best_pools(replace(LARGE, num_engines=num_engines, **{nothing: 0.0}), 1)
+        assert 0 <= pools.num_prefill < num_engines

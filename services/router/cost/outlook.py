@@ -11,10 +11,10 @@ from services.router.cost.speeds import DecodeWork, EngineSpeeds, LinkSpeed, Sen
 
 FADING_S = 20.0  # of what was done so long ago a third counts
 _SHORTEST_S = 1.0  # what was seen for less says little of a second
+_FEWEST_PER_S = 1e-6  # tokens: of a fleet that does nothing, what is left of what it did says nothing
 # Closer to all of an engine's time, averages say nothing.
 _MOST = 0.9
 _MOST_BEHIND = _MOST / (1 - _MOST) ** 2
-
 
 _IDLE = Side(0.0, 0.0, 0.0, 0.0)
 
@@ -53,16 +53,17 @@ class Flow:
 
     def add(self, work: StepsWork, at_s: float) -> None:
         """It has done so much since it last told."""
-        self._done = self._faded(at_s) + work
+        self._done = self._done * self._left(at_s) + work
         self._at_s = at_s
 
     def per_s(self, at_s: float) -> StepsWork:
         """A second, on average."""
         age_s = max(_SHORTEST_S, at_s - self._begin_s)
-        return self._faded(at_s) * (1 / (FADING_S * (1 - math.exp(-age_s / FADING_S))))
+        return self._done * (self._left(at_s) / (FADING_S * (1 - math.exp(-age_s / FADING_S))))
 
-    def _faded(self, at_s: float) -> StepsWork:
-        return self._done * math.exp((self._at_s - at_s) / FADING_S)
+    def _left(self, at_s: float) -> float:
+        """What is left of what was done."""
+        return math.exp((self._at_s - at_s) / FADING_S)
 
 
 def look(
@@ -72,8 +73,10 @@ def look(
     `output` tokens on average; `before`: what it was. Without two engines, prompts and answers there is nothing to
     tell."""
     prefill = {address: _prefill(flow, speeds) for address, flow in flows.items()}
-    total = sum(flows.values(), StepsWork(0.0))
-    if len(flows) < 2 or not total.rows or not sum(prefill.values()):
+    total = (
+        StepsWork(*map(sum, zip(*(flow.features for flow in flows.values()), strict=True))) if flows else StepsWork(0)
+    )
+    if len(flows) < 2 or min(total.rows, total.prompt_tokens) < _FEWEST_PER_S or not sum(prefill.values()):
         return Outlook()
     num_steps = max(1.0, output - 1)  # the first token comes of the prompt
     requests_per_s = total.rows / num_steps

@@ -2,8 +2,8 @@
 
 A request that is weighed by itself sees the sequences that run now, and none of the prompts that will come and hold its
 own tokens up: where all engines do both, each placement looks like the next. So here whole divisions of labour are
-compared, by what a request would take under each of them on average: waiting as in a queue of type M/M/1, and tokens
-that share their engine with prompts (Zhong et al., "DistServe", OSDI 2024, sizes its pools by such queues).
+compared, by what a request would take under each of them on average: waiting as in queues of type M/M/m, and tokens
+that share their engine with prompts. (DistServe, Zhong et al., OSDI 2024, looks at prefill as a queue of type M/D/1.)
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class Side:
 
     share: float  # of its time that computing prompts takes
     held_up: float  # share of the time of its sequences in which they get no token for that
-    num_behind: (
-        float  # prompts that each second of computing one holds up, for they come while none of the pool is idle
-    )
+    num_behind: float  # prompts to come that each second of computing one holds up
     wait: float  # how long a prompt waits for its turn, over what computing one takes
     arrivals_per_s: float = 0.0  # of sequences whose prompts others have computed
 
@@ -101,7 +99,7 @@ def _pools(demand: Demand, size: int, split: float) -> Pools:
 
 def _side(num_engines: int, share: float, held_up: float) -> Side:
     wait, power = _wait(num_engines, share), _power(num_engines)
-    # By how much more all wait together for a little more work.
+    # By how much longer all wait together for a little more work.
     return Side(share, held_up, wait * (power + share / (1 - share)) if share < _FULL else math.inf, wait)
 
 
@@ -124,5 +122,6 @@ def _decoding(demand: Demand, num_engines: int, share: float) -> tuple[float, Si
         seconds = demand.output * demand.step_s / left if left > 1 - _FULL else math.inf
         # Of many engines a prompt finds one with fewer sequences than most have.
         sequences = demand.tokens_per_s / demand.output * seconds / num_engines
-        held_up = share * max(0.0, 1 - _FEWER * max(0, num_engines - 2) / num_engines / sequences)
+        fewer = _FEWER * max(0, num_engines - 2) / num_engines
+        held_up = share * (1 - fewer / sequences) if sequences > fewer else 0.0
     return seconds, _side(num_engines, share, held_up)
