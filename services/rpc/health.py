@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
 
+# Of a service. Nobody shows a key to watch, and what he names is kept for as long as he does.
+_LONGEST_NAME = 256
 _FINAL = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
 
@@ -36,6 +39,8 @@ class HealthService(health.aio.HealthServicer):
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """See the contract; ends with OK after end_watches, when NOT_SERVING has been sent."""
+        if len(request.service) > _LONGEST_NAME:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no service has so long a name")
         told = _Told(context)
         watch = asyncio.ensure_future(super().Watch(request, cast("grpc.aio.ServicerContext[Any, Any]", told)))
         ending = asyncio.ensure_future(self._end_of(told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -127,9 +128,27 @@ async def test_who_asks_next_sees_what_has_been_chosen_before_anything_was_asked
         seen = [member.snapshot() for member in members]
         assert [each.prompt_tokens for each in seen] == [len(PROMPT), len(PROMPT), 0, 0]
         assert [each.sequences for each in seen] == [0, 0, 1, 1]
+        # What engines tell of is others', as long as they have not been asked for it.
+        for member in members:
+            for _ in range(2):
+                member._take_load(replace(member.load, running=4, queued_tokens=1000))
+            assert (member.others.sequences, member.others.prompt_tokens) == (4, 1000)
         for call in calls:
             call.cancel()
     assert not any(member.underway.prompt_tokens or member.underway.answers for member in members)
+
+
+async def test_a_program_that_looks_again_is_not_led_by_what_it_saw_before(tmp_path: Path) -> None:
+    path = tmp_path / "looks_often.py"
+    path.write_text("""
+async def policy(request, fleet):
+    seen = {fleet.pair(request)[0].info.name for _ in range(3)}
+    seen |= {fleet.pair_by_prefix(request)[0].info.name for _ in range(3)}
+    assert seen == {"a"}, seen
+    yield fleet.least_loaded(request).start_generate(request)
+""")
+    async with running(4, policy="looks_often", policy_file=(path,)) as suite:
+        await suite.generate()
 
 
 async def test_what_was_chosen_and_then_not_asked_for_counts_no_more(tmp_path: Path) -> None:

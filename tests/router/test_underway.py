@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from services.router.fleet.underway import Answer, Computing, Underway
+from services.router.fleet.underway import Answer, Computing, Pledge, Underway
 from services.rpc.virtual_loop import run
 
 
@@ -25,6 +25,23 @@ def test_a_prompt_is_computed_from_when_the_one_before_it_was_done() -> None:
         assert underway.prompt_tokens == 40
         second.__exit__()
         assert (underway.prompt_tokens, underway.head) == (0, (0, 0.0))
+
+    run(main())
+
+
+def test_what_is_only_pledged_waits_behind_what_is_computed_and_is_not_computed() -> None:
+    async def main() -> None:
+        underway = Underway()
+        early = Pledge(underway, 30)
+        await asyncio.sleep(1.0)
+        assert (underway.prompt_tokens, underway.asked_tokens, underway.head) == (30, 0, (0, 0.0))
+        with Computing(underway, 100):
+            await asyncio.sleep(1.0)
+            late = Pledge(underway, 7)
+            early.over()
+            assert (underway.prompt_tokens, underway.asked_tokens, underway.head) == (107, 100, (100, 1.0))
+            late.over()
+        assert (underway.prompt_tokens, underway.asked_tokens) == (0, 0)
 
     run(main())
 

@@ -159,6 +159,17 @@ class Streaming(engine_pb2_grpc.EngineServiceServicer):
         yield engine_pb2.StartGenerateResponse(token_ids=[2])
 
 
+async def test_who_watches_a_name_that_no_service_has_is_told_and_a_long_one_refused(serve: Serve) -> None:
+    """A watch lasts, shows no key, and what it names is kept."""
+    health = health_pb2_grpc.HealthStub((await serve()).channel)
+    unknown = health.Watch(health_pb2.HealthCheckRequest(service="n" * 256))
+    assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    unknown.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health.Watch(health_pb2.HealthCheckRequest(service="n" * 257)).read()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_drain_lets_a_stream_finish_and_takes_no_new_call(serve: Serve) -> None:
     servicer = Streaming()
     running = await serve(servicer)

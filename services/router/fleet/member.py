@@ -258,8 +258,9 @@ class Member:
 
     def _take_load(self, load: Load) -> bool:
         drains = load.draining != self.load.draining
-        ours, before = self.underway, self._excess
-        self._excess = max(0, load.sequences - len(ours.answers)), max(0, load.queued_tokens - ours.prompt_tokens)
+        # Of ours that which the engine has been asked for.
+        ours, before = (len(self.sequences), self.underway.asked_tokens), self._excess
+        self._excess = max(0, load.sequences - ours[0]), max(0, load.queued_tokens - ours[1])
         # The less of two reports: one alone lags behind calls of ours that have just begun or ended.
         self.others = InFlight(min(before[0], self._excess[0]), min(before[1], self._excess[1]))
         self.load = load

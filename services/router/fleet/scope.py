@@ -15,7 +15,7 @@ from services.router.fleet.legs import Legs
 from services.router.fleet.member import Member
 from services.router.fleet.reservation import Reservation
 from services.router.fleet.session import Sequence
-from services.router.fleet.underway import Computing
+from services.router.fleet.underway import Pledge, Underway
 from services.router.values import Verb
 
 _CALL_NUMBERS = itertools.count(1)
@@ -50,7 +50,7 @@ class RequestScope:
         self._sequences: dict[Sequence, str] = {}  # with the names of their engines
         self._streams: list[Stream] = []
         self._members: set[Member] = set()
-        self._pledged: Computing | None = None
+        self._pledge: Pledge | None = None
         self._closed = False
 
     def next_call_id(self) -> str:
@@ -79,19 +79,18 @@ class RequestScope:
         self._reservations.discard(reservation)
         await reservation.release()
 
-    def pledge(self, computing: Computing) -> None:
-        """An engine was chosen to compute tokens of the prompt: they count there until the program asks for them, or
-        for something else, so that the next request does not find it idle."""
+    def pledge(self, underway: Underway, num_tokens: int) -> None:
+        """An engine was chosen to compute so many tokens of the prompt: they count there until the program asks for
+        them, or for something else, so that the next request does not find it idle."""
         self.redeem()
         if not self._closed:
-            self._pledged = computing
-            computing.begin()
+            self._pledge = Pledge(underway, num_tokens)
 
     def redeem(self) -> None:
-        """The program asks for them now, and they count as asked."""
-        if self._pledged is not None:
-            self._pledged.end()
-            self._pledged = None
+        """The program asks for them now, and they count as asked; or it chooses again."""
+        if self._pledge is not None:
+            self._pledge.over()
+            self._pledge = None
 
     def opened(self, sequence: Sequence, engine: str) -> None:
         """Registers a sequence on the engine of that name."""

@@ -26,13 +26,14 @@ class Answer:
 class Underway:
     """Belongs to one member of the fleet, which goes on changing it; policies only read it."""
 
-    __slots__ = ("_changed", "_prompts", "_turn_s", "answers", "prompt_tokens")
+    __slots__ = ("_changed", "_prompts", "_turn_s", "answers", "asked_tokens", "prompt_tokens")
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         """`changed` is called after each change."""
         self._changed = changed
         self.answers: set[Answer] = set()
         self.prompt_tokens = 0
+        self.asked_tokens = 0  # of these, the ones that it has been asked for; the others are pledged
         self._prompts: dict[Computing, None] = {}  # in the order of asking, in which an engine takes them
         self._turn_s = 0.0  # when the last one was done
 
@@ -71,25 +72,42 @@ class Computing:
         self._underway, self.tokens = underway, tokens
 
     def __enter__(self) -> Callable[[], None]:
-        self.begin()
-        return self.end
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def begin(self) -> None:
-        """They count from now on."""
         underway = self._underway
         self.asked_s = now()
         underway._prompts[self] = None
+        underway.asked_tokens += self.tokens
         underway.prompt_tokens += self.tokens
         underway._changed()
+        return self._end
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         """Computed, or given up. Only the first call counts."""
         underway = self._underway
         if self in underway._prompts:
             del underway._prompts[self]
+            underway.asked_tokens -= self.tokens
             underway.prompt_tokens -= self.tokens
             underway._turn_s = now()
             underway._changed()
+
+
+class Pledge:
+    """Counts tokens of a prompt that an engine is about to be asked for, from now until it is over: who chooses next
+    is to see them, but the engine does not compute them yet."""
+
+    __slots__ = ("_tokens", "_underway")
+
+    def __init__(self, underway: Underway, tokens: int) -> None:
+        self._underway, self._tokens = underway, tokens
+        self._count(tokens)
+
+    def over(self) -> None:
+        """To be called once."""
+        self._count(-self._tokens)
+
+    def _count(self, tokens: int) -> None:
+        self._underway.prompt_tokens += tokens
+        self._underway._changed()

@@ -186,7 +186,7 @@ class Fleet:
         """It will be asked for so many tokens of the prompt once there is room for them elsewhere. Until then others
         are to know."""
         chosen = self._chosen(member)
-        self._scope.pledge(Computing(member.underway, num_tokens))
+        self._scope.pledge(member.underway, num_tokens)
         return chosen
 
     def leaving(self, address: str) -> Engine:
@@ -199,11 +199,13 @@ class Fleet:
 
     def pair(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), two different engines, the least loaded of each role. NoPair."""
+        self._scope.redeem()  # what it chose before is nobody's load
         prefill, decode = self._roster().pair(self._scope.avoided)
         return self._to_prefill(prefill, request.num_movable), self._chosen(decode)
 
     def pair_by_prefix(self, request: PolicyRequest) -> tuple[Engine, Engine]:
         """(prefill, decode), of each role the engine that has most of the prompt cached. NoPair."""
+        self._scope.redeem()
         prefill, decode = self._roster().pair_by_prefix(request, self._scope.avoided)
         return self._to_prefill(prefill, request.num_movable), self._chosen(decode)
 
@@ -218,6 +220,7 @@ class Fleet:
         """(prefill, decode, split) of the cheapest placement: `prefill` provides KV of prompt[:split]; None: `decode`
         does it all. Returns when it is time to begin: a prompt may be worth keeping back while sequences end that it
         would hold up. Why, is kept with the request's trace. NoEngine."""
+        self._scope.redeem()
         begin = now()
         while True:
             roster = self._roster()
