@@ -104,7 +104,7 @@ async def test_what_engines_do_is_learned() -> None:
         assert costs.engine(second).reserve.num_observations == 10
         assert costs.link(first, second).send.num_observations == 10
         assert 0 < costs.link(first, second).send.predict((1.0, 0.0, 50.0)) < 1.0
-        assert costs.mean_output < FIRST_GUESS_OUTPUT
+        assert costs.mean_output(first.info.model.digest) < FIRST_GUESS_OUTPUT
 
 
 async def test_a_sequence_is_seen_coming_while_its_kv_is_on_the_way() -> None:

@@ -113,6 +113,7 @@ def test_output_is_expected_to_be_as_long_as_of_late() -> None:
     assert book.expected_output(replace(asked, num_generated=60)) == FIRST_GUESS_OUTPUT - 60
     assert book.expected_output(replace(asked, num_generated=600)) == 1
     for _ in range(200):
-        book.answered(10)
+        book.answered(asked.model.digest, 10)
+        book.answered(b"another", 1000)
     assert book.expected_output(asked) == pytest.approx(10, rel=0.05)
     assert book.expected_output(replace(asked, sampling=Sampling())) == pytest.approx(10, rel=0.05)

@@ -19,9 +19,14 @@ from tests.router.talk import Talk, tokens
 TOO_MANY = ("RESOURCE_EXHAUSTED", "TOO_MANY_SESSIONS")
 
 
+def begun(suite: Running, key: str = "") -> Talk:
+    """A session of which nothing is known. One that is refused may only be read: a write may come too late."""
+    return Talk(suite.stub, (("authorization", f"Bearer {key}"),) if key else ())
+
+
 async def opened(suite: Running, key: str = "") -> Talk:
     """A session that has been of use."""
-    talk = Talk(suite.stub, (("authorization", f"Bearer {key}"),) if key else ())
+    talk = begun(suite, key)
     await talk.ask(1)
     assert tokens(await talk.answer(1)) == model().generate(PROMPT, 8)
     return talk
@@ -68,7 +73,7 @@ async def test_a_tenant_has_so_many_with_all_of_its_keys(tmp_path: Path) -> None
             await opened(suite, key)
         for key in "abcd":
             with failing(*TOO_MANY):
-                await opened(suite, key)
+                await begun(suite, key).next()
 
 
 async def test_one_that_is_cancelled_gives_its_place_back() -> None:
@@ -110,7 +115,7 @@ async def test_a_call_that_is_refused_takes_nobodys_place() -> None:
     async with running(1, api_key=("a",), max_sessions=1) as suite:
         for _ in range(3):
             with failing("UNAUTHENTICATED", "INVALID_API_KEY"):
-                await opened(suite, "b")
+                await begun(suite, "b").next()
         await opened(suite, "a")
 
 

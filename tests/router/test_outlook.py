@@ -51,14 +51,14 @@ def test_what_an_engine_does_a_second_is_known_from_the_first_report_and_fades()
 def test_who_computes_prompts_already_goes_on_with_it() -> None:
     known = speeds()
     flows = {"a": doing(0.5, 4.0), "b": doing(3.5, 0.2), "c": doing(0.5, 2.0), "d": doing(3.5, 1.8)}
-    seen = look(flows, known, LinkSpeed(), OUTPUT, Outlook())
+    seen = look(flows, known, LinkSpeed(), OUTPUT, math.inf, Outlook())
     assert seen.prefill_pool == {"b", "c", "d"}
     assert seen.prompt_s == pytest.approx(PROMPT * TOKEN_S + STEP_S, rel=0.1)
     assert seen.in_pool.share > 4 * seen.others.share
     assert seen.slowdown("b") > seen.slowdown("a") >= 1
     # One that has nothing to do is one that does not generate.
     flows["d"] = StepsWork(0.0)
-    assert look(flows, known, LinkSpeed(), OUTPUT, seen).prefill_pool == {"b", "c", "d"}
+    assert look(flows, known, LinkSpeed(), OUTPUT, math.inf, seen).prefill_pool == {"b", "c", "d"}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_who_computes_prompts_already_goes_on_with_it() -> None:
     ],
 )
 def test_where_nothing_can_be_told_all_are_alike(flows: dict[str, StepsWork]) -> None:
-    seen = look(flows, speeds(), LinkSpeed(), OUTPUT, Outlook(frozenset("a"), BUSY))
+    seen = look(flows, speeds(), LinkSpeed(), OUTPUT, math.inf, Outlook(frozenset("a"), BUSY))
     assert seen == Outlook()
     assert (seen.slowdown("a"), seen.num_behind("a", 5.0, 1.0)) == (1.0, 0.0)
 
@@ -110,7 +110,7 @@ class Fleet:
         self.looks = 0
         self.source = random.Random(1)
         for _ in range(200):
-            self.book.answered(OUTPUT)
+            self.book.answered(MODEL.digest, OUTPUT)
 
     def engines(self) -> Sequence[EngineSnapshot]:
         self.looks += 1
@@ -140,14 +140,27 @@ class Fleet:
         return seen
 
 
-def test_a_fleet_that_does_everything_everywhere_is_divided_and_stays_so() -> None:
+def divided() -> tuple[Fleet, str, str]:
+    """A fleet that did everything everywhere, and who is now to compute prompts, and who is not."""
     fleet = Fleet("a", "b")
     assert fleet.book.outlook(MODEL.digest, fleet.engines) == Outlook()
-    seen = fleet.run(30, a=(2.0, 2.0), b=(2.1, 2.0))
-    assert seen.prefill_pool == {"b:1"}
-    # What comes of it, and then little traffic, is no reason to change places.
-    assert fleet.run(60, a=(0.0, 4.0), b=(4.0, 0.0)).prefill_pool == {"b:1"}
-    assert fleet.run(60, a=(0.1, 1.0), b=(0.9, 0.0)).prefill_pool == {"b:1"}
+    [giver] = fleet.run(30, a=(2.0, 2.0), b=(2.1, 2.0)).prefill_pool
+    return (fleet, "a", "b") if giver == "a:1" else (fleet, "b", "a")
+
+
+def test_a_fleet_stays_divided() -> None:
+    fleet, giver, taker = divided()
+    # What comes of it, less of it, and as much as before on both, are no reasons to change places.
+    assert fleet.run(60, **{taker: (0.0, 4.0), giver: (4.0, 0.0)}).prefill_pool == {f"{giver}:1"}
+    assert fleet.run(60, **{taker: (0.1, 1.0), giver: (0.9, 0.0)}).prefill_pool == {f"{giver}:1"}
+    assert fleet.run(60, **{taker: (2.1, 2.0), giver: (2.0, 2.0)}).prefill_pool == {f"{giver}:1"}
+    # That the other one does it is.
+    assert fleet.run(60, **{taker: (4.0, 0.0), giver: (0.0, 4.0)}).prefill_pool == {f"{taker}:1"}
+
+
+def test_where_all_do_everything_nothing_has_a_price() -> None:
+    flows = {"a": doing(0.5, 0.1), "b": doing(0.5, 0.1)}
+    assert look(flows, speeds(), LinkSpeed(), 2.0, math.inf, Outlook()) == Outlook()
 
 
 def test_looks_are_a_second_apart_and_by_model() -> None:
@@ -172,13 +185,13 @@ def test_engines_that_cannot_transfer_are_no_part_of_it() -> None:
 
 def test_only_what_is_to_come_keeps_answers_away_from_prompts() -> None:
     """By itself a request would rather be computed and answered where fewer are held up."""
-    fleet = Fleet("a", "b")
-    seen = fleet.run(30, a=(2.0, 2.0), b=(2.1, 2.0))
+    fleet, giver, taker = divided()
+    seen = fleet.book.outlook(MODEL.digest, fleet.engines)
     asked = PolicyRequest("r", MODEL, tuple(range(PROMPT)), Sampling(max_tokens=OUTPUT, ignore_eos=True))
     engines = fleet.engines()
-    for engine, sequences in zip(engines, (5, 2), strict=True):
-        engine.underway.answers.update(Answer(60.0) for _ in range(sequences))
+    for engine in engines:
+        engine.underway.answers.update(Answer(60.0) for _ in range(2 if engine.info.name == giver else 5))
     best = Planner(fleet.book, asked, engines, seen).placements()[0]
-    assert (best.pattern, best.decode.info.name) == (Pattern.DISAGGREGATED, "a")
+    assert (best.pattern, best.decode.info.name) == (Pattern.DISAGGREGATED, taker)
     best = Planner(fleet.book, asked, engines, Outlook()).placements()[0]
-    assert (best.pattern, best.decode.info.name) == (Pattern.DATA_PARALLEL, "b")
+    assert (best.pattern, best.decode.info.name) == (Pattern.DATA_PARALLEL, giver)

@@ -75,6 +75,15 @@ def test_more_than_the_engines_can_do_is_shared_by_all() -> None:
     assert best_pools(replace(LARGE, prefill=1.97), 0).num_prefill == 0
 
 
+def test_answers_are_not_crowded_together_where_few_are_decoded_at_once() -> None:
+    long = replace(LARGE, prefill=0.5, tokens_per_s=1200.0, output=400.0)
+    assert best_pools(long, 0).num_prefill == 1
+    assert best_pools(replace(long, max_sequences=64), 0).num_prefill == 1
+    assert best_pools(replace(long, max_sequences=12), 0).num_prefill == 0
+    # Nor where nothing would help.
+    assert best_pools(replace(long, max_sequences=1), 1).num_prefill == 0
+
+
 def test_a_division_stays_until_another_is_clearly_better() -> None:
     """Traffic in which both are about as good: who does what must not change with each look."""
     sizes = {now: [_size(now, prefill / 100) for prefill in range(1, 100)] for now in (0, 1)}

@@ -158,6 +158,15 @@ def test_the_shortlist_has_some_of_the_pool_and_some_of_the_others() -> None:
     assert roster.shortlist(REQUEST, 2, (), everyone)
 
 
+def test_who_is_shut_out_is_none_of_those_that_are_looked_at() -> None:
+    source, index = random.Random(5), BlockIndex()
+    engines = fleet(source, index, 6, ("",))
+    roster = Roster(engines, index)
+    engines[2].fail()
+    roster.opened(engines[2])
+    assert {each.address for each in roster.snapshots()} == {each.address for each in engines} - {engines[2].address}
+
+
 def test_the_index_knows_what_the_engines_know() -> None:
     source, index = random.Random(0), BlockIndex()
     names = [bytes([number]) * 16 for number in range(20)]

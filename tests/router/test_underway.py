@@ -29,6 +29,17 @@ def test_a_prompt_is_computed_from_when_the_one_before_it_was_done() -> None:
     run(main())
 
 
+def test_who_gives_up_behind_another_does_not_begin_that_one_anew() -> None:
+    async def main() -> None:
+        underway = Underway()
+        with Computing(underway, 100):
+            with Computing(underway, 40):
+                await asyncio.sleep(1.0)
+            assert underway.head == (100, 1.0)
+
+    run(main())
+
+
 def test_what_is_only_pledged_waits_behind_what_is_computed_and_is_not_computed() -> None:
     async def main() -> None:
         underway = Underway()

@@ -38,7 +38,7 @@ class CostBook:
         self._alike: OrderedDict[bytes, EngineSpeeds] = OrderedDict()  # all engines of a model, by its digest
         self._flows: OrderedDict[EngineKey, Flow] = OrderedDict()
         self._outlooks: OrderedDict[bytes, tuple[float, Outlook]] = OrderedDict()  # by the model's digest, with when
-        self._mean_output = FIRST_GUESS_OUTPUT
+        self._outputs: OrderedDict[bytes, float] = OrderedDict()  # mean tokens of an answer, by the model's digest
 
     def engine(self, engine: EngineSnapshot) -> EngineSpeeds:
         """Speeds of an engine: those of all with the same model, unless it is clearly different. Fits of two equal
@@ -62,20 +62,22 @@ class CostBook:
             done = [StepsWork(0.0) if flow is None else flow.per_s(at_s) for flow in kept]
             flows = dict(zip([engine.address for engine in able], done, strict=True))
             link = self.link(able[0], able[-1]) if able else _UNKNOWN_LINK
-            known = look(flows, self._alike.get(model, _UNKNOWN_ENGINE), link, self._mean_output, known)
+            fewest = min((engine.info.max_batch_size or math.inf for engine in able), default=math.inf)
+            speeds, output = self._alike.get(model, _UNKNOWN_ENGINE), self.mean_output(model)
+            known = look(flows, speeds, link, output, fewest, known)
             self._outlooks[model] = at_s, known
         return known
 
     def expected_output(self, request: PolicyRequest) -> float:
         """Tokens that it will probably generate: as many as others lately, at most what it asked for."""
-        limit = float(request.sampling.max_tokens or self._mean_output)
-        total = limit if request.sampling.ignore_eos else min(limit, self._mean_output)
+        mean = self.mean_output(request.model.digest)
+        limit = float(request.sampling.max_tokens or mean)
+        total = limit if request.sampling.ignore_eos else min(limit, mean)
         return max(1.0, total - request.num_generated)
 
-    @property
-    def mean_output(self) -> float:
-        """Tokens of an answer, of late."""
-        return self._mean_output
+    def mean_output(self, model: bytes) -> float:
+        """Tokens of an answer of a model, by its digest, of late."""
+        return self._outputs.get(model, FIRST_GUESS_OUTPUT)
 
     def reported(self, engine: EngineSnapshot) -> None:
         """An engine has told its load: what it did since it last did is an observation of its steps. With the first
@@ -107,9 +109,10 @@ class CostBook:
             key = (_key(sender), _key(receiver))
             _touch(self._links, key, LinkSpeed, MAX_LINKS).observe(work, seconds, timing.transferred_bytes)
 
-    def answered(self, output_tokens: int) -> None:
-        """An answer has ended well."""
-        self._mean_output += _OUTPUT_WEIGHT * (output_tokens - self._mean_output)
+    def answered(self, model: bytes, output_tokens: int) -> None:
+        """An answer of a model, by its digest, has ended well."""
+        mean = _touch(self._outputs, model, lambda: FIRST_GUESS_OUTPUT, MAX_MODELS)
+        self._outputs[model] = mean + _OUTPUT_WEIGHT * (output_tokens - mean)
 
     def _observed(self, engine: EngineSnapshot) -> tuple[EngineSpeeds, EngineSpeeds]:
         """Its own, and those of all engines with its model."""

@@ -12,6 +12,7 @@ from services.router.cost.speeds import DecodeWork, EngineSpeeds, LinkSpeed, Sen
 FADING_S = 20.0  # of what was done so long ago a third counts
 _SHORTEST_S = 1.0  # what was seen for less says little of a second
 _FEWEST_PER_S = 1e-6  # tokens: of a fleet that does nothing, what is left of what it did says nothing
+_STAYS = 0.2  # of an engine's time: by how much another must do more of it to take a place in the pool
 # Closer to all of an engine's time, averages say nothing.
 _MOST = 0.9
 _MOST_BEHIND = _MOST / (1 - _MOST) ** 2
@@ -67,16 +68,22 @@ class Flow:
 
 
 def look(
-    flows: Mapping[str, StepsWork], speeds: EngineSpeeds, link: LinkSpeed, output: float, before: Outlook
+    flows: Mapping[str, StepsWork],
+    speeds: EngineSpeeds,
+    link: LinkSpeed,
+    output: float,
+    max_sequences: float,
+    before: Outlook,
 ) -> Outlook:
-    """The outlook of engines by address that do so much a second, all with these speeds and links, where answers have
-    `output` tokens on average; `before`: what it was. Without two engines, prompts and answers there is nothing to
-    tell."""
+    """The outlook of engines by address that do so much a second, all with these speeds and links, each decoding
+    `max_sequences` at once, where answers have `output` tokens on average; `before`: what it was. There is nothing to
+    tell without two engines, prompts and answers, nor where all engines had better do everything: each request finds
+    the best place for itself then."""
+    if len(flows) < 2:
+        return Outlook()
     prefill = {address: _prefill(flow, speeds) for address, flow in flows.items()}
-    total = (
-        StepsWork(*map(sum, zip(*(flow.features for flow in flows.values()), strict=True))) if flows else StepsWork(0)
-    )
-    if len(flows) < 2 or min(total.rows, total.prompt_tokens) < _FEWEST_PER_S or not sum(prefill.values()):
+    total = StepsWork(*map(sum, zip(*(flow.features for flow in flows.values()), strict=True)))
+    if min(total.rows, total.prompt_tokens) < _FEWEST_PER_S or not sum(prefill.values()):
         return Outlook()
     num_steps = max(1.0, output - 1)  # the first token comes of the prompt
     requests_per_s = total.rows / num_steps
@@ -91,10 +98,16 @@ def look(
         step_s=step_s,
         row_s=speeds.step_s(DecodeWork(1, total.row_context / total.rows)) - step_s,
         move_s=speeds.reserve_s + link.send_s(SendWork(0, round(total.prompt_tokens / requests_per_s))),
+        max_sequences=max_sequences,
     )
     pools = best_pools(demand, len(before.prefill_pool))
-    # Those that do more of it than of decoding already: routers that see the same reports find the same ones.
-    more = {address: prefill[address] - _decode(flow, speeds) for address, flow in flows.items()}
+    if not pools.num_prefill:
+        return Outlook()
+    # Those that do more of it than of decoding already: routers that see the same reports find much the same ones.
+    more = {
+        address: prefill[address] - _decode(flow, speeds) + _STAYS * (address in before.prefill_pool)
+        for address, flow in flows.items()
+    }
     ranked = sorted(more, key=lambda address: (-more[address], address))
     return Outlook(frozenset(ranked[: pools.num_prefill]), pools.prefill, pools.decode, prompt_s)
 

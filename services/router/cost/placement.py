@@ -161,7 +161,7 @@ class Planner:
     def _site(self, engine: EngineSnapshot, request: PolicyRequest) -> _Site:
         cached = min(engine.cached_prefix(request), self._num_movable, self._length - 1)
         # Half done on average.
-        speeds, others_output = self._book.engine(engine), self._book.mean_output / 2
+        speeds, others_output = self._book.engine(engine), self._book.mean_output(engine.info.model.digest) / 2
         return _Site(engine, speeds, cached, self._length, self._output, others_output, self._outlook)
 
     def placements(self) -> list[Placement]:
@@ -282,5 +282,6 @@ class Planner:
         """Without enough pages a request is refused, or waits for as long as others please."""
         engine = site.engine
         pages = -(-(self._length - site.cached) // engine.info.page_size)
-        doubt = 1.0 if placement.prefill is None else DOUBT
-        return (pages > engine.load.usable_pages, doubt * placement.cost_s), placement
+        # Of what an answer takes once its KV is there nobody doubts.
+        doubt = 0.0 if placement.prefill is None else (DOUBT - 1) * (placement.cost_s - placement.decode_s)
+        return (pages > engine.load.usable_pages, placement.cost_s + doubt), placement

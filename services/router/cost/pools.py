@@ -22,6 +22,7 @@ _ROUNDS = 4  # in which how long an answer takes and how many there are agree we
 # simulated engines, 2 to 16 of them, under data_parallel.
 _FEWER = 0.65
 _FULL = 0.98  # share of an engine's time: more cannot be kept up
+_CROWDED = 0.8  # of the sequences that it decodes at once: more on average have others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Demand:
     step_s: float  # a decoding step with no sequence in it
     row_s: float  # what a sequence adds to it
     move_s: float  # a prompt's KV to another engine
+    max_sequences: float = math.inf  # that one of them decodes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def _power(num_engines: int) -> float:
 def _decoding(demand: Demand, num_engines: int, share: float) -> tuple[float, Side]:
     """Seconds for an answer on one of them that computes prompts for that share of its time, and that side."""
     rows = demand.row_s * demand.tokens_per_s / num_engines
-    held_up, seconds = share, math.inf
+    held_up, seconds, sequences = share, math.inf, 0.0
     for _ in range(_ROUNDS):
         left = 1 - held_up - rows
         seconds = demand.output * demand.step_s / left if left > 1 - _FULL else math.inf
@@ -124,4 +126,6 @@ def _decoding(demand: Demand, num_engines: int, share: float) -> tuple[float, Si
         sequences = demand.tokens_per_s / demand.output * seconds / num_engines
         fewer = _FEWER * max(0, num_engines - 2) / num_engines
         held_up = share * (1 - fewer / sequences) if sequences > fewer else 0.0
+    if sequences > _CROWDED * demand.max_sequences:
+        seconds = math.inf
     return seconds, _side(num_engines, share, held_up)

@@ -162,7 +162,7 @@ class Generation(AsyncIterator[Chunk]):
                 if self._kv is not None:
                     self._kv.used_up()
                 if chunk.finish is not FinishReason.CANCELLED:
-                    self._costs.answered(chunk.timing.generated_tokens)
+                    self._costs.answered(self._request.model.digest, chunk.timing.generated_tokens)
 
     def _first_token(self) -> None:
         self._has_token = True

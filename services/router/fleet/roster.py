@@ -109,8 +109,8 @@ class Roster(Generic[Item]):
         )
 
     def snapshots(self) -> list[EngineSnapshot]:
-        """All of them, as they are now."""
-        return [engine.snapshot() for engine in self._engines]
+        """All of them that their breakers let through, as they are now."""
+        return [engine.snapshot() for engine in self._engines if engine.breaker.admits]
 
     def shortlist(
         self, request: PolicyRequest, count: int, avoided: Collection[str], pool: frozenset[str] = frozenset()

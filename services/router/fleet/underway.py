@@ -87,10 +87,11 @@ class Computing:
         """Computed, or given up. Only the first call counts."""
         underway = self._underway
         if self in underway._prompts:
+            if next(iter(underway._prompts)) is self:
+                underway._turn_s = now()
             del underway._prompts[self]
             underway.asked_tokens -= self.tokens
             underway.prompt_tokens -= self.tokens
-            underway._turn_s = now()
             underway._changed()
 
 
